@@ -1,0 +1,35 @@
+"""Mixture-of-experts training as pure functions on PyTorch."""
+
+from .models.moe import MoEParams, moe_forward, moe_init
+from .ops.balance import MoEStats, update_expert_bias
+from .ops.combine import combine, reduce
+from .ops.dispatch import Plan, dispatch, expand
+from .ops.experts import ExpertParams, experts_grouped_mm
+from .ops.route import RouterConfig, RouterParams, Routing, route
+from .transforms import remat, save, save_everything, save_nothing, value_and_grad
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ExpertParams",
+    "MoEParams",
+    "MoEStats",
+    "Plan",
+    "RouterConfig",
+    "RouterParams",
+    "Routing",
+    "combine",
+    "dispatch",
+    "expand",
+    "experts_grouped_mm",
+    "moe_forward",
+    "moe_init",
+    "reduce",
+    "remat",
+    "route",
+    "save",
+    "save_everything",
+    "save_nothing",
+    "update_expert_bias",
+    "value_and_grad",
+]

@@ -1,0 +1,16 @@
+"""How fmoe says no: which function, which argument, what it got, what it expected, what to do."""
+
+from typing import Any
+
+
+class TransformError(RuntimeError):
+    """An operator was called under a transform it cannot support."""
+
+
+def argument_error(function: str, argument: str, *, got: Any, expected: str, remedy: str) -> ValueError:
+    """The ``ValueError`` every public function raises for a bad argument.
+
+    >>> print(argument_error("route", "top_k", got=9, expected="at most 8", remedy="Lower top_k."))
+    route: top_k: got 9, expected at most 8. Lower top_k.
+    """
+    return ValueError(f"{function}: {argument}: got {got}, expected {expected}. {remedy}")

@@ -1,0 +1,1 @@
+"""Models: trees of parameters and pure functions of them."""

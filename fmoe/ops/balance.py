@@ -1,0 +1,69 @@
+"""Keeping experts evenly loaded without an auxiliary loss, and measuring how even they are."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import argument_error
+from .route import Routing
+
+
+class MoEStats(NamedTuple):
+    """How tokens were spread; tensors, so that reading them is the caller's choice of when to wait.
+
+    ``tokens_per_expert``  int64 (E,)
+    ``overload``           float32, the most loaded expert's tokens over the mean; 1 is perfect balance
+    ``empty_experts``      int64, experts without a token
+    ``router_entropy``     float32, nats, of the router's normalised scores, mean over tokens
+    """
+
+    tokens_per_expert: torch.Tensor
+    overload: torch.Tensor
+    empty_experts: torch.Tensor
+    router_entropy: torch.Tensor
+
+
+def moe_stats(routing: Routing) -> MoEStats:
+    """Statistics of one routing; no gradient flows through them."""
+    counts = routing.counts_E
+    scores = routing.scores_TE.detach().float()
+    share = scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
+    entropy = torch.special.entr(share).sum(-1)
+    mean = counts.float().mean().clamp_min(1e-20)
+    return MoEStats(
+        tokens_per_expert=counts,
+        overload=counts.max() / mean,
+        empty_experts=(counts == 0).sum(),
+        router_entropy=entropy.sum() / max(1, entropy.shape[0]),
+    )
+
+
+def update_expert_bias(params: Any, counts_E: torch.Tensor, rate: float) -> Any:
+    """New router params whose selection bias leans towards the experts that got too few tokens.
+
+    ===========  ============  =============================================================
+    params                     :class:`RouterParams`, or params with a field ``router`` of them
+    counts_E     (E,)          tokens per expert, over all devices
+    rate                       how far a bias moves; DeepSeek-V3 uses 0.001
+    -> params                  the same structure; nothing passed in is modified
+    ===========  ============  =============================================================
+
+    Source: auxiliary-loss-free balancing, arXiv 2408.15664: ``b += rate * sign(mean - counts)``.
+
+    >>> import fmoe, torch
+    >>> router = fmoe.RouterParams(torch.ones(3, 2), torch.zeros(3))
+    >>> fmoe.update_expert_bias(router, torch.tensor([5, 1, 3]), 0.01).bias_E
+    tensor([-0.0100,  0.0100,  0.0000])
+    """
+    if hasattr(params, "router"):
+        return params._replace(router=update_expert_bias(params.router, counts_E, rate))
+    if counts_E.shape != params.bias_E.shape:
+        raise argument_error(
+            "update_expert_bias",
+            "counts_E",
+            got=f"shape {tuple(counts_E.shape)}",
+            expected=f"{tuple(params.bias_E.shape)}, one count per expert",
+            remedy="Pass MoEStats.tokens_per_expert of this layer.",
+        )
+    counts = counts_E.to(params.bias_E.dtype)
+    return params._replace(bias_E=params.bias_E + rate * (counts.mean() - counts).sign())

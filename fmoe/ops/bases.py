@@ -1,0 +1,228 @@
+"""The base operators: gather, scatter, grouped products. Closed under differentiation.
+
+An index of -1 stands for "no row": gathering it gives zeros, scattering to it gives nothing.
+Rows past the last group of a grouped product belong to nobody; their values are undefined and
+reach no result.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from .derive import Dims, Tensors
+from .primitive import Fold, Operator, declare, front
+from .tape import checkpoint
+
+GATHER = checkpoint("gather", save=False)
+GROUPED_MM = checkpoint("grouped_mm", save=False)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums over experts are held in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+# ---- gather and scatter_add: each other's transpose --------------------------------------------
+
+
+def gather_kernel(x_ND: torch.Tensor, index_R: torch.Tensor) -> torch.Tensor:
+    if x_ND.shape[0] == 0:
+        return x_ND.new_zeros(index_R.shape[0], *x_ND.shape[1:])
+    rows = x_ND.index_select(0, index_R.clamp_min(0))
+    return rows.masked_fill_((index_R < 0).view(-1, *[1] * (x_ND.dim() - 1)), 0)
+
+
+def scatter_add_kernel(y_RD: torch.Tensor, index_R: torch.Tensor, num_rows: int) -> torch.Tensor:
+    # One row more than asked for takes what goes nowhere, NaN included.
+    out = y_RD.new_zeros(num_rows + 1, *y_RD.shape[1:], dtype=accumulator(y_RD.dtype))
+    where = torch.where(index_R < 0, num_rows, index_R)
+    return out.index_add_(0, where, y_RD.to(out.dtype))[:num_rows].to(y_RD.dtype, copy=True)
+
+
+def _offset(index_BR: torch.Tensor, stride: int) -> torch.Tensor:
+    """Per-example indices as indices into the examples laid end to end."""
+    start_B1 = torch.arange(index_BR.shape[0], device=index_BR.device)[:, None] * stride
+    return torch.where(index_BR < 0, -1, index_BR + start_B1).reshape(-1)
+
+
+def unfold_rows(size: int) -> Any:
+    return lambda outs: tuple(o.unflatten(0, (size, o.shape[0] // size)) for o in outs)
+
+
+def refold_rows(outs: Tensors) -> Tensors:
+    return tuple(o.flatten(0, 1) for o in outs)
+
+
+def _gather_vmap(size: int, dims: Dims, x: torch.Tensor, index: torch.Tensor) -> Fold:
+    index = front(index, dims[1], size)
+    if dims[0] is not None:
+        index, x = _offset(index, x.shape[1]), x.flatten(0, 1)
+    return Fold((x, index.reshape(-1)), unfold_rows(size), refold_rows)
+
+
+def _scatter_vmap(size: int, dims: Dims, y: torch.Tensor, index: torch.Tensor, num: int) -> Fold:
+    y, index = front(y, dims[0], size), front(index, dims[1], size)
+    return Fold((y.flatten(0, 1), _offset(index, num), size * num), unfold_rows(size), refold_rows)
+
+
+gather: Operator = declare(
+    "gather(Tensor x, Tensor index) -> Tensor",
+    impl=gather_kernel,
+    fake=lambda x, index: x.new_empty(index.shape[0], *x.shape[1:]),
+    checkpoint=GATHER,
+    residuals=lambda inputs, outputs: (inputs[1], inputs[0].shape[0]),
+    vjp=lambda res, needs, g: (scatter_add(g, *res), None),
+    jvp=lambda res, t, _: gather(t, res[0]),
+    vmap=_gather_vmap,
+)
+
+scatter_add: Operator = declare(
+    "scatter_add(Tensor y, Tensor index, SymInt num_rows) -> Tensor",
+    impl=scatter_add_kernel,
+    fake=lambda y, index, num_rows: y.new_empty(num_rows, *y.shape[1:]),
+    checkpoint=GATHER,
+    residuals=lambda inputs, outputs: inputs[1:],
+    vjp=lambda res, needs, g: (gather(g, res[0]), None, None),
+    jvp=lambda res, t, *_: scatter_add(t, *res),
+    vmap=_scatter_vmap,
+)
+
+
+# ---- grouped products: bilinear, closed under differentiation ----------------------------------
+
+
+def groups(offsets: torch.Tensor) -> list[tuple[int, int]]:
+    """First and last row of every group, on the host."""
+    return list(pairwise([0, *offsets.tolist()]))
+
+
+def grouped_mm_kernel(x_RI: torch.Tensor, w_eIO: torch.Tensor, offsets_e: torch.Tensor) -> torch.Tensor:
+    x_RI = x_RI.contiguous()
+    if _native(x_RI, w_eIO):
+        return torch._grouped_mm(x_RI, w_eIO, offs=offsets_e)
+    out = x_RI.new_zeros(x_RI.shape[0], w_eIO.shape[2])
+    for expert, (a, b) in enumerate(groups(offsets_e)):
+        torch.mm(x_RI[a:b], w_eIO[expert], out=out[a:b])
+    return out
+
+
+def grouped_outer_kernel(x_RI: torch.Tensor, y_RO: torch.Tensor, offsets_e: torch.Tensor) -> torch.Tensor:
+    x_RI, y_RO = x_RI.contiguous(), y_RO.contiguous()
+    if _native(x_RI, y_RO):
+        return torch._grouped_mm(x_RI.mT, y_RO, offs=offsets_e)
+    out = x_RI.new_zeros(offsets_e.shape[0], x_RI.shape[1], y_RO.shape[1])
+    for expert, (a, b) in enumerate(groups(offsets_e)):
+        if b > a:
+            torch.mm(x_RI[a:b].mT, y_RO[a:b], out=out[expert])
+    return out
+
+
+def _native(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether ``torch._grouped_mm`` is the one to use: bfloat16 on CUDA, rows of whole 16 bytes."""
+
+    def aligned(x: torch.Tensor) -> bool:
+        inner, outer = sorted(x.stride()[-2:])
+        return inner == 1 and outer * x.element_size() % 16 == 0
+
+    return a.is_cuda and a.dtype == torch.bfloat16 and a.shape[0] > 0 and aligned(a) and aligned(b)
+
+
+def _rows_by_key(offsets_Be: torch.Tensor, num_rows: int, shared: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """How the rows of a batch become rows of one grouped product.
+
+    A row's key is its expert, or (example, expert) where the weights differ per example; rows past
+    the end come last. Returns the rows in order of their keys, and where each key's rows end.
+    """
+    size, num_experts = offsets_Be.shape
+    ends_Be = offsets_Be.long()
+    passed = ends_Be.new_zeros(size, num_rows + 1).scatter_add(1, ends_Be, torch.ones_like(ends_Be))
+    key_BR = passed.cumsum(1)[:, :num_rows]  # how many experts end at or before a row
+    num_keys = num_experts if shared else size * num_experts
+    if not shared:
+        first = torch.arange(size, device=key_BR.device)[:, None] * num_experts
+        key_BR = torch.where(key_BR < num_experts, key_BR + first, num_keys)
+    key = key_BR.reshape(-1)
+    counts = key.new_zeros(num_keys + 1).scatter_add(0, key, torch.ones_like(key))[:num_keys]
+    return torch.argsort(key, stable=True), counts.cumsum(0).to(torch.int32)
+
+
+def _grouped_mm_vmap(size: int, dims: Dims, x: Any, w: Any, offsets: Any) -> Fold:
+    x, offsets = front(x, dims[0], size), front(offsets, dims[2], size)
+    order, ends = _rows_by_key(offsets, x.shape[1], shared=dims[1] is None)
+    w = w.flatten(0, 1) if dims[1] is not None else w
+
+    def unfold(outs: Tensors) -> Tensors:
+        return (scatter_add(outs[0], order, order.shape[0]).unflatten(0, (size, -1)),)
+
+    def refold(outs: Tensors) -> Tensors:
+        return (gather(outs[0].flatten(0, 1), order),)
+
+    return Fold((gather(x.flatten(0, 1), order), w, ends), unfold, refold)
+
+
+def _grouped_outer_vmap(size: int, dims: Dims, x: Any, y: Any, offsets: Any) -> Fold:
+    x, y, offsets = (front(v, d, size) for v, d in zip((x, y, offsets), dims))
+    order, ends = _rows_by_key(offsets, x.shape[1], shared=False)
+    args = gather(x.flatten(0, 1), order), gather(y.flatten(0, 1), order), ends
+    return Fold(args, unfold_rows(size), refold_rows)
+
+
+def _sum(*terms: torch.Tensor | None) -> torch.Tensor:
+    present = [t for t in terms if t is not None]
+    return present[0] if len(present) == 1 else present[0] + present[1]
+
+
+def _bilinear_jvp(op: Any) -> Any:
+    """The tangent of ``op(a, b, offsets)``, linear in ``a`` and in ``b``."""
+
+    def rule(res: tuple[Any, ...], ta: Any, tb: Any, _: Any) -> torch.Tensor:
+        a, b, offsets = res
+        return _sum(
+            None if ta is None else op()(ta, b, offsets), None if tb is None else op()(a, tb, offsets)
+        )
+
+    return rule
+
+
+def _grouped_mm_vjp(res: tuple[Any, ...], needs: Any, g: torch.Tensor) -> tuple[Any, ...]:
+    x, w, offsets = res
+    return (
+        grouped_mm(g, w.mT, offsets) if needs[0] else None,
+        grouped_outer(x, g, offsets) if needs[1] else None,
+        None,
+    )
+
+
+def _grouped_outer_vjp(res: tuple[Any, ...], needs: Any, g: torch.Tensor) -> tuple[Any, ...]:
+    x, y, offsets = res
+    return (
+        grouped_mm(y, g.mT, offsets) if needs[0] else None,
+        grouped_mm(x, g, offsets) if needs[1] else None,
+        None,
+    )
+
+
+# x (R, I) in groups, w (e, I, O) -> (R, O): each group's rows times its own matrix.
+grouped_mm: Operator = declare(
+    "grouped_mm(Tensor x, Tensor w, Tensor offsets) -> Tensor",
+    impl=grouped_mm_kernel,
+    fake=lambda x, w, offsets: x.new_empty(x.shape[0], w.shape[2]),
+    checkpoint=GROUPED_MM,
+    residuals=lambda inputs, outputs: inputs,
+    vjp=_grouped_mm_vjp,
+    jvp=_bilinear_jvp(lambda: grouped_mm),
+    vmap=_grouped_mm_vmap,
+)
+
+# x (R, I), y (R, O) in groups -> (e, I, O): each group's x transposed times its y.
+grouped_outer: Operator = declare(
+    "grouped_outer(Tensor x, Tensor y, Tensor offsets) -> Tensor",
+    impl=grouped_outer_kernel,
+    fake=lambda x, y, offsets: x.new_empty(offsets.shape[0], x.shape[1], y.shape[1]),
+    checkpoint=GROUPED_MM,
+    residuals=lambda inputs, outputs: inputs,
+    vjp=_grouped_outer_vjp,
+    jvp=_bilinear_jvp(lambda: grouped_outer),
+    vmap=_grouped_outer_vmap,
+)

@@ -1,0 +1,113 @@
+"""Summing expert outputs per row, and sending rows back to where their tokens came from."""
+
+from typing import Any
+
+import torch
+
+from ..errors import argument_error
+from .bases import accumulator, gather, gather_kernel, scatter_add, scatter_add_kernel
+from .derive import Tensors, pullback
+from .dispatch import Plan, rows_of_slots
+from .primitive import Operator, declare
+from .tape import checkpoint
+
+COMBINE = checkpoint("combine", save=True)
+REDUCE = checkpoint("reduce", save=False)
+
+
+def combine(y_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """Rows back to the devices their tokens came from, summed: the transpose of :func:`dispatch`.
+
+    =========  ==========  ===================================================================
+    y_SD       (S, D)      one output per dispatched row
+    plan                   the plan of that dispatch
+    -> y_TD    (T, D)      with all experts on this device it is ``y_SD``
+    =========  ==========  ===================================================================
+
+    Raises ``ValueError`` if ``y_SD`` hasn't one row per dispatched row.
+    """
+    check_rows("combine", "y_SD", y_SD, plan.weights_SK.shape[0])
+    return y_SD
+
+
+def reduce(y_RD: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """Weigh expert outputs and sum those of each row: the other half of :func:`expand`.
+
+    =========  ==========  ===================================================================
+    y_RD       (R, D)      one output per expanded row, grouped by expert
+    plan                   the plan the rows were expanded by
+    -> y_SD    (S, D)      zeros where no expert of a row is held here
+    =========  ==========  ===================================================================
+
+    Sums are held in float32. Rows past the last offset may hold anything, NaN included.
+
+    Raises ``ValueError`` if ``y_RD`` hasn't one row per expanded row.
+    """
+    check_rows("reduce", "y_RD", y_RD, plan.slot_R.shape[0])
+    weights = plan.weights_SK
+    if plan.score_before_experts:
+        weights = torch.ones_like(weights)
+    return weighted_sum(y_RD, weights, plan.slot_R, plan.row_SK)
+
+
+def check_rows(function: str, argument: str, rows: torch.Tensor, expected: int) -> None:
+    if rows.dim() != 2 or rows.shape[0] != expected:
+        raise argument_error(
+            function,
+            argument,
+            got=f"shape {tuple(rows.shape)}",
+            expected=f"({expected}, D), by its plan",
+            remedy="Pass the plan these rows were made with.",
+        )
+
+
+# ---- the operator and its backward -------------------------------------------------------------
+
+
+def _reference(y: torch.Tensor, weights: torch.Tensor, slot: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    wide = accumulator(y.dtype)
+    weights_R1 = gather(weights.reshape(-1), slot)[:, None].to(wide)
+    token = rows_of_slots(slot, weights.shape[1])
+    return scatter_add(y.to(wide) * weights_R1, token, weights.shape[0]).to(y.dtype)
+
+
+def weighted_sum_kernel(
+    y_RD: torch.Tensor, weights_SK: torch.Tensor, slot_R: torch.Tensor, row_SK: torch.Tensor
+) -> torch.Tensor:
+    wide = accumulator(y_RD.dtype)
+    if not y_RD.is_cuda:
+        scaled = y_RD.to(wide) * gather_kernel(weights_SK.reshape(-1), slot_R)[:, None]
+        token = rows_of_slots(slot_R, weights_SK.shape[1])
+        return scatter_add_kernel(scaled, token, weights_SK.shape[0]).to(y_RD.dtype)
+    # Gathering K times is deterministic; adding rows in place on CUDA is not.
+    out = y_RD.new_zeros(weights_SK.shape[0], y_RD.shape[1], dtype=wide)
+    for k in range(weights_SK.shape[1]):
+        out += gather_kernel(y_RD, row_SK[:, k]).to(wide) * weights_SK[:, k, None]
+    return out.to(y_RD.dtype)
+
+
+def _backward_kernel(g: Any, y: Any, weights: Any, slot: Any, row: Any) -> Tensors:
+    wide = accumulator(y.dtype)
+    g_RD = gather_kernel(g, rows_of_slots(slot, weights.shape[1])).to(wide)
+    g_weights_R = (g_RD * y).sum(1)
+    g_y = (g_RD * gather_kernel(weights.reshape(-1), slot)[:, None]).to(y.dtype)
+    return g_y, gather_kernel(g_weights_R, row.reshape(-1)).view(weights.shape).to(weights.dtype)
+
+
+weighted_sum_backward: Operator = declare(
+    "weighted_sum_backward(Tensor g, Tensor y, Tensor weights, Tensor slot, Tensor row) -> (Tensor, Tensor)",
+    impl=_backward_kernel,
+    fake=lambda g, y, weights, slot, row: (y.new_empty(y.shape), weights.new_empty(weights.shape)),
+    checkpoint=REDUCE,
+    reference=pullback(_reference),
+)
+
+# y (R, D), weights (S, K) -> (S, D): each row's outputs, weighted and summed.
+weighted_sum: Operator = declare(
+    "weighted_sum(Tensor y, Tensor weights, Tensor slot, Tensor row) -> Tensor",
+    impl=weighted_sum_kernel,
+    fake=lambda y, weights, slot, row: y.new_empty(weights.shape[0], y.shape[1]),
+    checkpoint=REDUCE,
+    vjp=lambda res, needs, g: (*weighted_sum_backward(g, *res), None, None),
+    reference=_reference,
+)

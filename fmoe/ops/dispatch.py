@@ -1,0 +1,162 @@
+"""Sending tokens to where their experts are, and laying them out by expert."""
+
+import torch
+
+from ..errors import argument_error
+from ..tree import node, static
+from .bases import gather
+from .derive import Dims, Tensors
+from .primitive import Operator, declare
+from .route import Routing
+from .tape import checkpoint
+
+DISPATCH = checkpoint("dispatch", save=True)
+
+
+@node
+class Plan:
+    """Where every dispatched row goes and comes from; a value, made by :func:`dispatch`.
+
+    ``weights_SK``  how much each expert counts for each row; differentiable
+    ``slot_R``      int64, the (row, choice) pair each expanded row holds, ``s * K + k``; -1 for none
+    ``row_SK``      int64, the expanded row of each (row, choice) pair; -1 for an expert held elsewhere
+    ``offsets_e``   int32, where each expert's rows end
+    """
+
+    weights_SK: torch.Tensor
+    slot_R: torch.Tensor
+    row_SK: torch.Tensor
+    offsets_e: torch.Tensor
+    score_before_experts: bool = static(default=False)
+
+
+def dispatch(x_TD: torch.Tensor, routing: Routing, *, axis: None = None) -> tuple[torch.Tensor, Plan]:
+    """Tokens to the devices that hold their experts, and the plan that says how.
+
+    =========  ==========  ===================================================================
+    x_TD       (T, D)      tokens, any floating dtype
+    routing                from :func:`route`, or made by hand; an expert id of -1 drops the pair
+    axis                   mesh axis the experts are spread over; ``None``: all are here
+    -> x_SD    (S, D)      rows for the experts held here; with ``axis=None`` it is ``x_TD``
+    -> plan                :class:`Plan`
+    =========  ==========  ===================================================================
+
+    Differentiable in ``x_TD`` and, through ``plan.weights_SK``, in ``routing.weights_TK``.
+
+    Raises ``ValueError`` if ``routing`` doesn't describe the rows of ``x_TD``.
+
+    >>> import fmoe, torch
+    >>> router = fmoe.RouterParams(torch.eye(2), torch.zeros(2))
+    >>> x = torch.tensor([[3.0, 1.0], [1.0, 3.0], [2.0, 1.0]])
+    >>> routing = fmoe.route(router, x, fmoe.RouterConfig(top_k=1, num_groups=1, top_groups=1))
+    >>> x_SD, plan = fmoe.dispatch(x, routing)
+    >>> plan.slot_R, plan.offsets_e
+    (tensor([0, 2, 1]), tensor([2, 3], dtype=torch.int32))
+    """
+    if axis is not None:
+        raise argument_error(
+            "dispatch",
+            "axis",
+            got=repr(axis),
+            expected="None",
+            remedy="More than one device isn't supported yet.",
+        )
+    if x_TD.dim() != 2 or routing.expert_ids_TK.shape[:1] != x_TD.shape[:1]:
+        raise argument_error(
+            "dispatch",
+            "x_TD",
+            got=f"shape {tuple(x_TD.shape)}",
+            expected=f"({routing.expert_ids_TK.shape[0]}, D), a row for each row of routing.expert_ids_TK",
+            remedy="Flatten x to (T, D) and route the same rows.",
+        )
+    ids_TK = routing.expert_ids_TK
+    slot_R, row_SK, offsets_e = layout(ids_TK, routing.counts_E.shape[0], ids_TK.numel())
+    return x_TD, Plan(routing.weights_TK, slot_R, row_SK, offsets_e, routing.score_before_experts)
+
+
+def expand(x_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """One row per (row, expert) pair held here, grouped by expert: what a custom expert runs on.
+
+    =========  ==========  ===================================================================
+    x_SD       (S, D)      rows from :func:`dispatch`
+    plan                   its plan; expert ``i``'s rows end at ``plan.offsets_e[i]``
+    -> x_RD    (R, D)      rows past the last offset are zeros
+    =========  ==========  ===================================================================
+
+    >>> import fmoe, torch
+    >>> params = fmoe.moe_init(0, dim=4, hidden_dim=8, num_experts=2)
+    >>> config = fmoe.RouterConfig(top_k=1, num_groups=1, top_groups=1)
+    >>> x = torch.randn(3, 4)
+    >>> x_SD, plan = fmoe.dispatch(x, fmoe.route(params.router, x, config))
+    >>> x_RD = fmoe.expand(x_SD, plan)
+    >>> scale_R1 = torch.searchsorted(plan.offsets_e, torch.arange(3), right=True)[:, None] + 1.0
+    >>> y = fmoe.combine(fmoe.reduce(x_RD * scale_R1, plan), plan)   # expert i multiplies by i + 1
+    >>> y.shape
+    torch.Size([3, 4])
+    """
+    x_RD = gather(x_SD, rows_of(plan))
+    if plan.score_before_experts:
+        weights_R = gather(plan.weights_SK.reshape(-1), plan.slot_R)
+        x_RD = (x_RD * weights_R[:, None]).to(x_SD.dtype)
+    return x_RD
+
+
+def rows_of(plan: Plan) -> torch.Tensor:
+    """The dispatched row each expanded row is a copy of; -1 for none."""
+    return rows_of_slots(plan.slot_R, plan.weights_SK.shape[1])
+
+
+def rows_of_slots(slot_R: torch.Tensor, top_k: int) -> torch.Tensor:
+    return torch.div(slot_R, top_k, rounding_mode="floor")
+
+
+def _layout_kernel(ids_SK: torch.Tensor, num_experts: int, num_rows: int) -> Tensors:
+    ids = ids_SK.reshape(-1)
+    if not ids.is_cuda and ids.numel() and int(ids.max()) >= num_experts:
+        raise argument_error(
+            "dispatch",
+            "routing.expert_ids_TK",
+            got=f"an expert id of {int(ids.max())}",
+            expected=f"ids below {num_experts}, the length of routing.counts_E",
+            remedy="Give counts_E one entry per expert.",
+        )
+    key = torch.where(ids < 0, num_experts, ids)
+    order = torch.argsort(key, stable=True)
+    counts = torch.bincount(key, minlength=num_experts + 1)[:num_experts]
+    offsets = counts.cumsum(0).to(torch.int32)
+    position = torch.arange(order.shape[0], device=order.device)
+    here = position < counts.sum()
+    row = torch.empty_like(order).scatter_(0, order, torch.where(here, position, -1))
+    return torch.where(here, order, -1)[:num_rows], row.view(ids_SK.shape), offsets
+
+
+def _layout_fake(ids: torch.Tensor, num_experts: int, num_rows: int) -> Tensors:
+    index = ids.new_empty
+    return (
+        index(num_rows, dtype=torch.int64),
+        index(ids.shape, dtype=torch.int64),
+        index(num_experts, dtype=torch.int32),
+    )
+
+
+def _layout_vmap(size: int, dims: Dims, ids: torch.Tensor, num_experts: int, num_rows: int) -> Tensors:
+    """One sort for the whole batch; each example has its own experts and one more for dropped pairs."""
+    num_slots, buckets = ids[0].numel(), num_experts + 1
+    example = torch.arange(size, device=ids.device)
+    wide = torch.where(ids < 0, num_experts, ids).flatten(1) + (example * buckets)[:, None]
+    slot, row, ends = layout(wide, size * buckets, size * num_slots)
+    start = (example * num_slots)[:, None]
+    slot, row = slot.view(size, -1) - start, row.view(size, -1) - start
+    ends = ends.view(size, buckets)[:, :-1] - start
+    here = torch.arange(num_slots, device=ids.device) < ends[:, -1:]
+    row = torch.where(ids.flatten(1) < 0, -1, row).view(ids.shape)
+    return torch.where(here, slot, -1)[:, :num_rows], row, ends.to(torch.int32)
+
+
+layout: Operator = declare(
+    "layout(Tensor expert_ids, SymInt num_experts, SymInt num_rows) -> (Tensor, Tensor, Tensor)",
+    impl=_layout_kernel,
+    fake=_layout_fake,
+    checkpoint=DISPATCH,
+    vmap=_layout_vmap,
+)

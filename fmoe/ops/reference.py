@@ -1,0 +1,75 @@
+"""The oracle: a MoE layer as a dense sum over all experts, in plain PyTorch.
+
+Every path of fmoe is tested against these few lines. They are slow on purpose, differentiable in
+every way PyTorch knows, and compute in the dtype of their inputs.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .experts import ExpertParams
+from .route import RouterConfig, RouterParams
+
+
+def route_reference(
+    params: RouterParams, x_TD: torch.Tensor, config: RouterConfig, ids_TK: torch.Tensor | None = None
+) -> torch.Tensor:
+    """How much each expert counts for each token, (T, E): zero where it wasn't chosen.
+
+    ``ids_TK`` fixes the choice, so that a tie or a rounding can't decide a comparison.
+    """
+    logits = x_TD @ params.weight_ED.T
+    scores = logits.sigmoid() if config.score_func == "sigmoid" else logits.softmax(-1)
+    if config.force_balance:
+        ids_TK = torch.arange(x_TD.shape[0] * config.top_k).view(-1, config.top_k) % scores.shape[1]
+    if ids_TK is None:
+        chosen = choose(scores.detach() + params.bias_E.detach(), config)
+    else:
+        chosen = (ids_TK[:, :, None] == torch.arange(scores.shape[1])).any(1)
+    weights = scores * chosen
+    if config.normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights * config.scale
+
+
+def choose(choice_TE: torch.Tensor, config: RouterConfig) -> torch.Tensor:
+    """Which experts each token uses, (T, E) bool: the best ``top_k`` of the best groups."""
+    grouped = choice_TE.unflatten(1, (config.num_groups, -1))
+    group_scores = grouped.sort(-1, descending=True).values[:, :, :2].sum(-1)
+    open_groups = among_best(group_scores, config.top_groups)
+    return among_best(torch.where(open_groups[:, :, None], grouped, -torch.inf).flatten(1), config.top_k)
+
+
+def among_best(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """True for the ``k`` greatest along the last dimension: fewer than k beat them."""
+    mine, other = scores[..., :, None], scores[..., None, :]
+    index = torch.arange(scores.shape[-1])
+    beaten = (other > mine) | ((other == mine) & (index[None, :] < index[:, None]))
+    return beaten.sum(-1) < k
+
+
+def swiglu_reference(params: Any, x: torch.Tensor) -> torch.Tensor:
+    """One expert on every token: ``w_in`` (2, F, D), ``w_out`` (D, F)."""
+    gate, up = x @ params.w_in[0].T, x @ params.w_in[1].T
+    return (F.silu(gate) * up) @ params.w_out.T
+
+
+def moe_reference(
+    params: Any, x: torch.Tensor, config: RouterConfig, ids_TK: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The whole layer: every expert on every token, weighted by :func:`route_reference`."""
+    x_TD = x.reshape(-1, x.shape[-1])
+    weights_TE = route_reference(params.router, x_TD, config, ids_TK)
+    y_TD = torch.zeros_like(x_TD)
+    for expert, weight_T in enumerate(weights_TE.unbind(1)):
+        one = ExpertParams(params.experts.w_in[expert], params.experts.w_out[expert])
+        if config.score_before_experts:
+            # x * 0 through a SwiGLU is 0, so tokens that didn't choose the expert add nothing.
+            y_TD = y_TD + swiglu_reference(one, x_TD * weight_T[:, None])
+        else:
+            y_TD = y_TD + swiglu_reference(one, x_TD) * weight_T[:, None]
+    if params.shared:
+        y_TD = y_TD + swiglu_reference(params.shared, x_TD)
+    return y_TD.reshape(x.shape)

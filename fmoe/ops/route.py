@@ -1,0 +1,229 @@
+"""Choosing experts for tokens: scores, group limits, top-k, weights."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from ..errors import argument_error
+from ..tree import node, static
+from .bases import accumulator
+from .derive import Dims, Tensors
+from .primitive import Fold, Operator, declare, front
+from .tape import checkpoint
+
+TOPK = checkpoint("topk", save=True)
+ROUTER = checkpoint("router", save=False)
+
+
+class RouterParams(NamedTuple):
+    """``weight_ED`` scores experts; ``bias_E`` (float32) is added for the choice only, never to weights."""
+
+    weight_ED: torch.Tensor
+    bias_E: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How tokens choose experts; the default is DeepSeek-V3's.
+
+    ``top_k``                 experts per token
+    ``score_func``            ``"sigmoid"`` or ``"softmax"`` of the router's logits
+    ``num_groups``            experts form this many groups of equal size, e.g. one per node
+    ``top_groups``            a token uses only its best groups; a group's score is the sum of its two best
+    ``normalize``             a token's weights sum to one before scaling
+    ``scale``                 what weights are multiplied by
+    ``score_before_experts``  weigh an expert's input instead of its output
+    ``force_balance``         choose round robin, whatever the scores: for benchmarks
+
+    Source: DeepSeek-V3, arXiv 2412.19437, equations 12 to 16, and its published configuration.
+
+    >>> RouterConfig(top_k=2, num_groups=1, top_groups=1).top_k
+    2
+    """
+
+    top_k: int = 8
+    score_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    num_groups: int = 8
+    top_groups: int = 4
+    normalize: bool = True
+    scale: float = 2.5
+    score_before_experts: bool = False
+    force_balance: bool = False
+
+    def check(self, num_experts: int, function: str) -> None:
+        """Raise ``ValueError`` unless ``num_experts`` can be routed to in this way."""
+
+        def error(argument: str, got: Any, expected: str, remedy: str) -> ValueError:
+            return argument_error(function, f"router.{argument}", got=got, expected=expected, remedy=remedy)
+
+        if self.score_func not in ("sigmoid", "softmax"):
+            raise error(
+                "score_func", repr(self.score_func), "'sigmoid' or 'softmax'", "Choose one of the two."
+            )
+        if not 1 <= self.top_k <= num_experts:
+            raise error(
+                "top_k", self.top_k, f"between 1 and the number of experts, {num_experts}", "Lower top_k."
+            )
+        if self.num_groups < 1 or num_experts % self.num_groups:
+            raise error(
+                "num_groups",
+                self.num_groups,
+                f"a divisor of the number of experts, {num_experts}",
+                "Use num_groups=1, top_groups=1 to choose among all experts.",
+            )
+        if not 1 <= self.top_groups <= self.num_groups:
+            raise error(
+                "top_groups",
+                self.top_groups,
+                f"between 1 and num_groups={self.num_groups}",
+                "Use num_groups=1, top_groups=1 to choose among all experts.",
+            )
+        reachable = num_experts // self.num_groups * self.top_groups
+        if self.top_k > reachable:
+            raise error(
+                "top_k",
+                self.top_k,
+                f"at most {reachable}, the experts that the chosen groups hold "
+                f"(top_groups={self.top_groups} of num_groups={self.num_groups}, {num_experts} experts)",
+                "Raise top_groups, or use num_groups=1, top_groups=1.",
+            )
+
+
+@node
+class Routing:
+    """Which experts each token goes to; a value, made by :func:`route` or by hand.
+
+    ``expert_ids_TK``  int64; -1 drops the pair
+    ``weights_TK``     float32 or wider; differentiable
+    ``counts_E``       int64, tokens per expert, of this device's tokens
+    ``scores_TE``      every expert's score, for statistics and auxiliary losses; differentiable
+    """
+
+    expert_ids_TK: torch.Tensor
+    weights_TK: torch.Tensor
+    counts_E: torch.Tensor
+    scores_TE: torch.Tensor
+    score_before_experts: bool = static(default=False)
+
+
+def route(router_params: RouterParams, x_TD: torch.Tensor, config: RouterConfig) -> Routing:
+    """Choose ``config.top_k`` experts for every token, and their weights.
+
+    =============  ==========  ================================================================
+    router_params              ``weight_ED`` (E, D), ``bias_E`` (E,)
+    x_TD           (T, D)      tokens, any floating dtype
+    -> Routing                 ids (T, K) int64, weights (T, K), counts (E,), scores (T, E)
+    =============  ==========  ================================================================
+
+    Arithmetic is float32 (float64 for float64 tokens) whatever the dtype of the tokens. Gradients
+    reach ``weight_ED`` and ``x_TD`` through weights and scores; that of ``bias_E`` is zero.
+
+    Raises ``ValueError`` for shapes that don't fit and for a ``config`` E experts can't satisfy.
+
+    >>> router = RouterParams(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]), torch.zeros(3))
+    >>> config = RouterConfig(top_k=2, num_groups=1, top_groups=1, scale=1.0)
+    >>> routing = route(router, torch.tensor([[4.0, 0.0]]), config)
+    >>> routing.expert_ids_TK, routing.weights_TK.sum()
+    (tensor([[0, 1]]), tensor(1.))
+    """
+    weight_ED, bias_E = router_params
+    num_experts = weight_ED.shape[0]
+    config.check(num_experts, "route")
+    if x_TD.dim() != 2 or x_TD.shape[1] != weight_ED.shape[1]:
+        raise argument_error(
+            "route",
+            "x_TD",
+            got=f"shape {tuple(x_TD.shape)}",
+            expected=f"(T, {weight_ED.shape[1]}), as weight_ED is {tuple(weight_ED.shape)}",
+            remedy="Flatten x to (T, D).",
+        )
+    logits_TE = product(x_TD, weight_ED.mT, accumulator(x_TD.dtype))
+    scores_TE = logits_TE.sigmoid() if config.score_func == "sigmoid" else logits_TE.softmax(-1)
+    if config.force_balance:
+        slot = torch.arange(x_TD.shape[0] * config.top_k, device=x_TD.device)
+        ids_TK = (slot % num_experts).view(-1, config.top_k)
+    else:
+        ids_TK = topk(scores_TE + bias_E, config.num_groups, config.top_groups, config.top_k)
+    if config.score_func == "sigmoid":  # from the chosen logits: autograd then keeps T x K, not T x E
+        weights_TK = logits_TE.gather(1, ids_TK).sigmoid()
+    else:
+        weights_TK = scores_TE.gather(1, ids_TK)
+    if config.normalize:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    ones = torch.ones_like(ids_TK).reshape(-1)
+    counts_E = ids_TK.new_zeros(num_experts).scatter_add(0, ids_TK.reshape(-1), ones)
+    return Routing(ids_TK, weights_TK * config.scale, counts_E, scores_TE, config.score_before_experts)
+
+
+# ---- operators -------------------------------------------------------------------------------
+
+
+def _topk_kernel(choice_TE: torch.Tensor, num_groups: int, top_groups: int, k: int) -> torch.Tensor:
+    if top_groups < num_groups:
+        grouped = choice_TE.unflatten(1, (num_groups, -1))
+        group_scores = grouped.topk(min(2, grouped.shape[2]), dim=2).values.sum(2)
+        best = group_scores.topk(top_groups, dim=1, sorted=False).indices
+        closed = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, best, False)
+        choice_TE = grouped.masked_fill(closed[:, :, None], -torch.inf).flatten(1)
+    return choice_TE.topk(k, dim=1).indices
+
+
+def _topk_vmap(size: int, dims: Dims, choice: torch.Tensor, *statics: int) -> Tensors:
+    return (topk(choice.flatten(0, 1), *statics).unflatten(0, (size, choice.shape[1])),)
+
+
+# choice (T, E) -> (T, k) int64: the k best experts of the best groups.
+topk: Operator = declare(
+    "topk(Tensor choice, SymInt num_groups, SymInt top_groups, SymInt k) -> Tensor",
+    impl=_topk_kernel,
+    fake=lambda choice, num_groups, top_groups, k: choice.new_empty(choice.shape[0], k, dtype=torch.int64),
+    checkpoint=TOPK,
+    vmap=_topk_vmap,
+)
+
+
+def _product_kernel(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    wide = accumulator(torch.promote_types(a.dtype, b.dtype))
+    return (a.to(wide) @ b.to(wide)).to(dtype)
+
+
+def _product_vjp(res: Any, needs: Any, g: torch.Tensor) -> tuple[Any, ...]:
+    a, b, _ = res
+    return (
+        product(g, b.mT, a.dtype) if needs[0] else None,
+        product(a.mT, g, b.dtype) if needs[1] else None,
+        None,
+    )
+
+
+def _product_jvp(res: Any, ta: Any, tb: Any, _: Any) -> torch.Tensor:
+    a, b, dtype = res
+    terms = [product(ta, b, dtype)] if ta is not None else []
+    terms += [product(a, tb, dtype)] if tb is not None else []
+    return sum(terms[1:], terms[0])
+
+
+def _product_vmap(size: int, dims: Dims, a: Any, b: Any, dtype: torch.dtype) -> Fold:
+    if dims[1] is None and b.dim() == 2:
+        rows = a.shape[1]
+        return Fold(
+            (a.flatten(0, 1), b, dtype),
+            lambda o: (o[0].unflatten(0, (size, rows)),),
+            lambda o: (o[0].flatten(0, 1),),
+        )
+    args = front(a, dims[0], size), front(b, dims[1], size), dtype
+    return Fold(args, lambda outs: outs, lambda outs: outs)
+
+
+# a (..., N, I), b (..., I, O) -> (..., N, O) in dtype, accumulated in float32: keeps a and b as they are.
+product: Operator = declare(
+    "product(Tensor a, Tensor b, ScalarType dtype) -> Tensor",
+    impl=_product_kernel,
+    fake=lambda a, b, dtype: a.new_empty(*a.shape[:-1], b.shape[-1], dtype=dtype),
+    checkpoint=ROUTER,
+    residuals=lambda inputs, outputs: inputs,
+    vjp=_product_vjp,
+    jvp=_product_jvp,
+    vmap=_product_vmap,
+)

@@ -1,0 +1,260 @@
+"""Functional optimisation: AdamW, clipping and a schedule, all of them values in, values out."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import optree
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate
+from torch.optim.adamw import adamw as torch_adamw
+
+from .errors import argument_error
+from .tree import check_tensors, dotted_names
+
+
+class AdamWState(NamedTuple):
+    """How many updates were made (float32 scalar), and both moments as trees like the params."""
+
+    step: torch.Tensor
+    exp_avg: Any
+    exp_avg_sq: Any
+
+
+class Update(Protocol):
+    """``update(params, grads, state, learning_rate, *, donate=False) -> (params, state)``."""
+
+    def __call__(
+        self, params: Any, grads: Any, state: Any, learning_rate: float, *, donate: bool = False
+    ) -> tuple[Any, Any]: ...
+
+
+class Optimizer(NamedTuple):
+    """Two pure functions: ``init(params) -> state`` and :class:`Update`."""
+
+    init: Callable[[Any], Any]
+    update: Update
+
+
+def adamw(
+    *, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.1
+) -> Optimizer:
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) with PyTorch's fused kernel.
+
+    Params, grads and both moments are trees of one structure; each leaf's tensors share shape,
+    dtype, device and, for DTensors, placements. The learning rate is a float given to each update.
+    Weight decay is for leaves of two or more dimensions. Leaves named ``bias_E``, which load
+    balancing moves, come back as they are, and their moments are empty.
+
+    ``update`` modifies nothing it is given and returns contiguous tensors that do not require grad.
+    With ``donate=True`` it writes into the memory of ``params`` and ``state``, as jax's
+    ``donate_argnums``: no copy of them is made, and the caller must not use either again.
+
+    Raises ``ValueError`` where the trees or their leaves do not match.
+
+    >>> optimizer = adamw(weight_decay=0.0)
+    >>> params = {"w": torch.ones(2, 2), "bias_E": torch.zeros(2)}
+    >>> grads = {"w": torch.ones(2, 2), "bias_E": torch.zeros(2)}
+    >>> params, state = optimizer.update(params, grads, optimizer.init(params), 0.25)
+    >>> params["w"], state.step
+    (tensor([[0.7500, 0.7500],
+            [0.7500, 0.7500]]), tensor(1.))
+    """
+    if not all(0 <= beta < 1 for beta in betas):
+        raise argument_error(
+            "adamw", "betas", got=betas, expected="two numbers in [0, 1)", remedy="Try (0.9, 0.95)."
+        )
+
+    def init(params: Any) -> AdamWState:
+        leaves = check_tensors("adamw.init", "params", params)
+        structure = optree.tree_structure(params)
+
+        def zeros() -> Any:
+            moments = [_zeros(leaf, _moves(name)) for name, leaf in zip(dotted_names(params), leaves)]
+            return optree.tree_unflatten(structure, moments)
+
+        device = leaves[0].device if leaves else None
+        return AdamWState(torch.zeros((), dtype=torch.float32, device=device), zeros(), zeros())
+
+    @torch.no_grad()
+    def update(
+        params: Any, grads: Any, state: AdamWState, learning_rate: float, *, donate: bool = False
+    ) -> tuple[Any, AdamWState]:
+        names = dotted_names(params)
+        old, g, old_m, old_v = (
+            _checked(params, names, argument, tree)
+            for argument, tree in [
+                ("params", params),
+                ("grads", grads),
+                ("state.exp_avg", state.exp_avg),
+                ("state.exp_avg_sq", state.exp_avg_sq),
+            ]
+        )
+        moves = [_moves(name) for name in names]
+        take = _reuse if donate else _copy
+        p, m, v = ([take(x) if moved else x for x, moved in zip(xs, moves)] for xs in (old, old_m, old_v))
+
+        groups: dict[Any, list[list[torch.Tensor]]] = defaultdict(list)
+        local_g = [_local(leaf).contiguous() for leaf in g]
+        for moved, *row in zip(moves, p, local_g, m, v):
+            if moved:
+                key = row[0].dtype, row[0].device, row[0].ndim >= 2
+                groups[key].append([_local(leaf) for leaf in row])
+        for (_, device, decayed), rows in groups.items():
+            ps, gs, ms, vs = map(list, zip(*rows))
+            torch_adamw(
+                *(ps, gs, ms, vs, []),
+                # The kernel counts in place, a step per tensor, so it gets copies of the one step.
+                state_steps=list(state.step.to(device).repeat(len(rows)).unbind()),
+                fused=True,
+                foreach=False,
+                amsgrad=False,
+                maximize=False,
+                beta1=betas[0],
+                beta2=betas[1],
+                lr=learning_rate,
+                weight_decay=weight_decay if decayed else 0.0,
+                eps=eps,
+            )
+        structure = optree.tree_structure(params)
+        new_params, exp_avg, exp_avg_sq = (optree.tree_unflatten(structure, leaves) for leaves in (p, m, v))
+        return new_params, AdamWState(state.step + 1, exp_avg, exp_avg_sq)
+
+    return Optimizer(init, update)
+
+
+def global_norm(grads: Any) -> torch.Tensor:
+    """The Euclidean norm of all leaves as one vector: a float32 scalar, summed in float32.
+
+    Leaves may be DTensors; those sharded alike share one collective, and the result is a plain
+    tensor with the same bits on every rank. Nothing waits for the device.
+
+    >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])})
+    tensor(5.)
+    """
+    leaves = check_tensors("global_norm", "grads", grads)
+    device = leaves[0].device if leaves else None
+    squares: dict[Any, list[torch.Tensor]] = defaultdict(list)
+    for leaf in leaves:
+        groups: tuple[Any, ...] = ()
+        if isinstance(leaf, DTensor):
+            summed = [Replicate() if p.is_partial() else p for p in leaf.placements]
+            leaf = leaf.redistribute(placements=summed)
+            groups = tuple(
+                leaf.device_mesh.get_group(i) for i, p in enumerate(summed) if not p.is_replicate()
+            )
+        squares[groups].append(torch.linalg.vector_norm(_local(leaf).float()).square().to(device))
+    total = torch.zeros((), device=device)
+    for groups, parts in squares.items():
+        part = torch.stack(parts).sum()
+        for group in groups:
+            # Gathered and then summed, in one order, so that the norm has the same bits on every rank.
+            gathered = [torch.empty_like(part) for _ in range(group.size())]
+            dist.all_gather(gathered, part, group=group)
+            part = torch.stack(gathered).sum()
+        total = total + part
+    return total.sqrt()
+
+
+def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, torch.Tensor]:
+    """Gradients scaled to a norm of at most ``max_norm``, and their norm before that.
+
+    The factor is ``min(1, max_norm / (norm + 1e-6))``, as in ``torch.nn.utils.clip_grad_norm_``
+    (Pascanu et al., arXiv:1211.5063). Leaves keep their dtype; the norm is :func:`global_norm`.
+
+    >>> clip_by_global_norm([torch.tensor([3.0, 4.0])], 1.0)
+    ([tensor([0.6000, 0.8000])], tensor(5.))
+    """
+    norm = global_norm(grads)
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return optree.tree_map(lambda g: g * factor.to(g.device), grads), norm
+
+
+def warmup_cosine(
+    step: int, *, peak: float, warmup_steps: int, total_steps: int, final: float | None = None
+) -> float:
+    """The learning rate of a step: a straight line up to ``peak``, then half a cosine to ``final``.
+
+    Steps count from 0. Step ``warmup_steps - 1`` has the peak; step ``total_steps - 1`` and all after
+    it have ``final``, by default a tenth of the peak. (Loshchilov and Hutter, arXiv:1608.03983.)
+
+    Raises ``ValueError`` unless ``0 <= warmup_steps <= total_steps``.
+
+    >>> [round(warmup_cosine(i, peak=1.0, warmup_steps=2, total_steps=6), 3) for i in range(6)]
+    [0.5, 1.0, 0.868, 0.55, 0.232, 0.1]
+    """
+    if not 0 <= warmup_steps <= total_steps:
+        raise argument_error(
+            "warmup_cosine",
+            "warmup_steps",
+            got=warmup_steps,
+            expected=f"0 to total_steps={total_steps}",
+            remedy="Warm up for fewer steps.",
+        )
+    final = 0.1 * peak if final is None else final
+    done = step + 1
+    if done <= warmup_steps:
+        return peak * done / warmup_steps
+    progress = min(1.0, (done - warmup_steps) / max(1, total_steps - warmup_steps))
+    return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _moves(name: str) -> bool:
+    return name.split(".")[-1] != "bias_E"
+
+
+def _zeros(leaf: torch.Tensor, moved: bool) -> torch.Tensor:
+    if not moved:
+        return torch.empty(0, dtype=leaf.dtype, device=leaf.device)
+    return torch.zeros_like(leaf, memory_format=torch.contiguous_format)
+
+
+# The fused kernel reads memory front to back whatever the strides, so it gets contiguous tensors only.
+def _copy(leaf: torch.Tensor) -> torch.Tensor:
+    return leaf.clone(memory_format=torch.contiguous_format)
+
+
+def _reuse(leaf: torch.Tensor) -> torch.Tensor:
+    return leaf.detach() if _local(leaf).is_contiguous() else _copy(leaf)
+
+
+def _local(leaf: torch.Tensor) -> torch.Tensor:
+    return leaf.to_local() if isinstance(leaf, DTensor) else leaf
+
+
+def _layout(leaf: Any) -> tuple[Any, ...]:
+    if not isinstance(leaf, torch.Tensor):
+        return (type(leaf).__name__,)
+    plain = leaf.dtype, tuple(leaf.shape), leaf.device
+    return (*plain, leaf.placements, leaf.device_mesh) if isinstance(leaf, DTensor) else plain
+
+
+def _checked(params: Any, names: list[str], argument: str, tree: Any) -> list[torch.Tensor]:
+    """The leaves of a tree that has the structure of params and, where they move, their layouts."""
+    (expected, structure), (leaves, theirs) = optree.tree_flatten(params), optree.tree_flatten(tree)
+    if theirs != structure:
+        missing, extra = set(names).difference(dotted_names(tree)), set(dotted_names(tree)).difference(names)
+        raise argument_error(
+            "adamw.update",
+            argument,
+            got=f"a tree with leaves missing: {sorted(missing)}, unexpected: {sorted(extra)}",
+            expected="the leaves and containers of params",
+            remedy="Differentiate, and call init on, the params you pass here.",
+        )
+    wrong = [
+        [f"{name} {' '.join(map(str, _layout(leaf)))}" for leaf in pair]
+        for name, *pair in zip(names, leaves, expected)
+        if _moves(name) and _layout(pair[0]) != _layout(pair[1])
+    ]
+    if wrong:
+        got, wanted = ("; ".join(column) for column in zip(*wrong))
+        raise argument_error(
+            "adamw.update",
+            argument,
+            got=got,
+            expected=wanted,
+            remedy="Cast or redistribute first.",
+        )
+    return leaves

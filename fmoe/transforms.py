@@ -1,0 +1,176 @@
+"""Transforms of functions: gradients on pytrees, and recomputation with policies.
+
+``torch.func``'s own ``grad``, ``vjp``, ``jvp``, ``vmap`` apply to fmoe's functions as they are; this
+module adds what PyTorch lacks: checkpointing that works inside them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import torch
+import torch.utils.checkpoint as torch_checkpoint
+
+from .errors import argument_error
+from .ops.primitive import operators
+from .ops.tape import Policy, checkpoint_names
+from .recompute import recomputing
+from .tree import check_tensors, dotted_names
+
+# ---- policies ----------------------------------------------------------------------------------
+
+
+def save(*names: str) -> Policy:
+    """The policy that keeps the outputs of the operators of these names and recomputes the rest.
+
+    Raises ``ValueError`` for a name no operator has.
+
+    >>> save("dispatch", "topk")("topk")
+    True
+    """
+    known = checkpoint_names()
+    for name in names:
+        if name not in known:
+            raise argument_error(
+                "save",
+                "names",
+                got=repr(name),
+                expected=f"names of {sorted(known)}",
+                remedy="Correct the name.",
+            )
+    return functools.partial(_is_one_of, names)  # a partial: Dynamo takes it as a constant
+
+
+def _is_one_of(names: tuple[str, ...], name: str) -> bool:
+    return name in names
+
+
+def save_nothing(name: str) -> bool:
+    """The policy that recomputes everything from the function's inputs."""
+    return False
+
+
+def save_everything(name: str) -> bool:
+    """The policy that keeps every fmoe operator's outputs; PyTorch's own operations are recomputed."""
+    return True
+
+
+def save_declared(name: str) -> bool:
+    """The default policy: each operator's own declaration. Communication and top-k are kept."""
+    return checkpoint_names()[name]
+
+
+# ---- remat -------------------------------------------------------------------------------------
+
+
+def remat(fn: Callable[..., Any], policy: Policy | None = None) -> Callable[..., Any]:
+    """``fn``, keeping for the backward only its inputs and what ``policy`` names.
+
+    ===========  ======================================================================
+    fn           a function of pytrees of tensors; everything differentiable comes in as an argument
+    policy       :func:`save`, :func:`save_nothing`, :func:`save_everything`, or any function
+                 of an operator's checkpoint name; ``None``: each operator's own declaration
+    -> function  the same values and gradients, bit for bit
+    ===========  ======================================================================
+
+    Works in plain autograd, under and around every ``torch.func`` transform, nested, and under
+    ``torch.compile``. What ``policy`` keeps is not run again. Random numbers are drawn again as they
+    were.
+
+    Raises ``ValueError`` when ``fn`` uses a differentiable tensor that isn't an argument: it would
+    get no gradient.
+
+    >>> import fmoe, torch
+    >>> params = fmoe.moe_init(0, dim=8, hidden_dim=16, num_experts=16)
+    >>> layer = fmoe.remat(fmoe.moe_forward, fmoe.save("topk"))
+    >>> grads = torch.func.grad(lambda p, x: layer(p, x).sum())(params, torch.randn(4, 8))
+    """
+    policy = policy or save_declared
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            context_fn = functools.partial(_selective_contexts, policy)
+            return torch_checkpoint.checkpoint(
+                fn, *args, use_reentrant=False, context_fn=context_fn, **kwargs
+            )
+        return recomputing(fn, policy, args, kwargs)
+
+    return call
+
+
+def _selective_contexts(policy: Policy) -> Any:
+    decide = functools.partial(_selective_policy, policy)
+    return torch_checkpoint.create_selective_checkpoint_contexts(decide)
+
+
+def _selective_policy(policy: Policy, ctx: Any, raw: Any, *args: Any, **kwargs: Any) -> Any:
+    kept = any(op.raw is raw and policy(op.checkpoint) for op in operators().values())
+    choices = torch_checkpoint.CheckpointPolicy
+    return choices.MUST_SAVE if kept else choices.PREFER_RECOMPUTE
+
+
+# ---- gradients for training loops ------------------------------------------------------------------
+
+
+def value_and_grad(
+    fn: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
+) -> Callable[..., tuple[Any, Any]]:
+    """``fn``'s value and its gradient on pytrees, by ``torch.autograd``: for training loops.
+
+    ===========  ======================================================================
+    fn           returns a scalar tensor, or ``(scalar, aux)`` with ``has_aux``
+    argnums      which positional arguments to differentiate
+    -> function  ``(value, grads)`` or ``((value, aux), grads)``; grads mirror the arguments, a tuple
+                 of them for a tuple of argnums; zeros where the value doesn't depend on a leaf
+    ===========  ======================================================================
+
+    Unlike ``torch.func.grad_and_value`` it takes compiled functions and DTensors and runs the
+    engine's ordinary backward. What is differentiated is detached first: gradients don't flow
+    through it to anything outside.
+
+    Raises ``ValueError`` for leaves that aren't floating-point tensors and values that aren't scalars.
+
+    >>> value_and_grad(lambda p: (p["w"] ** 2).sum())({"w": torch.tensor([1.0, 2.0])})
+    (tensor(5.), {'w': tensor([2., 4.])})
+    """
+    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        chosen = tuple(args[i] for i in positions)
+        leaves = check_tensors("value_and_grad", "args", chosen)
+        for name, leaf in zip(dotted_names(chosen), leaves):
+            if not leaf.is_floating_point():
+                raise argument_error(
+                    "value_and_grad",
+                    f"args.{name}",
+                    got=leaf.dtype,
+                    expected="a floating dtype",
+                    remedy="Leave it out of argnums.",
+                )
+        treedef = optree.tree_structure(chosen)
+        variables = [leaf.detach().requires_grad_() for leaf in leaves]
+        full = list(args)
+        for i, tree in zip(positions, optree.tree_unflatten(treedef, variables)):
+            full[i] = tree
+        with torch.enable_grad():
+            out = fn(*full, **kwargs)
+            value = out[0] if has_aux else out
+            if not isinstance(value, torch.Tensor) or value.numel() != 1:
+                raise argument_error(
+                    "value_and_grad",
+                    "fn",
+                    got=f"a value of shape {tuple(value.shape)}"
+                    if isinstance(value, torch.Tensor)
+                    else type(value),
+                    expected="a scalar tensor" + (" before the aux" if has_aux else ""),
+                    remedy="Sum or average it; return anything else as aux with has_aux=True.",
+                )
+            grads = torch.autograd.grad(value, variables, materialize_grads=True)
+        detached = optree.tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, out)
+        trees = optree.tree_unflatten(treedef, grads)
+        return detached, trees[0] if isinstance(argnums, int) else trees
+
+    return call

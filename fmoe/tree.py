@@ -1,0 +1,178 @@
+"""Pytrees: nodes with static fields, parameter descriptions, and dotted names.
+
+One tree of :class:`ParamSpec` gives a model's shapes, its initial values and its partition
+specs, so the three cannot drift apart.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterable
+from typing import Any, Literal, TypeVar, dataclass_transform
+
+import optree
+import torch
+import torch.utils._pytree as torch_pytree
+
+from .errors import argument_error
+
+# optree wants a namespace for every registration but its own; this is the name of "none".
+_EVERYWHERE = getattr(optree.registry, "__GLOBAL_NAMESPACE")
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True)
+def node(cls: type[T]) -> type[T]:
+    """Make a class a frozen dataclass that optree and ``torch.func`` both see as a pytree node.
+
+    Fields are children, except those declared with :func:`static`, which are part of the
+    structure: two nodes have the same treedef only if their static fields are equal.
+
+    >>> @node
+    ... class Scaled:
+    ...     x: torch.Tensor
+    ...     by: float = static(default=2.0)
+    >>> optree.tree_leaves(Scaled(torch.tensor(3)))
+    [tensor(3)]
+    """
+    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    children = [f.name for f in fields if not f.metadata.get("static")]
+    statics = [f.name for f in fields if f.metadata.get("static")]
+
+    def flatten(value: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        return [getattr(value, n) for n in children], tuple(getattr(value, n) for n in statics)
+
+    def unflatten(context: tuple[Any, ...], leaves: Iterable[Any]) -> T:
+        return cls(**dict(zip(children, leaves)), **dict(zip(statics, context)))
+
+    def flatten_with_entries(value: Any) -> tuple[list[Any], tuple[Any, ...], list[str]]:
+        return *flatten(value), children
+
+    class Entry(optree.GetAttrEntry):
+        __slots__ = ()
+
+    optree.register_pytree_node(
+        cls,
+        flatten_with_entries,
+        unflatten,
+        path_entry_type=Entry,
+        namespace=_EVERYWHERE,
+    )
+    torch_pytree.register_pytree_node(cls, flatten, lambda leaves, context: unflatten(context, leaves))
+    return cls
+
+
+def static(*, default: Any = dataclasses.MISSING) -> Any:
+    """Declare a field of a :func:`node` as part of the structure rather than a child."""
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+class P(tuple[Any, ...]):
+    """A partition spec: for each dimension a mesh axis, a tuple of axes, or ``None``.
+
+    It describes placement and is a leaf, never a pytree node.
+
+    >>> P("ep", None, ("dp", "tp"))
+    P('ep', None, ('dp', 'tp'))
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, *axes: str | tuple[str, ...] | None) -> "P":
+        return super().__new__(cls, axes)
+
+    def __repr__(self) -> str:
+        return f"P({', '.join(map(repr, self))})"
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One parameter: its shape, how it starts, and which mesh axes its dimensions lie on.
+
+    ``init`` is ``"normal"`` (standard deviation ``scale``, cut at three of them), ``"zeros"`` or
+    ``"ones"``. ``dtype`` overrides the dtype the tree is initialised with.
+    """
+
+    shape: tuple[int, ...]
+    partition: P
+    init: Literal["normal", "zeros", "ones"] = "normal"
+    scale: float = 0.02
+    dtype: torch.dtype | None = None
+
+    def materialize(self, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype or dtype, device=generator.device)
+        if self.init == "normal":
+            # Drawn in float32, so that one seed means the same parameters in every dtype.
+            draw = torch.empty(self.shape, dtype=torch.float32, device=generator.device)
+            cut = 3 * self.scale
+            torch.nn.init.trunc_normal_(draw, std=self.scale, a=-cut, b=cut, generator=generator)
+            return out.copy_(draw)
+        return out.fill_(1.0 if self.init == "ones" else 0.0)
+
+
+def param(shape: tuple[int, ...], partition: P, **how: Any) -> Any:
+    """A :class:`ParamSpec`, typed to stand in a tree where a tensor will."""
+    return ParamSpec(shape, partition, **how)
+
+
+def is_spec(value: Any) -> bool:
+    return isinstance(value, ParamSpec)
+
+
+def init_params(
+    specs: Any, seed: int | torch.Generator, *, dtype: torch.dtype, device: str | torch.device
+) -> Any:
+    """Initial values for a tree of :class:`ParamSpec`.
+
+    Every leaf draws from a generator of its own, seeded by ``seed`` and the leaf's dotted name, so
+    adding or removing a parameter changes no other. A generator gives one number, the seed; values
+    depend on the device type, as PyTorch's generators do.
+    """
+    if isinstance(seed, torch.Generator):
+        seed = int(torch.randint(2**62, (), generator=seed, device=seed.device))
+
+    def make(name: str, spec: ParamSpec) -> torch.Tensor:
+        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest))
+        return spec.materialize(generator, dtype)
+
+    leaves, treedef = optree.tree_flatten(specs, is_leaf=is_spec)
+    names = dotted_names(specs, is_leaf=is_spec)
+    return optree.tree_unflatten(treedef, [make(n, s) for n, s in zip(names, leaves)])
+
+
+def partition_specs(specs: Any) -> Any:
+    """The :class:`P` of every parameter in a tree of :class:`ParamSpec`."""
+    return optree.tree_map(lambda spec: spec.partition, specs, is_leaf=is_spec)
+
+
+def num_params(specs: Any) -> int:
+    """How many numbers a tree of :class:`ParamSpec` holds; allocates nothing."""
+    return sum(math.prod(spec.shape) for spec in optree.tree_leaves(specs, is_leaf=is_spec))
+
+
+def dotted_names(tree: Any, *, is_leaf: Any = None, none_is_leaf: bool = False) -> list[str]:
+    """Names of the leaves, in flattening order: ``layers.0.moe.experts.w_in``.
+
+    >>> dotted_names({"a": [torch.ones(1), torch.ones(2)]})
+    ['a.0', 'a.1']
+    """
+    accessors = optree.tree_accessors(tree, is_leaf=is_leaf, none_is_leaf=none_is_leaf)
+    return [".".join(str(getattr(e, "field", None) or e.entry) for e in a) for a in accessors]
+
+
+def check_tensors(function: str, argument: str, tree: Any) -> list[torch.Tensor]:
+    """The leaves of a tree, all of which must be tensors."""
+    leaves = optree.tree_leaves(tree, none_is_leaf=True)
+    for name, leaf in zip(dotted_names(tree, none_is_leaf=True), leaves):
+        if not isinstance(leaf, torch.Tensor):
+            raise argument_error(
+                function,
+                f"{argument}.{name}",
+                got=type(leaf).__name__,
+                expected="a tensor",
+                remedy="Leaves are tensors only; write an absent subtree as ().",
+            )
+    return leaves

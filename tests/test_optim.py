@@ -1,0 +1,297 @@
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hypothesis
+import hypothesis.strategies as st
+import optree
+import pytest
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
+
+from fmoe.optim import AdamWState, adamw, clip_by_global_norm, global_norm, warmup_cosine
+from fmoe.tree import dotted_names
+
+
+class Router(NamedTuple):
+    weight_ED: Any
+    bias_E: Any
+
+
+def random_tree(seed: int, dtype: torch.dtype = torch.float32) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return {
+        "layers": [
+            {"router": Router(draw(6, 5), draw(6, dtype=torch.float32)), "shared": (), "norm": draw(5)}
+            for _ in range(2)
+        ],
+        "embed": draw(7, 3, 2),
+        "scalar": draw(),
+    }
+
+
+def copied(tree: Any) -> Any:
+    return optree.tree_map(torch.clone, tree)
+
+
+def assert_same(actual: Any, expected: Any, **tolerance: float) -> None:
+    assert optree.tree_structure(actual) == optree.tree_structure(expected)
+    for name, a, e in zip(dotted_names(actual), optree.tree_leaves(actual), optree.tree_leaves(expected)):
+        tolerance = tolerance or {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(a, e, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def torch_adamw(params: Any, learning_rate: float, **options: Any) -> tuple[Any, torch.optim.AdamW]:
+    params = optree.tree_map(lambda p: p.clone().requires_grad_(), params)
+    named = dict(zip(dotted_names(params), optree.tree_leaves(params)))
+    moved = [leaf for name, leaf in named.items() if not name.endswith("bias_E")]
+    groups = [
+        {"params": [p for p in moved if p.ndim >= 2], "weight_decay": 0.3},
+        {"params": [p for p in moved if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return params, torch.optim.AdamW(groups, lr=learning_rate, betas=(0.8, 0.9), eps=1e-7, **options)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "fused"),
+    [  # Unfused, torch rounds to bfloat16 after every operation; that is another result.
+        (torch.float32, True),
+        (torch.float32, False),
+        (torch.float64, True),
+        (torch.float64, False),
+        (torch.bfloat16, True),
+    ],
+)
+def test_adamw_equals_torch(dtype: torch.dtype, fused: bool, donate: bool) -> None:
+    params = random_tree(0, dtype)
+    theirs, reference = torch_adamw(params, 0.05, fused=fused)
+    optimizer = adamw(betas=(0.8, 0.9), eps=1e-7, weight_decay=0.3)
+    state = optimizer.init(params)
+    for i in range(5):
+        grads = random_tree(i + 1, dtype)
+        for group in reference.param_groups:
+            group["lr"] = 0.05 / (i + 1)
+        for leaf, grad in zip(optree.tree_leaves(theirs), optree.tree_leaves(grads)):
+            leaf.grad = grad.clone()
+        reference.step()
+        params, state = optimizer.update(params, grads, state, 0.05 / (i + 1), donate=donate)
+    tolerance = {} if fused else {"rtol": 1e-5, "atol": 1e-6}
+    assert_same(params, optree.tree_map(torch.detach, theirs), **tolerance)
+    assert state.step.item() == 5
+    assert state.step.dtype == torch.float32
+
+
+def test_nothing_passed_in_changes() -> None:
+    params, grads = random_tree(0), random_tree(1)
+    optimizer = adamw()
+    _, state = optimizer.update(params, grads, optimizer.init(params), 0.1)
+    before = copied((params, grads, state))
+    first = optimizer.update(params, grads, state, 0.1)
+    assert_same((params, grads, state), before)
+    assert_same(optimizer.update(params, grads, state, 0.1), first)
+    assert not torch.equal(first[0]["embed"], params["embed"])
+
+
+def test_donate_reuses_the_memory_of_params_and_state() -> None:
+    params, grads = random_tree(0), random_tree(1)
+    optimizer = adamw()
+    state = optimizer.init(params)
+    kept = copied(grads)
+    expected = optimizer.update(params, grads, state, 0.1)
+    trees = params, state.exp_avg, state.exp_avg_sq
+    pointers = [leaf.data_ptr() for leaf in optree.tree_leaves(trees)]
+    new, new_state = optimizer.update(params, grads, state, 0.1, donate=True)
+    assert_same((new, new_state), expected)
+    written = optree.tree_leaves((new, new_state.exp_avg, new_state.exp_avg_sq))
+    assert [leaf.data_ptr() for leaf in written] == pointers
+    assert_same(grads, kept)
+
+
+def test_the_selection_bias_is_left_alone() -> None:
+    params, grads = random_tree(0), random_tree(1)
+    optimizer = adamw()
+    state = optimizer.init(params)
+    for donate in (False, True):
+        new, new_state = optimizer.update(params, grads, state, 0.1, donate=donate)
+        for i in range(2):
+            assert new["layers"][i]["router"].bias_E is params["layers"][i]["router"].bias_E
+            assert new_state.exp_avg["layers"][i]["router"].bias_E.numel() == 0
+            assert new_state.exp_avg_sq["layers"][i]["router"].bias_E.numel() == 0
+
+
+def test_only_matrices_decay() -> None:
+    params = {"matrix": torch.ones(2, 2), "vector": torch.ones(2)}
+    optimizer = adamw(weight_decay=0.5)
+    zero_grads = optree.tree_map(torch.zeros_like, params)
+    new, _ = optimizer.update(params, zero_grads, optimizer.init(params), 0.1)
+    assert_same(new, {"matrix": torch.full((2, 2), 0.95), "vector": torch.ones(2)})
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_strides_do_not_matter(donate: bool) -> None:
+    """The fused CPU kernel pairs numbers by their place in memory, so mixed strides are silently wrong."""
+    values, slopes = torch.randn(4, 6), torch.randn(4, 6)
+    optimizer = adamw()
+    expected, _ = optimizer.update([values], [slopes], optimizer.init([values]), 0.1)
+    strided, strided_grad = values.t().contiguous().t(), torch.randn(4, 12)[:, ::2].copy_(slopes)
+    actual, _ = optimizer.update([strided], [strided_grad], optimizer.init([strided]), 0.1, donate=donate)
+    assert_same(actual, expected)
+
+
+def test_results_do_not_require_grad() -> None:
+    params = [torch.ones(2, requires_grad=True)]
+    optimizer = adamw()
+    for donate in (False, True):
+        new, state = optimizer.update(params, [torch.ones(2)], optimizer.init(params), 0.1, donate=donate)
+        assert not any(leaf.requires_grad for leaf in optree.tree_leaves((new, state)))
+
+
+def test_trees_that_differ_are_refused() -> None:
+    params = {"a": torch.ones(2), "b": torch.ones(3)}
+    optimizer = adamw()
+    state = optimizer.init(params)
+    expected = (
+        "adamw.update: grads: got a tree with leaves missing: ['b'], unexpected: ['c'], expected the leaves "
+        "and containers of params. Differentiate, and call init on, the params you pass here."
+    )
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        optimizer.update(params, {"a": torch.ones(2), "c": torch.ones(3)}, state, 0.1)
+    with pytest.raises(ValueError, match=r"grads: got a tree with leaves missing: \['b'\]"):
+        optimizer.update(params, {"a": torch.ones(2), "b": None}, state, 0.1)
+    with pytest.raises(ValueError, match=r"state.exp_avg: got a tree with leaves missing: \['b'\]"):
+        optimizer.update(params, params, optimizer.init({"a": torch.ones(2)}), 0.1)
+    expected = (
+        "adamw.update: grads: got a torch.float64 (2,) cpu; b torch.float32 (4,) cpu, expected "
+        "a torch.float32 (2,) cpu; b torch.float32 (3,) cpu. Cast or redistribute first."
+    )
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        optimizer.update(params, {"a": torch.ones(2).double(), "b": torch.ones(4)}, state, 0.1)
+    with pytest.raises(ValueError, match=r"adamw.init: params.a: got float, expected a tensor"):
+        optimizer.init({"a": 1.0})
+    with pytest.raises(ValueError, match=r"adamw: betas: got \(0.9, 1.0\)"):
+        adamw(betas=(0.9, 1.0))
+
+
+def test_an_empty_tree() -> None:
+    params, state = adamw().update((), (), adamw().init(()), 0.1)
+    assert params == ()
+    assert state == AdamWState(torch.tensor(1.0), (), ())
+    assert global_norm(()).item() == 0.0
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_clipping_equals_torch(dtype: torch.dtype, max_norm: float) -> None:
+    grads = random_tree(0, dtype)
+    before = copied(grads)
+    theirs = [torch.nn.Parameter(torch.zeros_like(leaf)) for leaf in optree.tree_leaves(grads)]
+    for parameter, leaf in zip(theirs, optree.tree_leaves(grads)):
+        parameter.grad = leaf.clone()
+    expected = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+    clipped, norm = clip_by_global_norm(grads, max_norm)
+    torch.testing.assert_close(norm, expected.float())
+    assert norm.dtype == torch.float32
+    assert_same(optree.tree_leaves(clipped), [p.grad for p in theirs], rtol=1e-6, atol=1e-7)
+    assert_same(grads, before)
+
+
+def test_the_norm_of_bfloat16_is_summed_in_float32() -> None:
+    grads = [torch.full((1000,), 0.1, dtype=torch.bfloat16) for _ in range(10)]
+    exact = torch.cat(grads).double().norm().float()
+    torch.testing.assert_close(global_norm(grads), exact, rtol=1e-6, atol=0)
+    assert clip_by_global_norm(grads, 1.0)[0][0].dtype == torch.bfloat16
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Any:
+    store = torch.distributed.FileStore(os.fspath(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "ep"))
+    torch.distributed.destroy_process_group()
+
+
+def test_dtensors_of_several_meshes_beside_plain_tensors(mesh: Any) -> None:
+    """One rank: the same numbers in DTensors, with their placements kept."""
+    params, grads = random_tree(0), random_tree(1)
+    places = [(mesh, [Shard(0), Shard(1)]), (mesh["ep"], [Shard(0)]), (mesh, [Replicate(), Shard(0)])]
+
+    def placed(tree: Any) -> Any:
+        new = {**tree, "embed": distribute_tensor(tree["embed"], *places[0])}
+        for layer, place in zip(tree["layers"], places[1:]):
+            new["layers"] = [*new["layers"][1:], {**layer, "norm": distribute_tensor(layer["norm"], *place)}]
+        return new
+
+    def full(tree: Any) -> Any:
+        return optree.tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, tree)
+
+    optimizer = adamw()
+    expected, _ = optimizer.update(params, grads, optimizer.init(params), 0.1)
+    inputs = placed(params)
+    for donate in (False, True):
+        actual, _ = optimizer.update(inputs, placed(grads), optimizer.init(inputs), 0.1, donate=donate)
+        assert_same(full(actual), expected)
+        assert actual["embed"].placements == inputs["embed"].placements
+    clipped, norm = clip_by_global_norm(placed(grads), 0.5)
+    assert not isinstance(norm, DTensor)
+    expected_clipped, expected_norm = clip_by_global_norm(grads, 0.5)
+    torch.testing.assert_close(norm, expected_norm)
+    assert_same(full(clipped), expected_clipped, rtol=1e-6, atol=1e-7)
+
+
+def test_a_strided_shard_is_updated(mesh: Any) -> None:
+    """A DTensor may look contiguous where its local part is not."""
+    values, slopes = torch.randn(4, 6), torch.randn(4, 6)
+    strided = torch.empty(6, 4).t().copy_(values)
+    params, grads = (
+        [DTensor.from_local(local, mesh["ep"], [Shard(0)], shape=local.shape, stride=(6, 1))]
+        for local in (strided, slopes)
+    )
+    optimizer = adamw()
+    expected, _ = optimizer.update([values], [slopes], optimizer.init([values]), 0.1)
+    for donate in (False, True):
+        actual, _ = optimizer.update(params, grads, optimizer.init(params), 0.1, donate=donate)
+        assert_same([actual[0].to_local()], expected)
+
+
+def test_partial_gradients_are_refused_by_name(mesh: Any) -> None:
+    whole = distribute_tensor(torch.ones(3), mesh["ep"], [Replicate()])
+    partial = DTensor.from_local(torch.ones(3), mesh["ep"], [Partial()])
+    optimizer = adamw()
+    with pytest.raises(
+        ValueError, match=r"grads: got w .*Partial.*, expected w .*Replicate.*redistribute first"
+    ):
+        optimizer.update({"w": whole}, {"w": partial}, optimizer.init({"w": whole}), 0.1)
+    torch.testing.assert_close(global_norm([partial]), torch.tensor(3.0).sqrt())
+
+
+def test_the_schedule_at_its_corners() -> None:
+    def rate(step: int, **options: Any) -> float:
+        return warmup_cosine(step, peak=2.0, warmup_steps=4, total_steps=12, **options)
+
+    assert [rate(i) for i in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    assert rate(7) == pytest.approx(1.1)
+    assert rate(11) == pytest.approx(0.2)
+    assert rate(1000) == pytest.approx(0.2)
+    assert rate(11, final=0.0) == 0.0
+    assert warmup_cosine(4, peak=1.0, warmup_steps=5, total_steps=5) == 1.0
+    with pytest.raises(ValueError, match="warmup_cosine: warmup_steps: got 6, expected 0 to total_steps=5"):
+        warmup_cosine(0, peak=1.0, warmup_steps=6, total_steps=5)
+
+
+@hypothesis.given(st.integers(0, 50), st.integers(1, 50))
+def test_the_schedule_rises_then_falls(warmup: int, rest: int) -> None:
+    rates = [
+        warmup_cosine(i, peak=3.0, warmup_steps=warmup, total_steps=warmup + rest)
+        for i in range(warmup + rest)
+    ]
+    assert rates[:warmup] == sorted(rates[:warmup])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    assert max(rates) <= 3.0
+    assert math.isclose(rates[-1], 0.3)

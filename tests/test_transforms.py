@@ -1,0 +1,328 @@
+"""remat and its policies, value_and_grad."""
+
+import re
+from typing import NamedTuple
+
+import optree
+import pytest
+import torch
+from helpers import CONFIGS, TRANSFORMS, Example, error, random_layer, raw_calls, squared
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.func import grad, jvp, vmap
+
+import fmoe
+from fmoe.ops.reference import moe_reference
+from fmoe.ops.tape import checkpoint_names
+
+CONFIG = CONFIGS["sigmoid, groups"]
+
+
+def layer(p, x):
+    return fmoe.moe_forward(p, x, router=CONFIG)
+
+
+def remats(fn):
+    """``fn`` under every kind of policy, and nested."""
+    return {
+        "declared": fmoe.remat(fn),
+        "nothing": fmoe.remat(fn, fmoe.save_nothing),
+        "everything": fmoe.remat(fn, fmoe.save_everything),
+        "names": fmoe.remat(fn, fmoe.save("topk", "experts_grouped_mm")),
+        "callable": fmoe.remat(fn, lambda name: name.startswith("t")),
+        "nested, outer keeps": fmoe.remat(
+            lambda *a: fmoe.remat(fn, fmoe.save("topk"))(*a), fmoe.save("dispatch")
+        ),
+        "nested, inner keeps": fmoe.remat(
+            lambda *a: fmoe.remat(fn, fmoe.save("dispatch", "router"))(*a), fmoe.save_nothing
+        ),
+        "nested thrice": fmoe.remat(
+            lambda *a: fmoe.remat(lambda *b: fmoe.remat(fn)(*b), fmoe.save_nothing)(*a), fmoe.save("topk")
+        ),
+    }
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_remat_under_every_transform_equals_the_oracle(transform):
+    example = Example(random_layer(), torch.randn(7, 6, dtype=torch.float64))
+    expected = transform(squared(lambda p, x: moe_reference(p, x, CONFIG)), example)
+    for name, fn in remats(layer).items():
+        got = transform(squared(fn), example)
+        assert error(got, expected) < 1e-10, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("differentiate", [fmoe.value_and_grad, torch.func.grad_and_value])
+def test_remat_changes_no_bit(dtype, differentiate):
+    params = random_layer(dim=16, hidden=8, scale=12.0, dtype=dtype)
+    x = torch.randn(33, 16).to(dtype)
+
+    def run(fn):
+        return differentiate(lambda p, x: fn(p, x).float().pow(2).sum(), (0, 1))(params, x)
+
+    plain = run(layer)
+    for name, fn in remats(layer).items():
+        assert all(map(torch.equal, optree.tree_leaves(run(fn)), optree.tree_leaves(plain))), name
+
+
+@pytest.mark.parametrize("differentiate", [fmoe.value_and_grad, torch.func.grad_and_value])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_a_policy_keeps_runs_once(differentiate, compiled):
+    if compiled and differentiate is torch.func.grad_and_value:
+        pytest.skip("PyTorch drops derivatives in compiled torch.func; see test_primitive")
+    params, x = random_layer(), torch.randn(7, 6, dtype=torch.float64)
+    kernels = {"topk": "topk", "layout": "dispatch", "experts": "experts_grouped_mm", "product": "router"}
+
+    for name, fn in remats(layer).items():
+        if compiled:
+            torch._dynamo.reset()
+            fn = torch.compile(fn, fullgraph=True, backend="aot_eager")
+        step = differentiate(lambda p, x, fn=fn: fn(p, x).sum(), (0, 1))
+        step(params, x)
+        with raw_calls() as plain:
+            differentiate(lambda p, x: layer(p, x).sum(), (0, 1))(params, x)
+        with raw_calls() as counts:
+            step(params, x)
+        kept = {
+            "declared": {"topk", "dispatch"},
+            "nothing": set(),
+            "everything": set(checkpoint_names()),
+            "names": {"topk", "experts_grouped_mm"},
+            "callable": {"topk"},
+        }.get(name)
+        if kept is not None:
+            again = {k for k, label in kernels.items() if counts[k] > plain[k]}
+            expected = {k for k, label in kernels.items() if label not in kept}
+            assert again == expected, name
+
+
+def test_a_policy_keeps_the_bytes_it_names():
+    params, x = random_layer(dtype=torch.float32), torch.randn(7, 6)
+    params = optree.tree_map(lambda t: t.requires_grad_(), params)
+    inputs = {t.untyped_storage().data_ptr() for t in (x, *optree.tree_leaves(params))}
+
+    def kept(fn):
+        storages = {}
+
+        def pack(t):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = fn(params, x)
+        assert y.requires_grad
+        return sum(n for p, n in storages.items() if p not in inputs)
+
+    pairs, experts = 7 * 3, 8
+    ids, layout, hidden = 8 * pairs, (8 + 8) * pairs + 4 * experts, 4 * pairs * 2 * 5
+    assert kept(fmoe.remat(layer, fmoe.save_nothing)) == 0
+    assert kept(fmoe.remat(layer, fmoe.save("topk"))) == ids
+    assert kept(fmoe.remat(layer)) == ids + layout
+    assert kept(fmoe.remat(layer, fmoe.save("experts_grouped_mm"))) == hidden + 4 * 7 * 6
+
+
+# ---- what may go in and come out -----------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    a: torch.Tensor
+    b: tuple
+
+
+def test_pytrees_statics_and_unused_arguments():
+    def fn(tree, unused, power, *, label, ids):
+        assert label == "here"
+        return {"out": Pair(tree["w"] ** power, ()), "ids": ids + 1, "n": 3, "none": None}
+
+    tree, ids = {"w": torch.randn(3, dtype=torch.float64)}, torch.arange(3)
+
+    def loss(fn):
+        def call(tree, unused):
+            out = fn(tree, unused, 2, label="here", ids=ids)
+            assert out["n"] == 3 and out["none"] is None and out["out"].b == ()
+            return (out["out"].a * out["ids"]).sum()
+
+        return call
+
+    args = tree, torch.ones(2, dtype=torch.float64)
+    assert error(grad(loss(fmoe.remat(fn)), (0, 1))(*args), grad(loss(fn), (0, 1))(*args)) == 0
+    assert error(*(fmoe.value_and_grad(loss(f), (0, 1))(*args) for f in (fmoe.remat(fn), fn))) == 0
+
+
+def test_an_argument_returned_as_it_came():
+    fn = fmoe.remat(lambda x, y: (x, y.sin(), x))
+    x, y = (torch.randn(3, dtype=torch.float64) for _ in range(2))
+
+    def loss(fn):
+        def call(x, y):
+            a, b, c = fn(x, y)
+            return (a * b * c).sum()
+
+        return call
+
+    expected = grad(loss(lambda x, y: (x, y.sin(), x)), (0, 1))(x, y)
+    assert error(grad(loss(fn), (0, 1))(x, y), expected) < 1e-14
+    assert error(fmoe.value_and_grad(loss(fn), (0, 1))(x, y)[1], expected) < 1e-14
+
+
+def test_random_numbers_are_drawn_again_as_they_were():
+    def noisy(x):
+        return torch.nn.functional.dropout(x, 0.5) * torch.rand_like(x)
+
+    x = torch.randn(64, dtype=torch.float64)
+    for differentiate in (fmoe.value_and_grad, torch.func.grad_and_value):
+        results = []
+        for fn in (noisy, fmoe.remat(noisy)):
+            torch.manual_seed(7)
+            first = differentiate(lambda x, fn=fn: (fn(x) * fn(x)).sum())(x)
+            results.append((first, torch.rand(3)))  # and the generator goes on where it would
+        assert error(*results) == 0
+
+
+def test_create_graph_and_retain_graph():
+    params, x = random_layer(), torch.randn(7, 6, dtype=torch.float64)
+    results = []
+    for fn in (layer, fmoe.remat(layer)):
+        leaf = x.clone().requires_grad_()
+        y = fn(params, leaf).pow(2).sum()
+        first = torch.autograd.grad(y, leaf, retain_graph=True, create_graph=True)[0]
+        again = torch.autograd.grad(y, leaf, retain_graph=True)[0]
+        second = torch.autograd.grad(first.pow(2).sum(), leaf)[0]
+        results.append((first, again, second))
+    assert error(*results) < 1e-12
+
+
+def test_transforms_inside_the_region():
+    example = Example(random_layer(), torch.randn(7, 6, dtype=torch.float64))
+
+    def inner(p, x):
+        g = grad(lambda x: layer(p, x).pow(2).sum())(x)
+        t = jvp(lambda x: layer(p, x), (x,), (x,))[1]
+        return g + t + vmap(lambda s: layer(p, s * x))(torch.ones(2, dtype=x.dtype)).sum(0)
+
+    for name in ("grad", "vmap(grad) tokens", "jvp(grad)", "grad(grad)"):
+        got, expected = (TRANSFORMS[name](squared(fn), example) for fn in (fmoe.remat(inner), inner))
+        assert error(got, expected) < 1e-10, name
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_nesting_of_policies_equals_plain(data):
+    """Random programs of two layers with remat at random places and policies."""
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    names = sorted(checkpoint_names())
+
+    def maybe_remat(fn):
+        for _ in range(data.draw(st.integers(0, 2))):
+            fn = fmoe.remat(fn, fmoe.save(*data.draw(st.sets(st.sampled_from(names)))))
+        return fn
+
+    first, second = maybe_remat(layer), maybe_remat(layer)
+    whole = maybe_remat(lambda p, x: second(p, torch.tanh(first(p, x))))
+    plain = lambda p, x: layer(p, torch.tanh(layer(p, x)))  # noqa: E731
+    example = Example(random_layer(), torch.randn(5, 6, dtype=torch.float64))
+    transform = TRANSFORMS[data.draw(st.sampled_from(["grad", "vmap(grad) both", "grad(grad)", "jvp(grad)"]))]
+    got, expected = (transform(squared(fn), example) for fn in (whole, plain))
+    assert error(got, expected) < 1e-10
+
+
+# ---- captured tensors ----------------------------------------------------------------------------
+
+
+CAPTURED = "remat: fn: got a function that uses a differentiable tensor from outside"
+
+
+def use_natively(w, x):
+    return (x * w.sum()).sum()
+
+
+def use_in_an_operator(w, x):
+    return fmoe.experts_grouped_mm(*w, *x).sum()
+
+
+def test_captured_tensors_raise():
+    w, x = torch.randn(3), torch.randn(3)
+
+    def loss(w):
+        return fmoe.remat(lambda x: x * w)(x).sum()
+
+    with pytest.raises(ValueError, match=CAPTURED):
+        grad(loss)(w)
+    with pytest.raises(ValueError, match=CAPTURED):
+        vmap(grad(loss))(torch.randn(2, 3))
+    with pytest.raises(ValueError, match=CAPTURED):
+        jvp(loss, (w,), (w,))
+    with pytest.raises(ValueError, match=CAPTURED):
+        loss(w.requires_grad_())
+    with pytest.raises(ValueError, match=CAPTURED):
+        loss(w * 2)  # not a leaf
+    assert loss(w.detach()).shape == ()  # constants may be captured
+
+
+def test_captured_tensors_used_only_by_operators_raise():
+    params, x = random_layer(), torch.randn(5, 6, dtype=torch.float64)
+    x_SD, plan = fmoe.dispatch(x, fmoe.route(params.router, x, CONFIG))
+
+    def loss(experts):
+        return fmoe.remat(lambda x: fmoe.experts_grouped_mm(experts, x, plan))(x_SD).sum()
+
+    with pytest.raises(ValueError, match=CAPTURED):
+        grad(loss)(params.experts)
+
+
+# ---- policies --------------------------------------------------------------------------------------
+
+
+def test_declared_names_and_defaults():
+    names = checkpoint_names()
+    assert names["topk"] and names["dispatch"] and names["combine"]
+    assert not (names["experts_grouped_mm"] or names["gather"] or names["grouped_mm"])
+
+
+def test_unknown_names_raise():
+    with pytest.raises(
+        ValueError, match=re.escape("save: names: got 'dispach', expected names of ['combine',")
+    ):
+        fmoe.save("dispach")
+
+
+# ---- value_and_grad --------------------------------------------------------------------------------
+
+
+def test_value_and_grad_mirrors_its_arguments():
+    tree = {"a": torch.tensor([1.0, 2.0]), "b": (torch.tensor(3.0), ())}
+    x = torch.tensor([4.0, 5.0])
+
+    def fn(t, x, *, k):
+        return (t["a"] * x).sum() * k, {"aux": t["a"] * 2, "n": 1}
+
+    (value, aux), (g_t, g_x) = fmoe.value_and_grad(fn, (0, 1), has_aux=True)(tree, x, k=2.0)
+    assert value == 28
+    assert aux["n"] == 1 and torch.equal(aux["aux"], torch.tensor([2.0, 4.0]))
+    assert not (value.requires_grad or aux["aux"].requires_grad)
+    assert error((g_t, g_x), ({"a": x * 2, "b": (torch.tensor(0.0), ())}, torch.tensor([2.0, 4.0]))) == 0
+    with torch.no_grad():
+        assert error(fmoe.value_and_grad(fn, 1, has_aux=True)(tree, x, k=1.0)[1], tree["a"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (
+            lambda: fmoe.value_and_grad(lambda x: x)(torch.ones(2)),
+            "fn: got a value of shape (2,), expected a scalar",
+        ),
+        (
+            lambda: fmoe.value_and_grad(lambda x: 3.0)(torch.ones(2)),
+            "fn: got <class 'float'>, expected a scalar",
+        ),
+        (lambda: fmoe.value_and_grad(sum)([1.0]), "args.0.0: got float, expected a tensor"),
+        (
+            lambda: fmoe.value_and_grad(lambda x: x["i"].sum())({"i": torch.ones(2, dtype=torch.int64)}),
+            "args.0.i: got torch.int64, expected a floating dtype. Leave it out of argnums.",
+        ),
+    ],
+)
+def test_value_and_grad_errors(call, text):
+    with pytest.raises(ValueError, match=re.escape("value_and_grad: " + text)):
+        call()
