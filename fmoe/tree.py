@@ -122,7 +122,7 @@ def is_spec(value: Any) -> bool:
 
 
 def init_params(
-    specs: Any, seed: int | torch.Generator, *, dtype: torch.dtype, device: str | torch.device
+    specs: Any, seed: int | torch.Generator, *, dtype: torch.dtype, device: str | torch.device | None = None
 ) -> Any:
     """Initial values for a tree of :class:`ParamSpec`.
 
@@ -130,6 +130,7 @@ def init_params(
     adding or removing a parameter changes no other. A generator gives one number, the seed; values
     depend on the device type, as PyTorch's generators do.
     """
+    device = torch.get_default_device() if device is None else device
     if isinstance(seed, torch.Generator):
         seed = int(torch.randint(2**62, (), generator=seed, device=seed.device))
 

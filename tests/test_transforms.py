@@ -15,6 +15,8 @@ import fmoe
 from fmoe.ops.reference import moe_reference
 from fmoe.ops.tape import checkpoint_names
 
+pytestmark = pytest.mark.usefixtures("device")
+
 CONFIG = CONFIGS["sigmoid, groups"]
 
 

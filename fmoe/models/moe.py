@@ -56,7 +56,7 @@ def moe_init(
     num_experts: int,
     num_shared_experts: int = 0,
     dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     mesh: DeviceMesh | None = None,
 ) -> MoEParams:
     """Random parameters of one MoE layer.
@@ -67,6 +67,7 @@ def moe_init(
     num_experts         E
     num_shared_experts  experts every token goes through, as one SwiGLU of this many times F
     dtype               of all leaves but ``router.bias_E``, which is float32
+    device              ``None``: PyTorch's default device
     -> MoEParams        weights drawn from a normal of deviation 0.02, biases zero
     ==================  ===============================================================
 

@@ -82,8 +82,8 @@ class Operator:
             if torch._C._are_functorch_transforms_active():
                 raise TransformError(
                     f"{self.name}: a torch.func transform inside torch.compile drops custom derivatives "
-                    "(pytorch#193279). Transform outside, torch.func.grad(torch.compile(f)), or use "
-                    "fmoe.value_and_grad(torch.compile(f))."
+                    "(pytorch#193279). Use fmoe.value_and_grad(torch.compile(f)), or don't compile "
+                    "around the transform."
                 )
             out = self.traced(*args)
         else:

@@ -23,11 +23,12 @@ def route_reference(
     logits = x_TD @ params.weight_ED.T
     scores = logits.sigmoid() if config.score_func == "sigmoid" else logits.softmax(-1)
     if config.force_balance:
-        ids_TK = torch.arange(x_TD.shape[0] * config.top_k).view(-1, config.top_k) % scores.shape[1]
+        slot = torch.arange(x_TD.shape[0] * config.top_k, device=x_TD.device)
+        ids_TK = slot.view(-1, config.top_k) % scores.shape[1]
     if ids_TK is None:
         chosen = choose(scores.detach() + params.bias_E.detach(), config)
     else:
-        chosen = (ids_TK[:, :, None] == torch.arange(scores.shape[1])).any(1)
+        chosen = (ids_TK[:, :, None] == torch.arange(scores.shape[1], device=x_TD.device)).any(1)
     weights = scores * chosen
     if config.normalize:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -45,7 +46,7 @@ def choose(choice_TE: torch.Tensor, config: RouterConfig) -> torch.Tensor:
 def among_best(scores: torch.Tensor, k: int) -> torch.Tensor:
     """True for the ``k`` greatest along the last dimension: fewer than k beat them."""
     mine, other = scores[..., :, None], scores[..., None, :]
-    index = torch.arange(scores.shape[-1])
+    index = torch.arange(scores.shape[-1], device=scores.device)
     beaten = (other > mine) | ((other == mine) & (index[None, :] < index[:, None]))
     return beaten.sum(-1) < k
 

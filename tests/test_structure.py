@@ -1,0 +1,58 @@
+"""The package's shape: imports point one way, optional packages stay optional, importing is quiet."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import fmoe
+
+ROOT = pathlib.Path(fmoe.__file__).parent
+ORDER = ["errors", "tree", "ops", "recompute", "transforms", "parallel", "models"]
+OPTIONAL = {"deep_ep", "triton", "transformers", "matplotlib", "tokenizers", "safetensors", "numpy"}
+
+
+def rank(module: str) -> int:
+    return ORDER.index(module) if module in ORDER else len(ORDER)
+
+
+def imports(path: pathlib.Path) -> list[str]:
+    """Absolute names of what a file of the package imports."""
+    found = []
+    package = ["fmoe", *path.relative_to(ROOT).with_suffix("").parts[:-1]]
+    for item in ast.walk(ast.parse(path.read_text())):
+        if isinstance(item, ast.Import):
+            found += [alias.name for alias in item.names]
+        elif isinstance(item, ast.ImportFrom):
+            base = package[: len(package) - item.level + 1] if item.level else []
+            found.append(".".join([*base, item.module or ""]))
+    return found
+
+
+def test_imports_point_one_way():
+    for path in ROOT.rglob("*.py"):
+        me = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if me == "__init__":
+            continue
+        for name in imports(path):
+            if name.startswith("fmoe."):
+                assert rank(name.split(".")[1]) <= rank(me), f"{path} imports {name}"
+
+
+def test_optional_packages_are_imported_by_nobody():
+    for path in ROOT.rglob("*.py"):
+        tops = {name.split(".")[0] for name in imports(path)}
+        assert not tops & OPTIONAL, path
+
+
+def test_public_names():
+    assert len(fmoe.__all__) <= 25
+    for name in fmoe.__all__:
+        assert getattr(fmoe, name).__doc__, name
+
+
+def test_importing_is_silent():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import fmoe"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout + done.stderr == ""
