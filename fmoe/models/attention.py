@@ -1,0 +1,156 @@
+"""Multi-head latent attention: keys and values through one low-rank bottleneck.
+
+Shape letters beyond those of ``fmoe/ops``: B sequences, L positions, H heads; N, R and V are the
+dimensions of a head's query and key without position, with position, and of its value.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from ..tree import P, param
+
+FSDP = ("dp", "ep")
+
+
+class AttentionConfig(Protocol):
+    """What attention needs to know; :class:`DeepSeekV3Config` has it."""
+
+    @property
+    def dim(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def q_lora_rank(self) -> int: ...
+    @property
+    def kv_lora_rank(self) -> int: ...
+    @property
+    def qk_nope_head_dim(self) -> int: ...
+    @property
+    def qk_rope_head_dim(self) -> int: ...
+    @property
+    def v_head_dim(self) -> int: ...
+    @property
+    def rope_theta(self) -> float: ...
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def init_std(self) -> float: ...
+
+
+class LowRankQuery(NamedTuple):
+    """Queries through a bottleneck of their own: ``down`` (r, D), ``norm`` (r,), ``up`` (H * (N + R), r)."""
+
+    down: torch.Tensor
+    norm: torch.Tensor
+    up: torch.Tensor
+
+
+class AttentionParams(NamedTuple):
+    """``query`` is one matrix (H * (N + R), D) or a :class:`LowRankQuery`.
+
+    ``kv_down`` (C + R, D) gives the latent and the one rotary key all heads share; ``kv_norm`` (C,);
+    ``kv_up`` (H * (N + V), C) gives each head's key and value; ``out`` (D, H * V).
+    """
+
+    query: torch.Tensor | LowRankQuery
+    kv_down: torch.Tensor
+    kv_norm: torch.Tensor
+    kv_up: torch.Tensor
+    out: torch.Tensor
+
+
+class Rope(NamedTuple):
+    """Cosines and sines of rotary positions, float32 (L, R / 2)."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+def attention_specs(config: AttentionConfig) -> AttentionParams:
+    """Shapes, initial values and placement of one attention's parameters."""
+
+    def weight(rows: int, columns: int, partition: P) -> Any:
+        return param((rows, columns), partition, scale=config.init_std)
+
+    def norm(size: int) -> Any:
+        return param((size,), P(None), init="ones")
+
+    c = config
+    query_dim = c.num_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+    query: Any = weight(query_dim, c.dim, P("tp", FSDP))
+    if c.q_lora_rank:
+        query = LowRankQuery(
+            weight(c.q_lora_rank, c.dim, P(None, FSDP)),
+            norm(c.q_lora_rank),
+            weight(query_dim, c.q_lora_rank, P("tp", FSDP)),
+        )
+    return AttentionParams(
+        query,
+        weight(c.kv_lora_rank + c.qk_rope_head_dim, c.dim, P(None, FSDP)),
+        norm(c.kv_lora_rank),
+        weight(c.num_heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank, P("tp", FSDP)),
+        weight(c.dim, c.num_heads * c.v_head_dim, P(FSDP, "tp")),
+    )
+
+
+def attention_forward(
+    params: AttentionParams, x: torch.Tensor, rope: Rope, config: AttentionConfig
+) -> torch.Tensor:
+    """Causal multi-head latent attention.
+
+    ==========  ===========  ================================================================
+    params                   :class:`AttentionParams`
+    x           (B, L, D)    hidden states, any floating dtype
+    rope        (L, R / 2)   from :func:`rope_table`
+    -> y        (B, L, D)
+    ==========  ===========  ================================================================
+
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.1, with rotary pairs interleaved as published.
+    """
+    c, eps = config, config.norm_eps
+    if isinstance(params.query, LowRankQuery):
+        down, norm, up = params.query
+        q = F.linear(rms_norm(F.linear(x, down), norm, eps), up)
+    else:
+        q = F.linear(x, params.query)
+    q = q.unflatten(-1, (c.num_heads, -1)).transpose(1, 2)  # (B, H, L, N + R)
+    q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+    latent, k_rope = F.linear(x, params.kv_down).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+    kv = F.linear(rms_norm(latent, params.kv_norm, eps), params.kv_up)
+    kv = kv.unflatten(-1, (c.num_heads, -1)).transpose(1, 2)
+    k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
+    k_rope = rotate(k_rope.unsqueeze(1), rope).expand(-1, c.num_heads, -1, -1)
+    q, k = torch.cat([q_nope, rotate(q_rope, rope)], -1), torch.cat([k_nope, k_rope], -1)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return F.linear(y.transpose(1, 2).flatten(2), params.out)
+
+
+def rope_table(config: AttentionConfig, length: int, device: torch.device | str | None = None) -> Rope:
+    """Angles of positions 0 to ``length`` - 1, computed in float32 whatever the model's dtype."""
+    pair = torch.arange(0, config.qk_rope_head_dim, 2, dtype=torch.float32, device=device)
+    frequency = config.rope_theta ** (-pair / config.qk_rope_head_dim)
+    position = torch.arange(length, dtype=torch.float32, device=device)
+    angle = torch.outer(position, frequency)
+    return Rope(angle.cos(), angle.sin())
+
+
+def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """Rotate the pairs (0, 1), (2, 3), ... of the last dimension, by float32 angles, in ``x``'s dtype.
+
+    The pairs' first members come out first, then the second ones: queries and keys agree on it.
+    """
+    cos, sin = rope.cos.to(x.dtype), rope.sin.to(x.dtype)
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``x / rms(x) * weight``; the root mean square is taken in float32 or wider.
+
+    >>> rms_norm(torch.tensor([3.0, 4.0]), torch.ones(2), 0.0)
+    tensor([0.8485, 1.1314])
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight

@@ -1,0 +1,301 @@
+"""DeepSeek-V3: latent attention, dense first layers, mixture-of-experts layers with shared experts."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optree
+import torch
+import torch.nn.functional as F
+
+from ..errors import argument_error
+from ..ops.balance import MoEStats, update_expert_bias
+from ..ops.experts import ExpertParams
+from ..ops.route import RouterConfig
+from ..tree import P, ParamSpec, init_params, is_spec, param
+from .attention import (
+    FSDP,
+    AttentionParams,
+    Rope,
+    attention_forward,
+    attention_specs,
+    rms_norm,
+    rope_table,
+)
+from .moe import MoEParams, mlp_forward, mlp_specs, moe_forward, moe_specs
+
+
+@dataclasses.dataclass(frozen=True)
+class DeepSeekV3Config:
+    """Sizes of a model; names follow the published configuration.
+
+    ``q_lora_rank`` 0 means queries without a bottleneck. ``hidden_dim`` is that of the dense layers,
+    ``moe_hidden_dim`` that of one expert. Raises ``ValueError`` for sizes that don't fit together.
+    """
+
+    vocab_size: int
+    dim: int
+    num_layers: int
+    num_dense_layers: int
+    hidden_dim: int
+    num_heads: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    moe_hidden_dim: int
+    num_experts: int
+    num_shared_experts: int
+    router: RouterConfig
+    max_seq_len: int
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    bias_update_rate: float = 0.001
+
+    def __post_init__(self) -> None:
+        def error(name: str, expected: str, remedy: str) -> ValueError:
+            return argument_error(
+                "DeepSeekV3Config", name, got=getattr(self, name), expected=expected, remedy=remedy
+            )
+
+        for field in dataclasses.fields(self):
+            least = 0 if field.name in ("num_dense_layers", "q_lora_rank", "num_shared_experts") else 1
+            if field.type is int and getattr(self, field.name) < least:
+                raise error(field.name, f"at least {least}", "Correct it.")
+        if self.num_dense_layers > self.num_layers:
+            raise error("num_dense_layers", f"at most num_layers={self.num_layers}", "Lower it.")
+        if self.qk_rope_head_dim % 2:
+            raise error("qk_rope_head_dim", "an even number", "Rotary positions turn pairs.")
+        if self.num_dense_layers < self.num_layers:
+            self.router.check(self.num_experts, "DeepSeekV3Config")
+
+
+PRESETS = {
+    "debug": DeepSeekV3Config(
+        vocab_size=256,
+        dim=128,
+        num_layers=4,
+        num_dense_layers=1,
+        hidden_dim=384,
+        num_heads=4,
+        q_lora_rank=0,
+        kv_lora_rank=64,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        moe_hidden_dim=64,
+        num_experts=16,
+        num_shared_experts=1,
+        router=RouterConfig(top_k=4, num_groups=4, top_groups=2),
+        max_seq_len=1024,
+    ),
+}
+
+
+def preset(name: str) -> DeepSeekV3Config:
+    """A configuration by name.
+
+    >>> preset("debug").num_experts
+    16
+    """
+    if name not in PRESETS:
+        raise argument_error(
+            "preset",
+            "name",
+            got=repr(name),
+            expected=f"one of {sorted(PRESETS)}",
+            remedy="Choose one of them.",
+        )
+    return PRESETS[name]
+
+
+class LayerParams(NamedTuple):
+    """One layer; ``mlp`` is :class:`ExpertParams` in a dense layer and :class:`MoEParams` otherwise."""
+
+    attention_norm: torch.Tensor
+    attention: AttentionParams
+    mlp_norm: torch.Tensor
+    mlp: ExpertParams | MoEParams
+
+
+class ModelParams(NamedTuple):
+    """``embedding`` (vocab, D), ``layers``, ``norm`` (D,), ``head`` (vocab, D)."""
+
+    embedding: torch.Tensor
+    layers: tuple[LayerParams, ...]
+    norm: torch.Tensor
+    head: torch.Tensor
+
+
+def specs(config: DeepSeekV3Config) -> ModelParams:
+    """Shapes, initial values and placement of every parameter: a tree of ``ParamSpec``."""
+    c = config
+
+    def norm() -> Any:
+        return param((c.dim,), P(None), init="ones")
+
+    def mlp(layer: int) -> Any:
+        if layer < c.num_dense_layers:
+            return mlp_specs(c.dim, c.hidden_dim, FSDP)
+        return moe_specs(
+            dim=c.dim,
+            hidden_dim=c.moe_hidden_dim,
+            num_experts=c.num_experts,
+            num_shared_experts=c.num_shared_experts,
+        )
+
+    tree = ModelParams(
+        param((c.vocab_size, c.dim), P("tp", FSDP)),
+        tuple(LayerParams(norm(), attention_specs(c), norm(), mlp(i)) for i in range(c.num_layers)),
+        norm(),
+        param((c.vocab_size, c.dim), P("tp", FSDP)),
+    )
+    return optree.tree_map(lambda s: dataclasses.replace(s, scale=c.init_std), tree, is_leaf=is_spec)
+
+
+def init(
+    config: DeepSeekV3Config,
+    seed: int | torch.Generator,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+) -> ModelParams:
+    """Random parameters: normal of deviation ``config.init_std``, norms one, biases zero.
+
+    >>> params = init(preset("debug"), 0)
+    >>> len(params.layers), params.embedding.shape
+    (4, torch.Size([256, 128]))
+    """
+    return init_params(specs(config), seed, dtype=dtype, device=device)
+
+
+def forward(
+    params: ModelParams,
+    tokens: torch.Tensor,
+    config: DeepSeekV3Config,
+    *,
+    per_layer: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda layer: layer,
+) -> tuple[torch.Tensor, tuple[MoEStats, ...]]:
+    """Logits of every position's next token, and the statistics of every MoE layer.
+
+    ==========  ==============  =============================================================
+    params                      from :func:`init`
+    tokens      (B, L)          int64, below ``config.vocab_size``
+    per_layer                   wraps the function of one layer: ``fmoe.remat``, ``torch.compile``
+    -> logits   (B, L, vocab)   dtype of the parameters
+    -> stats                    one :class:`MoEStats` for each MoE layer
+    ==========  ==============  =============================================================
+
+    Raises ``ValueError`` for tokens of a wrong dtype or shape.
+
+    Source: arXiv 2412.19437.
+
+    >>> config = preset("debug")
+    >>> logits, stats = forward(init(config, 0), torch.randint(256, (2, 16)), config)
+    >>> logits.shape, len(stats)
+    (torch.Size([2, 16, 256]), 3)
+    """
+    check_tokens("forward", "tokens", tokens, config)
+    rope = rope_table(config, tokens.shape[1], tokens.device)
+    x = F.embedding(tokens, params.embedding)
+    # One function for all layers, so that what wraps it (a compiler, say) sees it as one.
+    layer = per_layer(_layer)
+    stats: list[MoEStats] = []
+    for layer_params in params.layers:
+        x, found = layer(layer_params, x, rope, config)
+        stats += found
+    x = rms_norm(x, params.norm, config.norm_eps)
+    return F.linear(x, params.head), tuple(stats)
+
+
+def _layer(
+    params: LayerParams, x: torch.Tensor, rope: Rope, config: DeepSeekV3Config
+) -> tuple[torch.Tensor, tuple[MoEStats, ...]]:
+    eps = config.norm_eps
+    x = x + attention_forward(params.attention, rms_norm(x, params.attention_norm, eps), rope, config)
+    normed = rms_norm(x, params.mlp_norm, eps)
+    if isinstance(params.mlp, ExpertParams):
+        return x + mlp_forward(params.mlp, normed), ()
+    y, stats = moe_forward(params.mlp, normed, router=config.router, return_stats=True)
+    return x + y, (stats,)
+
+
+def loss(
+    params: ModelParams,
+    tokens: torch.Tensor,
+    targets: torch.Tensor,
+    config: DeepSeekV3Config,
+    **options: Any,
+) -> tuple[torch.Tensor, tuple[MoEStats, ...]]:
+    """Mean cross entropy in nats, float32 or wider, and the statistics of every MoE layer.
+
+    ``tokens`` and ``targets`` are int64 (B, L); ``options`` are those of :func:`forward`. A training loop
+    differentiates it with ``fmoe.value_and_grad(loss, has_aux=True)``.
+
+    >>> config = preset("debug")
+    >>> tokens = torch.randint(256, (2, 16))
+    >>> value, stats = loss(init(config, 0), tokens, tokens, config)
+    >>> abs(value.item() - 5.5) < 0.5      # near log(256) before any training
+    True
+    """
+    check_tokens("loss", "targets", targets, config)
+    logits, stats = forward(params, tokens, config, **options)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide.flatten(0, 1), targets.flatten()), stats
+
+
+def update_biases(params: ModelParams, stats: tuple[MoEStats, ...], rate: float) -> ModelParams:
+    """New params whose routers lean towards the experts that got too few tokens in ``stats``."""
+    rest = iter(stats)
+    layers = tuple(
+        layer._replace(mlp=update_expert_bias(layer.mlp, next(rest).tokens_per_expert, rate))
+        if isinstance(layer.mlp, MoEParams)
+        else layer
+        for layer in params.layers
+    )
+    return params._replace(layers=layers)
+
+
+def num_params(config: DeepSeekV3Config) -> tuple[int, int]:
+    """Parameters in all, and those active for one token; allocates nothing.
+
+    >>> num_params(preset("debug"))
+    (1695152, 810416)
+    """
+    c = config
+
+    def count(spec: ParamSpec) -> int:
+        return math.prod(spec.shape)
+
+    tree = specs(c)
+    total = sum(map(count, optree.tree_leaves(tree, is_leaf=is_spec)))
+    experts = sum(
+        count(spec)
+        for layer in tree.layers
+        if isinstance(layer.mlp, MoEParams)
+        for spec in optree.tree_leaves(layer.mlp.experts, is_leaf=is_spec)
+    )
+    return total, total - experts + experts * c.router.top_k // c.num_experts
+
+
+def check_tokens(function: str, argument: str, tokens: torch.Tensor, config: DeepSeekV3Config) -> None:
+    """Raise ``ValueError`` unless ``tokens`` are int64 (B, L) of at most ``max_seq_len`` positions."""
+    if tokens.dtype != torch.int64 or tokens.dim() != 2:
+        raise argument_error(
+            function,
+            argument,
+            got=f"{tokens.dtype} of shape {tuple(tokens.shape)}",
+            expected="torch.int64 of shape (B, L)",
+            remedy="Convert with .long(), and give one sequence a batch dimension.",
+        )
+    if tokens.shape[1] > config.max_seq_len:
+        raise argument_error(
+            function,
+            argument,
+            got=f"{tokens.shape[1]} positions",
+            expected=f"at most max_seq_len={config.max_seq_len}",
+            remedy="Cut the sequences, or raise max_seq_len.",
+        )
