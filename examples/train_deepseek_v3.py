@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 import fmoe
-from fmoe import data, metrics, optim
+from fmoe import data, documents, metrics, optim
 from fmoe.models import deepseek_v3
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     args, console = parse(), Console()
     config = deepseek_v3.preset(args.preset)
     device = torch.device(args.device)
-    text = data.read_text(args.data or data.python_stdlib())
+    text = data.pack(documents.read_documents(args.data or documents.python_stdlib()))
     entropy = data.unigram_entropy(text)
     batches = data.batches(text, batch_size=args.batch_size, seq_len=args.seq_len, seed=args.seed)
 

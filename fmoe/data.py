@@ -1,18 +1,15 @@
-"""Byte text: every file is training data, its bytes are the tokens, and there is no tokenizer."""
+"""Token streams: documents packed into one, and batches that depend on nothing but (seed, step)."""
 
 import hashlib
 import itertools
-import os
-import sysconfig
-from collections.abc import Collection, Iterable, Iterator
-from pathlib import Path
+from array import array
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 
 from .errors import argument_error
-
-EXCLUDED_FOLDERS = frozenset({"site-packages", "test", "tests", "idlelib", "__pycache__"})
+from .tokenizer import BYTES, Tokenizer
 
 
 class Batch(NamedTuple):
@@ -22,47 +19,48 @@ class Batch(NamedTuple):
     targets: torch.Tensor
 
 
-def python_stdlib() -> Path:
-    """The folder of Python's standard library: some ten million bytes of text that every machine has."""
-    return Path(sysconfig.get_path("stdlib"))
+def pack(documents: Iterable[bytes], tokenizer: Tokenizer = BYTES) -> torch.Tensor:
+    """The tokens of all documents as one stream, with the tokenizer's separator between two.
 
+    The stream is uint8 ``(N,)`` where the vocabulary allows it, else int32: one or four bytes a token.
+    Sequences are cut out of it wherever they fall, so none is padded.
 
-def read_text(
-    paths: str | Path | Iterable[str | Path],
-    *,
-    suffix: str = ".py",
-    exclude: Collection[str] = EXCLUDED_FOLDERS,
-) -> torch.Tensor:
-    """The bytes of files, joined by newlines, as a uint8 tensor ``(num_bytes,)``.
+    Raises ``ValueError`` where there is no token.
 
-    A path to a file means that file. A path to a folder means all files below it whose names end in
-    ``suffix``, sorted by path, except in folders named in ``exclude``.
-
-    Raises ``ValueError`` where a path cannot be read or there is no text.
-
-    >>> text = read_text(python_stdlib() / "this.py")
-    >>> bytes(text[:4].tolist())
-    b's = '
+    >>> pack([b"a", b"bc"])
+    tensor([97, 10, 98, 99], dtype=torch.uint8)
     """
-    roots = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
-    files = [
-        file for root in roots for file in (_files_below(root, suffix, exclude) if root.is_dir() else [root])
-    ]
-    try:
-        text = b"\n".join(file.read_bytes() for file in files)
-    except OSError as error:
+    code, dtype = ("B", torch.uint8) if tokenizer.vocab_size <= 256 else ("i", torch.int32)
+    stream = array(code)
+    for i, document in enumerate(documents):
+        if i:
+            stream.append(tokenizer.separator)
+        stream.extend(array(code, tokenizer.encode(document)))
+    if not stream:
+        raise argument_error("pack", "documents", got="no token", expected="text", remedy="Read some.")
+    return torch.frombuffer(stream, dtype=dtype)
+
+
+def check_vocabulary(ids: torch.Tensor | Tokenizer, vocab_size: int) -> None:
+    """Raise ``ValueError`` unless the ids of a stream, or all a tokenizer can give, are in a model's vocabulary.
+
+    >>> check_vocabulary(BYTES, 256)
+    >>> check_vocabulary(torch.tensor([3, 256]), 256)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: check_vocabulary: ids: got token ids from 3 to 256, expected 0 to 255, as the model's ...
+    """
+    if isinstance(ids, torch.Tensor):
+        low, high = (int(x) for x in ids.aminmax())
+    else:
+        low, high = 0, ids.vocab_size - 1
+    if low < 0 or high >= vocab_size:
         raise argument_error(
-            "read_text", "paths", got=error, expected="readable files", remedy="Check the path."
-        ) from error
-    if not text:
-        raise argument_error(
-            "read_text",
-            "paths",
-            got=f"{len(files)} files and no text in {', '.join(map(str, roots)) or 'no path'}",
-            expected=f"at least one byte in a file, or in a folder's *{suffix} files",
-            remedy="Check the path, suffix and exclude.",
+            "check_vocabulary",
+            "ids",
+            got=f"token ids from {low} to {high}",
+            expected=f"0 to {vocab_size - 1}, as the model's vocab_size is {vocab_size}",
+            remedy="Give the model a larger vocabulary, or use another tokenizer.",
         )
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 def unigram_entropy(tokens: torch.Tensor) -> float:
@@ -123,11 +121,3 @@ def batches(
         batch_at(step, tokens, batch_size=batch_size, seq_len=seq_len, seed=seed)
         for step in itertools.count(start_step)
     )
-
-
-def _files_below(root: Path, suffix: str, exclude: Collection[str]) -> list[Path]:
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in exclude]
-        found += [Path(folder, name) for name in names if name.endswith(suffix)]
-    return sorted(found)

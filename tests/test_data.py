@@ -1,60 +1,55 @@
 import itertools
 import math
-from pathlib import Path
+import re
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
 
-from fmoe.data import batch_at, batches, python_stdlib, read_text, unigram_entropy
+from fmoe.data import batch_at, batches, check_vocabulary, pack, unigram_entropy
+from fmoe.tokenizer import Tokenizer
 
 
-def written(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return folder
+def word_tokenizer(documents: list[bytes], vocab_size: int = 1000) -> Tokenizer:
+    words = sorted({word for document in documents for word in document.split()})
+    return Tokenizer(
+        lambda text: [words.index(word) for word in text.split()],
+        lambda ids: " ".join(words[i].decode() for i in ids),
+        vocab_size,
+        separator=vocab_size - 1,
+    )
 
 
-def text(tokens: torch.Tensor) -> bytes:
-    assert tokens.dtype == torch.uint8
-    return bytes(tokens.tolist())
+def test_documents_are_packed_with_a_separator_between_two() -> None:
+    stream = pack([b"B", b"", b"\xff\x00"])
+    assert stream.dtype == torch.uint8
+    assert bytes(stream.tolist()) == b"B\n\n\xff\x00"
+    documents = [b"to be or", b"not to be"]
+    stream = pack(documents, word_tokenizer(documents))
+    assert stream.dtype == torch.int32, "four bytes a token"
+    assert stream.tolist() == [3, 0, 2, 999, 1, 3, 0]
+    with pytest.raises(ValueError, match="pack: documents: got no token, expected text"):
+        pack([b""], word_tokenizer([]))
 
 
-def test_a_folder_is_read_in_order_without_what_is_excluded(tmp_path: Path) -> None:
-    files = {
-        "b.py": b"B",
-        "a/z.py": b"AZ\n",
-        "a/tests/t.py": b"test",
-        "a/__pycache__/c.py": b"cache",
-        "site-packages/p.py": b"package",
-        "notes.txt": b"notes\xff",
-    }
-    folder = written(tmp_path / "tests", files)
-    assert text(read_text(folder)) == b"AZ\n\nB"
-    assert text(read_text(str(folder), suffix=".txt")) == b"notes\xff"
-    assert text(read_text(folder, exclude=["a", "site-packages"])) == b"B"
-    assert text(read_text([folder / "notes.txt", folder])) == b"notes\xff\nAZ\n\nB"
+@hypothesis.given(st.lists(st.binary(min_size=1).filter(lambda text: b"\n" not in text), min_size=1))
+def test_packing_loses_nothing(documents: list[bytes]) -> None:
+    assert bytes(pack(documents).tolist()).split(b"\n") == documents
 
 
-def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"read_text: paths: got .*No such file.*absent.*, expected readable files"
-    ):
-        read_text(tmp_path / "absent")
-    written(tmp_path, {"empty.py": b""})
-    with pytest.raises(ValueError, match=r"got 1 files and no text in .*, expected .* folder's \*\.py files"):
-        read_text(tmp_path)
-    with pytest.raises(ValueError, match="got 0 files and no text in no path"):
-        read_text([])
-
-
-def test_the_standard_library_is_text_enough() -> None:
-    tokens = read_text(python_stdlib() / "json")
-    assert b"class JSONDecoder" in text(tokens)
-    assert 2.5 < unigram_entropy(tokens) < 4.0
-    assert (python_stdlib() / "argparse.py").is_file()
+def test_ids_beyond_the_vocabulary_are_refused() -> None:
+    check_vocabulary(torch.tensor([0, 299], dtype=torch.int32), 300)
+    expected = (
+        "check_vocabulary: ids: got token ids from 2 to 300, expected 0 to 299, as the model's vocab_size "
+        "is 300. Give the model a larger vocabulary, or use another tokenizer."
+    )
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        check_vocabulary(torch.tensor([2, 300], dtype=torch.int32), 300)
+    with pytest.raises(ValueError, match="got token ids from -1 to 1"):
+        check_vocabulary(torch.tensor([1, -1]), 300)
+    with pytest.raises(ValueError, match="got token ids from 0 to 999, expected 0 to 255"):
+        check_vocabulary(word_tokenizer([]), 256)
 
 
 def test_entropy_by_hand() -> None:

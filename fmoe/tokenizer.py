@@ -1,0 +1,68 @@
+"""From text to token ids and back: bytes, or a ``tokenizer.json``."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .errors import argument_error
+
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>", "[SEP]")
+
+
+class Tokenizer(NamedTuple):
+    """Two pure functions, the number of ids, and the id that is put between documents."""
+
+    encode: Callable[[bytes], Sequence[int]]
+    decode: Callable[[Sequence[int]], str]
+    vocab_size: int
+    separator: int
+
+
+# A token is a byte and a newline separates documents; decoding replaces what isn't UTF-8.
+BYTES = Tokenizer(bytes, lambda ids: bytes(ids).decode(errors="replace"), 256, ord("\n"))
+
+
+def load_tokenizer(path: str | Path, *, separator: str | None = None) -> Tokenizer:
+    """The tokenizer of a ``tokenizer.json``, through the package ``tokenizers``.
+
+    ============  =============================================================================
+    path          a file as ``tokenizers`` and ``transformers`` write it
+    separator     the token between documents; ``None``: the vocabulary's usual end of text
+    -> Tokenizer  encodes UTF-8 (what isn't becomes U+FFFD) without adding special tokens
+    ============  =============================================================================
+
+    Raises ``ImportError`` without the package, and ``ValueError`` for a file it cannot read or a
+    vocabulary without the separator.
+    """
+    try:
+        tokenizers: Any = importlib.import_module("tokenizers")
+    except ImportError as error:
+        raise ImportError(
+            f"load_tokenizer: reading {path} needs the package tokenizers. "
+            "Install it with: pip install 'fmoe[tokenizers]'. Without it, train on bytes."
+        ) from error
+    try:
+        # The package raises plain Exception for everything.
+        loaded = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise argument_error(
+            "load_tokenizer", "path", got=f"{path}: {error}", expected="a tokenizer.json", remedy="Check it."
+        ) from error
+    names = END_OF_TEXT if separator is None else (separator,)
+    found = [i for i in map(loaded.token_to_id, names) if i is not None]
+    if not found:
+        raise argument_error(
+            "load_tokenizer",
+            "separator",
+            got=repr(separator),
+            expected=f"a token of {path}" + (f", which has none of {names}" if separator is None else ""),
+            remedy="Name the token that shall stand between documents.",
+        )
+    return Tokenizer(
+        lambda text: loaded.encode(text.decode(errors="replace"), add_special_tokens=False).ids,
+        lambda ids: loaded.decode(list(ids), skip_special_tokens=False),
+        # Ids may have gaps, so this is one more than the largest and not their number.
+        1 + max(loaded.get_vocab(with_added_tokens=True).values()),
+        found[0],
+    )
