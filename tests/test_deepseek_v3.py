@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import error
 from torch.func import grad, vmap
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
 
 import fmoe
@@ -77,6 +78,7 @@ def theirs(config):
             rms_norm_eps=config.norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             attn_implementation="eager",
+            experts_implementation="eager",
         )
     )
 
@@ -242,3 +244,14 @@ ERRORS = {
 def test_bad_input_is_named(text, call):
     with pytest.raises(ValueError, match=re.escape(text)):
         call()
+
+
+@pytest.mark.parametrize("q_lora_rank", [0, 7])
+def test_flops_are_those_transformers_does(q_lora_rank):
+    config = dataclasses.replace(TINY, q_lora_rank=q_lora_rank)
+    model, batch = theirs(config), tokens(config)
+    with FlopCounterMode(display=False) as counted:
+        model(batch, labels=batch).loss.backward()
+    # Its attention computes all keys and masks half of them; a causal one of 2 L - 1 keys does as much.
+    length = 2 * batch.shape[1] - 1
+    assert deepseek_v3.flops_per_token(config, length) * batch.numel() == counted.get_total_flops()

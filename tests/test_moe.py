@@ -60,6 +60,7 @@ def test_any_sizes_equal_the_oracle(data):
         top_k=data.draw(st.integers(1, experts // groups * top_groups), "k"),
         num_groups=groups,
         top_groups=top_groups,
+        group_best=data.draw(st.integers(1, 3), "group best"),
         score_func=data.draw(st.sampled_from(["sigmoid", "softmax"])),
         normalize=data.draw(st.booleans()),
         scale=data.draw(st.sampled_from([1.0, 2.5])),
@@ -423,6 +424,10 @@ ERRORS = {
     "more top groups than groups": (
         lambda: routed(num_groups=2, top_groups=3),
         "route: router.top_groups: got 3, expected between 1 and num_groups=2.",
+    ),
+    "group score of no expert": (
+        lambda: routed(group_best=0),
+        "route: router.group_best: got 0, expected at least 1. DeepSeek-V3 has 2, DeepSeek-V2 1.",
     ),
     "score function": (
         lambda: routed(score_func="relu"),
