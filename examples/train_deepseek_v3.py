@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 import fmoe
-from fmoe import data, documents, metrics, optim
+from fmoe import data, documents, metrics, optim, schedules
 from fmoe.models import deepseek_v3
 
 
@@ -83,7 +83,7 @@ def main() -> None:
         lambda p, x, y: deepseek_v3.loss(p, x, y, config, per_layer=wrap), has_aux=True
     )
     schedule = functools.partial(
-        optim.warmup_cosine,
+        schedules.warmup_cosine,
         peak=args.learning_rate,
         warmup_steps=max(1, args.steps // 20),
         total_steps=args.steps,

@@ -42,7 +42,7 @@ def pack(documents: Iterable[bytes], tokenizer: Tokenizer = BYTES) -> torch.Tens
 
 
 def check_vocabulary(ids: torch.Tensor | Tokenizer, vocab_size: int) -> None:
-    """Raise ``ValueError`` unless the ids of a stream, or all a tokenizer can give, are in a model's vocabulary.
+    """Raise ``ValueError`` unless the ids of a stream, or of a tokenizer, are in a model's vocabulary.
 
     >>> check_vocabulary(BYTES, 256)
     >>> check_vocabulary(torch.tensor([3, 256]), 256)  # doctest: +ELLIPSIS

@@ -1,6 +1,5 @@
-"""Functional optimisation: AdamW, clipping and a schedule, all of them values in, values out."""
+"""Functional optimisation: AdamW and clipping, values in, values out."""
 
-import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -72,7 +71,7 @@ def adamw(
         structure = optree.tree_structure(params)
 
         def zeros() -> Any:
-            moments = [_zeros(leaf, _moves(name)) for name, leaf in zip(dotted_names(params), leaves)]
+            moments = [_zeros(leaf, is_trained(name)) for name, leaf in zip(dotted_names(params), leaves)]
             return optree.tree_unflatten(structure, moments)
 
         device = leaves[0].device if leaves else None
@@ -92,7 +91,7 @@ def adamw(
                 ("state.exp_avg_sq", state.exp_avg_sq),
             ]
         )
-        moves = [_moves(name) for name in names]
+        moves = [is_trained(name) for name in names]
         take = _reuse if donate else _copy
         p, m, v = ([take(x) if moved else x for x, moved in zip(xs, moves)] for xs in (old, old_m, old_v))
 
@@ -162,46 +161,19 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, torch.Tensor]
     """Gradients scaled to a norm of at most ``max_norm``, and their norm before that.
 
     The factor is ``min(1, max_norm / (norm + 1e-6))``, as in ``torch.nn.utils.clip_grad_norm_``
-    (Pascanu et al., arXiv:1211.5063). Leaves keep their dtype; the norm is :func:`global_norm`.
+    (Pascanu et al., arXiv:1211.5063), but where the norm isn't finite the gradients stay as they are, so
+    that one can see which is at fault. Leaves keep their dtype; the norm is :func:`global_norm`.
 
     >>> clip_by_global_norm([torch.tensor([3.0, 4.0])], 1.0)
     ([tensor([0.6000, 0.8000])], tensor(5.))
     """
     norm = global_norm(grads)
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
     return optree.tree_map(lambda g: g * factor.to(g.device), grads), norm
 
 
-def warmup_cosine(
-    step: int, *, peak: float, warmup_steps: int, total_steps: int, final: float | None = None
-) -> float:
-    """The learning rate of a step: a straight line up to ``peak``, then half a cosine to ``final``.
-
-    Steps count from 0. Step ``warmup_steps - 1`` has the peak; step ``total_steps - 1`` and all after
-    it have ``final``, by default a tenth of the peak. (Loshchilov and Hutter, arXiv:1608.03983.)
-
-    Raises ``ValueError`` unless ``0 <= warmup_steps <= total_steps``.
-
-    >>> [round(warmup_cosine(i, peak=1.0, warmup_steps=2, total_steps=6), 3) for i in range(6)]
-    [0.5, 1.0, 0.868, 0.55, 0.232, 0.1]
-    """
-    if not 0 <= warmup_steps <= total_steps:
-        raise argument_error(
-            "warmup_cosine",
-            "warmup_steps",
-            got=warmup_steps,
-            expected=f"0 to total_steps={total_steps}",
-            remedy="Warm up for fewer steps.",
-        )
-    final = 0.1 * peak if final is None else final
-    done = step + 1
-    if done <= warmup_steps:
-        return peak * done / warmup_steps
-    progress = min(1.0, (done - warmup_steps) / max(1, total_steps - warmup_steps))
-    return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def _moves(name: str) -> bool:
+def is_trained(name: str) -> bool:
+    """Whether a leaf of this dotted name is the optimiser's to move; load balancing moves ``bias_E``."""
     return name.split(".")[-1] != "bias_E"
 
 
@@ -246,7 +218,7 @@ def _checked(params: Any, names: list[str], argument: str, tree: Any) -> list[to
     wrong = [
         [f"{name} {' '.join(map(str, _layout(leaf)))}" for leaf in pair]
         for name, *pair in zip(names, leaves, expected)
-        if _moves(name) and _layout(pair[0]) != _layout(pair[1])
+        if is_trained(name) and _layout(pair[0]) != _layout(pair[1])
     ]
     if wrong:
         got, wanted = ("; ".join(column) for column in zip(*wrong))

@@ -114,5 +114,5 @@ def test_a_split_without_text_on_both_sides_is_refused() -> None:
     with pytest.raises(ValueError, match=r"hold_out: share: got 1, expected a number in \[0, 1\)"):
         hold_out([b"text"], 1)
     for documents in ([b"short"], [b"", b""], []):
-        with pytest.raises(ValueError, match="hold_out: documents: got .* is none, expected text for both"):
+        with pytest.raises(ValueError, match=r"hold_out: documents: got .* is none, expected text for both"):
             hold_out(documents, 0.01)

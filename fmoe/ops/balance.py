@@ -1,5 +1,6 @@
 """Keeping experts evenly loaded without an auxiliary loss, and measuring how even they are."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,17 +26,26 @@ class MoEStats(NamedTuple):
 
 def moe_stats(routing: Routing) -> MoEStats:
     """Statistics of one routing; no gradient flows through them."""
-    counts = routing.counts_E
     scores = routing.scores_TE.detach().float()
     share = scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
     entropy = torch.special.entr(share).sum(-1)
+    return _of_counts(routing.counts_E, entropy.sum() / max(1, entropy.shape[0]))
+
+
+def merge_stats(parts: Sequence[MoEStats]) -> MoEStats:
+    """The statistics of one layer over several batches of the same number of tokens.
+
+    >>> parts = [_of_counts(torch.tensor(counts), torch.tensor(0.5)) for counts in ([3, 1], [0, 4])]
+    >>> merge_stats(parts)[:3]
+    (tensor([3, 5]), tensor(1.2500), tensor(0))
+    """
+    counts = torch.stack([part.tokens_per_expert for part in parts]).sum(0)
+    return _of_counts(counts, torch.stack([part.router_entropy for part in parts]).mean())
+
+
+def _of_counts(counts: torch.Tensor, router_entropy: torch.Tensor) -> MoEStats:
     mean = counts.float().mean().clamp_min(1e-20)
-    return MoEStats(
-        tokens_per_expert=counts,
-        overload=counts.max() / mean,
-        empty_experts=(counts == 0).sum(),
-        router_entropy=entropy.sum() / max(1, entropy.shape[0]),
-    )
+    return MoEStats(counts, counts.max() / mean, (counts == 0).sum(), router_entropy)
 
 
 def update_expert_bias(params: Any, counts_E: torch.Tensor, rate: float) -> Any:
