@@ -1,0 +1,45 @@
+"""Reading PyTorch's distributed checkpoints without running what a pickle may ask for."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+# All that PyTorch's index of a checkpoint of tensors names; the rest of its classes isn't needed.
+_METADATA = "torch.distributed.checkpoint.metadata"
+KNOWN = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    (_METADATA, "ChunkStorageMetadata"),
+    (_METADATA, "Metadata"),
+    (_METADATA, "MetadataIndex"),
+    (_METADATA, "StorageMeta"),
+    (_METADATA, "TensorProperties"),
+    (_METADATA, "TensorStorageMetadata"),
+    (_METADATA, "_MEM_FORMAT_ENCODING"),
+}
+PATHS = {"PosixPath", "WindowsPath"}
+
+
+class PlainReader(dcp.FileSystemReader):
+    """PyTorch's reader, whose index is unpickled from known classes only; tensors are ``weights_only``."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        with Path(self.path, ".metadata").open("rb") as file:
+            metadata = IndexUnpickler(file).load()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class IndexUnpickler(pickle.Unpickler):
+    """An unpickler of such indices; raises ``UnpicklingError`` for anything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        a_path = module.split(".")[0] == "pathlib" and name in PATHS
+        a_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not (a_path or a_dtype or (module, name) in KNOWN):
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in the index of a checkpoint")
+        return super().find_class(module, name)
