@@ -3,14 +3,16 @@
     python examples/train_deepseek_v3.py
 
 With the defaults it takes about two minutes on two CPU cores, and leaves metrics (JSONL) and a picture
-of the loss curve (SVG) in ``runs/debug``.
+of the loss curve (SVG) in ``runs/debug``. With ``--save-every 100`` it also leaves checkpoints there, and
+the same command with ``--resume`` goes on from the newest, to the same bits as if nothing had happened.
 """
 
 import argparse
+import dataclasses
 import functools
-import math
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,13 @@ import torch
 from rich.console import Console
 
 import fmoe
-from fmoe import data, documents, metrics, optim, schedules
+from fmoe import checkpoint, data, documents, gradients, metrics, optim, plot, schedules
 from fmoe.models import deepseek_v3
+from fmoe.models.sampling import sample
+from fmoe.tokenizer import BYTES, Tokenizer, load_tokenizer
+
+DTYPES = ["float32", "bfloat16", "float64"]
+HELD_OUT_BATCHES = 8
 
 
 def parse() -> argparse.Namespace:
@@ -28,18 +35,35 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--preset", default="debug", help="model configuration")
-    add("--data", type=Path, default=None, help="file or folder of .py files; default: the standard library")
+    add("--vocab-size", type=int, default=None, help="instead of the preset's")
+    add("--data", type=Path, nargs="+", default=[documents.python_stdlib()], help="files and folders")
+    add("--suffix", default=".py", help="of the files in folders; a .jsonl file has a document a line")
+    add("--field", default="text", help="of a JSONL line")
+    add("--tokenizer", type=Path, default=None, help="a tokenizer.json; default: bytes")
     add("--steps", type=int, default=260)
     add("--batch-size", type=int, default=16, help="sequences a step")
-    add("--seq-len", type=int, default=256, help="bytes a sequence")
+    add("--micro-batches", type=int, default=1, help="parts a step's batch is computed in")
+    add("--seq-len", type=int, default=256, help="tokens a sequence")
+    add(
+        "--schedule", choices=["cosine", "stable"], default="cosine", help="stable: decay over the last fifth"
+    )
     add("--learning-rate", type=float, default=3e-3, help="peak, after warm-up")
     add("--max-norm", type=float, default=1.0, help="gradients are clipped to this global norm")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
+    add("--dtype", choices=DTYPES, default="float32", help="of parameters and optimiser")
+    add("--compute-dtype", choices=DTYPES, default=None, help="of the model's arithmetic; default: --dtype")
     add("--remat", default="none", help="none, full, default, or save:NAME,NAME: what layers recompute")
     add("--compile", action="store_true", help="compile each layer with torch.compile")
-    add("--out", type=Path, default=None, help="folder of metrics and picture; default: runs/PRESET")
+    add("--eval-every", type=int, default=0, help="steps between evaluations on held-out text; 0: none")
+    add("--held-out", type=float, default=0.05, help="with --eval-every: share of the text not trained on")
+    add("--save-every", type=int, default=0, help="steps between checkpoints; 0: none")
+    add("--keep", type=int, default=2, help="how many checkpoints to keep")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one")
+    add("--sample", default=None, metavar="PROMPT", help="print what the model makes of this in the end")
+    add("--sample-tokens", type=int, default=300)
+    add("--temperature", type=float, default=0.7, help="of --sample; 0: the likeliest token")
+    add("--out", type=Path, default=None, help="folder of all that is left; default: runs/PRESET")
     args = parser.parse_args()
     args.out = args.out or Path("runs", args.preset)
     return args
@@ -61,74 +85,106 @@ def per_layer(args: argparse.Namespace) -> Callable[[Callable[..., Any]], Callab
     return lambda layer: functools.reduce(lambda f, wrap: wrap(f), wrappers, layer)
 
 
+def read_data(args: argparse.Namespace, tokenizer: Tokenizer) -> list[torch.Tensor]:
+    """The stream to train on and, with ``--eval-every``, the one held out."""
+    texts = documents.read_documents(args.data, suffix=args.suffix, field=args.field)
+    sides = documents.hold_out(texts, args.held_out if args.eval_every else 0.0)
+    return [data.pack(side, tokenizer) for side in sides if side]
+
+
+def schedule(args: argparse.Namespace) -> Callable[[int], float]:
+    options = dict(peak=args.learning_rate, warmup_steps=max(1, args.steps // 20), total_steps=args.steps)
+    if args.schedule == "cosine":
+        return functools.partial(schedules.warmup_cosine, **options)
+    return functools.partial(schedules.warmup_stable_decay, decay_steps=args.steps // 5, **options)
+
+
+def start(args: argparse.Namespace, state: Any, run: Any) -> checkpoint.Loaded:
+    """The state to begin with: with ``--resume`` that of the newest checkpoint."""
+    newest = checkpoint.latest(args.out)
+    if newest and args.resume:
+        return checkpoint.load(newest, state, run=run, donate=True)
+    if newest and args.save_every:
+        raise SystemExit(f"{newest} is of an earlier run. Pass --resume, delete it, or choose another --out.")
+    return checkpoint.Loaded(state, 0)
+
+
+@torch.no_grad()
+def mean_loss(loss_of: Callable[..., Any], params: Any, batches: Iterable[data.Batch]) -> float:
+    losses = [loss_of(params, *(t.to(params.head.device) for t in batch))[0].item() for batch in batches]
+    return sum(losses) / len(losses)
+
+
 def main() -> None:
     args, console = parse(), Console()
-    config = deepseek_v3.preset(args.preset)
-    device = torch.device(args.device)
-    text = data.pack(documents.read_documents(args.data or documents.python_stdlib()))
-    entropy = data.unigram_entropy(text)
-    batches = data.batches(text, batch_size=args.batch_size, seq_len=args.seq_len, seed=args.seed)
+    config, device = deepseek_v3.preset(args.preset), torch.device(args.device)
+    config = dataclasses.replace(config, vocab_size=args.vocab_size or config.vocab_size)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else BYTES
+    data.check_vocabulary(tokenizer, config.vocab_size)
+    text, *held_out = read_data(args, tokenizer)
+    entropy, unit = data.unigram_entropy(text), "token" if args.tokenizer else "byte"
+    cut = dict(batch_size=args.batch_size, seq_len=args.seq_len, seed=args.seed)
+    run = {"model": dataclasses.asdict(config), "data": {**cut, "fingerprint": data.fingerprint(text)}}
 
     params = deepseek_v3.init(config, args.seed, dtype=getattr(torch, args.dtype), device=device)
     optimizer = optim.adamw()
-    state = optimizer.init(params)
+    state, first = start(args, {"params": params, "optimizer": optimizer.init(params)}, run)
+    params, state = state["params"], state["optimizer"]
     total, active = deepseek_v3.num_params(config)
     console.print(
-        f"{args.preset}: {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; "
-        f"{text.numel() / 1e6:.1f} MB of text, unigram entropy {entropy:.3f} nats a byte"
+        f"{args.preset}: {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; step {first}; "
+        f"{len(text) / 1e6:.1f}M {unit}s of text, unigram entropy {entropy:.3f} nats a {unit}",
+        soft_wrap=True,
     )
 
-    wrap = per_layer(args)
-    loss_and_grad = fmoe.value_and_grad(
-        lambda p, x, y: deepseek_v3.loss(p, x, y, config, per_layer=wrap), has_aux=True
-    )
-    schedule = functools.partial(
-        schedules.warmup_cosine,
-        peak=args.learning_rate,
-        warmup_steps=max(1, args.steps // 20),
-        total_steps=args.steps,
-    )
-
-    losses: list[float] = []
-    path = args.out / "metrics.jsonl"
-    path.unlink(missing_ok=True)
-    start = time.perf_counter()
-    with metrics.MetricsFile(path) as file, metrics.LiveView(args.steps, console=console) as view:
-        for step, batch in zip(range(args.steps), batches):
-            began = time.perf_counter()
+    low = functools.partial(gradients.computing_in, dtype=getattr(torch, args.compute_dtype or args.dtype))
+    loss_of = low(functools.partial(deepseek_v3.loss, config=config, per_layer=per_layer(args)))
+    step_of = gradients.accumulate(fmoe.value_and_grad(loss_of, has_aux=True), args.micro_batches)
+    rate, flops = schedule(args), deepseek_v3.flops_per_token(config, args.seq_len)
+    path, start_time = args.out / "metrics.jsonl", time.perf_counter()
+    file = metrics.MetricsFile(path, first_step=first)
+    with file, metrics.LiveView(args.steps, console=console) as view:
+        for step, batch in zip(range(first, args.steps), data.batches(text, **cut, start_step=first)):
+            began, last = time.perf_counter(), step + 1 == args.steps
             tokens, targets = (t.to(device) for t in batch)
-            (loss, stats), grads = loss_and_grad(params, tokens, targets)
+            (loss, stats), grads = step_of(params, tokens, targets)
             grads, norm = optim.clip_by_global_norm(grads, args.max_norm)
-            params, state = optimizer.update(params, grads, state, schedule(step), donate=True)
+            params, state = optimizer.update(params, grads, state, rate(step), donate=True)
             params = deepseek_v3.update_biases(params, stats, config.bias_update_rate)
 
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise SystemExit(f"step {step}: the loss is {losses[-1]}. Lower --learning-rate.")
+            loss, norm = loss.item(), norm.item()
+            gradients.check_finite(step, loss, norm, grads)
+            speed = tokens.numel() / (time.perf_counter() - began)
+            counts = [s.tokens_per_expert.tolist() for s in stats]
             now = metrics.Step(
-                step=step,
-                loss=losses[-1],
-                grad_norm=norm.item(),
-                learning_rate=schedule(step),
-                tokens_per_second=tokens.numel() / (time.perf_counter() - began),
-                tokens_per_expert=[s.tokens_per_expert.tolist() for s in stats],
+                step, loss, norm, rate(step), speed, counts, **metrics.speed(flops * speed, device)
             )
+            if held_out and (last or (step + 1) % args.eval_every == 0):
+                batches = itertools.islice(data.batches(held_out[0], **cut), HELD_OUT_BATCHES)
+                now = now._replace(held_out_loss=mean_loss(loss_of, params, batches))
+                console.print(f"step {step + 1}: loss on held-out text {now.held_out_loss:.3f}")
             file.write(now)
             view.update(now)
+            if args.save_every and (last or (step + 1) % args.save_every == 0):
+                saved = {"params": params, "optimizer": state}
+                checkpoint.save(args.out, step + 1, saved, run=run, keep=args.keep)
 
-    seconds = time.perf_counter() - start
-    last = losses[-20:]
-    metrics.plot_loss(
-        metrics.read_metrics(path), args.out / "loss.svg", reference={"unigram entropy": entropy}
-    )
+    seconds = time.perf_counter() - start_time
+    records = metrics.read_metrics(path)
+    plot.plot_loss(records, args.out / "loss.svg", reference={"unigram entropy": entropy})
+    ends = [record["loss"] for record in records[-20:]]
     console.print(
-        f"final loss {sum(last) / len(last):.3f} nats a byte (mean of the last {len(last)} steps), "
-        f"unigram entropy {entropy:.3f}"
+        f"final loss {sum(ends) / len(ends):.3f} nats a {unit} (mean of the last {len(ends)} steps), "
+        f"unigram entropy {entropy:.3f}\n{seconds:.0f} s, "
+        f"{(args.steps - first) * args.batch_size * args.seq_len / seconds:,.0f} tokens/s on {device}; "
+        f"see {path} and {args.out / 'loss.svg'}",
+        soft_wrap=True,
     )
-    rate = args.steps * args.batch_size * args.seq_len / seconds
-    console.print(
-        f"{seconds:.0f} s, {rate:,.0f} tokens/s on {device}; see {path} and {args.out / 'loss.svg'}"
-    )
+    if args.sample is not None:
+        prompt = torch.tensor([[*tokenizer.encode(args.sample.encode())]], device=device)
+        options = dict(num_tokens=args.sample_tokens, temperature=args.temperature, window=args.seq_len)
+        written = low(sample)(params, prompt, config, seed_or_generator=args.seed, **options)
+        console.print(tokenizer.decode(written[0].tolist()), markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

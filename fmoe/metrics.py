@@ -1,15 +1,15 @@
-"""What a training loop shows and records: a step's numbers, a JSONL file, a live view, a picture."""
+"""What a training loop shows and records: a step's numbers, a JSONL file, a live view."""
 
 import json
 import math
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TextIO
-from xml.sax.saxutils import escape
 
+import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -22,8 +22,34 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 PLAIN_LINES = 20
 
 
+# Dense bfloat16 FLOP/s by the vendor's data sheets, for the names the devices report.
+PEAK_FLOPS = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+}
+
+
+def speed(flops_per_second: float, device: torch.device) -> dict[str, float]:
+    """``tflops_per_second`` and, on a device of :data:`PEAK_FLOPS`, ``mfu``: as :class:`Step` takes them.
+
+    >>> speed(5e12, torch.device("cpu"))
+    {'tflops_per_second': 5.0}
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    mfu = {"mfu": flops_per_second / PEAK_FLOPS[name]} if name in PEAK_FLOPS else {}
+    return {"tflops_per_second": flops_per_second / 1e12, **mfu}
+
+
 class Step(NamedTuple):
-    """One step's numbers: loss in nats per token, and how many tokens each expert of each layer got."""
+    """One step's numbers: loss in nats per token, and how many tokens each expert of each layer got.
+
+    ``tflops_per_second`` counts what the model needs, not what is recomputed; ``mfu`` is its share of the
+    device's peak. What is ``None`` is not known and not recorded.
+    """
 
     step: int
     loss: float
@@ -31,6 +57,9 @@ class Step(NamedTuple):
     learning_rate: float
     tokens_per_second: float
     tokens_per_expert: Sequence[Sequence[int]]
+    tflops_per_second: float | None = None
+    mfu: float | None = None
+    held_out_loss: float | None = None
 
     @property
     def overload(self) -> float:
@@ -38,12 +67,16 @@ class Step(NamedTuple):
         return max((_overload(layer) for layer in self.tokens_per_expert), default=1.0)
 
     def record(self) -> dict[str, Any]:
-        """The fields and ``overload``, as JSON takes them."""
-        return {**self._asdict(), "overload": self.overload}
+        """The known fields and ``overload``, as JSON takes them."""
+        known = {name: value for name, value in self._asdict().items() if value is not None}
+        return {**known, "overload": self.overload}
 
 
 class MetricsFile:
     """A context manager that appends a step a line to a JSONL file, at once, so that a crash loses nothing.
+
+    ``first_step`` is the step the run begins with: what the file holds of it and later ones, or of a line a
+    crash cut short, is removed. ``None`` keeps everything.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -54,18 +87,32 @@ class MetricsFile:
     1.5
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, first_step: int | None = None) -> None:
         self.path = Path(path)
+        self.first_step = first_step
         self._file: TextIO | None = None
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.first_step is not None and self.path.exists():
+            self._keep_before(self.first_step)
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._file:
             self._file.close()
+
+    def _keep_before(self, step: int) -> None:
+        text = self.path.read_text(encoding="utf-8")
+        self._replace(text[: text.rfind("\n") + 1])
+        kept = [record for record in read_metrics(self.path) if record["step"] < step]
+        self._replace("".join(json.dumps(record) + "\n" for record in kept))
+
+    def _replace(self, text: str) -> None:
+        beside = self.path.with_suffix(".tmp")
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, self.path)
 
     def write(self, step: Step) -> None:
         if not self._file:
@@ -193,94 +240,14 @@ def _overload(counts: Sequence[int]) -> float:
 
 
 def _numbers(step: Step) -> list[str]:
+    speed = [] if step.tflops_per_second is None else [f"{step.tflops_per_second:,.3g} TFLOP/s"]
+    if step.mfu is not None:
+        speed.append(f"MFU {step.mfu:.1%}")
     return [
         f"loss {step.loss:.3f}",
         f"gradient norm {step.grad_norm:.2f}",
         f"lr {step.learning_rate:.1e}",
         f"{step.tokens_per_second:,.0f} tokens/s",
+        *speed,
         f"overload {step.overload:.2f}",
     ]
-
-
-def plot_loss(
-    records: Sequence[Mapping[str, Any]], path: str | Path, *, reference: Mapping[str, float] = {}
-) -> None:
-    """Write the loss of each step as an SVG picture: points, a moving average, dashed reference lines.
-
-    ``records`` are those of :func:`read_metrics`; losses that are not finite are left out. ``reference``
-    maps labels to losses, such as the entropy of single bytes. Raises ``ValueError`` without a loss.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     plot_loss([{"step": 0, "loss": 5.5}], Path(folder, "loss.svg"), reference={"uniform": 5.545})
-    """
-    points = [(r["step"], r["loss"]) for r in records if math.isfinite(r["loss"])]
-    if not points:
-        raise argument_error(
-            "plot_loss", "records", got="no finite loss", expected="at least one", remedy="Train for a step."
-        )
-    # A thousand marks show all there is to see; more would only slow the browser down.
-    every = math.ceil(len(points) / 1000)
-    points, means = points[::every], _moving_average(points)[::every]
-    losses = [loss for _, loss in points] + list(reference.values())
-    first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
-    margin = 0.05 * (max(losses) - min(losses)) or 0.5
-    low, high = min(losses) - margin, max(losses) + margin
-    x_ticks, y_ticks = [t for t in _ticks(first, last) if t.is_integer()], _ticks(low, high)
-    left, right, top, bottom = 64, 776, 16, 384  # the plotting area, in a picture of 800 x 440
-    radius = 1.8 if len(points) > 100 else 3
-
-    def x(step: float) -> str:
-        return f"{left + (step - first) / (last - first) * (right - left):.1f}"
-
-    def y(loss: float) -> str:
-        return f"{bottom - (loss - low) / (high - low) * (bottom - top):.1f}"
-
-    lines = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 440">',
-        '<rect width="800" height="440" fill="white"/>',
-        '<g font-family="sans-serif" font-size="13" fill="#555">',
-        *(f'<path d="M{left} {y(t)}H{right}" stroke="#e6e6e6"/>' for t in y_ticks),
-        *(f'<text x="{left - 8}" y="{y(t)}" dy="4" text-anchor="end">{t:g}</text>' for t in y_ticks),
-        *(f'<path d="M{x(t)} {bottom}v5" stroke="#888"/>' for t in x_ticks),
-        *(f'<text x="{x(t)}" y="{bottom + 20}" text-anchor="middle">{t:,g}</text>' for t in x_ticks),
-        f'<path d="M{left} {bottom}H{right}" stroke="#888"/>',
-        '<text x="420" y="428" text-anchor="middle">step</text>',
-        '<text transform="translate(18 200) rotate(-90)" text-anchor="middle">loss (nats per token)</text>',
-        "</g>",
-        '<g fill="#1f6fb4" fill-opacity="0.3">',
-        *(f'<circle cx="{x(step)}" cy="{y(loss)}" r="{radius}"/>' for step, loss in points),
-        "</g>",
-        f'<polyline points="{" ".join(f"{x(step)},{y(loss)}" for step, loss in means)}"',
-        ' fill="none" stroke="#1f6fb4" stroke-width="2" stroke-linejoin="round"/>',
-    ]
-    lines += [
-        '<g font-family="sans-serif" font-size="13" text-anchor="end" fill="#c2410c"',
-        ' style="paint-order: stroke" stroke="white" stroke-width="4">',
-    ]
-    for label, loss in reference.items():
-        lines += [
-            f'<path d="M{left} {y(loss)}H{right}" stroke="#c2410c" stroke-width="1" stroke-dasharray="6 4"/>',
-            f'<text x="{right - 4}" y="{y(loss)}" dy="-6">{escape(label)}, {loss:.2f}</text>',
-        ]
-    Path(path).write_text("\n".join([*lines, "</g>", "</svg>", ""]), encoding="utf-8")
-
-
-def _moving_average(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Means over a fiftieth of the points, centred, narrower at both ends."""
-    reach, total = len(points) // 100, [0.0, *accumulate(loss for _, loss in points)]
-    spans = [min(reach, i, len(points) - 1 - i) for i in range(len(points))]
-    sums = [total[i + span + 1] - total[i - span] for i, span in enumerate(spans)]
-    return [(step, sum_ / (2 * span + 1)) for (step, _), sum_, span in zip(points, sums, spans)]
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to eight round numbers between two.
-
-    >>> _ticks(1.3, 5.5)
-    [2.0, 3.0, 4.0, 5.0]
-    """
-    least = (high - low) / 8
-    power = 10.0 ** math.floor(math.log10(least))
-    gap = next(m * power for m in (1, 2, 5, 10) if m * power >= least)
-    return [round(i * gap, 12) for i in range(math.ceil(low / gap), math.floor(high / gap) + 1)]

@@ -1,14 +1,14 @@
 import io
 import json
 import re
-import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from fmoe import metrics
-from fmoe.metrics import LiveView, MetricsFile, Step, load_row, plot_loss, read_metrics
+from fmoe.metrics import LiveView, MetricsFile, Step, load_row, read_metrics
 
 ESCAPE = "\x1b"
 
@@ -125,45 +125,44 @@ def test_a_load_row_fits_its_width_and_keeps_the_busiest() -> None:
     assert load_row([0, 0], width=80).plain == "··"
 
 
-SVG = "{http://www.w3.org/2000/svg}"
+def test_a_resumed_run_goes_on_where_it_resumes(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path, first_step=0) as file:
+        for i in range(5):
+            file.write(step(i))
+    with path.open("a") as cut:
+        cut.write('{"step": 5, "lo')
+    with MetricsFile(path, first_step=3) as file:
+        file.write(step(3, loss=1.5))
+    assert [(r["step"], r["loss"]) for r in read_metrics(path)] == [(0, 2.5), (1, 2.5), (2, 2.5), (3, 1.5)]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+    with MetricsFile(path, first_step=0):
+        assert read_metrics(path) == []
+    path.write_text("nonsense\n" + json.dumps(step(0).record()) + "\n")
+    with (
+        pytest.raises(ValueError, match=r"metrics.jsonl, line 1: got 'nonsense'"),
+        MetricsFile(path, first_step=1),
+    ):
+        pass
 
 
-def drawn(path: Path) -> tuple[ET.Element, list[str]]:
-    root = ET.parse(path).getroot()
-    return root, [element.text or "" for element in root.iter(f"{SVG}text")]
+def test_speed_is_shown_and_recorded_where_it_is_known(clock: list[float]) -> None:
+    known = step(0)._replace(tflops_per_second=404.2, mfu=0.40869, held_out_loss=2.25)
+    assert known.record()["mfu"] == 0.40869
+    assert known.record()["held_out_loss"] == 2.25
+    assert not {"mfu", "tflops_per_second", "held_out_loss"} & set(step(0).record())
+    file = io.StringIO()
+    with LiveView(2, console=Console(file=file)) as view:
+        view.update(known)
+        view.update(step(1)._replace(tflops_per_second=0.0123))
+    first, second = file.getvalue().splitlines()
+    assert "12,346 tokens/s  404 TFLOP/s  MFU 40.9%  overload" in first
+    assert "tokens/s  0.0123 TFLOP/s  overload" in second
 
 
-def test_the_picture_holds_points_axes_and_references(tmp_path: Path) -> None:
-    path = tmp_path / "loss.svg"
-    records = [{"step": i, "loss": 6.0 - i / 50} for i in range(201)] + [{"step": 201, "loss": float("nan")}]
-    plot_loss(records, path, reference={"uniform": 5.545, "bytes < 256 & more": 3.2})
-    root, texts = drawn(path)
-    assert root.find(f"{SVG}rect").get("fill") == "white"
-    circles = list(root.iter(f"{SVG}circle"))
-    assert len(circles) == 201
-    xs, ys = [float(c.get("cx")) for c in circles], [float(c.get("cy")) for c in circles]
-    assert xs == sorted(xs)
-    assert ys == sorted(ys), "a falling loss falls in the picture"
-    curve = [float(number) for number in re.split("[ ,]", root.find(f"{SVG}polyline").get("points"))]
-    assert curve[0::2] == xs
-    assert curve[1::2] == pytest.approx(ys, abs=0.11), "averages of a straight line are on it"
-    assert {"step", "loss (nats per token)", "0", "100", "200", "2", "4", "6"} <= set(texts)
-    assert {"uniform, 5.54", "bytes < 256 & more, 3.20"} <= set(texts)
-    dashed = [p for p in root.iter(f"{SVG}path") if p.get("stroke-dasharray")]
-    assert len(dashed) == 2
-
-
-def test_a_long_run_stays_a_small_picture(tmp_path: Path) -> None:
-    path = tmp_path / "loss.svg"
-    plot_loss([{"step": i, "loss": 2.0 + i % 2} for i in range(5500)], path)
-    root, _ = drawn(path)
-    assert len(list(root.iter(f"{SVG}circle"))) <= 1000
-    assert path.stat().st_size < 100_000
-
-
-def test_one_step_is_a_picture_and_none_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "loss.svg"
-    plot_loss([{"step": 3, "loss": 2.0}], path)
-    assert "2" in drawn(path)[1]
-    with pytest.raises(ValueError, match="plot_loss: records: got no finite loss"):
-        plot_loss([{"step": 0, "loss": float("inf")}], path)
+def test_only_known_devices_have_a_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert metrics.speed(1e9, torch.device("cpu")) == {"tflops_per_second": 0.001}
+    for name, mfu in [("NVIDIA H200", 0.5), ("NVIDIA H100 80GB HBM3", 0.5), ("Some GPU", None)]:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        expected = {"tflops_per_second": 494.5} | ({"mfu": mfu} if mfu else {})
+        assert metrics.speed(494.5e12, torch.device("cuda")) == expected

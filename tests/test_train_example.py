@@ -1,14 +1,22 @@
 """The example, as a user runs it."""
 
 import importlib.util
+import json
 import pathlib
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree
 
+import optree
 import pytest
+import tokenizers
+import torch
 
+from fmoe import checkpoint, gradients
 from fmoe.metrics import read_metrics
+from fmoe.models import deepseek_v3
+from fmoe.optim import adamw
 
 SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "train_deepseek_v3.py"
 SMALL = ["--steps", "3", "--batch-size", "2", "--seq-len", "32", "--device", "cpu", "--data", str(SCRIPT)]
@@ -24,7 +32,8 @@ def train(monkeypatch, tmp_path):
     def run(*options):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *SMALL, "--out", str(tmp_path), *options])
         module.main()
-        return [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+        out = pathlib.Path(options[options.index("--out") + 1]) if "--out" in options else tmp_path
+        return [record["loss"] for record in read_metrics(out / "metrics.jsonl")]
 
     return run
 
@@ -57,6 +66,9 @@ def test_it_learns_repeatably_and_recomputation_changes_nothing(train):
         (["--remat", "save:nope"], "save: names: got 'nope', expected names of"),
         (["--data", "/nowhere"], "/nowhere"),
         (["--seq-len", "20000"], "seq_len"),
+        (["--vocab-size", "200"], "check_vocabulary: ids: got token ids from 0 to 255, expected 0 to 199"),
+        (["--micro-batches", "4"], "accumulate: batch: got tensors of [2, 2] rows, expected multiples of"),
+        (["--eval-every", "1", "--held-out", "0.00001"], "hold_out: documents"),
         (["--seq-len", "2000"], "expected at most max_seq_len=1024"),
     ],
 )
@@ -64,3 +76,122 @@ def test_bad_options_are_named(train, options, text):
     with pytest.raises((ValueError, SystemExit)) as error:
         train(*options)
     assert text in str(error.value)
+
+
+TWENTY = ["--steps", "20", "--batch-size", "2", "--seq-len", "16", "--save-every", "10"]
+KILLED_IN_STEP_13 = """
+import os, runpy, signal, sys
+from fmoe.metrics import MetricsFile
+write = MetricsFile.write
+def write_or_die(self, step):
+    write(self, step)
+    if step.step == 13:
+        os.kill(os.getpid(), signal.SIGKILL)
+MetricsFile.write = write_or_die
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def saved(folder, step):
+    params = deepseek_v3.init(deepseek_v3.preset("debug"), 1)
+    path = folder / f"step-{step:08d}"
+    return path, checkpoint.load(path, {"params": params, "optimizer": adamw().init(params)})
+
+
+def without_speed(path):
+    return [{k: v for k, v in r.items() if "per_second" not in k} for r in read_metrics(path)]
+
+
+def test_a_killed_run_resumes_to_the_same_bits(train, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(*TWENTY, "--out", str(whole))
+    command = [sys.executable, "-c", KILLED_IN_STEP_13, str(SCRIPT), *SMALL, *TWENTY, "--out", str(cut)]
+    assert subprocess.run(command, capture_output=True, timeout=300).returncode == -signal.SIGKILL
+    assert checkpoint.latest(cut).name == "step-00000010"
+    assert read_metrics(cut / "metrics.jsonl")[-1]["step"] == 13
+    train(*TWENTY, "--out", str(cut), "--resume")
+
+    (path, expected), (resumed_path, resumed) = saved(whole, 20), saved(cut, 20)
+    assert resumed.step == expected.step == 20
+    for mine, theirs in zip(
+        optree.tree_leaves(resumed.state), optree.tree_leaves(expected.state), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+    descriptions = [json.loads((p / "checkpoint.json").read_text()) for p in (path, resumed_path)]
+    assert descriptions[0]["run"] == descriptions[1]["run"]
+    assert without_speed(cut / "metrics.jsonl") == without_speed(whole / "metrics.jsonl")
+    assert not torch.equal(saved(cut, 10)[1].state["params"].head, resumed.state["params"].head)
+
+
+def test_what_does_not_belong_to_a_run_is_refused(train, tmp_path):
+    train("--save-every", "3")
+    with pytest.raises(SystemExit, match=r"step-00000003 is of an earlier run. Pass --resume, delete it"):
+        train("--save-every", "3")
+    others = ["--vocab-size", "300", "--seed", "5", "--dtype", "bfloat16"]
+    with pytest.raises(ValueError, match=r"load: .*step-00000003") as error:
+        train("--resume", *others)
+    for text in (
+        "run.model.vocab_size is 256, here 300",
+        "run.data.seed is 0, here 5",
+        "state.params.head is float32 [256, 128], here bfloat16 [300, 128]",
+    ):
+        assert text in str(error.value)
+    with pytest.raises(
+        ValueError, match=r"run.data.fingerprint is \w{16}, here \w{16}, expected a checkpoint"
+    ):
+        train("--resume", "--data", gradients.__file__)
+    assert len(train("--resume", "--steps", "4")) == 4
+
+
+def test_a_step_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(train, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step 1: the loss is .*Not finite are .*layers\.3\.mlp"):
+        train("--learning-rate", "1e37", "--save-every", "1")
+    assert checkpoint.latest(tmp_path).name == "step-00000001"
+    _, loaded = saved(tmp_path, 1)
+    assert loaded.state["optimizer"].step == 1
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [0]
+
+
+def test_held_out_text_is_evaluated_and_a_sample_written(train, capsys, tmp_path):
+    options = ["--eval-every", "2", "--held-out", "0.2", "--sample", "def ", "--sample-tokens", "5"]
+    train(*options, "--temperature", "0")
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert ["held_out_loss" in record for record in records] == [False, True, True]
+    assert 3 < records[1]["held_out_loss"] < 6
+    assert all(record["tflops_per_second"] > 0 for record in records)
+    out = capsys.readouterr().out
+    assert f"step 2: loss on held-out text {records[1]['held_out_loss']:.3f}" in out
+    assert "\ndef " in out
+
+
+def test_micro_batches_dtypes_and_schedules(train):
+    losses = train("--dtype", "float64")
+    assert train("--dtype", "float64", "--micro-batches", "2") == pytest.approx(losses, rel=1e-9)
+    for options in (["--compute-dtype", "bfloat16"], ["--dtype", "bfloat16"]):
+        assert train(*options) == pytest.approx(losses, rel=0.02)
+    assert train("--dtype", "float64", "--schedule", "stable", "--steps", "10")[:1] == losses[:1]
+
+
+def test_jsonl_through_a_tokenizer(train, tmp_path, capsys):
+    lines = [json.dumps({"body": text}) for text in SCRIPT.read_text().split("\n\n")]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    words = tokenizers.Tokenizer(tokenizers.models.BPE())
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+    words.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words.train_from_iterator([SCRIPT.read_text()], trainer)
+    words.save(str(tmp_path / "tokenizer.json"))
+    options = ["--data", str(tmp_path / "data.jsonl"), "--field", "body", "--sample", "def main"]
+    options += ["--tokenizer", str(tmp_path / "tokenizer.json"), "--sample-tokens", "3"]
+    with pytest.raises(ValueError, match="got token ids from 0 to 399, expected 0 to 255"):
+        train(*options)
+    assert len(train(*options, "--vocab-size", "400")) == 3
+    out = capsys.readouterr().out
+    assert "nats a token" in out
+    assert "def main" in out

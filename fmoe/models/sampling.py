@@ -1,0 +1,81 @@
+"""Text from a trained model, a token at a time."""
+
+import torch
+
+from ..errors import argument_error
+from .config import DeepSeekV3Config
+from .deepseek_v3 import ModelParams, forward
+
+
+@torch.no_grad()
+def sample(
+    params: ModelParams,
+    prompt: torch.Tensor,
+    config: DeepSeekV3Config,
+    *,
+    num_tokens: int,
+    seed_or_generator: int | torch.Generator,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Prompts, and what the model says after them.
+
+    ==================  ===========  =============================================================
+    prompt              (B, L)       int64, at least one token each
+    num_tokens                       how many to add
+    seed_or_generator                the same seed gives the same text
+    temperature                      divides the logits; 0 takes the likeliest token
+    top_k                            only the likeliest so many can be drawn; ``None``: all
+    window                           how many tokens the model sees, the last ones; ``None``:
+                                     ``config.max_seq_len``
+    -> tokens           (B, L + num_tokens)
+    ==================  ===========  =============================================================
+
+    Keeps no keys and values: each token costs a forward of the window, positions counted from its start.
+
+    Raises ``ValueError`` for an empty prompt and options out of range.
+
+    >>> from fmoe.models.deepseek_v3 import init, preset
+    >>> config = preset("debug")
+    >>> prompt = torch.tensor([[100, 101, 102]])
+    >>> sample(init(config, 0), prompt, config, num_tokens=5, seed_or_generator=0).shape
+    torch.Size([1, 8])
+    """
+    _check(prompt, num_tokens, temperature, top_k, window, config)
+    generator = seed_or_generator
+    if not isinstance(generator, torch.Generator):
+        generator = torch.Generator(prompt.device).manual_seed(generator)
+    text, window = prompt, window or config.max_seq_len
+    for _ in range(num_tokens):
+        logits, _ = forward(params, text[:, -window:], config)
+        last = logits[:, -1].float()
+        if top_k is not None and top_k < last.shape[-1]:
+            least = last.topk(top_k).values[:, -1:]
+            last = last.masked_fill(last < least, -torch.inf)
+        if temperature == 0:
+            chosen = last.argmax(-1, keepdim=True)
+        else:
+            chosen = torch.multinomial((last / temperature).softmax(-1), 1, generator=generator)
+        text = torch.cat([text, chosen], 1)
+    return text
+
+
+def _check(
+    prompt: torch.Tensor,
+    num_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    window: int | None,
+    config: DeepSeekV3Config,
+) -> None:
+    longest = config.max_seq_len
+    for name, value, fits, expected in (
+        ("prompt", f"shape {tuple(prompt.shape)}", prompt.dim() == 2 and prompt.numel() > 0, "(B, L), L > 0"),
+        ("num_tokens", num_tokens, num_tokens >= 0, "at least 0"),
+        ("temperature", temperature, temperature >= 0, "at least 0"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "None or at least 1"),
+        ("window", window, window is None or 1 <= window <= longest, f"None or 1 to max_seq_len={longest}"),
+    ):
+        if not fits:
+            raise argument_error("sample", name, got=value, expected=expected, remedy="Correct it.")
