@@ -111,7 +111,7 @@ def start(args: argparse.Namespace, state: Any, run: Any) -> checkpoint.Loaded:
 
 @torch.no_grad()
 def mean_loss(loss_of: Callable[..., Any], params: Any, batches: Iterable[data.Batch]) -> float:
-    losses = [loss_of(params, *(t.to(params.head.device) for t in batch))[0].item() for batch in batches]
+    losses = [loss_of(params, *(t.to(params.embedding.device) for t in batch))[0].item() for batch in batches]
     return sum(losses) / len(losses)
 
 

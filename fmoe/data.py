@@ -36,7 +36,11 @@ def pack(documents: Iterable[bytes], tokenizer: Tokenizer = BYTES) -> torch.Tens
     for i, document in enumerate(documents):
         if i:
             stream.append(tokenizer.separator)
-        stream.extend(array(code, tokenizer.encode(document)))
+        ids = tokenizer.encode(document)
+        if code == "B" and isinstance(ids, bytes):
+            stream.frombytes(ids)
+        else:
+            stream.extend(ids)
     if not stream:
         raise argument_error("pack", "documents", got="no token", expected="text", remedy="Read some.")
     return torch.frombuffer(stream, dtype=dtype)
