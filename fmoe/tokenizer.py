@@ -1,9 +1,8 @@
 """From text to token ids and back: bytes, or a ``tokenizer.json``."""
 
-import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .errors import argument_error
 
@@ -36,7 +35,7 @@ def load_tokenizer(path: str | Path, *, separator: str | None = None) -> Tokeniz
     vocabulary without the separator.
     """
     try:
-        tokenizers: Any = importlib.import_module("tokenizers")
+        import tokenizers
     except ImportError as error:
         raise ImportError(
             f"load_tokenizer: reading {path} needs the package tokenizers. "

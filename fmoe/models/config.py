@@ -1,17 +1,63 @@
 """The sizes and hyper-parameters of a DeepSeek model, and those that were published."""
 
 import dataclasses
+import math
 
 from ..errors import argument_error
 from ..ops.route import RouterConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class Yarn:
+    """Rotary positions stretched to a context longer than the one trained on (YaRN, arXiv 2309.00071).
+
+    ``factor``                how much longer the context is
+    ``original_max_seq_len``  positions of the original context
+    ``beta_fast``             pairs that turn this often in the original context keep their frequency
+    ``beta_slow``             pairs that turn this seldom are slowed down by ``factor``
+    ``mscale``                cosines and sines are multiplied by ``magnitude(mscale)``
+                              over ``magnitude(mscale_all_dim)``
+    ``mscale_all_dim``        the softmax's scale is multiplied by ``magnitude(mscale_all_dim)`` squared
+
+    Raises ``ValueError`` for numbers out of range. With ``mscale_all_dim`` 0, ``mscale`` must be 1: what
+    others mean is not the same in the two published implementations.
+
+    >>> round(Yarn(factor=40, original_max_seq_len=4096).magnitude(0.707), 4)
+    1.2608
+    """
+
+    factor: float
+    original_max_seq_len: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, ok, expected in (
+            ("factor", self.factor >= 1, "at least 1"),
+            ("original_max_seq_len", self.original_max_seq_len >= 1, "at least 1"),
+            ("beta_slow", 0 < self.beta_slow <= self.beta_fast, f"above 0, to beta_fast={self.beta_fast}"),
+            ("mscale", self.mscale > 0, "above 0"),
+            ("mscale_all_dim", self.mscale_all_dim > 0 or self.mscale == 1, "above 0, or 0 with mscale=1"),
+        ):
+            if not ok:
+                raise argument_error(
+                    "Yarn", name, got=getattr(self, name), expected=expected, remedy="Correct it."
+                )
+
+    def magnitude(self, mscale: float) -> float:
+        """How much attention's logits grow with the length of the context."""
+        return 0.1 * mscale * math.log(self.factor) + 1
+
+
+@dataclasses.dataclass(frozen=True)
 class DeepSeekV3Config:
-    """Sizes of a model; names follow the published configuration.
+    """Sizes and hyper-parameters of a model: DeepSeek-V3, and DeepSeek-V2, which has softmax scores.
 
     ``q_lora_rank`` 0 means queries without a bottleneck. ``hidden_dim`` is that of the dense layers,
-    ``moe_hidden_dim`` that of one expert. Raises ``ValueError`` for sizes that don't fit together.
+    ``moe_hidden_dim`` that of one expert. With ``tied_head`` the embedding is also the head.
+    Raises ``ValueError`` for sizes that don't fit together.
     """
 
     vocab_size: int
@@ -31,6 +77,8 @@ class DeepSeekV3Config:
     router: RouterConfig
     max_seq_len: int
     rope_theta: float = 10000.0
+    yarn: Yarn | None = None
+    tied_head: bool = False
     norm_eps: float = 1e-6
     init_std: float = 0.02
     bias_update_rate: float = 0.001
@@ -53,6 +101,36 @@ class DeepSeekV3Config:
             self.router.check(self.num_experts, "DeepSeekV3Config")
 
 
+# Source: the published configurations, and for the initialisation arXiv 2405.04434 and 2412.19437.
+_V2 = DeepSeekV3Config(
+    vocab_size=102400,
+    dim=5120,
+    num_layers=60,
+    num_dense_layers=1,
+    hidden_dim=12288,
+    num_heads=128,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    moe_hidden_dim=1536,
+    num_experts=160,
+    num_shared_experts=2,
+    router=RouterConfig(
+        top_k=6,
+        score_func="softmax",
+        num_groups=8,
+        top_groups=3,
+        group_best=1,
+        normalize=False,
+        scale=16.0,
+    ),
+    max_seq_len=163840,
+    yarn=Yarn(factor=40, original_max_seq_len=4096, mscale=0.707, mscale_all_dim=0.707),
+    init_std=0.006,
+)
+
 PRESETS = {
     "debug": DeepSeekV3Config(
         vocab_size=256,
@@ -72,11 +150,38 @@ PRESETS = {
         router=RouterConfig(top_k=4, num_groups=4, top_groups=2),
         max_seq_len=1024,
     ),
+    "16B": dataclasses.replace(
+        _V2,
+        dim=2048,
+        num_layers=27,
+        hidden_dim=10944,
+        num_heads=16,
+        q_lora_rank=0,
+        moe_hidden_dim=1408,
+        num_experts=64,
+        router=dataclasses.replace(_V2.router, num_groups=1, top_groups=1, scale=1.0),
+    ),
+    "236B": _V2,
+    "671B": dataclasses.replace(
+        _V2,
+        vocab_size=129280,
+        dim=7168,
+        num_layers=61,
+        num_dense_layers=3,
+        hidden_dim=18432,
+        moe_hidden_dim=2048,
+        num_experts=256,
+        num_shared_experts=1,
+        router=RouterConfig(),
+        yarn=Yarn(factor=40, original_max_seq_len=4096),
+    ),
 }
 
 
 def preset(name: str) -> DeepSeekV3Config:
-    """A configuration by name.
+    """A configuration by name: ``debug``, ``16B`` (DeepSeek-V2-Lite), ``236B`` (V2) or ``671B`` (V3).
+
+    DeepSeek-V2 was balanced by auxiliary losses; here its presets too are by ``bias_update_rate``.
 
     >>> preset("debug").num_experts
     16

@@ -37,12 +37,12 @@ class LayerParams(NamedTuple):
 
 
 class ModelParams(NamedTuple):
-    """``embedding`` (vocab, D), ``layers``, ``norm`` (D,), ``head`` (vocab, D)."""
+    """``embedding`` (vocab, D), ``layers``, ``norm`` (D,), ``head`` (vocab, D) or ``()`` if tied."""
 
     embedding: torch.Tensor
     layers: tuple[LayerParams, ...]
     norm: torch.Tensor
-    head: torch.Tensor
+    head: torch.Tensor | tuple[()]
 
 
 def specs(config: DeepSeekV3Config) -> ModelParams:
@@ -66,7 +66,7 @@ def specs(config: DeepSeekV3Config) -> ModelParams:
         param((c.vocab_size, c.dim), P("tp", FSDP)),
         tuple(LayerParams(norm(), attention_specs(c), norm(), mlp(i)) for i in range(c.num_layers)),
         norm(),
-        param((c.vocab_size, c.dim), P("tp", FSDP)),
+        () if c.tied_head else param((c.vocab_size, c.dim), P("tp", FSDP)),
     )
     return optree.tree_map(lambda s: dataclasses.replace(s, scale=c.init_std), tree, is_leaf=is_spec)
 
@@ -123,7 +123,8 @@ def forward(
         x, found = layer(layer_params, x, rope, config)
         stats += found
     x = rms_norm(x, params.norm, config.norm_eps)
-    return F.linear(x, params.head), tuple(stats)
+    head = params.head if isinstance(params.head, torch.Tensor) else params.embedding
+    return F.linear(x, head), tuple(stats)
 
 
 def _layer(
@@ -177,11 +178,14 @@ def update_biases(params: ModelParams, stats: tuple[MoEStats, ...], rate: float)
 def num_params(config: DeepSeekV3Config) -> tuple[int, int]:
     """Parameters in all, and those active for one token; allocates nothing.
 
+    Active are, of the routed experts, ``top_k``, and everything else but an embedding that is only looked up:
+    with this count DeepSeek-V3 has its published 37 billion.
+
     >>> num_params(preset("debug"))
-    (1695152, 810416)
+    (1695152, 777648)
     """
     tree = specs(config)
-    return _count(tree), _count(tree, config.router.top_k)
+    return num_numbers(tree), _num_active(tree, config)
 
 
 def flops_per_token(config: DeepSeekV3Config, seq_len: int) -> float:
@@ -190,30 +194,25 @@ def flops_per_token(config: DeepSeekV3Config, seq_len: int) -> float:
     ``3 * (2 * matmul weights active for a token + layers * heads * (N + R + V) * (seq_len + 1))``
 
     Going forward a weight of a matrix product costs a multiplication and an addition, going backward twice
-    that. All weights count but the norms', the selection biases and the embedding, which is looked up; of the
-    routed experts ``top_k`` do. A causal token attends to ``(seq_len + 1) / 2`` keys on average, in every
-    head through one product of N + R dimensions for the scores and one of V for the values.
+    that; the weights are those :func:`num_params` calls active, without norms and selection biases. A causal
+    token attends to ``(seq_len + 1) / 2`` keys on average, in every head through one product of N + R
+    dimensions for the scores and one of V for the values.
 
     Source: PaLM, arXiv 2204.02311, appendix B, with exact causal attention.
 
     >>> f"{flops_per_token(preset('debug'), 1024):.3g}"
     '7.81e+06'
     """
-    c, tree = config, specs(config)
-    matrices = optree.tree_map(lambda s: () if len(s.shape) == 1 else s, tree, is_leaf=is_spec)
-    weights = _count(matrices._replace(embedding=()), c.router.top_k)
+    c = config
+    matrices = optree.tree_map(lambda s: () if len(s.shape) == 1 else s, specs(c), is_leaf=is_spec)
     attention = c.num_layers * c.num_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
-    return 3.0 * (2 * weights + attention * (seq_len + 1))
+    return 3.0 * (2 * _num_active(matrices, c) + attention * (seq_len + 1))
 
 
-def _count(tree: ModelParams, top_k: int | None = None) -> int:
-    """Numbers in a tree of specs; of the experts only ``top_k``, if given."""
-    total = num_numbers(tree)
-    for layer in tree.layers:
-        if top_k is not None and isinstance(layer.mlp, MoEParams):
-            held = num_numbers(layer.mlp.experts)
-            total -= held - held // layer.mlp.router.weight_ED.shape[0] * top_k
-    return total
+def _num_active(tree: ModelParams, config: DeepSeekV3Config) -> int:
+    experts = sum(num_numbers(layer.mlp.experts) for layer in tree.layers if isinstance(layer.mlp, MoEParams))
+    resting = experts - experts // config.num_experts * config.router.top_k
+    return num_numbers(tree) - resting - (0 if config.tied_head else num_numbers(tree.embedding))
 
 
 def check_tokens(function: str, argument: str, tokens: torch.Tensor, config: DeepSeekV3Config) -> None:
