@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def start(args: argparse.Namespace, state: Any, run: Any) -> checkpoint.Loaded:
 
 
 @torch.no_grad()
-def mean_loss(loss_of: Callable[..., Any], params: Any, batches: Iterable[data.Batch]) -> float:
+def mean_loss(loss_of: Callable[..., Any], params: Any, batches: list[data.Batch]) -> float:
     losses = [loss_of(params, *(t.to(params.embedding.device) for t in batch))[0].item() for batch in batches]
     return sum(losses) / len(losses)
 
@@ -124,6 +124,7 @@ def main() -> None:
     text, *held_out = read_data(args, tokenizer)
     entropy, unit = data.unigram_entropy(text), "token" if args.tokenizer else "byte"
     cut = dict(batch_size=args.batch_size, seq_len=args.seq_len, seed=args.seed)
+    tests = [b for side in held_out for b in itertools.islice(data.batches(side, **cut), HELD_OUT_BATCHES)]
     run = {"model": dataclasses.asdict(config), "data": {**cut, "fingerprint": data.fingerprint(text)}}
 
     params = deepseek_v3.init(config, args.seed, dtype=getattr(torch, args.dtype), device=device)
@@ -159,9 +160,8 @@ def main() -> None:
             now = metrics.Step(
                 step, loss, norm, rate(step), speed, counts, **metrics.speed(flops * speed, device)
             )
-            if held_out and (last or (step + 1) % args.eval_every == 0):
-                batches = itertools.islice(data.batches(held_out[0], **cut), HELD_OUT_BATCHES)
-                now = now._replace(held_out_loss=mean_loss(loss_of, params, batches))
+            if tests and (last or (step + 1) % args.eval_every == 0):
+                now = now._replace(held_out_loss=mean_loss(loss_of, params, tests))
                 console.print(f"step {step + 1}: loss on held-out text {now.held_out_loss:.3f}")
             file.write(now)
             view.update(now)

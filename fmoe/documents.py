@@ -62,7 +62,7 @@ def read_documents(
 
 
 def hold_out(documents: Sequence[bytes], share: float) -> tuple[list[bytes], list[bytes]]:
-    """Documents to train on and documents to evaluate on, the latter about ``share`` of the bytes.
+    """Documents to train on and documents to evaluate on, the latter at most ``share`` of the bytes.
 
     Which are held out follows from their content alone, so equal documents are never parted, and
     adding some changes little for the others. Those too large for the share stay in the training set; if
@@ -72,7 +72,7 @@ def hold_out(documents: Sequence[bytes], share: float) -> tuple[list[bytes], lis
 
     >>> hold_out([b"a", b"a", b"b" * 18], share=0.1)
     ([b'bbbbbbbbbbbbbbbbbb'], [b'a', b'a'])
-    >>> hold_out([b"one\\ntwo\\nthree\\n"], share=0.4)
+    >>> hold_out([b"one\\ntwo\\nthree\\n"], share=0.5)
     ([b'one\\ntwo\\n'], [b'three\\n'])
     """
     if not 0 <= share < 1:
@@ -97,7 +97,8 @@ def hold_out(documents: Sequence[bytes], share: float) -> tuple[list[bytes], lis
     if not any(held_out) and documents:
         longest = max(documents, key=len)
         cut = len(longest) - int(share * len(longest))
-        cut = longest.rfind(b"\n", 0, cut) + 1 or cut
+        line = longest.find(b"\n", cut - 1) + 1
+        cut = line if 0 < line < len(longest) else cut
         train = [document[:cut] if document == longest else document for document in documents]
         held_out = [longest[cut:]]
     if not (any(train) and any(held_out)):

@@ -61,14 +61,15 @@ def test_it_learns_repeatably_and_recomputation_changes_nothing(train):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--preset", "17B"], "preset: name: got '17B', expected one of ['debug']"),
+        (["--preset", "17B"], "preset: name: got '17B', expected one of ['16B', "),
         (["--remat", "some"], "--remat: got 'some', expected none, full, default or save:NAME,NAME"),
         (["--remat", "save:nope"], "save: names: got 'nope', expected names of"),
         (["--data", "/nowhere"], "/nowhere"),
         (["--seq-len", "20000"], "seq_len"),
         (["--vocab-size", "200"], "check_vocabulary: ids: got token ids from 0 to 255, expected 0 to 199"),
         (["--micro-batches", "4"], "accumulate: batch: got tensors of [2, 2] rows, expected multiples of"),
-        (["--eval-every", "1", "--held-out", "0.00001"], "hold_out: documents"),
+        (["--eval-every", "9", "--held-out", "0.00001"], "hold_out: documents"),
+        (["--eval-every", "9", "--held-out", "0.004", "--seq-len", "64"], "seq_len: got 64, expected 1 to "),
         (["--seq-len", "2000"], "expected at most max_seq_len=1024"),
     ],
 )
