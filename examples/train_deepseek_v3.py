@@ -62,7 +62,8 @@ def parse() -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one")
     add("--sample", default=None, metavar="PROMPT", help="print what the model makes of this in the end")
     add("--sample-tokens", type=int, default=300)
-    add("--temperature", type=float, default=0.7, help="of --sample; 0: the likeliest token")
+    add("--temperature", type=float, default=1.0, help="of --sample; 0: the likeliest token")
+    add("--top-k", type=int, default=10, help="of --sample: only the likeliest so many tokens are drawn")
     add("--out", type=Path, default=None, help="folder of all that is left; default: runs/PRESET")
     args = parser.parse_args()
     args.out = args.out or Path("runs", args.preset)
@@ -155,6 +156,7 @@ def main() -> None:
 
             loss, norm = loss.item(), norm.item()
             gradients.check_finite(step, loss, norm, grads)
+            del grads  # before the next step's are made
             speed = tokens.numel() / (time.perf_counter() - began)
             counts = [s.tokens_per_expert.tolist() for s in stats]
             now = metrics.Step(
@@ -182,8 +184,10 @@ def main() -> None:
     )
     if args.sample is not None:
         prompt = torch.tensor([[*tokenizer.encode(args.sample.encode())]], device=device)
-        options = dict(num_tokens=args.sample_tokens, temperature=args.temperature, window=args.seq_len)
-        written = low(sample)(params, prompt, config, seed_or_generator=args.seed, **options)
+        options = dict(temperature=args.temperature, top_k=args.top_k, window=args.seq_len)
+        written = low(sample)(
+            params, prompt, config, num_tokens=args.sample_tokens, seed_or_generator=args.seed, **options
+        )
         console.print(tokenizer.decode(written[0].tolist()), markup=False, highlight=False, soft_wrap=True)
 
 

@@ -243,6 +243,8 @@ def _description(path: Path) -> Any:
         return f"a {DESCRIPTION} that isn't fmoe's"
     if description.get("version") != VERSION:
         return f"format version {description.get('version')}, where this fmoe reads {VERSION}"
+    if missing := {"step", "run", "leaves", "files"} - description.keys():
+        return f"a {DESCRIPTION} without {sorted(missing)}"
     return description
 
 

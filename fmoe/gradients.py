@@ -10,7 +10,7 @@ import torch
 
 from .errors import argument_error
 from .ops.balance import MoEStats, merge_stats
-from .optim import is_trained
+from .optim import global_norm, is_trained
 from .tree import check_tensors, dotted_names
 
 NAMES_SHOWN = 8
@@ -101,9 +101,10 @@ def computing_in(fn: Callable[..., Any], dtype: torch.dtype) -> Callable[..., An
 def check_finite(step: int, loss: float, grad_norm: float, grads: Any) -> None:
     """Raise ``FloatingPointError`` unless the loss and the gradients' norm are finite.
 
-    The message names the step and every tensor whose gradient isn't finite, from the last layer to the
-    first, as the backward pass reached them. ``grads`` is read in that case only, so a healthy step does
-    not wait for the device; :func:`fmoe.optim.clip_by_global_norm` leaves such gradients as they are.
+    The message names the step and every tensor whose gradient has no finite norm, from the last layer to
+    the first, as the backward pass reached them. ``grads`` is read in that case only, so a healthy step does
+    not wait for the device; :func:`fmoe.optim.clip_by_global_norm` leaves such gradients as they are. With
+    DTensors every rank calls this and raises the same.
 
     >>> grads = {"a": torch.tensor(1.0), "b": torch.tensor(torch.nan)}
     >>> check_finite(7, 0.5, torch.nan, grads)  # doctest: +ELLIPSIS
@@ -113,18 +114,14 @@ def check_finite(step: int, loss: float, grad_norm: float, grads: Any) -> None:
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
     leaves = check_tensors("check_finite", "grads", grads)
-    names = [name for name, g in zip(dotted_names(grads), leaves) if not bool(g.isfinite().all())][::-1]
-    if names:
-        rest = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-        where = (
-            f"Not finite are the gradients of {len(names)} of {len(leaves)} tensors, from the last to the "
-            f"first: {', '.join(names[:NAMES_SHOWN])}{rest}. The backward pass met it at the first named."
-        )
-    else:
-        where = "Every gradient is finite."
+    bad = [name for name, leaf in zip(dotted_names(grads), leaves) if not global_norm(leaf).isfinite()][::-1]
+    shown = ", ".join(bad[:NAMES_SHOWN]) or "none"
+    rest = f" and {len(bad) - NAMES_SHOWN} more" if len(bad) > NAMES_SHOWN else ""
     raise FloatingPointError(
-        f"step {step}: the loss is {loss} and the norm of its gradient {grad_norm}. {where} "
-        "Resume from the last checkpoint with a lower learning rate, a longer warm-up or other data."
+        f"step {step}: the loss is {loss} and the norm of its gradient {grad_norm}. Not finite are the "
+        f"gradients of {len(bad)} of {len(leaves)} tensors: {shown}{rest}, in the order in which the backward "
+        "pass met them. Resume from the last checkpoint with a lower learning rate, a longer warm-up or other "
+        "data."
     )
 
 

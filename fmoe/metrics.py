@@ -104,7 +104,7 @@ class MetricsFile:
             self._file.close()
 
     def _keep_before(self, step: int) -> None:
-        text = self.path.read_text(encoding="utf-8")
+        text = self.path.read_text(encoding="utf-8") if step else ""
         self._replace(text[: text.rfind("\n") + 1])
         kept = [record for record in read_metrics(self.path) if record["step"] < step]
         self._replace("".join(json.dumps(record) + "\n" for record in kept))

@@ -137,10 +137,11 @@ def test_a_foreign_checkpoint_is_an_error(tmp_path: Path) -> None:
         ("[]", "a checkpoint.json that isn't fmoe's"),
         ('{"format": "other"}', "a checkpoint.json that isn't fmoe's"),
         ('{"format": "fmoe", "version": 2}', "format version 2, where this fmoe reads 1"),
+        ('{"format": "fmoe", "version": 1, "step": 1, "run": {}}', "without ['files', 'leaves']"),
     ]:
         description.write_text(text)
         assert checkpoint.latest(tmp_path) is None
-        with pytest.raises(ValueError, match=re.escape(f"load: {description.parent}: got {got}, expected")):
+        with pytest.raises(ValueError, match=re.escape(f"{got}, expected a whole checkpoint")):
             checkpoint.load(description.parent, state)
 
 

@@ -136,6 +136,7 @@ def test_a_resumed_run_goes_on_where_it_resumes(tmp_path: Path) -> None:
         file.write(step(3, loss=1.5))
     assert [(r["step"], r["loss"]) for r in read_metrics(path)] == [(0, 2.5), (1, 2.5), (2, 2.5), (3, 1.5)]
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+    path.write_text("nonsense")
     with MetricsFile(path, first_step=0):
         assert read_metrics(path) == []
     path.write_text("nonsense\n" + json.dumps(step(0).record()) + "\n")
