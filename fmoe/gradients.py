@@ -119,9 +119,9 @@ def check_finite(step: int, loss: float, grad_norm: float, grads: Any) -> None:
     rest = f" and {len(bad) - NAMES_SHOWN} more" if len(bad) > NAMES_SHOWN else ""
     raise FloatingPointError(
         f"step {step}: the loss is {loss} and the norm of its gradient {grad_norm}. Not finite are the "
-        f"gradients of {len(bad)} of {len(leaves)} tensors: {shown}{rest}, in the order in which the backward "
-        "pass met them. Resume from the last checkpoint with a lower learning rate, a longer warm-up or other "
-        "data."
+        f"gradients of {len(bad)} of {len(leaves)} tensors: {shown}{rest}, in the order in which the "
+        "backward pass met them. Resume from the last checkpoint with a lower learning rate, a longer "
+        "warm-up or other data."
     )
 
 
