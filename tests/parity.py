@@ -44,7 +44,7 @@ MODELS = {
     "no groups": dict(router=NO_GROUPS, q_lora_rank=7),
     "YaRN of unequal mscales": dict(yarn=dataclasses.replace(YARN, mscale=0.7, mscale_all_dim=1.3)),
     "YaRN of other bounds": dict(
-        yarn=Yarn(40.0, 4096, beta_fast=60.0, beta_slow=2.5), qk_rope_head_dim=16, max_seq_len=163840
+        yarn=Yarn(40.0, 4096, beta_fast=60.0, beta_slow=0.05), qk_rope_head_dim=16, max_seq_len=163840
     ),
     "plain YaRN": dict(yarn=dataclasses.replace(YARN, mscale_all_dim=0.0)),
     "another base of rotary positions": dict(rope_theta=50.0),

@@ -189,8 +189,8 @@ def test_every_wrong_tensor_is_listed(tmp_path):
     with pytest.raises(ValueError, match=r"huggingface\.load") as raised:
         load(tmp_path)
     assert str(raised.value) == (
-        f"huggingface.load: {tmp_path}: got missing: {expert}up_proj.weight, lm_head.weight, "
-        "model.layers.0.mlp.up_proj.weight_scale_inv; "
+        f"huggingface.load: path: got {tmp_path} with tensors missing: {expert}up_proj.weight, "
+        "lm_head.weight, model.layers.0.mlp.up_proj.weight_scale_inv; "
         "unexpected: model.layers.3.input_layernorm.weight, model.norm.bias; "
         f"of a wrong shape: {expert}down_proj.weight (24, 13), not (24, 12), "
         "expected the tensors its config.json implies. Correct the configuration or the files."

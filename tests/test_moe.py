@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 
 import fmoe
-from fmoe.ops.reference import moe_reference
+from fmoe.ops.reference import choose, moe_reference
 from fmoe.ops.route import route
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -71,6 +71,15 @@ def test_any_sizes_equal_the_oracle(data):
     torch.manual_seed(data.draw(st.integers(0, 2**31)))
     params = random_layer(dim, hidden, experts, shared=data.draw(st.integers(0, 2)))
     check_against_oracle(params, torch.randn(tokens, dim, dtype=torch.float64), config, 1e-10)
+
+
+@pytest.mark.parametrize("group_best", [1, 2, 3, 9])
+def test_the_choice_is_the_oracles(group_best):
+    config = fmoe.RouterConfig(top_k=4, num_groups=4, top_groups=2, group_best=group_best)
+    params, x = random_layer(experts=16).router, torch.randn(50, 6, dtype=torch.float64)
+    routing = route(params, x, config)
+    chosen = torch.zeros(50, 16, dtype=torch.bool).scatter(1, routing.expert_ids_TK, True)
+    assert torch.equal(chosen, choose(routing.scores_TE + params.bias_E, config))
 
 
 def test_shape_of_x_is_kept_and_leading_dimensions_are_tokens():

@@ -8,6 +8,7 @@ import optree
 import pytest
 from parity import TINY, V2
 
+import fmoe
 from fmoe.models import deepseek_v3
 from fmoe.models.published import export_config, import_config, published_leaves
 from fmoe.tree import dotted_names, is_spec
@@ -136,6 +137,9 @@ CONFIG_ERRORS = {
     LOAD + "YaRN's factor missing; YaRN's truncate=False": changed(
         rope_scaling={"type": "yarn", "original_max_position_embeddings": 4096, "truncate": False}
     ),
+    LOAD + "YaRN's mscale missing; YaRN's attention_factor=1.5": changed(
+        rope_scaling=dict(YARN, mscale_all_dim=1.0, attention_factor=1.5)
+    ),
     LOAD + "quantization by 'awq', not 'fp8'": changed(quantization_config={"quant_method": "awq"}),
     "Yarn: mscale_all_dim: got 0.0": changed(rope_scaling=dict(YARN, mscale=0.707)),
     SAVE
@@ -143,6 +147,9 @@ CONFIG_ERRORS = {
         exported(
             router=dataclasses.replace(TINY.router, force_balance=True, group_best=1), num_shared_experts=0
         )
+    ),
+    SAVE + "router.num_groups=8 of one expert each, not of two or more": exported(
+        router=fmoe.RouterConfig(top_k=2, num_groups=8, top_groups=2)
     ),
     SAVE + "router.normalize=True with softmax scores, expected what DeepseekV3ForCausalLM": exported(
         router=dataclasses.replace(V2, normalize=True)

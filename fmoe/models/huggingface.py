@@ -4,6 +4,7 @@ Nothing is unpickled, and no second copy of the model is made: tensors go one by
 """
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,11 @@ def load(
     ==========  ===============================================================================
 
     Weights in float8 with ``weight_scale_inv`` are multiplied out, block by block. The layers that predict
-    further tokens (``num_nextn_predict_layers``) and stored rotary frequencies are passed over.
+    further tokens (``num_nextn_predict_layers``) and stored rotary frequencies are passed over. Files are
+    mapped, and each tensor is copied from there into the parameter it is a part of.
 
-    Raises ``ValueError`` for a configuration fmoe can't honour, and for tensors that are missing,
-    unexpected or of a wrong shape, all of them by name; ``FileNotFoundError`` without safetensors.
+    Raises ``ValueError`` for a directory without its files or with pickled ones only, for a configuration
+    fmoe can't honour, and for tensors that are missing, unexpected or of a wrong shape, all of them by name.
 
     >>> import tempfile
     >>> from fmoe.models import deepseek_v3
@@ -74,7 +76,7 @@ def read_leaf(
     *,
     dtype: torch.dtype,
     device: str | torch.device | None = None,
-    block: tuple[int, int] = (128, 128),
+    block: Sequence[int] = (128, 128),
 ) -> torch.Tensor:
     """One parameter, from open files by tensor name; ``block`` is what shares a scale in float8."""
     make = torch.empty if leaf.parts else torch.zeros
@@ -120,29 +122,35 @@ def save(
             expected="a directory without",
             remedy="Choose another directory, or clear this one.",
         )
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    size = 0
-    for leaf, value in zip(leaves, tensors):
-        for part in leaf.parts:
-            tensor = value[part.at]
-            if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-                shards.append({})
-                size = 0
-            shards[-1][part.name] = tensor
-            size += tensor.nbytes
+    shards = _shards(leaves, tensors, max_shard_bytes)
     path.mkdir(parents=True, exist_ok=True)
     files: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # Views until here; only what isn't in the host's memory in one piece is copied, a shard at a time.
-        copies = {name: tensor.cpu().contiguous() for name, tensor in shard.items()}
-        save_file(copies, path / file, metadata={"format": "pt"})
+        # Copies only what isn't in the host's memory in one piece, and a shard of it at a time.
+        host = {name: tensor.cpu().contiguous() for name, tensor in shard.items()}
+        save_file(host, path / file, metadata={"format": "pt"})
         files |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": files}
     (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     raw["torch_dtype"] = str(params.embedding.dtype).removeprefix("torch.")
     (path / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def _shards(leaves: list[Leaf], tensors: list[torch.Tensor], max_bytes: int) -> list[dict[str, torch.Tensor]]:
+    """Views of the published tensors, file by file."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for leaf, value in zip(leaves, tensors):
+        for part in leaf.parts:
+            tensor = value[part.at]
+            if shards[-1] and size + tensor.nbytes > max_bytes:
+                shards.append({})
+                size = 0
+            shards[-1][part.name] = tensor
+            size += tensor.nbytes
+    return shards
 
 
 def _open(path: Path, stack: ExitStack) -> dict[str, Any]:
@@ -167,7 +175,7 @@ def _open(path: Path, stack: ExitStack) -> dict[str, Any]:
 
 
 def _check(
-    path: Path, files: dict[str, Any], leaves: list[Leaf], raw: dict[str, Any], block: list[int]
+    path: Path, files: dict[str, Any], leaves: list[Leaf], raw: dict[str, Any], block: Sequence[int]
 ) -> None:
     """Raise ``ValueError`` unless the files hold the leaves' tensors and nothing else of the model."""
     expected = {part.name: part.shape for leaf in leaves for part in leaf.parts}
@@ -194,8 +202,9 @@ def _check(
     if any(problems.values()):
         raise argument_error(
             "huggingface.load",
-            str(path),
-            got="; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names),
+            "path",
+            got=f"{path} with tensors "
+            + "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names),
             expected="the tensors its config.json implies",
             remedy="Correct the configuration or the files.",
         )
@@ -205,7 +214,8 @@ def _checked(leaves: list[Leaf], params: ModelParams) -> list[torch.Tensor]:
     """The leaves of params, which must be those described, of one dtype, and expressible."""
     found = dict(zip(dotted_names(params), check_tensors("huggingface.save", "params", params)))
     dtype = params.embedding.dtype
-    wrong = [f"{name} unexpected" for name in found if name not in {leaf.name for leaf in leaves}]
+    known = {leaf.name for leaf in leaves}
+    wrong = [f"{name} unexpected" for name in found if name not in known]
     for name, spec, parts in leaves:
         value, wanted = found.get(name), (spec.shape, spec.dtype or dtype)
         if value is None:

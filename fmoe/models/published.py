@@ -116,10 +116,7 @@ def import_config(raw: dict[str, Any]) -> DeepSeekV3Config:
     raw = {**ABSENT, **raw}
     if kind == "deepseek_v2" and raw.get("topk_method", "greedy") == "greedy":
         raw |= {"n_group": 1, "topk_group": 1}
-    heads = raw.get("num_attention_heads")
-    fixed = FIXED[kind] | {"num_key_value_heads": (heads, None)}
-    rope = {"rope_theta": 10000.0} | raw | (raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    fixed = FIXED[kind] | {"num_key_value_heads": (raw.get("num_attention_heads"), None)}
     wrong = [
         f"{key}={raw[key]!r}, not {' or '.join(map(repr, allowed))}"
         for key, allowed in fixed.items()
@@ -127,15 +124,8 @@ def import_config(raw: dict[str, Any]) -> DeepSeekV3Config:
     ]
     wrong += [f"{key} missing" for key in [*MODEL, *ROUTER] if raw.get(key) is None and key not in NULL]
     wrong += [f"{key} missing" for key in NULL if key not in raw]
-    if rope_type not in ("default", "yarn"):
-        wrong.append(f"a rope type of {rope_type!r}, not 'default' or 'yarn'")
-    if rope_type == "yarn":
-        wrong += [f"YaRN's {key} missing" for key in list(YARN)[:2] if rope.get(key) is None]
-        wrong += [
-            f"YaRN's {key}={rope[key]!r}"
-            for key, value in (("attention_factor", None), ("truncate", True))
-            if rope.get(key, value) != value
-        ]
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    wrong += _wrong_rope(rope)
     if (method := (raw.get("quantization_config") or {"quant_method": "fp8"}).get("quant_method")) != "fp8":
         wrong.append(f"quantization by {method!r}, not 'fp8'")
     if wrong:
@@ -147,11 +137,33 @@ def import_config(raw: dict[str, Any]) -> DeepSeekV3Config:
         group_best=1 if kind == "deepseek_v2" else 2,
     )
     yarn = None
-    if rope_type == "yarn":
+    if _rope_type(rope) == "yarn":
         absent = {"mscale_all_dim": 0.0}  # plain YaRN: cosines and sines grow, the softmax's scale stays
-        given = {ours: rope[key] for key, ours in YARN.items() if rope.get(key) is not None}
-        yarn = Yarn(**(absent | given))
-    return DeepSeekV3Config(**values, router=router, rope_theta=rope["rope_theta"], yarn=yarn)
+        yarn = Yarn(**absent | {ours: rope[key] for key, ours in YARN.items() if rope.get(key) is not None})
+    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    return DeepSeekV3Config(**values, router=router, rope_theta=theta, yarn=yarn)
+
+
+def _rope_type(rope: dict[str, Any]) -> str:
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def _wrong_rope(rope: dict[str, Any]) -> list[str]:
+    kind = _rope_type(rope)
+    if kind == "default":
+        return []
+    if kind != "yarn":
+        return [f"a rope type of {kind!r}, not 'default' or 'yarn'"]
+    needed = list(YARN)[:2]
+    if rope.get("mscale_all_dim"):
+        needed.append("mscale")  # without it the published implementations disagree
+    known = {*YARN, "rope_type", "type", "rope_theta"}
+    harmless = {"attention_factor": None, "truncate": True}
+    return [f"YaRN's {key} missing" for key in needed if rope.get(key) is None] + [
+        f"YaRN's {key}={value!r}"
+        for key, value in rope.items()
+        if key not in known and harmless.get(key, ...) != value
+    ]
 
 
 def export_config(config: DeepSeekV3Config) -> dict[str, Any]:
@@ -168,6 +180,8 @@ def export_config(config: DeepSeekV3Config) -> dict[str, Any]:
         wrong.append(f"router.group_best={r.group_best} with {r.score_func} scores, not {best}")
     if kind == "deepseek_v2" and r.normalize:
         wrong.append("router.normalize=True with softmax scores")
+    if kind == "deepseek_v3" and r.num_groups > 1 and config.num_experts < 2 * r.num_groups:
+        wrong.append(f"router.num_groups={r.num_groups} of one expert each, not of two or more")
     if config.num_shared_experts < 1:
         wrong.append("num_shared_experts=0, not 1 or more")
     if wrong:
