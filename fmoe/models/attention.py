@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
+from ..ops.attention import attention
 from ..tree import P, param
 
 FSDP = ("dp", "ep")
@@ -115,16 +116,16 @@ def attention_forward(
         q = F.linear(rms_norm(F.linear(x, down), norm, eps), up)
     else:
         q = F.linear(x, params.query)
-    q = q.unflatten(-1, (c.num_heads, -1)).transpose(1, 2)  # (B, H, L, N + R)
+    q = q.unflatten(-1, (c.num_heads, -1))  # (B, L, H, N + R)
     q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
     latent, k_rope = F.linear(x, params.kv_down).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
     kv = F.linear(rms_norm(latent, params.kv_norm, eps), params.kv_up)
-    kv = kv.unflatten(-1, (c.num_heads, -1)).transpose(1, 2)
+    kv = kv.unflatten(-1, (c.num_heads, -1))
     k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
-    k_rope = rotate(k_rope.unsqueeze(1), rope).expand(-1, c.num_heads, -1, -1)
+    k_rope = rotate(k_rope.unsqueeze(2), rope).expand(-1, -1, c.num_heads, -1)
     q, k = torch.cat([q_nope, rotate(q_rope, rope)], -1), torch.cat([k_nope, k_rope], -1)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return F.linear(y.transpose(1, 2).flatten(2), params.out)
+    y = attention(q, k, v, q.shape[-1] ** -0.5)
+    return F.linear(y.flatten(2), params.out)
 
 
 def rope_table(config: AttentionConfig, length: int, device: torch.device | str | None = None) -> Rope:
@@ -139,9 +140,10 @@ def rope_table(config: AttentionConfig, length: int, device: torch.device | str 
 def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
     """Rotate the pairs (0, 1), (2, 3), ... of the last dimension, by float32 angles, in ``x``'s dtype.
 
+    ``x`` is (B, L, H, R).
     The pairs' first members come out first, then the second ones: queries and keys agree on it.
     """
-    cos, sin = rope.cos.to(x.dtype), rope.sin.to(x.dtype)
+    cos, sin = (angle[:, None].to(x.dtype) for angle in rope)  # [L, 1, R/2]
     a, b = x[..., 0::2], x[..., 1::2]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
