@@ -1,7 +1,6 @@
 """What the tests share: random layers, comparisons, the table of transforms."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import optree
@@ -64,17 +63,6 @@ def error(a: Any, b: Any) -> float:
 
 def dot(a: Any, b: Any) -> torch.Tensor:
     return sum((x * y).sum() for x, y in zip(optree.tree_leaves(a), optree.tree_leaves(b)))
-
-
-@contextmanager
-def raw_calls() -> Iterator[dict[str, int]]:
-    """How often each raw fmoe kernel ran; filled when the block ends."""
-    counts: dict[str, int] = {}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        yield counts
-    for event in profile.key_averages():
-        if event.key.startswith("fmoe::"):
-            counts[event.key.removeprefix("fmoe::")] = event.count
 
 
 def squared(fn: Callable[..., torch.Tensor]) -> Scalar:

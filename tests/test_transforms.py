@@ -13,7 +13,6 @@ from helpers import (
     Example,
     error,
     random_layer,
-    raw_calls,
     remats,
     squared,
 )
@@ -22,6 +21,7 @@ from hypothesis import strategies as st
 from torch.func import grad, jvp, vmap
 
 import fmoe
+from fmoe.introspect import kept_bytes, raw_calls, saved_bytes
 from fmoe.ops.reference import moe_reference
 from fmoe.ops.tape import checkpoint_names
 
@@ -88,29 +88,23 @@ def test_what_a_policy_keeps_runs_once(differentiate, compiled):
             assert again == expected, name
 
 
-def test_a_policy_keeps_the_bytes_it_names():
+def test_a_policy_keeps_the_bytes_its_declarations_predict():
     params, x = random_layer(dtype=torch.float32), torch.randn(7, 6)
     params = optree.tree_map(lambda t: t.requires_grad_(), params)
-    inputs = {t.untyped_storage().data_ptr() for t in (x, *optree.tree_leaves(params))}
-
-    def kept(fn):
-        storages = {}
-
-        def pack(t):
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = fn(params, x)
-        assert y.requires_grad
-        return sum(n for p, n in storages.items() if p not in inputs)
-
     pairs, experts = 7 * 3, 8
-    ids, layout, hidden = 8 * pairs, (8 + 8) * pairs + 4 * experts, 4 * pairs * 2 * 5
-    assert kept(fmoe.remat(layer, fmoe.save_nothing)) == 0
-    assert kept(fmoe.remat(layer, fmoe.save("topk"))) == ids
-    assert kept(fmoe.remat(layer)) == ids + layout
-    assert kept(fmoe.remat(layer, fmoe.save("experts_grouped_mm"))) == hidden + 4 * 7 * 6
+    topk, dispatch, hidden = 8 * pairs, (8 + 8) * pairs + 4 * experts, 4 * pairs * 2 * 5
+    by_hand = {
+        fmoe.save_nothing: 0,
+        fmoe.save("topk"): topk,
+        None: topk + dispatch,
+        fmoe.save("experts_grouped_mm"): hidden + 4 * 7 * 6,
+    }
+    for policy, size in by_hand.items():
+        assert kept_bytes(fmoe.remat(layer, policy), params, x) == size
+        assert sum(saved_bytes(layer, params, x, policy=policy).values()) == size
+    for policy in (fmoe.save_everything, fmoe.save("router", "dispatch"), lambda name: "o" in name):
+        predicted = sum(saved_bytes(layer, params, x, policy=policy).values())
+        assert kept_bytes(fmoe.remat(layer, policy), params, x) == predicted > 0
 
 
 # ---- what may go in and come out -----------------------------------------------------------------

@@ -61,12 +61,12 @@ class Unsupported(NamedTuple):
 
 
 class Stated(NamedTuple):
-    """What a declaration says beside its rules: what to check it by, and whether its vjp is by hand."""
+    """What a declaration says beside its rules: what to check it by, and which rules it wrote by hand."""
 
     plain: Callable[..., Any]
     example: Callable[[], tuple[Any, ...]]
     dependent: Callable[..., Tensors]
-    vjp_by_hand: bool
+    by_hand: frozenset[str]
 
 
 class Operator:
@@ -79,7 +79,7 @@ class Operator:
         self.raw = raw
         self.checkpoint = checkpoint
         self.rules = rules
-        self.plain, self.example, self.dependent, self.vjp_by_hand = stated
+        self.plain, self.example, self.dependent, self.by_hand = stated
         self.num_inputs = len(raw._schema.arguments)
         self.num_outputs = len(raw._schema.returns)
         self.num_values = self.num_outputs - residual_outputs
@@ -152,7 +152,7 @@ def declare(
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     raw = getattr(getattr(torch.ops, NAMESPACE), name).default
-    vjp_by_hand = vjp is not None
+    by_hand = frozenset(n for n, rule in dict(vjp=vjp, jvp=jvp, vmap=vmap).items() if rule is not None)
     if reference is not None:
         derived = derive(reference, len(raw._schema.arguments))
         residuals = residuals or derived.residuals
@@ -160,7 +160,7 @@ def declare(
     plain = plain or reference
     if plain is None:
         raise TypeError(f"{name}: declared with neither a plain function nor a reference.")
-    stated = Stated(plain, example, dependent, vjp_by_hand)
+    stated = Stated(plain, example, dependent, by_hand)
     rules = Rules(residuals or (lambda inputs, outputs: ()), vjp, jvp, vmap)
     _REGISTRY[name] = Operator(name, raw, checkpoint, residual_outputs, rules, stated)
     return _REGISTRY[name]
@@ -177,7 +177,7 @@ def operators() -> dict[str, Operator]:
 def _traced_function(op: Operator) -> Any:
     """The operator's Function for Dynamo, which traces neither ``jvp`` rules nor closures over objects."""
     n, num_values, raw = op.num_inputs, op.num_values, op.raw
-    residuals_of, vjp, vjp_by_hand, name = op.rules.residuals, op.rules.vjp, op.vjp_by_hand, op.name
+    residuals_of, vjp, name, by_hand = op.rules.residuals, op.rules.vjp, op.name, "vjp" in op.by_hand
 
     def forward(*args: Any) -> Any:
         return raw(*args[-n:])  # Dynamo puts a context in front when nothing requires a gradient
@@ -187,7 +187,7 @@ def _traced_function(op: Operator) -> Any:
         _keep(ctx, residuals_of(inputs, outputs), outputs, num_values)
 
     def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
-        if not vjp_by_hand:  # a derived one is a torch.func transform
+        if not by_hand:  # a derived one is a torch.func transform
             raise TransformError(
                 f"{name}: cannot be differentiated under torch.compile. Differentiate it uncompiled."
             )
