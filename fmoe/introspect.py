@@ -127,7 +127,8 @@ def raw_calls() -> Iterator[dict[str, int]]:
     {'gather': 1}
     """
     counts: dict[str, int] = {}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         yield counts
     for event in profile.key_averages():
         if event.key.startswith(f"{NAMESPACE}::"):

@@ -138,7 +138,9 @@ class OperatorExample(Example):
             out = wrapped(*args)
             total = x.sum()
             for o in out if isinstance(out, tuple) else (out,):
-                weigh = torch.linspace(0.5, 1.5, o.numel(), dtype=torch.float64).view(o.shape)
+                weigh = torch.linspace(0.5, 1.5, o.numel(), dtype=torch.float64, device=o.device).view(
+                    o.shape
+                )
                 total = total + (o.double() ** 2 * weigh).sum()
             return p[0] * total
 
