@@ -1,21 +1,32 @@
 """Latent attention against transformers', rotary positions, norms."""
 
 import dataclasses
+import math
 
+import optree
 import pytest
 import torch
 from helpers import error
-from transformers.models.deepseek_v3 import DeepseekV3Config
+from parity import their_config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3Attention,
     DeepseekV3RotaryEmbedding,
 )
 
-from fmoe.models.attention import LowRankQuery, attention_forward, attention_specs, rms_norm, rope_table
+from fmoe.models.attention import (
+    attention_forward,
+    attention_specs,
+    frequencies,
+    rms_norm,
+    rope_table,
+    softmax_scale,
+)
+from fmoe.models.config import Yarn
 from fmoe.models.deepseek_v3 import preset
+from fmoe.models.published import NAMES
 from fmoe.ops.attention import attention
 from fmoe.ops.tape import plain_operators
-from fmoe.tree import init_params
+from fmoe.tree import dotted_names, init_params
 
 SIZES = {
     "query matrix": dict(q_lora_rank=0),
@@ -29,54 +40,48 @@ SIZES = {
         qk_rope_head_dim=6,
         v_head_dim=11,
     ),
+    "YaRN": dict(qk_rope_head_dim=32, yarn=Yarn(32.0, 32, mscale=1.2, mscale_all_dim=0.6)),
 }
 
 
-def theirs(config):
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    hf = DeepseekV3Config(
-        hidden_size=config.dim,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_heads,
-        q_lora_rank=config.q_lora_rank or None,
-        kv_lora_rank=config.kv_lora_rank,
-        qk_nope_head_dim=config.qk_nope_head_dim,
-        qk_rope_head_dim=config.qk_rope_head_dim,
-        v_head_dim=config.v_head_dim,
-        rms_norm_eps=config.norm_eps,
-        rope_parameters=rope,
-        attn_implementation="eager",
-    )
-    return hf, DeepseekV3Attention(hf, 0)
-
-
-def load(layer, params):
-    weights = {
-        "kv_a_proj_with_mqa": params.kv_down,
-        "kv_a_layernorm": params.kv_norm,
-        "kv_b_proj": params.kv_up,
-        "o_proj": params.out,
-    }
-    if isinstance(params.query, LowRankQuery):
-        weights |= dict(zip(("q_a_proj", "q_a_layernorm", "q_b_proj"), params.query))
-    else:
-        weights["q_proj"] = params.query
-    layer.load_state_dict({f"{k}.weight": v for k, v in weights.items()})
+def theirs(config, params):
+    hf, _ = their_config(config)
+    hf._attn_implementation = "eager"
+    layer = DeepseekV3Attention(hf, 0)
+    names = [NAMES[f"attention.{name}"][0].removeprefix("self_attn.") for name in dotted_names(params)]
+    layer.load_state_dict(dict(zip(names, optree.tree_leaves(params))))
+    return hf, layer
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_parity_with_transformers(sizes):
     config = dataclasses.replace(preset("debug"), init_std=0.3, **sizes)
     params = init_params(attention_specs(config), 0, dtype=torch.float32, device="cpu")
-    hf, layer = theirs(config)
-    load(layer, params)
+    hf, layer = theirs(config, params)
     x = torch.randn(2, 13, config.dim)
     positions = torch.arange(13)[None].expand(2, -1)
     embedding = DeepseekV3RotaryEmbedding(hf)(x, positions)
     mask = torch.full((13, 13), -torch.inf).triu(1)[None, None]
     expected = layer(x, embedding, mask)[0]
     got = attention_forward(params, x, rope_table(config, 13), config)
-    assert error(got, expected) < 2e-6
+    assert error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["16B", "671B"])
+def test_published_positions(name):
+    config = preset(name)
+    hf, _ = their_config(config)
+    embedding = DeepseekV3RotaryEmbedding(hf)
+    ours, plain = frequencies(config), frequencies(dataclasses.replace(config, yarn=None))
+    torch.testing.assert_close(ours, embedding.inv_freq, rtol=1e-6, atol=0)
+    # Pairs that turn 32 times in 4096 positions keep their frequency, those that turn once or less take 40
+    # times as long.
+    turns = 4096 * plain / (2 * math.pi)
+    assert torch.equal(ours[turns > 40], plain[turns > 40])
+    torch.testing.assert_close(ours[turns < 0.7] * 40, plain[turns < 0.7])
+    assert error(rope_table(config, 5).cos[3], torch.cos(3 * ours)) < 1e-6  # the two magnitudes are equal
+    mscale = config.yarn.mscale_all_dim
+    assert math.isclose(softmax_scale(config), 192**-0.5 * (0.1 * mscale * math.log(40) + 1) ** 2)
 
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}

@@ -5,131 +5,41 @@ import functools
 import re
 
 import optree
+import parity
 import pytest
 import torch
 from helpers import ORACLE_TRANSFORMS, TRANSFORMS, Example, error, fresh_seed
+from parity import MODELS, TINY, clear_tokens, small, their_model, their_tensors, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
-from transformers.models.deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
+from torch.utils.flop_counter import FlopCounterMode
 
 import fmoe
 from fmoe.models import deepseek_v3
 from fmoe.models.attention import rope_table
+from fmoe.models.config import Yarn
 from fmoe.ops.tape import plain_operators
 from fmoe.tree import is_spec
 
-TINY = dataclasses.replace(
-    deepseek_v3.preset("debug"),
-    vocab_size=40,
-    dim=24,
-    num_layers=3,
-    hidden_dim=20,
-    num_heads=2,
-    kv_lora_rank=10,
-    qk_nope_head_dim=6,
-    qk_rope_head_dim=4,
-    v_head_dim=8,
-    moe_hidden_dim=12,
-    num_experts=8,
-    num_shared_experts=2,
-    router=fmoe.RouterConfig(top_k=2, num_groups=4, top_groups=2),
-    max_seq_len=32,
-    init_std=0.2,
-)
-
-
-def tokens(config=TINY, batch=2, length=11):
-    return torch.randint(config.vocab_size, (batch, length))
-
 
 def with_biases(params):
-    """Selection biases so far apart that no rounding of a score can change a choice."""
+    """Selection biases so far apart, and any two's sums too, that no rounding can change a choice."""
     layers = []
     for layer in params.layers:
         if isinstance(layer.mlp, fmoe.MoEParams):
-            bias = torch.randperm(layer.mlp.router.bias_E.shape[0]).float() * 3
+            bias = 3 * 2.0 ** torch.randperm(layer.mlp.router.bias_E.shape[0])
             router = layer.mlp.router._replace(bias_E=bias)
             layer = layer._replace(mlp=layer.mlp._replace(router=router))
         layers.append(layer)
     return params._replace(layers=tuple(layers))
 
 
-def theirs(config):
-    return DeepseekV3ForCausalLM(
-        DeepseekV3Config(
-            vocab_size=config.vocab_size,
-            hidden_size=config.dim,
-            num_hidden_layers=config.num_layers,
-            first_k_dense_replace=config.num_dense_layers,
-            intermediate_size=config.hidden_dim,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_heads,
-            q_lora_rank=config.q_lora_rank or None,
-            kv_lora_rank=config.kv_lora_rank,
-            qk_nope_head_dim=config.qk_nope_head_dim,
-            qk_rope_head_dim=config.qk_rope_head_dim,
-            v_head_dim=config.v_head_dim,
-            moe_intermediate_size=config.moe_hidden_dim,
-            n_routed_experts=config.num_experts,
-            n_shared_experts=config.num_shared_experts,
-            num_experts_per_tok=config.router.top_k,
-            n_group=config.router.num_groups,
-            topk_group=config.router.top_groups,
-            routed_scaling_factor=config.router.scale,
-            norm_topk_prob=config.router.normalize,
-            rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            attn_implementation="eager",
-        )
-    )
-
-
-def their_names(params):
-    """Parameters by the names transformers gives them, as the tensors transformers holds."""
-    names = {"model.embed_tokens": params.embedding, "model.norm": params.norm, "lm_head": params.head}
-
-    def mlp(prefix, p):
-        gate, up = p.w_in
-        names.update({prefix + "gate_proj": gate, prefix + "up_proj": up, prefix + "down_proj": p.w_out})
-
-    for i, layer in enumerate(params.layers):
-        at, moe = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
-        names |= {
-            f"model.layers.{i}.input_layernorm": layer.attention_norm,
-            f"model.layers.{i}.post_attention_layernorm": layer.mlp_norm,
-            at + "kv_a_proj_with_mqa": layer.attention.kv_down,
-            at + "kv_a_layernorm": layer.attention.kv_norm,
-            at + "kv_b_proj": layer.attention.kv_up,
-            at + "o_proj": layer.attention.out,
-        }
-        if isinstance(layer.attention.query, torch.Tensor):
-            names[at + "q_proj"] = layer.attention.query
-        else:
-            names |= dict(
-                zip((at + "q_a_proj", at + "q_a_layernorm", at + "q_b_proj"), layer.attention.query)
-            )
-        if isinstance(layer.mlp, fmoe.MoEParams):
-            names[moe + "gate"] = layer.mlp.router.weight_ED
-            names[moe + "experts.gate_up_proj"] = layer.mlp.experts.w_in.flatten(1, 2)
-            names[moe + "experts.down_proj"] = layer.mlp.experts.w_out
-            mlp(moe + "shared_experts.", layer.mlp.shared)
-        else:
-            mlp(moe, layer.mlp)
-    return {k if "experts." in k and "shared" not in k else k + ".weight": v for k, v in names.items()}
-
-
-@pytest.mark.parametrize("q_lora_rank", [0, 7])
-def test_parity_with_transformers(q_lora_rank):
-    config = dataclasses.replace(TINY, q_lora_rank=q_lora_rank)
-    params = with_biases(deepseek_v3.init(config, 3))
-    model = theirs(config)
-    biases = {
-        f"model.layers.{i}.mlp.gate.e_score_correction_bias": layer.mlp.router.bias_E
-        for i, layer in enumerate(params.layers)
-        if isinstance(layer.mlp, fmoe.MoEParams)
-    }
-    model.load_state_dict({**their_names(params), **biases})
-    batch, targets = tokens(config), tokens(config)
+@pytest.mark.parametrize("name", MODELS)
+def test_parity_with_transformers(name):
+    config = small(name)
+    params = parity.init(config)
+    model = their_model(config, params)
+    batch, targets = clear_tokens(model, params, config), tokens(config)
     logits, _ = deepseek_v3.forward(params, batch, config)
     expected = model(batch).logits
     assert (logits - expected).abs().max() < 1e-4
@@ -137,10 +47,12 @@ def test_parity_with_transformers(q_lora_rank):
     torch.nn.functional.cross_entropy(expected.flatten(0, 1), targets.flatten()).backward()
     grads, _ = grad(deepseek_v3.loss, has_aux=True)(params, batch, targets, config)
     wanted = {name: p.grad for name, p in model.named_parameters()}
-    found = their_names(grads)
-    assert set(found) == set(wanted)
-    for name, g in found.items():
-        assert (g - wanted[name]).norm() <= 1e-3 * wanted[name].norm(), name
+    found = their_tensors(grads, config)
+    biases = {name for name in found if name.endswith("e_score_correction_bias")}
+    assert set(found) - biases == set(wanted)
+    assert not any(found[name].any() for name in biases)
+    for name, g in wanted.items():
+        assert (found[name] - g).norm() <= 1e-3 * g.norm(), name
 
 
 def test_gradients_agree_with_each_other_and_with_differences():
@@ -289,7 +201,9 @@ def test_counts_move_the_biases():
 
 
 ERRORS = {
-    "preset: name: got '17B', expected one of ['debug']": lambda: deepseek_v3.preset("17B"),
+    "preset: name: got '17B', expected one of ['16B', '236B', '671B', 'debug']": lambda: deepseek_v3.preset(
+        "17B"
+    ),
     "DeepSeekV3Config: num_dense_layers: got 4, expected at most num_layers=3. Lower it.": (
         lambda: dataclasses.replace(TINY, num_dense_layers=4)
     ),
@@ -299,6 +213,11 @@ ERRORS = {
     ),
     "DeepSeekV3Config: router.top_k: got 8, expected at most 4, the experts that": (
         lambda: dataclasses.replace(TINY, router=fmoe.RouterConfig())
+    ),
+    "Yarn: factor: got 0.5, expected at least 1.": lambda: Yarn(0.5, 4096),
+    "Yarn: beta_slow: got 40, expected above 0, to beta_fast=32.0.": lambda: Yarn(4, 4096, beta_slow=40),
+    "Yarn: mscale_all_dim: got 0.0, expected above 0, or 0 with mscale=1.": (
+        lambda: Yarn(4, 4096, mscale=0.707, mscale_all_dim=0.0)
     ),
     "forward: tokens: got torch.float32 of shape (2, 3), expected torch.int64 of shape (B, L).": (
         lambda: deepseek_v3.forward(deepseek_v3.init(TINY, 0), torch.ones(2, 3), TINY)
@@ -316,3 +235,36 @@ ERRORS = {
 def test_bad_input_is_named(text, call):
     with pytest.raises(ValueError, match=re.escape(text)):
         call()
+
+
+@pytest.mark.parametrize("name", ["query matrix, two shared experts", "tied head", "dense layers only"])
+def test_flops_are_those_transformers_does(name):
+    config = small(name)
+    model, batch = their_model(config), tokens(config)
+    with FlopCounterMode(display=False) as counted:
+        model(batch, labels=batch).loss.backward()
+    # Its attention computes all keys and masks half of them; a causal one of 2 L - 1 keys does as much.
+    length = 2 * batch.shape[1] - 1
+    assert deepseek_v3.flops_per_token(config, length) * batch.numel() == counted.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active", "digit"),
+    # 2.45 billion were published as 2.4: cut, not rounded.
+    [("16B", 15.7, 2.4, 0.06), ("236B", 236, 21, 0.5), ("671B", 671, 37, 0.5)],
+)
+def test_presets_have_their_published_sizes(name, total, active, digit):
+    found = deepseek_v3.num_params(deepseek_v3.preset(name))
+    assert abs(found[0] / 1e9 - total) < digit
+    assert abs(found[1] / 1e9 - active) < digit
+
+
+def test_a_tied_head_is_no_leaf():
+    config = dataclasses.replace(TINY, tied_head=True)
+    params = deepseek_v3.init(config, 0)
+    assert params.head == ()
+    untied = deepseek_v3.init(TINY, 0)._replace(head=params.embedding)
+    batch = tokens()
+    got, expected = deepseek_v3.forward(params, batch, config), deepseek_v3.forward(untied, batch, TINY)
+    assert torch.equal(got[0], expected[0])
+    assert deepseek_v3.num_params(TINY)[1] == deepseek_v3.num_params(config)[1]

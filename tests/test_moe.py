@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import fmoe
 from fmoe.introspect import kept_bytes, raw_calls
-from fmoe.ops.reference import moe_reference
+from fmoe.ops.reference import choose, moe_reference
 from fmoe.ops.route import route
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -70,6 +70,7 @@ def test_any_sizes_equal_the_oracle(data):
         top_k=data.draw(st.integers(1, experts // groups * top_groups), "k"),
         num_groups=groups,
         top_groups=top_groups,
+        group_best=data.draw(st.integers(1, 3), "group best"),
         score_func=data.draw(st.sampled_from(["sigmoid", "softmax"])),
         normalize=data.draw(st.booleans()),
         scale=data.draw(st.sampled_from([1.0, 2.5])),
@@ -80,6 +81,15 @@ def test_any_sizes_equal_the_oracle(data):
     torch.manual_seed(data.draw(st.integers(0, 2**31)))
     params = random_layer(dim, hidden, experts, shared=data.draw(st.integers(0, 2)))
     check_against_oracle(params, torch.randn(tokens, dim, dtype=torch.float64), config, 1e-10)
+
+
+@pytest.mark.parametrize("group_best", [1, 2, 3, 9])
+def test_the_choice_is_the_oracles(group_best):
+    config = fmoe.RouterConfig(top_k=4, num_groups=4, top_groups=2, group_best=group_best)
+    params, x = random_layer(experts=16).router, torch.randn(50, 6, dtype=torch.float64)
+    routing = route(params, x, config)
+    chosen = torch.zeros(50, 16, dtype=torch.bool).scatter(1, routing.expert_ids_TK, True)
+    assert torch.equal(chosen, choose(routing.scores_TE + params.bias_E, config))
 
 
 def test_shape_of_x_is_kept_and_leading_dimensions_are_tokens():
@@ -424,6 +434,10 @@ ERRORS = {
     "more top groups than groups": (
         lambda: routed(num_groups=2, top_groups=3),
         "route: router.top_groups: got 3, expected between 1 and num_groups=2.",
+    ),
+    "group score of no expert": (
+        lambda: routed(group_best=0),
+        "route: router.group_best: got 0, expected at least 1. DeepSeek-V3 has 2, DeepSeek-V2 1.",
     ),
     "score function": (
         lambda: routed(score_func="relu"),

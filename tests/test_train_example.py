@@ -53,7 +53,7 @@ def test_it_learns_repeatably_and_recomputation_changes_nothing(train):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--preset", "17B"], "preset: name: got '17B', expected one of ['debug']"),
+        (["--preset", "17B"], "preset: name: got '17B', expected one of ['16B', '236B', '671B', 'debug']"),
         (["--remat", "some"], "--remat: got 'some', expected none, full, default or save:NAME,NAME"),
         (["--remat", "save:nope"], "save: names: got 'nope', expected names of"),
         (["--data", "/nowhere"], "/nowhere"),

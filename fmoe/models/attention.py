@@ -4,40 +4,17 @@ Shape letters beyond those of ``fmoe/ops``: B sequences, L positions, H heads; N
 dimensions of a head's query and key without position, with position, and of its value.
 """
 
-from typing import Any, NamedTuple, Protocol
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from ..ops.attention import attention
 from ..tree import P, param
+from .config import DeepSeekV3Config
 
 FSDP = ("dp", "ep")
-
-
-class AttentionConfig(Protocol):
-    """What attention needs to know; :class:`DeepSeekV3Config` has it."""
-
-    @property
-    def dim(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def q_lora_rank(self) -> int: ...
-    @property
-    def kv_lora_rank(self) -> int: ...
-    @property
-    def qk_nope_head_dim(self) -> int: ...
-    @property
-    def qk_rope_head_dim(self) -> int: ...
-    @property
-    def v_head_dim(self) -> int: ...
-    @property
-    def rope_theta(self) -> float: ...
-    @property
-    def norm_eps(self) -> float: ...
-    @property
-    def init_std(self) -> float: ...
 
 
 class LowRankQuery(NamedTuple):
@@ -63,13 +40,13 @@ class AttentionParams(NamedTuple):
 
 
 class Rope(NamedTuple):
-    """Cosines and sines of rotary positions, float32 (L, R / 2)."""
+    """Cosines and sines of rotary positions, float32 (L, R / 2), times YaRN's factor."""
 
     cos: torch.Tensor
     sin: torch.Tensor
 
 
-def attention_specs(config: AttentionConfig) -> AttentionParams:
+def attention_specs(config: DeepSeekV3Config) -> AttentionParams:
     """Shapes, initial values and placement of one attention's parameters."""
 
     def weight(rows: int, columns: int, partition: P) -> Any:
@@ -97,7 +74,7 @@ def attention_specs(config: AttentionConfig) -> AttentionParams:
 
 
 def attention_forward(
-    params: AttentionParams, x: torch.Tensor, rope: Rope, config: AttentionConfig
+    params: AttentionParams, x: torch.Tensor, rope: Rope, config: DeepSeekV3Config
 ) -> torch.Tensor:
     """Causal multi-head latent attention.
 
@@ -124,17 +101,48 @@ def attention_forward(
     k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
     k_rope = rotate(k_rope.unsqueeze(2), rope).expand(-1, -1, c.num_heads, -1)
     q, k = torch.cat([q_nope, rotate(q_rope, rope)], -1), torch.cat([k_nope, k_rope], -1)
-    y = attention(q, k, v, q.shape[-1] ** -0.5)
+    y = attention(q, k, v, softmax_scale(c))
     return F.linear(y.flatten(2), params.out)
 
 
-def rope_table(config: AttentionConfig, length: int, device: torch.device | str | None = None) -> Rope:
+def softmax_scale(config: DeepSeekV3Config) -> float:
+    """``(N + R) ** -0.5``, which YaRN multiplies by the square of ``magnitude(mscale_all_dim)``."""
+    scale: float = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+    return scale * config.yarn.magnitude(config.yarn.mscale_all_dim) ** 2 if config.yarn else scale
+
+
+def rope_table(config: DeepSeekV3Config, length: int, device: torch.device | str | None = None) -> Rope:
     """Angles of positions 0 to ``length`` - 1, computed in float32 whatever the model's dtype."""
-    pair = torch.arange(0, config.qk_rope_head_dim, 2, dtype=torch.float32, device=device)
-    frequency = config.rope_theta ** (-pair / config.qk_rope_head_dim)
     position = torch.arange(length, dtype=torch.float32, device=device)
-    angle = torch.outer(position, frequency)
-    return Rope(angle.cos(), angle.sin())
+    angle = torch.outer(position, frequencies(config, device))
+    yarn = config.yarn
+    factor = yarn.magnitude(yarn.mscale) / yarn.magnitude(yarn.mscale_all_dim) if yarn else 1.0
+    return Rope(angle.cos() * factor, angle.sin() * factor)
+
+
+def frequencies(config: DeepSeekV3Config, device: torch.device | str | None = None) -> torch.Tensor:
+    """Radians per position of each rotary pair, float32 (R / 2,).
+
+    YaRN keeps the pairs that turn at least ``beta_fast`` times in the original context, slows those that
+    turn at most ``beta_slow`` times down by ``factor``, and goes linearly from one to the other in between.
+
+    Source: YaRN, arXiv 2309.00071, section 3.2, with the bounds rounded outwards as DeepSeek published them.
+    """
+    size, yarn = config.qk_rope_head_dim, config.yarn
+    index = torch.arange(size // 2, dtype=torch.float32, device=device)
+    period = config.rope_theta ** (2 * index / size)
+    if yarn is None:
+        return 1 / period
+
+    def pair(turns: float) -> float:
+        """The (fractional) pair that turns this often in the original context."""
+        per_radian = yarn.original_max_seq_len / (2 * math.pi * turns)
+        return size * math.log(per_radian) / (2 * math.log(config.rope_theta))
+
+    first = max(math.floor(pair(yarn.beta_fast)), 0)
+    last = min(math.ceil(pair(yarn.beta_slow)), size - 1)
+    slow = ((index - first) / (last - first or 0.001)).clamp(0, 1)
+    return (1 - slow) / period + slow / (yarn.factor * period)
 
 
 def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """DeepSeek-V3: latent attention, dense first layers, mixture-of-experts layers with shared experts."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,8 +11,8 @@ import torch.nn.functional as F
 from ..errors import argument_error
 from ..ops.balance import MoEStats, update_expert_bias
 from ..ops.experts import ExpertParams
-from ..ops.route import RouterConfig
-from ..tree import P, ParamSpec, init_params, is_spec, param
+from ..tree import P, init_params, is_spec, param
+from ..tree import num_params as num_numbers
 from .attention import (
     FSDP,
     AttentionParams,
@@ -23,93 +22,9 @@ from .attention import (
     rms_norm,
     rope_table,
 )
+from .config import DeepSeekV3Config as DeepSeekV3Config  # re-exported
+from .config import preset as preset
 from .moe import MoEParams, mlp_forward, mlp_specs, moe_forward, moe_specs
-
-
-@dataclasses.dataclass(frozen=True)
-class DeepSeekV3Config:
-    """Sizes of a model; names follow the published configuration.
-
-    ``q_lora_rank`` 0 means queries without a bottleneck. ``hidden_dim`` is that of the dense layers,
-    ``moe_hidden_dim`` that of one expert. Raises ``ValueError`` for sizes that don't fit together.
-    """
-
-    vocab_size: int
-    dim: int
-    num_layers: int
-    num_dense_layers: int
-    hidden_dim: int
-    num_heads: int
-    q_lora_rank: int
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    moe_hidden_dim: int
-    num_experts: int
-    num_shared_experts: int
-    router: RouterConfig
-    max_seq_len: int
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-6
-    init_std: float = 0.02
-    bias_update_rate: float = 0.001
-
-    def __post_init__(self) -> None:
-        def error(name: str, expected: str, remedy: str) -> ValueError:
-            return argument_error(
-                "DeepSeekV3Config", name, got=getattr(self, name), expected=expected, remedy=remedy
-            )
-
-        for field in dataclasses.fields(self):
-            least = 0 if field.name in ("num_dense_layers", "q_lora_rank", "num_shared_experts") else 1
-            if field.type is int and getattr(self, field.name) < least:
-                raise error(field.name, f"at least {least}", "Correct it.")
-        if self.num_dense_layers > self.num_layers:
-            raise error("num_dense_layers", f"at most num_layers={self.num_layers}", "Lower it.")
-        if self.qk_rope_head_dim % 2:
-            raise error("qk_rope_head_dim", "an even number", "Rotary positions turn pairs.")
-        if self.num_dense_layers < self.num_layers:
-            self.router.check(self.num_experts, "DeepSeekV3Config")
-
-
-PRESETS = {
-    "debug": DeepSeekV3Config(
-        vocab_size=256,
-        dim=128,
-        num_layers=4,
-        num_dense_layers=1,
-        hidden_dim=384,
-        num_heads=4,
-        q_lora_rank=0,
-        kv_lora_rank=64,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-        moe_hidden_dim=64,
-        num_experts=16,
-        num_shared_experts=1,
-        router=RouterConfig(top_k=4, num_groups=4, top_groups=2),
-        max_seq_len=1024,
-    ),
-}
-
-
-def preset(name: str) -> DeepSeekV3Config:
-    """A configuration by name.
-
-    >>> preset("debug").num_experts
-    16
-    """
-    if name not in PRESETS:
-        raise argument_error(
-            "preset",
-            "name",
-            got=repr(name),
-            expected=f"one of {sorted(PRESETS)}",
-            remedy="Choose one of them.",
-        )
-    return PRESETS[name]
 
 
 class LayerParams(NamedTuple):
@@ -122,12 +37,12 @@ class LayerParams(NamedTuple):
 
 
 class ModelParams(NamedTuple):
-    """``embedding`` (vocab, D), ``layers``, ``norm`` (D,), ``head`` (vocab, D)."""
+    """``embedding`` (vocab, D), ``layers``, ``norm`` (D,), ``head`` (vocab, D) or ``()`` if tied."""
 
     embedding: torch.Tensor
     layers: tuple[LayerParams, ...]
     norm: torch.Tensor
-    head: torch.Tensor
+    head: torch.Tensor | tuple[()]
 
 
 def specs(config: DeepSeekV3Config) -> ModelParams:
@@ -151,7 +66,7 @@ def specs(config: DeepSeekV3Config) -> ModelParams:
         param((c.vocab_size, c.dim), P("tp", FSDP)),
         tuple(LayerParams(norm(), attention_specs(c), norm(), mlp(i)) for i in range(c.num_layers)),
         norm(),
-        param((c.vocab_size, c.dim), P("tp", FSDP)),
+        () if c.tied_head else param((c.vocab_size, c.dim), P("tp", FSDP)),
     )
     return optree.tree_map(lambda s: dataclasses.replace(s, scale=c.init_std), tree, is_leaf=is_spec)
 
@@ -208,7 +123,8 @@ def forward(
         x, found = layer(layer_params, x, rope, config)
         stats += found
     x = rms_norm(x, params.norm, config.norm_eps)
-    return F.linear(x, params.head), tuple(stats)
+    head = params.head if isinstance(params.head, torch.Tensor) else params.embedding
+    return F.linear(x, head), tuple(stats)
 
 
 def _layer(
@@ -262,23 +178,41 @@ def update_biases(params: ModelParams, stats: tuple[MoEStats, ...], rate: float)
 def num_params(config: DeepSeekV3Config) -> tuple[int, int]:
     """Parameters in all, and those active for one token; allocates nothing.
 
+    Active are, of the routed experts, ``top_k``, and everything else but an embedding that is only looked up:
+    with this count DeepSeek-V3 has its published 37 billion.
+
     >>> num_params(preset("debug"))
-    (1695152, 810416)
+    (1695152, 777648)
+    """
+    tree = specs(config)
+    return num_numbers(tree), _num_active(tree, config)
+
+
+def flops_per_token(config: DeepSeekV3Config, seq_len: int) -> float:
+    """Floating-point operations of training on one token, forward and backward, without recomputation.
+
+    ``3 * (2 * matmul weights active for a token + layers * heads * (N + R + V) * (seq_len + 1))``
+
+    Going forward a weight of a matrix product costs a multiplication and an addition, going backward twice
+    that; the weights are those :func:`num_params` calls active, without norms and selection biases. A causal
+    token attends to ``(seq_len + 1) / 2`` keys on average, in every head through one product of N + R
+    dimensions for the scores and one of V for the values.
+
+    Source: PaLM, arXiv 2204.02311, appendix B, with exact causal attention.
+
+    >>> f"{flops_per_token(preset('debug'), 1024):.3g}"
+    '7.81e+06'
     """
     c = config
+    matrices = optree.tree_map(lambda s: () if len(s.shape) == 1 else s, specs(c), is_leaf=is_spec)
+    attention = c.num_layers * c.num_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+    return 3.0 * (2 * _num_active(matrices, c) + attention * (seq_len + 1))
 
-    def count(spec: ParamSpec) -> int:
-        return math.prod(spec.shape)
 
-    tree = specs(c)
-    total = sum(map(count, optree.tree_leaves(tree, is_leaf=is_spec)))
-    experts = sum(
-        count(spec)
-        for layer in tree.layers
-        if isinstance(layer.mlp, MoEParams)
-        for spec in optree.tree_leaves(layer.mlp.experts, is_leaf=is_spec)
-    )
-    return total, total - experts + experts * c.router.top_k // c.num_experts
+def _num_active(tree: ModelParams, config: DeepSeekV3Config) -> int:
+    experts = sum(num_numbers(layer.mlp.experts) for layer in tree.layers if isinstance(layer.mlp, MoEParams))
+    resting = experts - experts // config.num_experts * config.router.top_k
+    return num_numbers(tree) - resting - (0 if config.tied_head else num_numbers(tree.embedding))
 
 
 def check_tokens(function: str, argument: str, tokens: torch.Tensor, config: DeepSeekV3Config) -> None:

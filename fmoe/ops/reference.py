@@ -38,7 +38,7 @@ def route_reference(
 def choose(choice_TE: torch.Tensor, config: RouterConfig) -> torch.Tensor:
     """Which experts each token uses, (T, E) bool: the best ``top_k`` of the best groups."""
     grouped = choice_TE.unflatten(1, (config.num_groups, -1))
-    group_scores = grouped.sort(-1, descending=True).values[:, :, :2].sum(-1)
+    group_scores = grouped.sort(-1, descending=True).values[:, :, : config.group_best].sum(-1)
     open_groups = among_best(group_scores, config.top_groups)
     return among_best(torch.where(open_groups[:, :, None], grouped, -torch.inf).flatten(1), config.top_k)
 

@@ -30,7 +30,8 @@ class RouterConfig:
     ``top_k``                 experts per token
     ``score_func``            ``"sigmoid"`` or ``"softmax"`` of the router's logits
     ``num_groups``            experts form this many groups of equal size, e.g. one per node
-    ``top_groups``            a token uses only its best groups; a group's score is the sum of its two best
+    ``top_groups``            a token uses only its best groups
+    ``group_best``            a group's score is the sum of this many of its best experts: 1 in DeepSeek-V2
     ``normalize``             a token's weights sum to one before scaling
     ``scale``                 what weights are multiplied by
     ``score_before_experts``  weigh an expert's input instead of its output
@@ -46,6 +47,7 @@ class RouterConfig:
     score_func: Literal["sigmoid", "softmax"] = "sigmoid"
     num_groups: int = 8
     top_groups: int = 4
+    group_best: int = 2
     normalize: bool = True
     scale: float = 2.5
     score_before_experts: bool = False
@@ -79,6 +81,8 @@ class RouterConfig:
                 f"between 1 and num_groups={self.num_groups}",
                 "Use num_groups=1, top_groups=1 to choose among all experts.",
             )
+        if self.group_best < 1:
+            raise error("group_best", self.group_best, "at least 1", "DeepSeek-V3 has 2, DeepSeek-V2 1.")
         reachable = num_experts // self.num_groups * self.top_groups
         if self.top_k > reachable:
             raise error(
@@ -144,7 +148,8 @@ def route(router_params: RouterParams, x_TD: torch.Tensor, config: RouterConfig)
         slot = torch.arange(x_TD.shape[0] * config.top_k, device=x_TD.device)
         ids_TK = (slot % num_experts).view(-1, config.top_k)
     else:
-        ids_TK = topk(scores_TE + bias_E, config.num_groups, config.top_groups, config.top_k)
+        groups = config.num_groups, config.top_groups, config.group_best
+        ids_TK = topk(scores_TE + bias_E, *groups, config.top_k)
     if config.score_func == "sigmoid":  # from the chosen logits: autograd then keeps T x K, not T x E
         weights_TK = logits_TE.gather(1, ids_TK).sigmoid()
     else:
@@ -159,22 +164,26 @@ def route(router_params: RouterParams, x_TD: torch.Tensor, config: RouterConfig)
 # ---- operators -------------------------------------------------------------------------------
 
 
-def _topk_kernel(choice_TE: torch.Tensor, num_groups: int, top_groups: int, k: int) -> torch.Tensor:
+def _topk_kernel(
+    choice_TE: torch.Tensor, num_groups: int, top_groups: int, group_best: int, k: int
+) -> torch.Tensor:
     if top_groups < num_groups:
         grouped = choice_TE.unflatten(1, (num_groups, -1))
-        group_scores = grouped.topk(min(2, grouped.shape[2]), dim=2).values.sum(2)
+        group_scores = grouped.topk(min(group_best, grouped.shape[2]), dim=2).values.sum(2)
         best = group_scores.topk(top_groups, dim=1, sorted=False).indices
         closed = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, best, False)
         choice_TE = grouped.masked_fill(closed[:, :, None], -torch.inf).flatten(1)
     return choice_TE.topk(k, dim=1).indices
 
 
-def _topk_plain(choice: torch.Tensor, num_groups: int, top_groups: int, k: int) -> torch.Tensor:
+def _topk_plain(
+    choice: torch.Tensor, num_groups: int, top_groups: int, group_best: int, k: int
+) -> torch.Tensor:
     def from_rank(scores: torch.Tensor, rank: int) -> torch.Tensor:
         return scores >= scores.sort(-1, descending=True).values[..., rank - 1 : rank]
 
     grouped = choice.unflatten(1, (num_groups, -1))
-    open_groups = from_rank(grouped.sort(-1, descending=True).values[..., :2].sum(-1), top_groups)
+    open_groups = from_rank(grouped.sort(-1, descending=True).values[..., :group_best].sum(-1), top_groups)
     return (
         torch.where(open_groups[..., None], grouped, -torch.inf).flatten(1).argsort(1, descending=True)[:, :k]
     )
@@ -186,11 +195,11 @@ def _topk_vmap(size: int, dims: Dims, choice: torch.Tensor, *statics: int) -> Te
 
 # choice (T, E) -> (T, k) int64: the k best experts of the best groups.
 topk: Operator = declare(
-    "topk(Tensor choice, SymInt num_groups, SymInt top_groups, SymInt k) -> Tensor",
+    "topk(Tensor choice, SymInt num_groups, SymInt top_groups, SymInt group_best, SymInt k) -> Tensor",
     impl=_topk_kernel,
-    fake=lambda choice, num_groups, top_groups, k: choice.new_empty(choice.shape[0], k, dtype=torch.int64),
+    fake=lambda choice, *statics: choice.new_empty(choice.shape[0], statics[-1], dtype=torch.int64),
     checkpoint=TOPK,
-    example=lambda: (random(4, 8), 4, 2, 3),
+    example=lambda: (random(4, 8), 4, 2, 1, 3),
     plain=_topk_plain,
     vmap=_topk_vmap,
 )
