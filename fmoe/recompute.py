@@ -30,6 +30,7 @@ def _nothing(name: str) -> bool:
     return False
 
 
+@torch.compiler.disable  # Dynamo has its own way; here it would only look into the tape's functions
 def recomputing(fn: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) -> Any:
     """``fn(*args, **kwargs)``, whose derivatives run it again with what ``policy`` kept handed back."""
     outer = current_tape()

@@ -193,11 +193,14 @@ def test_the_matrix_can_fail(device):
     ],
     ids=["grad", "jvp", "vmap", "vmap(grad)"],
 )
-def test_transforms_inside_compile_raise_under_fullgraph_and_are_right_otherwise(transform):
+@pytest.mark.parametrize("what", ["layer", "remat of PyTorch's own"])
+def test_transforms_inside_compile_raise_under_fullgraph_and_are_right_otherwise(transform, what):
     params, x = random_layer(dtype=torch.float32), torch.randn(5, 6)
 
     def loss(x):
-        return fmoe.moe_forward(params, x, router=CONFIGS["sigmoid, groups"]).pow(2).sum()
+        if what == "layer":
+            return fmoe.moe_forward(params, x, router=CONFIGS["sigmoid, groups"]).pow(2).sum()
+        return fmoe.remat(lambda x: x.sin().exp())(x).sum()
 
     torch._dynamo.reset()
     with pytest.raises(Exception, match=r"inside torch.compile drops custom derivatives \(pytorch#193279\)"):

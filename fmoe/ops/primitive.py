@@ -20,7 +20,8 @@ PyTorch facts this file works around (seen on 2.11 and 2.13):
 ``jvp``, hence raw operators. A Function that defines ``jvp`` cannot be traced by Dynamo, hence two
 classes. ``jvp`` rules run with forward AD disabled, which silently drops second tangents, hence
 :func:`primal`. Transforms inside ``torch.compile`` drop custom backwards silently
-(pytorch#193279), hence the error in :meth:`Operator.__call__`.
+(pytorch#193279), hence
+:func:`refuse_transforms_inside_compile`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -95,17 +96,21 @@ class Operator:
     def outputs(self, *args: Any) -> Tensors:
         """All outputs, those for the backward included."""
         if torch.compiler.is_dynamo_compiling():
-            if torch._C._are_functorch_transforms_active():
-                raise TransformError(
-                    f"{self.name}: a torch.func transform inside torch.compile drops custom derivatives "
-                    "(pytorch#193279). Use fmoe.value_and_grad(torch.compile(f)), or don't compile "
-                    "around the transform."
-                )
+            refuse_transforms_inside_compile(self.name)
             out = self.traced(*args)
         else:
             tape = current_tape()
             out = self.function.apply(*args) if tape is None else tape.call(self, args)
         return out if isinstance(out, tuple) else (out,)
+
+
+def refuse_transforms_inside_compile(name: str) -> None:
+    """Raise ``TransformError`` where Dynamo traces a ``torch.func`` transform: it would be wrong silently."""
+    if torch._C._are_functorch_transforms_active():
+        raise TransformError(
+            f"{name}: a torch.func transform inside torch.compile drops custom derivatives (pytorch#193279). "
+            "Use fmoe.value_and_grad(torch.compile(f)), or don't compile around the transform."
+        )
 
 
 def declare(
