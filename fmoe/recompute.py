@@ -23,18 +23,21 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import argument_error
 from .ops.primitive import front, primal
-from .ops.tape import Entry, Policy, Tape, current_tape
+from .ops.tape import Entry, PlainTape, Policy, Tape, current_tape
 
 
 def _nothing(name: str) -> bool:
     return False
 
 
+@torch.compiler.disable  # Dynamo has its own way; here it would only look into the tape's functions
 def recomputing(fn: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) -> Any:
     """``fn(*args, **kwargs)``, whose derivatives run it again with what ``policy`` kept handed back."""
+    outer = current_tape()
+    if isinstance(outer, PlainTape):
+        return fn(*args, **kwargs)
     leaves, treedef = optree.tree_flatten((args, kwargs), none_is_leaf=True)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    outer = current_tape()
     given = outer.rest() if outer else ()
     found = _Found()
     region = _Region(
@@ -189,6 +192,8 @@ class _Remat(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Any, ...]:
         region = ctx.region
+        if not any(region.found.is_float):
+            return (None,) * (len(region.found.is_float) + len(ctx.saved_tensors) - region.num_tensors)
         with _set_fwd_grad_enabled(True):
             saved = [primal(t) for t in ctx.saved_tensors]
             call, where = region.derivative(saved, [t is not None for t in tangents[: region.num_tensors]])

@@ -13,7 +13,7 @@ import torch
 import torch.utils.checkpoint as torch_checkpoint
 
 from .errors import argument_error
-from .ops.primitive import operators
+from .ops.primitive import operators, refuse_transforms_inside_compile
 from .ops.tape import Policy, checkpoint_names
 from .recompute import recomputing
 from .tree import check_tensors, dotted_names
@@ -91,6 +91,7 @@ def remat(fn: Callable[..., Any], policy: Policy | None = None) -> Callable[...,
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
+            refuse_transforms_inside_compile("remat")
             context_fn = functools.partial(_selective_contexts, policy)
             return torch_checkpoint.checkpoint(
                 fn, *args, use_reentrant=False, context_fn=context_fn, **kwargs

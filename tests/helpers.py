@@ -1,7 +1,6 @@
 """What the tests share: random layers, comparisons, the table of transforms."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import optree
@@ -10,8 +9,9 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fmoe
+from fmoe.ops.primitive import Operator
 
-Scalar = Callable[[Any, torch.Tensor], torch.Tensor]
+Scalar = Callable[..., torch.Tensor]
 
 CONFIGS = {
     "sigmoid, groups": fmoe.RouterConfig(top_k=3, num_groups=4, top_groups=2),
@@ -65,24 +65,33 @@ def dot(a: Any, b: Any) -> torch.Tensor:
     return sum((x * y).sum() for x, y in zip(optree.tree_leaves(a), optree.tree_leaves(b)))
 
 
-@contextmanager
-def raw_calls() -> Iterator[dict[str, int]]:
-    """How often each raw fmoe kernel ran; filled when the block ends."""
-    counts: dict[str, int] = {}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        yield counts
-    for event in profile.key_averages():
-        if event.key.startswith("fmoe::"):
-            counts[event.key.removeprefix("fmoe::")] = event.count
-
-
 def squared(fn: Callable[..., torch.Tensor]) -> Scalar:
     """A layer as a scalar function."""
-    return lambda p, x: fn(p, x).pow(2).sum()
+    return lambda p, x, ints=(): fn(p, x).pow(2).sum()
+
+
+def remats(fn: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """``fn`` under every kind of policy, and nested."""
+    return {
+        "declared": fmoe.remat(fn),
+        "nothing": fmoe.remat(fn, fmoe.save_nothing),
+        "everything": fmoe.remat(fn, fmoe.save_everything),
+        "names": fmoe.remat(fn, fmoe.save("topk", "experts_grouped_mm")),
+        "callable": fmoe.remat(fn, lambda name: name.startswith("t")),
+        "nested, outer keeps": fmoe.remat(
+            lambda *a: fmoe.remat(fn, fmoe.save("topk"))(*a), fmoe.save("dispatch")
+        ),
+        "nested, inner keeps": fmoe.remat(
+            lambda *a: fmoe.remat(fn, fmoe.save("dispatch", "router"))(*a), fmoe.save_nothing
+        ),
+        "nested thrice": fmoe.remat(
+            lambda *a: fmoe.remat(lambda *b: fmoe.remat(fn)(*b), fmoe.save_nothing)(*a), fmoe.save("topk")
+        ),
+    }
 
 
 class Example:
-    """Arguments for the table of transforms: params, tokens, tangents, and batches of them."""
+    """Arguments for the table of transforms: params, tokens, indices; tangents; batches of them."""
 
     def __init__(self, params: Any, x: torch.Tensor, batch: int = 3) -> None:
         self.p, self.x = params, x
@@ -90,11 +99,60 @@ class Example:
         self.P = optree.tree_map(
             lambda t: torch.stack([t + 0.1 * torch.randn_like(t) for _ in range(batch)]), params
         )
+        self.I: tuple[torch.Tensor, ...] = ()
         self.tp = optree.tree_map(torch.randn_like, params)
         self.tx, self.tX = torch.randn_like(x), torch.randn_like(self.X)
 
 
-# name -> (scalar function L of (params, x), example) -> result
+class OperatorExample(Example):
+    """What an operator's declaration gives as example: its first floating argument is ``x``, the others and
+    a factor are ``p``; integer tensors are indices."""
+
+    def __init__(self, op: Operator, batch: int = 3) -> None:
+        self.op, self.args = op, op.example()
+        is_tensor = [isinstance(a, torch.Tensor) for a in self.args]
+        floats = [i for i, t in enumerate(is_tensor) if t and self.args[i].is_floating_point()]
+        self.where_ints = [i for i, t in enumerate(is_tensor) if t and i not in floats]
+        self.where_x, self.where_p = floats[:1], floats[1:]
+        factor = torch.rand((), dtype=torch.float64) + 0.5
+        x = self.args[floats[0]] if floats else torch.randn(2, dtype=torch.float64)
+        super().__init__((factor, *(self.args[i] for i in self.where_p)), x, batch)
+        draws = [op.example() for _ in range(batch)]
+        self.ints = tuple(self.args[i] for i in self.where_ints)
+        self.I = tuple(torch.stack([d[i] for d in draws]) for i in self.where_ints)
+
+    def scalar(self, wrap: Callable[..., Any] = lambda fn: fn) -> Scalar:
+        """The operator, wrapped in a remat, say, as a scalar function."""
+
+        def call(*args: Any) -> Any:
+            return self.op(*args, *self.op.dependent(*args))
+
+        wrapped = wrap(call)
+
+        def loss(p: Any, x: torch.Tensor, ints: Any = self.ints) -> torch.Tensor:
+            args = list(self.args)
+            for i, value in zip(
+                (*self.where_x, *self.where_p, *self.where_ints), (*[x][: len(self.where_x)], *p[1:], *ints)
+            ):
+                args[i] = value
+            out = wrapped(*args)
+            total = x.sum()
+            for o in out if isinstance(out, tuple) else (out,):
+                weigh = torch.linspace(0.5, 1.5, o.numel(), dtype=torch.float64, device=o.device).view(
+                    o.shape
+                )
+                total = total + (o.double() ** 2 * weigh).sum()
+            return p[0] * total
+
+        return loss
+
+
+def compiled(L: Scalar, e: Example) -> Any:
+    torch._dynamo.reset()
+    return fmoe.value_and_grad(torch.compile(L, fullgraph=True, backend="aot_eager"), (0, 1))(e.p, e.x)
+
+
+# name -> (scalar function L of (params, x, indices), example) -> result
 TRANSFORMS: dict[str, Callable[[Scalar, Example], Any]] = {
     "grad": lambda L, e: grad(L, (0, 1))(e.p, e.x),
     "vjp": lambda L, e: vjp(L, e.p, e.x)[1](torch.tensor(2.0, dtype=e.x.dtype)),
@@ -102,14 +160,17 @@ TRANSFORMS: dict[str, Callable[[Scalar, Example], Any]] = {
     "vmap tokens": lambda L, e: vmap(L, (None, 0))(e.p, e.X),
     "vmap params": lambda L, e: vmap(L, (0, None))(e.P, e.x),
     "vmap both": lambda L, e: vmap(L)(e.P, e.X),
+    "vmap all": lambda L, e: vmap(L)(e.P, e.X, e.I),
+    "vmap indices": lambda L, e: vmap(lambda i, _: L(e.p, e.x, i))(e.I, e.X),
     "vmap(vmap)": lambda L, e: vmap(lambda p: vmap(lambda x: L(p, x))(e.X))(e.P),
     "vmap(grad) tokens": lambda L, e: vmap(grad(L, (0, 1)), (None, 0))(e.p, e.X),
     "vmap(grad) params": lambda L, e: vmap(grad(L, (0, 1)), (0, None))(e.P, e.x),
     "vmap(grad) both": lambda L, e: vmap(grad(L, (0, 1)))(e.P, e.X),
+    "vmap(grad) all": lambda L, e: vmap(grad(L, (0, 1)))(e.P, e.X, e.I),
     "grad(vmap)": lambda L, e: grad(lambda p: vmap(L, (None, 0))(p, e.X).sum())(e.p),
     "grad(grad)": lambda L, e: grad(lambda p, x: dot(grad(L, (0, 1))(p, x), (e.tp, e.tx)), (0, 1))(e.p, e.x),
     "grad^3": lambda L, e: grad(
-        lambda p: grad(lambda q: dot(grad(L)(q, e.x), e.tp))(p).experts.w_in.pow(2).sum()
+        lambda p: dot(grad(lambda q: dot(grad(L)(q, e.x), e.tp))(p), e.tp), argnums=0
     )(e.p),
     "jvp(grad)": lambda L, e: jvp(grad(L, (0, 1)), (e.p, e.x), (e.tp, e.tx)),
     "jacrev": lambda L, e: jacrev(L, (0, 1))(e.p, e.x),
@@ -123,5 +184,12 @@ TRANSFORMS: dict[str, Callable[[Scalar, Example], Any]] = {
     "grad(vmap(grad))": lambda L, e: grad(
         lambda p: dot(optree.tree_map(lambda g: g.sum(0), vmap(grad(L), (None, 0))(p, e.X)), e.tp)
     )(e.p),
-    "make_fx(grad)": lambda L, e: make_fx(grad(L, (0, 1)))(e.p, e.x)(e.p, e.x),
+    "make_fx(grad)": lambda L, e: make_fx(grad(lambda p, x: L(p, x), (0, 1)))(e.p, e.x)(e.p, e.x),
+    "compile": compiled,
+}
+
+# What the oracle does instead, where it would only test PyTorch.
+ORACLE_TRANSFORMS = TRANSFORMS | {
+    "make_fx(grad)": TRANSFORMS["grad"],
+    "compile": lambda L, e: fmoe.value_and_grad(L, (0, 1))(e.p, e.x),
 }

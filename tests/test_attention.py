@@ -24,6 +24,8 @@ from fmoe.models.attention import (
 from fmoe.models.config import Yarn
 from fmoe.models.deepseek_v3 import preset
 from fmoe.models.published import NAMES
+from fmoe.ops.attention import attention
+from fmoe.ops.tape import plain_operators
 from fmoe.tree import dotted_names, init_params
 
 SIZES = {
@@ -80,6 +82,41 @@ def test_published_positions(name):
     assert error(rope_table(config, 5).cos[3], torch.cos(3 * ours)) < 1e-6  # the two magnitudes are equal
     mscale = config.yarn.mscale_all_dim
     assert math.isclose(softmax_scale(config), 192**-0.5 * (0.1 * mscale * math.log(40) + 1) ** 2)
+
+
+DTYPES = {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
+WIDTHS = {
+    "equal": (8, 8),
+    "wider queries": (24, 16),
+    "wider values": (8, 24),
+    "odd": (5, 3),
+    "V3": (192, 128),
+}
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("length", [1, 37])
+def test_attention_equals_softmax_attention(dtype, widths, length):
+    """Values and gradients, on the kernel chosen for each dtype, width and device, against float64."""
+    q, k, v = (torch.randn(2, length, 3, n).to(dtype) for n in (widths[0], *widths))
+    g, scale = torch.randn(2, length, 3, widths[1]), widths[0] ** -0.5
+    y, pull = torch.func.vjp(lambda *qkv: attention(*qkv, scale), q, k, v)
+    with plain_operators():
+        expected, expected_pull = torch.func.vjp(
+            lambda *qkv: attention(*qkv, scale), *(t.double() for t in (q, k, v))
+        )
+    assert y.dtype == dtype
+    assert error((y, pull(g.to(dtype))), (expected, expected_pull(g.double()))) < DTYPES[dtype]
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("shape", [(0, 4, 3, 8), (2, 0, 3, 8)])
+def test_attention_over_nothing(shape):
+    q = torch.randn(shape)
+    y, pull = torch.func.vjp(lambda q: attention(q, q, q, 1.0), q)
+    assert y.shape == shape == pull(y)[0].shape
 
 
 def test_no_position_sees_a_later_one():

@@ -8,14 +8,17 @@ import optree
 import parity
 import pytest
 import torch
-from helpers import error
+from helpers import ORACLE_TRANSFORMS, TRANSFORMS, Example, error, fresh_seed
 from parity import MODELS, TINY, clear_tokens, small, their_model, their_tensors, tokens
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 import fmoe
 from fmoe.models import deepseek_v3
+from fmoe.models.attention import rope_table
 from fmoe.models.config import Yarn
+from fmoe.ops.tape import plain_operators
 from fmoe.tree import is_spec
 
 
@@ -104,6 +107,77 @@ def test_vmap_over_sequences_and_per_example_gradients_equal_a_loop():
     got = vmap(grad(loss), (None, 0, 0))(params, batch, targets)
     loop = [grad(loss)(params, x, y) for x, y in zip(batch, targets)]
     assert error(got, optree.tree_map(lambda *g: torch.stack(g), *loop)) < 1e-12
+
+
+SMALL = dataclasses.replace(
+    TINY,
+    vocab_size=9,
+    dim=6,
+    num_layers=2,
+    hidden_dim=5,
+    kv_lora_rank=4,
+    qk_nope_head_dim=2,
+    qk_rope_head_dim=2,
+    v_head_dim=3,
+    moe_hidden_dim=3,
+    num_shared_experts=1,
+    init_std=0.5,
+)
+PER_LAYER = {
+    "plain": lambda layer: layer,
+    "remat": fmoe.remat,
+    "nested remat": lambda layer: fmoe.remat(
+        lambda *a: fmoe.remat(layer, fmoe.save("topk", "attention"))(*a), fmoe.save("dispatch")
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_the_model_under_every_transform(transform):
+    """Against the same model made of plain PyTorch functions; ``x`` scales the embedding's columns."""
+    params = deepseek_v3.init(SMALL, fresh_seed(), dtype=torch.float64)
+    example = Example(params, torch.rand(SMALL.dim, dtype=torch.float64) + 0.5, batch=2)
+    batch, targets = tokens(SMALL, length=4), tokens(SMALL, length=4)
+
+    def scalar(per_layer):
+        def loss(p, x, ints=()):
+            p = p._replace(embedding=p.embedding * x)
+            return deepseek_v3.loss(p, batch, targets, SMALL, per_layer=per_layer)[0]
+
+        return loss
+
+    with plain_operators():
+        expected = ORACLE_TRANSFORMS[transform](scalar(PER_LAYER["plain"]), example)
+    for name, per_layer in PER_LAYER.items():
+        assert error(TRANSFORMS[transform](scalar(per_layer), example), expected) < 1e-9, name
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_layer_with_remat_compiles_whole_and_once(backend):
+    """Attention, norms, router, experts, shared experts: one graph, though routing changes."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    params = deepseek_v3.init(TINY, fresh_seed()).layers[1]
+    rope = rope_table(TINY, 11)
+    loads = set()
+
+    def loss(wrap):
+        def call(p, x):
+            y, (stats,) = wrap(deepseek_v3._layer)(p, x, rope, TINY)
+            return y.pow(2).mean(), stats
+
+        return fmoe.value_and_grad(call, (0, 1), has_aux=True)
+
+    def compiled(layer):
+        return torch.compile(fmoe.remat(layer), fullgraph=True, backend=counter)
+
+    for _ in range(4):
+        x = torch.randn(2, 11, TINY.dim) * 5
+        (value, stats), grads = loss(lambda layer: layer)(params, x)
+        loads.add(str(stats.tokens_per_expert))
+        assert error(loss(compiled)(params, x), ((value, stats), grads)) < 1e-5
+    assert len(loads) > 1
+    assert counter.frame_count == 1
 
 
 def test_specs_and_params_agree():

@@ -56,6 +56,7 @@ def test_it_learns_repeatably_and_recomputation_changes_nothing(train):
     assert train("--seed", "1") != first
     for remat in ("full", "default", "save:topk,dispatch"):
         assert train("--remat", remat) == first, remat
+    assert train("--compile", "--remat", "default") == pytest.approx(first, rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..ops.attention import attention
 from ..tree import P, param
 from .config import DeepSeekV3Config
 
@@ -92,21 +93,16 @@ def attention_forward(
         q = F.linear(rms_norm(F.linear(x, down), norm, eps), up)
     else:
         q = F.linear(x, params.query)
-    q = q.unflatten(-1, (c.num_heads, -1)).transpose(1, 2)  # (B, H, L, N + R)
+    q = q.unflatten(-1, (c.num_heads, -1))  # (B, L, H, N + R)
     q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
     latent, k_rope = F.linear(x, params.kv_down).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
     kv = F.linear(rms_norm(latent, params.kv_norm, eps), params.kv_up)
-    kv = kv.unflatten(-1, (c.num_heads, -1)).transpose(1, 2)
+    kv = kv.unflatten(-1, (c.num_heads, -1))
     k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
-    k_rope = rotate(k_rope.unsqueeze(1), rope).expand(-1, c.num_heads, -1, -1)
+    k_rope = rotate(k_rope.unsqueeze(2), rope).expand(-1, -1, c.num_heads, -1)
     q, k = torch.cat([q_nope, rotate(q_rope, rope)], -1), torch.cat([k_nope, k_rope], -1)
-    y = causal_attention(q, k, v, softmax_scale(c))
-    return F.linear(y.transpose(1, 2).flatten(2), params.out)
-
-
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """``softmax(scale * q k^T) v`` over a position and those before it: (B, H, L, ...) -> (B, H, L, V)."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    y = attention(q, k, v, softmax_scale(c))
+    return F.linear(y.flatten(2), params.out)
 
 
 def softmax_scale(config: DeepSeekV3Config) -> float:
@@ -152,9 +148,10 @@ def frequencies(config: DeepSeekV3Config, device: torch.device | str | None = No
 def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
     """Rotate the pairs (0, 1), (2, 3), ... of the last dimension, by float32 angles, in ``x``'s dtype.
 
+    ``x`` is (B, L, H, R).
     The pairs' first members come out first, then the second ones: queries and keys agree on it.
     """
-    cos, sin = rope.cos.to(x.dtype), rope.sin.to(x.dtype)
+    cos, sin = (angle[:, None].to(x.dtype) for angle in rope)  # [L, 1, R/2]
     a, b = x[..., 0::2], x[..., 1::2]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 

@@ -172,7 +172,7 @@ def moe_forward(
 
 def mlp_forward(params: ExpertParams, x: torch.Tensor) -> torch.Tensor:
     """``x`` (..., D) through one SwiGLU."""
-    h = F.linear(x, params.w_in.flatten(0, 1)).unflatten(-1, (2, -1))
+    h = F.linear(x, params.w_in.flatten(0, 1)).view(*x.shape[:-1], 2, params.w_in.shape[1])
     return F.linear(swiglu(h), params.w_out)
 
 

@@ -30,7 +30,7 @@ def gather_kernel(x_ND: torch.Tensor, index_R: torch.Tensor) -> torch.Tensor:
     if x_ND.shape[0] == 0:
         return x_ND.new_zeros(index_R.shape[0], *x_ND.shape[1:])
     rows = x_ND.index_select(0, index_R.clamp_min(0))
-    return rows.masked_fill_((index_R < 0).view(-1, *[1] * (x_ND.dim() - 1)), 0)
+    return rows.masked_fill_(_column(index_R < 0, x_ND), 0)
 
 
 def scatter_add_kernel(y_RD: torch.Tensor, index_R: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -66,11 +66,36 @@ def _scatter_vmap(size: int, dims: Dims, y: torch.Tensor, index: torch.Tensor, n
     return Fold((y.flatten(0, 1), _offset(index, num), size * num), unfold_rows(size), refold_rows)
 
 
+def _column(mask_R: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """A mask of rows, to broadcast over them."""
+    return mask_R.view(-1, *[1] * (rows.dim() - 1))
+
+
+def _gather_plain(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return torch.where(_column(index < 0, x), 0, x[index.clamp_min(0)])
+
+
+def _scatter_plain(y: torch.Tensor, index: torch.Tensor, num_rows: int) -> torch.Tensor:
+    to_NR = torch.arange(num_rows, device=y.device)[:, None] == index
+    return torch.tensordot(to_NR.to(y.dtype), y, 1)
+
+
+def random(*shape: int) -> torch.Tensor:
+    """What examples of operators are made of."""
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def _index_example(num_rows: int) -> torch.Tensor:
+    return torch.randint(-1, num_rows, (5,))
+
+
 gather: Operator = declare(
     "gather(Tensor x, Tensor index) -> Tensor",
     impl=gather_kernel,
     fake=lambda x, index: x.new_empty(index.shape[0], *x.shape[1:]),
     checkpoint=GATHER,
+    example=lambda: (random(4, 3), _index_example(4)),
+    plain=_gather_plain,
     residuals=lambda inputs, outputs: (inputs[1], inputs[0].shape[0]),
     vjp=lambda res, needs, g: (scatter_add(g, *res), None),
     jvp=lambda res, t, _: gather(t, res[0]),
@@ -82,6 +107,8 @@ scatter_add: Operator = declare(
     impl=scatter_add_kernel,
     fake=lambda y, index, num_rows: y.new_empty(num_rows, *y.shape[1:]),
     checkpoint=GATHER,
+    example=lambda: (random(5, 3), _index_example(4), 4),
+    plain=_scatter_plain,
     residuals=lambda inputs, outputs: inputs[1:],
     vjp=lambda res, needs, g: (gather(g, res[0]), None, None),
     jvp=lambda res, t, *_: scatter_add(t, *res),
@@ -203,12 +230,33 @@ def _grouped_outer_vjp(res: tuple[Any, ...], needs: Any, g: torch.Tensor) -> tup
     )
 
 
+def _members(offsets_e: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """(R, e), true where a row belongs to a group."""
+    before_Re = torch.arange(num_rows, device=offsets_e.device)[:, None] < offsets_e
+    return before_Re & ~torch.nn.functional.pad(before_Re, (1, -1))
+
+
+def _grouped_mm_plain(x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("re,ri,eio->ro", _members(offsets, x.shape[0]).to(x.dtype), x, w)
+
+
+def _grouped_outer_plain(x: torch.Tensor, y: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("re,ri,ro->eio", _members(offsets, x.shape[0]).to(x.dtype), x, y)
+
+
+def _offsets_example(num_rows: int) -> torch.Tensor:
+    """Where three groups end; any of them may be empty."""
+    return torch.cat([torch.randint(num_rows + 1, (2,)).sort().values, torch.tensor([num_rows])]).int()
+
+
 # x (R, I) in groups, w (e, I, O) -> (R, O): each group's rows times its own matrix.
 grouped_mm: Operator = declare(
     "grouped_mm(Tensor x, Tensor w, Tensor offsets) -> Tensor",
     impl=grouped_mm_kernel,
     fake=lambda x, w, offsets: x.new_empty(x.shape[0], w.shape[2]),
     checkpoint=GROUPED_MM,
+    example=lambda: (random(5, 2), random(3, 2, 4), _offsets_example(5)),
+    plain=_grouped_mm_plain,
     residuals=lambda inputs, outputs: inputs,
     vjp=_grouped_mm_vjp,
     jvp=_bilinear_jvp(lambda: grouped_mm),
@@ -221,6 +269,8 @@ grouped_outer: Operator = declare(
     impl=grouped_outer_kernel,
     fake=lambda x, y, offsets: x.new_empty(offsets.shape[0], x.shape[1], y.shape[1]),
     checkpoint=GROUPED_MM,
+    example=lambda: (random(5, 2), random(5, 3), _offsets_example(5)),
+    plain=_grouped_outer_plain,
     residuals=lambda inputs, outputs: inputs,
     vjp=_grouped_outer_vjp,
     jvp=_bilinear_jvp(lambda: grouped_outer),

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from ..errors import argument_error
-from .bases import accumulator, gather, gather_kernel, scatter_add, scatter_add_kernel
+from .bases import accumulator, gather, gather_kernel, random, scatter_add, scatter_add_kernel
 from .derive import Tensors, pullback
-from .dispatch import Plan, rows_of_slots
+from .dispatch import Plan, plan_example, rows_of_slots
 from .primitive import Operator, declare
 from .tape import checkpoint
 
@@ -99,6 +99,7 @@ weighted_sum_backward: Operator = declare(
     impl=_backward_kernel,
     fake=lambda g, y, weights, slot, row: (y.new_empty(y.shape), weights.new_empty(weights.shape)),
     checkpoint=REDUCE,
+    example=lambda: (random(4, 3), random(8, 3), *plan_example()[:3]),
     reference=pullback(_reference),
 )
 
@@ -108,6 +109,7 @@ weighted_sum: Operator = declare(
     impl=weighted_sum_kernel,
     fake=lambda y, weights, slot, row: y.new_empty(weights.shape[0], y.shape[1]),
     checkpoint=REDUCE,
+    example=lambda: (random(8, 3), *plan_example()[:3]),
     vjp=lambda res, needs, g: (*weighted_sum_backward(g, *res), None, None),
     reference=_reference,
 )

@@ -4,7 +4,7 @@ import torch
 
 from ..errors import argument_error
 from ..tree import node, static
-from .bases import gather
+from .bases import gather, random
 from .derive import Dims, Tensors
 from .primitive import Operator, declare
 from .route import Routing
@@ -153,10 +153,34 @@ def _layout_vmap(size: int, dims: Dims, ids: torch.Tensor, num_experts: int, num
     return torch.where(here, slot, -1)[:, :num_rows], row, ends.to(torch.int32)
 
 
+def _layout_plain(ids: torch.Tensor, num_experts: int, num_rows: int) -> Tensors:
+    """A pair's row is the number of pairs that come before it: those of lower experts, then earlier ones."""
+    flat = torch.where(ids < 0, num_experts, ids).reshape(-1)
+    mine, other, index = flat[:, None], flat[None, :], torch.arange(flat.shape[0], device=ids.device)
+    row = ((other < mine) | ((other == mine) & (index[None, :] < index[:, None]))).sum(1)
+    holds = (row == torch.arange(num_rows, device=ids.device)[:, None]) & (flat < num_experts)
+    slot = torch.where(holds.any(1), (holds * index).sum(1), -1)
+    ends = (flat <= torch.arange(num_experts, device=ids.device)[:, None]).sum(1)
+    return slot, torch.where(flat < num_experts, row, -1).view(ids.shape), ends.to(torch.int32)
+
+
+def ids_example() -> torch.Tensor:
+    """Experts of four rows, two each, of three experts; some pairs are dropped."""
+    ids = torch.rand(4, 3).argsort(1)[:, :2]
+    return torch.where(torch.rand(4, 2) < 0.2, -1, ids)
+
+
+def plan_example() -> Tensors:
+    """The tensors of a :class:`Plan` for them."""
+    return random(4, 2), *layout.raw(ids_example(), 3, 8)
+
+
 layout: Operator = declare(
     "layout(Tensor expert_ids, SymInt num_experts, SymInt num_rows) -> (Tensor, Tensor, Tensor)",
     impl=_layout_kernel,
     fake=_layout_fake,
     checkpoint=DISPATCH,
+    example=lambda: (ids_example(), 3, 8),
+    plain=_layout_plain,
     vmap=_layout_vmap,
 )

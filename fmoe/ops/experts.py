@@ -13,11 +13,12 @@ from .bases import (
     grouped_mm,
     grouped_mm_kernel,
     grouped_outer_kernel,
+    random,
     scatter_add,
 )
 from .combine import weighted_sum_kernel
 from .derive import Tensors, pullback
-from .dispatch import Plan, rows_of_slots
+from .dispatch import Plan, plan_example, rows_of_slots
 from .primitive import Operator, declare
 from .tape import checkpoint
 
@@ -181,6 +182,10 @@ def _forward_fake(x: Any, w_in: Any, w_out: Any, weights: Any, slot: Any, *rest:
     return torch.empty_like(x), x.new_empty(slot.shape[0], 2, w_in.shape[2])
 
 
+def _example() -> tuple[Any, ...]:
+    return random(4, 3), random(3, 2, 2, 3), random(3, 3, 2), *plan_example(), False
+
+
 experts_backward: Operator = declare(
     "experts_backward(Tensor g, Tensor x, Tensor w_in, Tensor w_out, Tensor weights, Tensor slot, "
     "Tensor row, Tensor offsets, bool score_before, Tensor h) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -189,6 +194,8 @@ experts_backward: Operator = declare(
         t.new_empty(t.shape) for t in (x, w_in, w_out, weights)
     ),
     checkpoint=EXPERTS,
+    example=lambda: (random(4, 3), *_example()),
+    dependent=lambda g, *inputs: experts.outputs(*inputs)[1:],
     reference=pullback(_reference),
 )
 
@@ -198,6 +205,7 @@ experts: Operator = declare(
     impl=_forward_kernel,
     fake=_forward_fake,
     checkpoint=EXPERTS,
+    example=_example,
     residual_outputs=1,
     residuals=lambda inputs, outputs: (*inputs, outputs[1]),
     vjp=lambda res, needs, g: (*experts_backward(g, *res), None, None, None, None),

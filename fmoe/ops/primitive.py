@@ -20,7 +20,8 @@ PyTorch facts this file works around (seen on 2.11 and 2.13):
 ``jvp``, hence raw operators. A Function that defines ``jvp`` cannot be traced by Dynamo, hence two
 classes. ``jvp`` rules run with forward AD disabled, which silently drops second tangents, hence
 :func:`primal`. Transforms inside ``torch.compile`` drop custom backwards silently
-(pytorch#193279), hence the error in :meth:`Operator.__call__`.
+(pytorch#193279), hence
+:func:`refuse_transforms_inside_compile`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -60,14 +61,26 @@ class Unsupported(NamedTuple):
     remedy: str
 
 
+class Stated(NamedTuple):
+    """What a declaration says beside its rules: what to check it by, and which rules it wrote by hand."""
+
+    plain: Callable[..., Any]
+    example: Callable[[], tuple[Any, ...]]
+    dependent: Callable[..., Tensors]
+    by_hand: frozenset[str]
+
+
 class Operator:
     """A differentiable function with a raw kernel; made by :func:`declare`."""
 
-    def __init__(self, name: str, raw: Any, checkpoint: str, residual_outputs: int, rules: "Rules"):
+    def __init__(
+        self, name: str, raw: Any, checkpoint: str, residual_outputs: int, rules: Rules, stated: Stated
+    ) -> None:
         self.name = name
         self.raw = raw
         self.checkpoint = checkpoint
         self.rules = rules
+        self.plain, self.example, self.dependent, self.by_hand = stated
         self.num_inputs = len(raw._schema.arguments)
         self.num_outputs = len(raw._schema.returns)
         self.num_values = self.num_outputs - residual_outputs
@@ -78,18 +91,26 @@ class Operator:
         return f"<operator {self.name}>"
 
     def __call__(self, *args: Any) -> Any:
+        return few(self.outputs(*args)[: self.num_values])
+
+    def outputs(self, *args: Any) -> Tensors:
+        """All outputs, those for the backward included."""
         if torch.compiler.is_dynamo_compiling():
-            if torch._C._are_functorch_transforms_active():
-                raise TransformError(
-                    f"{self.name}: a torch.func transform inside torch.compile drops custom derivatives "
-                    "(pytorch#193279). Use fmoe.value_and_grad(torch.compile(f)), or don't compile "
-                    "around the transform."
-                )
+            refuse_transforms_inside_compile(self.name)
             out = self.traced(*args)
         else:
             tape = current_tape()
             out = self.function.apply(*args) if tape is None else tape.call(self, args)
-        return out if self.num_values == self.num_outputs else few(out[: self.num_values])
+        return out if isinstance(out, tuple) else (out,)
+
+
+def refuse_transforms_inside_compile(name: str) -> None:
+    """Raise ``TransformError`` where Dynamo traces a ``torch.func`` transform: it would be wrong silently."""
+    if torch._C._are_functorch_transforms_active():
+        raise TransformError(
+            f"{name}: a torch.func transform inside torch.compile drops custom derivatives (pytorch#193279). "
+            "Use fmoe.value_and_grad(torch.compile(f)), or don't compile around the transform."
+        )
 
 
 def declare(
@@ -98,6 +119,9 @@ def declare(
     impl: Callable[..., Any],
     fake: Callable[..., Any],
     checkpoint: str,
+    example: Callable[[], tuple[Any, ...]],
+    plain: Callable[..., Any] | None = None,
+    dependent: Callable[..., Tensors] = lambda *inputs: (),
     residual_outputs: int = 0,
     residuals: Callable[[tuple[Any, ...], Tensors], tuple[Any, ...]] | None = None,
     vjp: Callable[..., tuple[Any, ...]] | Unsupported | None = None,
@@ -111,6 +135,10 @@ def declare(
     ``impl``              the kernel, on any device; never sees autograd
     ``fake``              output shapes and dtypes from input shapes and dtypes
     ``checkpoint``        a name declared with :func:`checkpoint`
+    ``example``           random arguments in float64, of the same shapes each time
+    ``plain``             the same function in plain PyTorch, the oracle; not needed with a ``reference``
+    ``dependent``         the example's last arguments, where they follow from the others: what a forward
+                          hands to its backward
     ``residual_outputs``  how many trailing outputs exist for the backward only; callers don't see them
     ``residuals``         ``(inputs, outputs)`` -> what the rules need; nothing else is kept
     ``vjp``               ``(residuals, needs, *cotangents)``; ``needs`` says which inputs want one
@@ -129,12 +157,17 @@ def declare(
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     raw = getattr(getattr(torch.ops, NAMESPACE), name).default
+    by_hand = frozenset(n for n, rule in dict(vjp=vjp, jvp=jvp, vmap=vmap).items() if rule is not None)
     if reference is not None:
         derived = derive(reference, len(raw._schema.arguments))
         residuals = residuals or derived.residuals
         vjp, jvp, vmap = vjp or derived.vjp, jvp or derived.jvp, vmap or derived.vmap
+    plain = plain or reference
+    if plain is None:
+        raise TypeError(f"{name}: declared with neither a plain function nor a reference.")
+    stated = Stated(plain, example, dependent, by_hand)
     rules = Rules(residuals or (lambda inputs, outputs: ()), vjp, jvp, vmap)
-    _REGISTRY[name] = Operator(name, raw, checkpoint, residual_outputs, rules)
+    _REGISTRY[name] = Operator(name, raw, checkpoint, residual_outputs, rules, stated)
     return _REGISTRY[name]
 
 
@@ -149,7 +182,7 @@ def operators() -> dict[str, Operator]:
 def _traced_function(op: Operator) -> Any:
     """The operator's Function for Dynamo, which traces neither ``jvp`` rules nor closures over objects."""
     n, num_values, raw = op.num_inputs, op.num_values, op.raw
-    residuals_of, vjp = op.rules.residuals, op.rules.vjp
+    residuals_of, vjp, name, by_hand = op.rules.residuals, op.rules.vjp, op.name, "vjp" in op.by_hand
 
     def forward(*args: Any) -> Any:
         return raw(*args[-n:])  # Dynamo puts a context in front when nothing requires a gradient
@@ -159,6 +192,10 @@ def _traced_function(op: Operator) -> Any:
         _keep(ctx, residuals_of(inputs, outputs), outputs, num_values)
 
     def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        if not by_hand:  # a derived one is a torch.func transform
+            raise TransformError(
+                f"{name}: cannot be differentiated under torch.compile. Differentiate it uncompiled."
+            )
         return vjp(_residuals(ctx, ctx.saved_tensors), ctx.needs_input_grad, *cotangents[:num_values])
 
     return _make(op.name, forward, setup_context, backward)

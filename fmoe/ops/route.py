@@ -7,7 +7,7 @@ import torch
 
 from ..errors import argument_error
 from ..tree import node, static
-from .bases import accumulator
+from .bases import accumulator, random
 from .derive import Dims, Tensors
 from .primitive import Fold, Operator, declare, front
 from .tape import checkpoint
@@ -176,6 +176,19 @@ def _topk_kernel(
     return choice_TE.topk(k, dim=1).indices
 
 
+def _topk_plain(
+    choice: torch.Tensor, num_groups: int, top_groups: int, group_best: int, k: int
+) -> torch.Tensor:
+    def from_rank(scores: torch.Tensor, rank: int) -> torch.Tensor:
+        return scores >= scores.sort(-1, descending=True).values[..., rank - 1 : rank]
+
+    grouped = choice.unflatten(1, (num_groups, -1))
+    open_groups = from_rank(grouped.sort(-1, descending=True).values[..., :group_best].sum(-1), top_groups)
+    return (
+        torch.where(open_groups[..., None], grouped, -torch.inf).flatten(1).argsort(1, descending=True)[:, :k]
+    )
+
+
 def _topk_vmap(size: int, dims: Dims, choice: torch.Tensor, *statics: int) -> Tensors:
     return (topk(choice.flatten(0, 1), *statics).unflatten(0, (size, choice.shape[1])),)
 
@@ -186,6 +199,8 @@ topk: Operator = declare(
     impl=_topk_kernel,
     fake=lambda choice, *statics: choice.new_empty(choice.shape[0], statics[-1], dtype=torch.int64),
     checkpoint=TOPK,
+    example=lambda: (random(4, 8), 4, 2, 1, 3),
+    plain=_topk_plain,
     vmap=_topk_vmap,
 )
 
@@ -229,6 +244,8 @@ product: Operator = declare(
     impl=_product_kernel,
     fake=lambda a, b, dtype: a.new_empty(*a.shape[:-1], b.shape[-1], dtype=dtype),
     checkpoint=ROUTER,
+    example=lambda: (random(4, 3), random(3, 2), torch.float64),
+    plain=_product_kernel,
     residuals=lambda inputs, outputs: inputs,
     vjp=_product_vjp,
     jvp=_product_jvp,

@@ -12,7 +12,7 @@ Entry = tuple[torch.Tensor, ...] | None
 Policy = Callable[[str], bool]
 
 _CHECKPOINTS: dict[str, bool] = {}
-_TAPE: "ContextVar[Tape | None]" = ContextVar("fmoe_tape", default=None)
+_TAPE: "ContextVar[Tape | PlainTape | None]" = ContextVar("fmoe_tape", default=None)
 
 
 class Recorded(Protocol):
@@ -21,6 +21,7 @@ class Recorded(Protocol):
     name: str
     checkpoint: str
     function: Any
+    plain: Any
 
 
 def checkpoint(name: str, *, save: bool) -> str:
@@ -101,8 +102,25 @@ class Tape:
         self.recorded.append((name, entry if _depth() == self.depth else None))
 
 
-def current_tape() -> Tape | None:
+class PlainTape:
+    """On it every operator is the plain PyTorch function it is declared to equal."""
+
+    def call(self, op: Recorded, args: tuple[Any, ...]) -> Any:
+        return op.plain(*args)
+
+
+def current_tape() -> Tape | PlainTape | None:
     return _TAPE.get()
+
+
+@contextmanager
+def plain_operators() -> Iterator[None]:
+    """Inside, operators are plain PyTorch: slow, obvious, and differentiated by PyTorch alone."""
+    token = _TAPE.set(PlainTape())
+    try:
+        yield
+    finally:
+        _TAPE.reset(token)
 
 
 @contextmanager

@@ -1,0 +1,135 @@
+"""What operators can do, from their declarations; what a call keeps, predicted and measured; what it runs."""
+
+import importlib
+import pkgutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .ops.primitive import NAMESPACE, Operator, Unsupported, operators
+from .ops.tape import Policy, Tape, checkpoint_names
+from .transforms import save_declared
+
+
+class Support(NamedTuple):
+    """What one operator can do.
+
+    ``vjp``, ``jvp`` and ``vmap`` are ``"rule"`` (written by hand), ``"derived"`` (from the operator's
+    reference), ``"constant"`` (no floating-point output, so nothing to differentiate) or ``"error"``
+    (raises, with a remedy). ``compiled`` says whether autograd goes through it under ``torch.compile``.
+    """
+
+    operator: str
+    checkpoint: str
+    kept: bool
+    vjp: str
+    jvp: str
+    vmap: str
+    compiled: bool
+
+
+def operator_support() -> list[Support]:
+    """Every operator of fmoe, from the declarations.
+
+    >>> [s for s in operator_support() if s.operator == "topk"][0].kept
+    True
+    """
+    package = importlib.import_module(__package__)
+    for module in pkgutil.walk_packages(package.__path__, "fmoe."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    return [_support(op) for op in operators().values()]
+
+
+def _support(op: Operator) -> Support:
+    def how(rule: str) -> str:
+        stated = getattr(op.rules, rule)
+        if isinstance(stated, Unsupported):
+            return "error"
+        if stated is None:
+            return "constant"
+        return "rule" if rule in op.by_hand else "derived"
+
+    vjp, jvp, vmap = map(how, ("vjp", "jvp", "vmap"))
+    return Support(
+        op.name, op.checkpoint, checkpoint_names()[op.checkpoint], vjp, jvp, vmap, vjp != "derived"
+    )
+
+
+def saved_bytes(
+    fn: Callable[..., Any], *args: Any, policy: Policy | None = None, **kwargs: Any
+) -> dict[str, int]:
+    """Bytes that ``remat(fn, policy)`` keeps beyond its arguments, by checkpoint name; computes nothing.
+
+    ===========  ======================================================================
+    fn           the function, not yet wrapped in ``remat``
+    args         its arguments; only shapes, dtypes and devices matter
+    policy       as for :func:`fmoe.remat`
+    -> dict      checkpoint name -> bytes of the outputs kept under it
+    ===========  ======================================================================
+
+    >>> import fmoe
+    >>> params = fmoe.moe_init(0, dim=8, hidden_dim=16, num_experts=16)
+    >>> saved_bytes(fmoe.moe_forward, params, torch.randn(4, 8), policy=fmoe.save("topk"))
+    {'topk': 256}
+    """
+    policy = policy or save_declared
+    tape = Tape(record=policy, serve=lambda name: False)
+    with FakeTensorMode() as mode:
+
+        def fake(leaf: Any) -> Any:
+            return mode.from_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+        fake_args, fake_kwargs = optree.tree_map(fake, (args, kwargs))
+        with tape.run():
+            fn(*fake_args, **fake_kwargs)
+    total: Counter[str] = Counter()
+    for name, entry in tape.recorded:
+        total[name] += sum(t.numel() * t.element_size() for t in entry or ())
+    return dict(total)
+
+
+def kept_bytes(fn: Callable[..., Any], *args: Any) -> int:
+    """Bytes kept between ``fn(*args)`` and its backward beyond what ``args`` hold, measured.
+
+    Each storage counts once, and whole. Of ``args`` at least one tensor must require a gradient.
+
+    >>> x = torch.randn(4, requires_grad=True)
+    >>> kept_bytes(lambda x: (x * 2).sin().sum(), x)
+    16
+    """
+    storages: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = fn(*args)  # held until the storages are counted, so that none is freed and used again
+    given = {t.untyped_storage().data_ptr() for t in optree.tree_leaves(args) if isinstance(t, torch.Tensor)}
+    del out
+    return sum(size for pointer, size in storages.items() if pointer not in given)
+
+
+@contextmanager
+def raw_calls() -> Iterator[dict[str, int]]:
+    """How often each operator's raw kernel ran inside; filled when the block ends.
+
+    >>> from fmoe.ops.bases import gather
+    >>> with raw_calls() as counts:
+    ...     out = gather(torch.ones(2, 1), torch.tensor([0, 1]))
+    >>> counts
+    {'gather': 1}
+    """
+    counts: dict[str, int] = {}
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        yield counts
+    for event in profile.key_averages():
+        if event.key.startswith(f"{NAMESPACE}::"):
+            counts[event.key.removeprefix(f"{NAMESPACE}::")] = event.count

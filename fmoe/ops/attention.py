@@ -1,0 +1,159 @@
+"""Causal softmax attention as one operator, on the fastest kernel PyTorch has for its inputs.
+
+B sequences, L positions, H heads; N and V are a head's query and value dimensions. PyTorch's own
+attention kernels have no forward derivative and no second one; here both follow from the reference.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from .bases import accumulator, random, refold_rows, unfold_rows
+from .derive import Dims, Tensors, pullback
+from .primitive import Fold, Operator, declare, front
+from .tape import checkpoint
+
+ATTENTION = checkpoint("attention", save=False)
+
+aten = torch.ops.aten
+
+
+def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Tensors:
+    wide = accumulator(q.dtype)
+    q_BHLN, k_BHLN, v_BHLV = (t.to(wide).transpose(1, 2) for t in (q, k, v))
+    scores = (q_BHLN @ k_BHLN.mT * scale).masked_fill(_later(q), -torch.inf)
+    y = scores.softmax(-1) @ v_BHLV
+    return y.to(q.dtype).transpose(1, 2), scores.logsumexp(-1).transpose(1, 2)
+
+
+def _later(q_BLHN: torch.Tensor) -> torch.Tensor:
+    """(L, L), true where a key comes after its query."""
+    length = q_BLHN.shape[1]
+    return torch.ones(length, length, dtype=torch.bool, device=q_BLHN.device).triu(1)
+
+
+# ---- kernels: each takes and gives (B, H, L, N); lse is (B, H, L) --------------------------------
+
+
+def _cpu_forward(q: Any, k: Any, v: Any, scale: float) -> Tensors:
+    y, lse = aten._scaled_dot_product_flash_attention_for_cpu(*_equally_wide(q, k, v), 0.0, True, scale=scale)
+    return y[..., : v.shape[-1]], lse
+
+
+def _cpu_backward(g: Any, q: Any, k: Any, v: Any, scale: float, y: Any, lse: Any) -> Tensors:
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    grads = backward(*_equally_wide(g, q, k, v, y), lse, 0.0, True, scale=scale)
+    return tuple(grad[..., : t.shape[-1]] for grad, t in zip(grads, (q, k, v)))
+
+
+def _equally_wide(*tensors: torch.Tensor) -> Tensors:
+    """The same with zeros behind, as the CPU kernel wants them: zeros change no score and no sum."""
+    width = max(t.shape[-1] for t in tensors)
+    return tuple(t if t.shape[-1] == width else pad(t, (0, width - t.shape[-1])) for t in tensors)
+
+
+def _cudnn_forward(q: Any, k: Any, v: Any, scale: float) -> Tensors:
+    y, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
+    return y, lse.view(q.shape[:-1])
+
+
+def _cudnn_backward(g: Any, q: Any, k: Any, v: Any, scale: float, y: Any, lse: Any) -> Tensors:
+    unused = torch.zeros(1, dtype=torch.int64, device=q.device)  # the dropout's seed and offset
+    length, rest = q.shape[2], (0.0, True)
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        g, q, k, v, y, lse[..., None], unused, unused, None, None, None, length, length, *rest, scale=scale
+    )
+
+
+def _efficient_forward(q: Any, k: Any, v: Any, scale: float) -> Tensors:
+    y, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)
+    return y, lse[..., : q.shape[2]]
+
+
+def _efficient_backward(g: Any, q: Any, k: Any, v: Any, scale: float, y: Any, lse: Any) -> Tensors:
+    unused = torch.zeros((), dtype=torch.int64, device=q.device)
+    lse = pad(lse, (0, -lse.shape[-1] % 32))  # rows are laid out in blocks of 32
+    return aten._scaled_dot_product_efficient_attention_backward(
+        g, q, k, v, None, y, lse, unused, unused, 0.0, [True, True, True, False], True, scale=scale
+    )[:3]
+
+
+def _plain_forward(q: Any, k: Any, v: Any, scale: float) -> Tensors:
+    y, lse = _reference(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
+    return y.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _plain_backward(g: Any, q: Any, k: Any, v: Any, scale: float, y: Any, lse: Any) -> Tensors:
+    wide = accumulator(q.dtype)
+    g, q, k, v, y = (t.to(wide) for t in (g, q, k, v, y))
+    p = (q @ k.mT * scale - lse[..., None]).exp().masked_fill(_later(q.transpose(1, 2)), 0.0)
+    g_scores = p * (g @ v.mT - (g * y).sum(-1, keepdim=True)) * scale
+    return g_scores @ k, g_scores.mT @ q, p.mT @ g
+
+
+def _kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+    """Forward and backward for inputs like these."""
+    if q.numel() == 0:
+        return _plain_forward, _plain_backward
+    if not q.is_cuda:
+        return _cpu_forward, _cpu_backward
+    params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, False)
+    if torch.backends.cuda.can_use_cudnn_attention(params):
+        return _cudnn_forward, _cudnn_backward
+    if torch.backends.cuda.can_use_efficient_attention(params):
+        return _efficient_forward, _efficient_backward
+    return _plain_forward, _plain_backward
+
+
+# ---- the operator --------------------------------------------------------------------------------
+
+
+def _forward_kernel(q: Any, k: Any, v: Any, scale: float) -> Tensors:
+    y, lse = _kernels(*(heads := [t.transpose(1, 2) for t in (q, k, v)]))[0](*heads, scale)
+    return y.transpose(1, 2).contiguous(), lse.transpose(1, 2).contiguous()
+
+
+def _backward_kernel(g: Any, q: Any, k: Any, v: Any, scale: float, y: Any, lse: Any) -> Tensors:
+    g, q, k, v, y, lse = (t.transpose(1, 2) for t in (g.contiguous(), q, k, v, y, lse))
+    grads = _kernels(q, k, v)[1](g, q, k, v, scale, y, lse)
+    return tuple(grad.to(q.dtype).transpose(1, 2).contiguous() for grad in grads)
+
+
+def _vmap(size: int, dims: Dims, *args: Any) -> Fold:
+    """A batch of sequences is more sequences."""
+    folded = [
+        front(a, d, size).flatten(0, 1) if isinstance(a, torch.Tensor) else a for a, d in zip(args, dims)
+    ]
+    return Fold(tuple(folded), unfold_rows(size), refold_rows)
+
+
+def _example() -> tuple[Any, ...]:
+    return random(2, 4, 3, 5), random(2, 4, 3, 5), random(2, 4, 3, 2), 0.7
+
+
+attention_backward: Operator = declare(
+    "attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, float scale, Tensor y, Tensor lse) "
+    "-> (Tensor, Tensor, Tensor)",
+    impl=_backward_kernel,
+    fake=lambda g, q, k, v, scale, y, lse: tuple(torch.empty_like(t).contiguous() for t in (q, k, v)),
+    checkpoint=ATTENTION,
+    vmap=_vmap,
+    reference=pullback(_reference),
+    example=lambda: (random(2, 4, 3, 2), *_example()),
+    dependent=lambda g, *inputs: attention.outputs(*inputs),
+)
+
+# q, k (B, L, H, N), v (B, L, H, V) -> y (B, L, H, V); each position sees itself and those before.
+attention: Operator = declare(
+    "attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+    impl=_forward_kernel,
+    fake=lambda q, k, v, scale: (v.new_empty(v.shape), v.new_empty(v.shape[:-1], dtype=accumulator(v.dtype))),
+    checkpoint=ATTENTION,
+    residual_outputs=1,
+    residuals=lambda inputs, outputs: (*inputs, *outputs),
+    vjp=lambda res, needs, g: (*attention_backward(g, *res), None),
+    vmap=_vmap,
+    reference=_reference,
+    example=_example,
+)
