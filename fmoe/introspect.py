@@ -11,6 +11,7 @@ import optree
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from . import ops
 from .ops.primitive import NAMESPACE, Operator, Unsupported, operators
 from .ops.tape import Policy, Tape, checkpoint_names
 from .transforms import save_declared
@@ -39,10 +40,8 @@ def operator_support() -> list[Support]:
     >>> [s for s in operator_support() if s.operator == "topk"][0].kept
     True
     """
-    package = importlib.import_module(__package__)
-    for module in pkgutil.walk_packages(package.__path__, "fmoe."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
+    for module in pkgutil.iter_modules(ops.__path__, "fmoe.ops."):
+        importlib.import_module(module.name)
     return [_support(op) for op in operators().values()]
 
 
