@@ -49,6 +49,7 @@ def parse() -> argparse.Namespace:
     )
     add("--learning-rate", type=float, default=3e-3, help="peak, after warm-up")
     add("--max-norm", type=float, default=1.0, help="gradients are clipped to this global norm")
+    add("--bias-rate", type=float, default=0.01, help="of balancing experts, a step; DeepSeek-V3 had 0.001")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=DTYPES, default="float32", help="of parameters and optimiser")
@@ -152,7 +153,7 @@ def main() -> None:
             (loss, stats), grads = step_of(params, tokens, targets)
             grads, norm = optim.clip_by_global_norm(grads, args.max_norm)
             params, state = optimizer.update(params, grads, state, rate(step), donate=True)
-            params = deepseek_v3.update_biases(params, stats, config.bias_update_rate)
+            params = deepseek_v3.update_biases(params, stats, args.bias_rate)
 
             loss, norm = loss.item(), norm.item()
             gradients.check_finite(step, loss, norm, grads)

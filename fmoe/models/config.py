@@ -81,7 +81,6 @@ class DeepSeekV3Config:
     tied_head: bool = False
     norm_eps: float = 1e-6
     init_std: float = 0.02
-    bias_update_rate: float = 0.001
 
     def __post_init__(self) -> None:
         def error(name: str, expected: str, remedy: str) -> ValueError:
@@ -180,8 +179,6 @@ PRESETS = {
 
 def preset(name: str) -> DeepSeekV3Config:
     """A configuration by name: ``debug``, ``16B`` (DeepSeek-V2-Lite), ``236B`` (V2) or ``671B`` (V3).
-
-    DeepSeek-V2 was balanced by auxiliary losses; here its presets too are by ``bias_update_rate``.
 
     >>> preset("debug").num_experts
     16

@@ -37,7 +37,7 @@ def load(
                 file or in shards, its experts apart (as published) or fused
     dtype       of the parameters but the selection biases; ``None``: that of the embedding
     device      ``None``: PyTorch's default device
-    -> config   with the default ``bias_update_rate``, which isn't published
+    -> config   what ``config.json`` describes
     -> params   for :func:`fmoe.models.deepseek_v3.forward`
     ==========  ===============================================================================
 

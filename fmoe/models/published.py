@@ -106,7 +106,7 @@ ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "Deepsee
 
 
 def import_config(raw: dict[str, Any]) -> DeepSeekV3Config:
-    """The configuration a ``config.json`` describes; ``bias_update_rate``, which it lacks, is the default.
+    """The configuration a ``config.json`` describes.
 
     Raises ``ValueError`` that lists every field fmoe can't honour.
     """
