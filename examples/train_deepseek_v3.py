@@ -40,10 +40,10 @@ def parse() -> argparse.Namespace:
     add("--suffix", default=".py", help="of the files in folders; a .jsonl file has a document a line")
     add("--field", default="text", help="of a JSONL line")
     add("--tokenizer", type=Path, default=None, help="a tokenizer.json; default: bytes")
-    add("--steps", type=int, default=260)
+    add("--steps", type=int, default=600)
     add("--batch-size", type=int, default=16, help="sequences a step")
     add("--micro-batches", type=int, default=1, help="parts a step's batch is computed in")
-    add("--seq-len", type=int, default=256, help="tokens a sequence")
+    add("--seq-len", type=int, default=128, help="tokens a sequence")
     add(
         "--schedule", choices=["cosine", "stable"], default="cosine", help="stable: decay over the last fifth"
     )
