@@ -121,7 +121,8 @@ def test_fake_kernels_describe_the_real_ones(dtype):
         "weighted_sum": (torch.randn(10, 8).to(dtype), *plan[:3]),
         "weighted_sum_backward": (x, torch.randn(10, 8).to(dtype), *plan[:3]),
     }
-    assert set(cases) == {name for name in ops if not name.startswith("test_")}
+    collectives = {"psum", "all_gather", "reduce_scatter", "all_to_all", "ppermute"}  # in test_collectives.py
+    assert set(cases) == {name for name in ops if not name.startswith("test_")} - collectives
     for name, args in cases.items():
         torch.library.opcheck(ops[name].raw, args, test_utils=("test_schema", "test_faketensor"))
 

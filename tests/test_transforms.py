@@ -283,7 +283,10 @@ def test_declared_names_and_defaults():
 
 def test_unknown_names_raise():
     with pytest.raises(
-        ValueError, match=re.escape("save: names: got 'dispach', expected names of ['combine',")
+        ValueError,
+        match=re.escape(
+            "save: names: got 'dispach', expected names of ['all_gather', 'all_to_all', 'combine',"
+        ),
     ):
         fmoe.save("dispach")
 
