@@ -8,11 +8,22 @@ import math
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import fmoe
 from fmoe.parallel import all_gather, all_to_all, axis_index, ppermute, psum, reduce_scatter
 
 MESHES = {"dp=2": 2, "dp=2,ep=2": 4, "ep=4": 4}  # and how many ranks they have
+
+
+def sizes_of(axes: str) -> dict[str, int]:
+    return {name: int(size) for name, size in (item.split("=") for item in axes.split(","))}
+
+
+def bare_mesh(axes: str) -> DeviceMesh:
+    """A mesh of these axes alone. DTensor takes a second for each new operation on one of four axes."""
+    sizes = sizes_of(axes)
+    return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 class Real:

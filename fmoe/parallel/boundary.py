@@ -135,12 +135,12 @@ def _with_rules(cls: Any) -> Any:
     """The same map under ``jvp`` and ``vmap``: it is linear and treats every element alike."""
 
     def jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> torch.Tensor:
-        _refuse("jvp", *ctx.statics)
+        _check_plain("jvp", ctx.statics)
         with _set_fwd_grad_enabled(True):  # or a second tangent is lost silently
             return _apply(cls, tangent, *ctx.statics)
 
     def vmap(info: Any, dims: tuple[Any, ...], tensor: torch.Tensor, *statics: Any) -> tuple[Any, ...]:
-        _refuse("vmap", *statics)
+        _check_plain("vmap", statics)
         return _apply(cls, tensor, *statics), dims[0]
 
     methods = {"jvp": staticmethod(jvp), "vmap": staticmethod(vmap)}
@@ -150,9 +150,13 @@ def _with_rules(cls: Any) -> Any:
 _WITH_RULES = {cls: _with_rules(cls) for cls in (_Enter, _Collect, _Leave)}
 
 
-def _refuse(transform: str, *statics: Any) -> None:
+def _check_plain(transform: str, statics: tuple[Any, ...]) -> None:
     if statics[-1]:
-        raise TransformError(
-            f"shard_map: cannot run under torch.func.{transform} over DTensors, which PyTorch lacks. "
-            "Pass each device's plain local tensors instead, as x.to_local() gives them."
-        )
+        raise dtensor_error(transform)
+
+
+def dtensor_error(transform: str) -> TransformError:
+    return TransformError(
+        f"shard_map: cannot run under torch.func.{transform} over DTensors, which PyTorch lacks. "
+        "Pass each device's plain local tensors instead, as x.to_local() gives them."
+    )

@@ -1,5 +1,6 @@
 """Meshes of devices with the axes ``pp``, ``dp``, ``ep``, ``tp``."""
 
+import itertools
 import math
 import os
 import re
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..errors import argument_error
+from ..ops.axes import group_of
 
 AXES = ("pp", "dp", "ep", "tp")
 
@@ -49,7 +51,12 @@ def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -
             dist.init_process_group()
         else:
             dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
-    return init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+    many = [name for name, size in zip(AXES, shape) if size > 1]
+    for count in range(2, len(many) + 1):
+        for several in itertools.combinations(many, count):
+            group_of(mesh, several)  # DTensor too uses what is flattened, one collective for many axes
+    return mesh
 
 
 def _shape(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from ..errors import argument_error, captured_error
 from ..ops.axes import axis_names, bound, group_of
 from ..tree import P, check_tensors, dotted_names
-from .boundary import enter, is_dtensor, leave, unwrapped
+from .boundary import dtensor_error, enter, is_dtensor, leave, unwrapped
 from .collectives import all_gather_op, psum_op
 from .spec import (
     broadcast,
@@ -98,6 +98,8 @@ def _check_arguments(args: Any, leaves: Sequence[torch.Tensor], specs: Sequence[
     misfits = []
     for name, leaf, spec in zip(dotted_names(args), leaves, specs):
         inner = unwrapped(leaf)
+        if isinstance(inner, DTensor) and inner.dim() != leaf.dim():
+            raise dtensor_error("vmap")
         problems = list(rank_problems(spec, leaf))
         if isinstance(inner, DTensor) and not problems:
             problems = [*size_problems(spec, inner, mesh), *placement_problems(spec, inner, mesh)]
