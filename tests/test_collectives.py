@@ -212,7 +212,7 @@ def test_errors_say_which_axis_dimension_or_pair(pool):
         f"psum: axis: got 'tokens', expected axes of the mesh {mesh} that shard_map bound. Correct the name",
         "psum: axis: got ('ep', 'dp'), expected each axis once, in the mesh's order ('pp', 'dp'",
         "all_gather: dim: got 2, expected a dimension of x, whose shape is (3, 4). Correct it",
-        "reduce_scatter: dim: got dimension 0 of x, whose shape is (3, 4), expected one that divides by 2, the",
+        "reduce_scatter: dim: got dimension 0 of x, whose shape is (3, 4), expected one that divides by 2",
         "all_to_all: split_dim: got dimension 0 of x, whose shape is (3, 4), expected one that divides by 2",
         f"ppermute: pairs: got [(0, 1), (0, 0)], {pairs}",
         f"ppermute: pairs: got [(0, 2)], {pairs}",

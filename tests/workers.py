@@ -11,6 +11,7 @@ import pickle
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -19,12 +20,12 @@ import torch
 import torch.distributed as dist
 from helpers import fresh_seed
 
-SIZE = 4
 GRACE = 3.0  # seconds for the other ranks, once one has failed
 
 
 class Pool:
-    def __init__(self) -> None:
+    def __init__(self, processes: int = 4) -> None:
+        self.most = processes
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.processes: list[Any] = []
         self.pipes: list[Connection] = []
@@ -32,10 +33,11 @@ class Pool:
 
     def start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        for rank in range(SIZE):
+        for rank in range(self.most):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(rank, there, self.store.port), daemon=True)
             process.start()
+            there.close()  # so that a death is noticed here
             self.processes.append(process)
             self.pipes.append(here)
 
@@ -58,11 +60,12 @@ class Pool:
         for pipe in self.pipes[:size]:
             pipe.send_bytes(job)
         results, failures = self.collect(size, time.monotonic() + timeout)
-        silent = [rank for rank in range(size) if rank not in results and rank not in failures]
-        if failures or silent:
+        if len(results) < size:
+            self.size = 0  # collectives may be half done: the next call sets up a new world
+            silent = {*range(size)} - {*results} - {*failures}
             if silent:
                 self.stop(patience=0)
-            failures |= dict.fromkeys(silent, "no answer in time")
+            failures |= dict.fromkeys(silent, "died, or no answer in time")
             raise RankError("\n".join(f"rank {rank}: {text}" for rank, text in failures.items()))
         return [results[rank] for rank in range(size)]
 
@@ -73,11 +76,9 @@ class Pool:
         while waiting and (ready := wait(list(waiting), max(0.0, deadline - time.monotonic()))):
             for pipe in ready:
                 rank = waiting.pop(pipe)
-                try:
+                with suppress(EOFError):
                     good, answer = pickle.loads(pipe.recv_bytes())
-                except EOFError:
-                    good, answer = False, "the process died"
-                (results if good else failures)[rank] = answer
+                    (results if good else failures)[rank] = answer
             if failures:
                 deadline = min(deadline, time.monotonic() + GRACE)
         return results, failures

@@ -67,7 +67,7 @@ def _shape(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:
         name, _, size = item.partition("=")
         found.append((name, int(size)))
     names = [name for name, _ in found]
-    bad = [f"{n}={s}" for n, s in found if n not in AXES or s < 1 or names.count(n) > 1]
+    bad = [f"{n}={s}" for n, s in found if n not in AXES or type(s) is not int or s < 1 or names.count(n) > 1]
     if bad:
         raise _error(", ".join(bad), f"each of {AXES} at most once, of size at least 1", "Correct it.")
     shape = tuple(dict(found).get(name, 1) for name in AXES)

@@ -56,7 +56,7 @@ def spec_of(tensor: DTensor) -> P:
             raise argument_error(
                 "spec_of",
                 "tensor",
-                got=f"placement {placement} along {axis!r}",
+                got=f"placement {placement!r} along {axis!r}",
                 expected="Shard or Replicate along every axis",
                 remedy="Redistribute the tensor.",
             )
