@@ -126,9 +126,9 @@ class Example:
         self.steps = [(choose(STEPS), choose(axes), torch.rand(()).item()) for _ in range(count)]
         rows = 4 * math.prod(self.sizes[a] for a in self.x_axes)
         self.w, self.x = torch.randn(4, 4, dtype=torch.float64), torch.randn(rows, 4, dtype=torch.float64)
-        self.mapped = fmoe.shard_map(
-            self.local, mesh, in_specs=tuple(self.specs[:2]), out_specs=self.specs[2]
-        )
+        specs = {"in_specs": tuple(self.specs[:2]), "out_specs": self.specs[2]}
+        self.mapped = fmoe.shard_map(self.local, mesh, **specs)
+        self.mapped_to_local = fmoe.shard_map(self.local, mesh, **specs, local_results=True)
 
     def __repr__(self) -> str:
         return f"specs {self.specs} steps {self.steps}"

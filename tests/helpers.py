@@ -69,7 +69,7 @@ def dot(a: Any, b: Any) -> torch.Tensor:
 def raw_calls() -> Iterator[dict[str, int]]:
     """How often each raw fmoe kernel ran; filled when the block ends."""
     counts: dict[str, int] = {}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         yield counts
     for event in profile.key_averages():
         if event.key.startswith("fmoe::"):

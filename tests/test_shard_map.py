@@ -57,7 +57,12 @@ def check_example(example):
     local = [[example.piece(v, s) for v, s in zip(pair, specs)] for pair in ((w, x), (u, z))]
     spread = [[distribute(v, s, example.mesh) for v, s in zip(pair, specs)] for pair in ((w, x), (u, z))]
     mixed = [[a[0], b[1]] for a, b in zip(spread, local)]
-    kinds = {"plain": (local, True), "dtensor": (spread, False), "mixed": (mixed, False)}
+    kinds = {
+        "plain": (mapped, local, True),
+        "dtensor": (mapped, spread, False),
+        "mixed": (mapped, mixed, False),
+        "mixed to local": (example.mapped_to_local, mixed, True),
+    }
     found = {}
 
     def record(name, kind, got, expected):
@@ -65,17 +70,17 @@ def check_example(example):
         worst = (error(whole(g), e if isinstance(g, DTensor) else example.piece(e, s)) for g, e, s in pairs)
         found[f"{name}, {kind}"] = max(worst)
 
-    for kind, ((args, directions), plain) in kinds.items():
-        loss = scalar(mapped, example.piece(c, y_spec) if plain else distribute(c, y_spec, example.mesh))
+    for kind, (f, (args, directions), plain) in kinds.items():
+        loss = scalar(f, example.piece(c, y_spec) if plain else distribute(c, y_spec, example.mesh))
         g = grad(loss, (0, 1))
         record("grad", kind, g(*args), first)
         record("vjp(grad)", kind, vjp(g, *args)[1](tuple(directions)), second)
         for order, got in enumerate(second_by_autograd(loss, args, directions)):
             record(f"autograd, {order}", kind, got, (first, second)[order])
-        y = whole(mapped(*args))
+        y = f(*args)
         expected = example.reference(w, x)
-        found[f"value, {kind}"] = error(y, example.piece(expected, y_spec) if plain else expected)
-        assert isinstance(mapped(*args), DTensor) != plain
+        found[f"value, {kind}"] = error(whole(y), example.piece(expected, y_spec) if plain else expected)
+        assert isinstance(y, DTensor) != plain
         assert [isinstance(v, DTensor) for v in g(*args)] == [isinstance(a, DTensor) for a in args]
 
     args, directions = local
@@ -104,7 +109,7 @@ def test_gradients_of_random_programs_equal_those_of_one_process(pool, axes):
     for results in pool.run(MESHES[axes], check_programs, axes, 3):
         for example, wrong, count in results:
             assert not wrong, example
-            assert count == 3 * 5 + 4
+            assert count == 4 * 5 + 4
 
 
 # ---- what goes in and comes out --------------------------------------------------------------------
@@ -194,13 +199,17 @@ def identity(*args):
 
 
 def test_every_spec_the_mesh_refuses_is_listed():
-    specs = (P(None, "q"), {"a": P("ep", ("dp", "ep")), "b": P(("ep", "dp")), "c": "ep", "d": P("tp")})
-    text = """shard_map: in_specs: got 4 that don't fit, expected specs that fit the mesh \
+    specs = (
+        P(None, "q"),
+        {"a": P("ep", ("dp", "ep")), "b": P(("ep", "dp")), "c": "ep", "d": P(1), "e": P("tp")},
+    )
+    text = """shard_map: in_specs: got 5 that don't fit, expected specs that fit the mesh \
 (pp=1, dp=1, ep=1, tp=1) and the tensors. Correct these:
   in_specs.0: P(None, 'q'): 'q' isn't an axis of the mesh
   in_specs.1.a: P('ep', ('dp', 'ep')): 'ep' is used twice
   in_specs.1.b: P(('ep', 'dp')): the axes of dimension 0 aren't in the mesh's order
-  in_specs.1.c: 'ep': not a P"""
+  in_specs.1.c: 'ep': not a P of names, tuples of names and None
+  in_specs.1.d: P(1): not a P of names, tuples of names and None"""
     with pytest.raises(ValueError, match=re.escape(text) + "$"):
         fmoe.shard_map(identity, one_device(), in_specs=specs, out_specs=P())
 
@@ -458,8 +467,11 @@ def compiled(backend, axes):
     torch._dynamo.reset()
     plain = fmoe.shard_map(gathered_once, mesh, **SPECS)
     outside = torch.compile(plain, fullgraph=True, backend=backend)
+    made_inside = torch.compile(
+        lambda *args: fmoe.shard_map(gathered_once, mesh, **SPECS)(*args), fullgraph=True, backend="aot_eager"
+    )
     inside = fmoe.shard_map(torch.compile(gathered_once, fullgraph=True, backend=backend), mesh, **SPECS)
-    for f, args in ((outside, local), (outside, spread), (inside, local)):
+    for f, args in ((outside, local), (outside, spread), (inside, local), (made_inside, spread)):
         assert error(whole(f(*args)), whole(plain(*args))) < 1e-12
         got = fmoe.value_and_grad(squared(f), (0, 1, 2))(*args)[1]
         assert [type(g) for g in got] == [type(a) for a in args]

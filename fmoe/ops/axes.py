@@ -32,8 +32,9 @@ class Group(NamedTuple):
 
 
 class _Bound(threading.local):
-    # Dynamo traces reads and writes of a thread-local with guards, but no ContextVar.
-    mesh: DeviceMesh | None = None
+    # Dynamo traces no ContextVar, but a thread-local, whose default it must find on the instance.
+    def __init__(self) -> None:
+        self.mesh: DeviceMesh | None = None
 
 
 _BOUND = _Bound()
@@ -62,7 +63,8 @@ def axis_names(mesh: DeviceMesh) -> tuple[str, ...]:
 
 
 def axis_sizes(mesh: DeviceMesh) -> dict[str, int]:
-    return dict(zip(axis_names(mesh), mesh.shape))
+    # Dynamo on torch 2.11 knows a mesh's ndim, size() and mesh_dim_names, but not its shape.
+    return {name: mesh.size(i) for i, name in enumerate(axis_names(mesh))}
 
 
 def describe(mesh: DeviceMesh) -> str:

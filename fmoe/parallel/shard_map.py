@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..errors import argument_error, captured_error
-from ..ops.axes import axis_names, bound, group_of
+from ..ops.axes import Group, axis_names, bound, group_of
 from ..tree import P, check_tensors, dotted_names
 from .boundary import dtensor_error, enter, is_dtensor, leave, unwrapped
 from .collectives import all_gather_op, psum_op
@@ -21,14 +21,19 @@ from .spec import (
     placement_problems,
     raise_misfits,
     rank_problems,
-    same_everywhere,
     size_problems,
     unnamed_axes,
 )
 
 
 def shard_map(
-    fn: Callable[..., Any], mesh: DeviceMesh, *, in_specs: Any, out_specs: Any, check_replicated: bool = False
+    fn: Callable[..., Any],
+    mesh: DeviceMesh,
+    *,
+    in_specs: Any,
+    out_specs: Any,
+    local_results: bool = False,
+    check_replicated: bool = False,
 ) -> Callable[..., Any]:
     """``fn``, which sees each device's own tensors, as a function of values spread over a mesh.
 
@@ -38,9 +43,10 @@ def shard_map(
     in_specs          a tree prefix of the tuple of arguments, of :class:`P`
     out_specs         a tree prefix of the result. Not naming an axis claims that the value
                       is the same along it
+    local_results     return this device's plain pieces, which may differ in size, also for DTensor arguments
     check_replicated  verify that claim, which costs an all-gather of every output; in eager mode only
     -> function       of DTensors placed by ``in_specs``, or of plain tensors, which are this device's own
-                      pieces. Where any argument is a DTensor, so are the results
+                      pieces. Where any argument is a DTensor, so are the results, of equal pieces
     ================  ================================================================
 
     Gradients are exact. The objective of plain losses counts a value that is the same along an axis once,
@@ -87,7 +93,7 @@ def shard_map(
             _check_captured(entered, values)
             if check_replicated:
                 _check_replicated(out, values, specs, mesh)
-        dtensor = any(is_dtensor(leaf) for leaf in leaves)
+        dtensor = not local_results and any(is_dtensor(leaf) for leaf in leaves)
         left = [leave(value, mesh, spec, dtensor) for value, spec in zip(values, specs)]
         return optree.tree_unflatten(optree.tree_structure(out), left)
 
@@ -100,7 +106,7 @@ def _check_arguments(args: Any, leaves: Sequence[torch.Tensor], specs: Sequence[
         inner = unwrapped(leaf)
         if isinstance(inner, DTensor) and inner.dim() != leaf.dim():
             raise dtensor_error("vmap")
-        problems = list(rank_problems(spec, leaf))
+        problems = rank_problems(spec, leaf)
         if isinstance(inner, DTensor) and not problems:
             problems = [*size_problems(spec, inner, mesh), *placement_problems(spec, inner, mesh)]
         misfits += [(name, spec, leaf, problem) for problem in problems]
@@ -118,23 +124,32 @@ def _check_results(out: Any, values: Sequence[torch.Tensor], specs: Sequence[P],
 
 def _check_replicated(out: Any, values: Sequence[torch.Tensor], specs: Sequence[P], mesh: DeviceMesh) -> None:
     """Compare the copies of every result; all devices of the mesh raise together."""
-    differ = []
-    for value, spec in zip(values, specs):
-        group, inner = group_of(mesh, unnamed_axes(spec, mesh)), unwrapped(value).detach()
-        if group.size > 1:
-            inner = all_gather_op.raw(inner[None], group.size, group.name)
-            differ.append(not same_everywhere(inner))
-        else:
-            differ.append(False)
     everyone = group_of(mesh, axis_names(mesh))
-    found = torch.tensor(differ, dtype=torch.int64, device=mesh.device_type)
-    found = psum_op.raw(found, everyone.name) if everyone.size > 1 else found
+    if everyone.size == 1:
+        return
+    differ = [
+        _differs(unwrapped(value).detach(), group_of(mesh, unnamed_axes(spec, mesh)))
+        for value, spec in zip(values, specs)
+    ]
+    found = psum_op.raw(torch.tensor(differ, dtype=torch.int64, device=mesh.device_type), everyone.name)
     misfits = [
         (name, spec, value, f"the value isn't the same along {unnamed_axes(spec, mesh)}")
         for name, spec, value, n in zip(dotted_names(out), specs, values, found.tolist())
         if n
     ]
     raise_misfits("shard_map", "fn(...)", mesh, misfits)
+
+
+def _differs(value: torch.Tensor, group: Group) -> bool:
+    """Whether the group's copies of a value differ by more than rounding."""
+    if group.size == 1:
+        return False
+    copies = all_gather_op.raw(value[None], group.size, group.name)
+    if not value.is_floating_point():
+        return bool((copies != copies[:1]).any())
+    rtol = torch.finfo(value.dtype).eps ** 0.5
+    atol = rtol * value.abs().nan_to_num().sum().item() / max(1, value.numel())
+    return not torch.allclose(copies, copies[:1].expand_as(copies), rtol=rtol, atol=atol, equal_nan=True)
 
 
 # ---- captured tensors ------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Partition specs: what they mean on a mesh, and whether they fit it and the tensors they place."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import optree
@@ -92,16 +92,12 @@ def distribute(tree: Any, specs: Any, mesh: DeviceMesh) -> Any:
     leaves, treedef = optree.tree_flatten(tree)
     flat = broadcast("distribute", "specs", specs, tree)
     names = dotted_names(tree)
-    raise_misfits(
-        "distribute",
-        "tree",
-        mesh,
-        (
-            (name, spec, leaf, problem)
-            for name, spec, leaf in zip(names, flat, leaves)
-            for problem in (*rank_problems(spec, leaf), *size_problems(spec, leaf, mesh))
-        ),
-    )
+    misfits = [
+        (name, spec, leaf, problem)
+        for name, spec, leaf in zip(names, flat, leaves)
+        for problem in (*rank_problems(spec, leaf), *size_problems(spec, leaf, mesh))
+    ]
+    raise_misfits("distribute", "tree", mesh, misfits)
     placed = [
         distribute_tensor(leaf, mesh, placements(spec, mesh), src_data_rank=None)
         for leaf, spec in zip(leaves, flat)
@@ -132,55 +128,56 @@ def check_specs(function: str, argument: str, specs: Any, mesh: DeviceMesh) -> N
     """Raise ``ValueError`` listing every spec that no tensor could have on this mesh."""
     leaves = optree.tree_leaves(specs, none_is_leaf=True)
     names = dotted_names(specs, none_is_leaf=True)
-    raise_misfits(
-        function,
-        argument,
-        mesh,
-        ((n, s, None, problem) for n, s in zip(names, leaves) for problem in mesh_problems(s, mesh)),
-    )
+    misfits = [(n, s, None, p) for n, s in zip(names, leaves) for p in mesh_problems(s, mesh)]
+    raise_misfits(function, argument, mesh, misfits)
 
 
-def mesh_problems(spec: Any, mesh: DeviceMesh) -> Iterable[str]:
-    if not isinstance(spec, P):
-        yield "not a P"
-        return
-    have, seen = axis_names(mesh), set[str]()
+def mesh_problems(spec: Any, mesh: DeviceMesh) -> list[str]:
+    if not isinstance(spec, P) or [a for a in spec if not (a is None or isinstance(a, str | tuple))]:
+        return ["not a P of names, tuples of names and None"]
+    have, found = axis_names(mesh), []
+    named = [axis for axes in axes_by_dim(spec) for axis in axes]
+    for axis in dict.fromkeys(named):
+        if axis not in have:
+            found.append(f"{axis!r} isn't an axis of the mesh")
+        elif named.count(axis) > 1:
+            found.append(f"{axis!r} is used twice")
     for dim, axes in enumerate(axes_by_dim(spec)):
-        for axis in axes:
-            if axis not in have:
-                yield f"{axis!r} isn't an axis of the mesh"
-            elif axis in seen:
-                yield f"{axis!r} is used twice"
-            seen.add(axis)
-        order = [axis for axis in have if axis in axes]
-        if len(set(axes)) == len(axes) == len(order) and list(axes) != order:
-            yield f"the axes of dimension {dim} aren't in the mesh's order"
+        if not found and list(axes) != [axis for axis in have if axis in axes]:
+            found.append(f"the axes of dimension {dim} aren't in the mesh's order")
+    return found
 
 
-def rank_problems(spec: P, tensor: torch.Tensor) -> Iterable[str]:
-    if len(spec) > tensor.dim():
-        yield f"{len(spec)} entries for {tensor.dim()} dimensions"
+def rank_problems(spec: P, tensor: torch.Tensor) -> list[str]:
+    fits = len(spec) <= tensor.dim()
+    return [] if fits else [f"{len(spec)} entries for {tensor.dim()} dimensions"]
 
 
-def size_problems(spec: P, tensor: torch.Tensor, mesh: DeviceMesh) -> Iterable[str]:
-    sizes = axis_sizes(mesh)
+def size_problems(spec: P, tensor: torch.Tensor, mesh: DeviceMesh) -> list[str]:
+    sizes, found = axis_sizes(mesh), []
     for dim, (axes, size) in enumerate(zip(axes_by_dim(spec), tensor.shape)):
         pieces = math.prod([sizes[a] for a in axes])
         if size % pieces:
-            yield f"dimension {dim} of size {size} doesn't divide by {'*'.join(axes)}={pieces}"
+            found.append(f"dimension {dim} of size {size} doesn't divide by {'*'.join(axes)}={pieces}")
+    return found
 
 
-def placement_problems(spec: P, tensor: DTensor, mesh: DeviceMesh) -> Iterable[str]:
-    if tensor.device_mesh != mesh:
-        yield f"the DTensor lies on another mesh, {describe(tensor.device_mesh)}"
-        return
-    wanted = placements(spec, mesh)
-    if any([a != b for a, b, n in zip(wanted, tensor.placements, mesh.shape) if n > 1]):  # noqa: C419
-        yield f"the spec means {wanted}, the DTensor has {tensor.placements}"
+def placement_problems(spec: P, tensor: DTensor, mesh: DeviceMesh) -> tuple[str, ...]:
+    return _placement_problems(mesh, placements(spec, mesh), tensor.device_mesh, tensor.placements)
+
+
+@torch.compiler.assume_constant_result
+def _placement_problems(
+    mesh: DeviceMesh, wanted: Placements, tensor_mesh: DeviceMesh, have: Placements
+) -> tuple[str, ...]:
+    if tensor_mesh != mesh:
+        return (f"the DTensor lies on another mesh, {describe(tensor_mesh)}",)
+    same = all(a == b or n == 1 for a, b, n in zip(wanted, have, mesh.shape))
+    return () if same else (f"the spec means {wanted}, the DTensor has {have}",)
 
 
 def raise_misfits(
-    function: str, argument: str, mesh: DeviceMesh, misfits: Iterable[tuple[str, Any, Any, str]]
+    function: str, argument: str, mesh: DeviceMesh, misfits: Sequence[tuple[str, Any, Any, str]]
 ) -> None:
     """Raise one ``ValueError`` for all ``(name, spec, tensor or None, problem)``, if there are any."""
     lines = []
@@ -195,12 +192,3 @@ def raise_misfits(
             expected=f"specs that fit the mesh {describe(mesh)} and the tensors",
             remedy="Correct these:" + "".join(lines),
         )
-
-
-def same_everywhere(copies: torch.Tensor) -> bool:
-    """Whether all ``copies[i]`` are equal, up to rounding."""
-    first = copies[0]
-    if not first.is_floating_point():
-        return all(torch.equal(first, c) for c in copies)
-    rtol = torch.finfo(first.dtype).eps ** 0.5
-    return all(torch.allclose(first, c, rtol=rtol, atol=0, equal_nan=True) for c in copies)
