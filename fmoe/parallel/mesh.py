@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..errors import argument_error
-from ..ops.axes import group_of
 
 AXES = ("pp", "dp", "ep", "tp")
 
@@ -55,7 +54,7 @@ def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -
     many = [name for name, size in zip(AXES, shape) if size > 1]
     for count in range(2, len(many) + 1):
         for several in itertools.combinations(many, count):
-            group_of(mesh, several)  # DTensor too uses what is flattened, one collective for many axes
+            mesh[several]._flatten()  # DTensor uses it too: one collective for several axes
     return mesh
 
 

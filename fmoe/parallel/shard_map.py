@@ -10,7 +10,7 @@ from torch._C import _functorch as functorch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ..errors import argument_error, captured_error
+from ..errors import captured_error
 from ..ops.axes import Group, axis_names, bound, group_of
 from ..tree import P, check_tensors, dotted_names
 from .boundary import dtensor_error, enter, is_dtensor, leave, unwrapped
@@ -67,14 +67,6 @@ def shard_map(
     >>> torch.func.grad(loss)(torch.ones(3), torch.eye(3))
     tensor([2., 2., 2.])
     """
-    if not axis_names(mesh):
-        raise argument_error(
-            "shard_map",
-            "mesh",
-            got="a mesh whose axes have no names",
-            expected="named axes",
-            remedy="Use fmoe.make_mesh, or init_device_mesh(..., mesh_dim_names=...).",
-        )
     check_specs("shard_map", "in_specs", in_specs, mesh)
     check_specs("shard_map", "out_specs", out_specs, mesh)
 

@@ -126,6 +126,14 @@ def broadcast(function: str, argument: str, specs: Any, tree: Any) -> list[P]:
 
 def check_specs(function: str, argument: str, specs: Any, mesh: DeviceMesh) -> None:
     """Raise ``ValueError`` listing every spec that no tensor could have on this mesh."""
+    if not axis_names(mesh):
+        raise argument_error(
+            function,
+            "mesh",
+            got="a mesh whose axes have no names",
+            expected="named axes",
+            remedy="Use fmoe.make_mesh, or init_device_mesh(..., mesh_dim_names=...).",
+        )
     leaves = optree.tree_leaves(specs, none_is_leaf=True)
     names = dotted_names(specs, none_is_leaf=True)
     misfits = [(n, s, None, p) for n, s in zip(names, leaves) for p in mesh_problems(s, mesh)]
