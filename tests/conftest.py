@@ -31,6 +31,13 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(autouse=True)
+def no_process_group() -> None:
+    """A process group that an earlier test or docstring set up is no business of the next."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     """Processes to run functions on many ranks with; they start with the first call."""

@@ -231,8 +231,8 @@ def test_what_doesnt_fit_is_named(in_specs, out_specs, args, text):
 
 
 def test_other_misuses():
-    bare = torch.distributed.device_mesh.DeviceMesh("cpu", [0])
     one_device()
+    bare = torch.distributed.device_mesh.DeviceMesh("cpu", [0])
     with pytest.raises(ValueError, match="shard_map: mesh: got a mesh whose axes have no names"):
         fmoe.shard_map(identity, bare, in_specs=P(), out_specs=P())
     call = fmoe.shard_map(lambda x: (x, 3), one_device(), in_specs=P(), out_specs=P())
