@@ -6,7 +6,10 @@ from .ops.combine import combine, reduce
 from .ops.dispatch import Plan, dispatch, expand
 from .ops.experts import ExpertParams, experts_grouped_mm
 from .ops.route import RouterConfig, RouterParams, Routing, route
+from .parallel.mesh import make_mesh
+from .parallel.shard_map import shard_map
 from .transforms import remat, save, save_everything, save_nothing, value_and_grad
+from .tree import P
 
 __version__ = "0.1.0"
 
@@ -14,6 +17,7 @@ __all__ = [
     "ExpertParams",
     "MoEParams",
     "MoEStats",
+    "P",
     "Plan",
     "RouterConfig",
     "RouterParams",
@@ -22,6 +26,7 @@ __all__ = [
     "dispatch",
     "expand",
     "experts_grouped_mm",
+    "make_mesh",
     "moe_forward",
     "moe_init",
     "reduce",
@@ -30,6 +35,7 @@ __all__ = [
     "save",
     "save_everything",
     "save_nothing",
+    "shard_map",
     "update_expert_bias",
     "value_and_grad",
 ]

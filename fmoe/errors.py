@@ -14,3 +14,15 @@ def argument_error(function: str, argument: str, *, got: Any, expected: str, rem
     route: top_k: got 9, expected at most 8. Lower top_k.
     """
     return ValueError(f"{function}: {argument}: got {got}, expected {expected}. {remedy}")
+
+
+def captured_error(function: str, tensor: Any, use: str = "") -> ValueError:
+    """The ``ValueError`` for a function whose gradient can't be right, because it closes over ``tensor``."""
+    return argument_error(
+        function,
+        "fn",
+        got=f"a function that uses a differentiable tensor from outside{use}: "
+        f"shape {tuple(tensor.shape)}, {tensor.dtype}",
+        expected="every differentiable tensor as an argument",
+        remedy="Pass it as an argument; captured, its gradient would be wrong.",
+    )

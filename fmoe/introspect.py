@@ -11,7 +11,7 @@ import optree
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from . import ops
+from . import ops, parallel
 from .ops.primitive import NAMESPACE, Operator, Unsupported, operators
 from .ops.tape import Policy, Tape, checkpoint_names
 from .transforms import save_declared
@@ -40,8 +40,9 @@ def operator_support() -> list[Support]:
     >>> [s for s in operator_support() if s.operator == "topk"][0].kept
     True
     """
-    for module in pkgutil.iter_modules(ops.__path__, "fmoe.ops."):
-        importlib.import_module(module.name)
+    for package in (ops, parallel):
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
     return [_support(op) for op in operators().values()]
 
 

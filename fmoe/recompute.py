@@ -19,9 +19,11 @@ import torch
 from torch._C import _functorch as functorch
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
 
-from .errors import argument_error
+from .errors import captured_error
+from .ops.axes import bound, bound_mesh
 from .ops.primitive import front, primal
 from .ops.tape import Entry, PlainTape, Policy, Tape, current_tape
 
@@ -49,6 +51,7 @@ def recomputing(fn: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) 
         serve=outer.serve if outer else _nothing,
         entry_sizes=_sizes(given),
         found=found,
+        mesh=bound_mesh(),
     )
     out = _Remat.apply(region, *tensors, *[t for entry in given for t in entry or ()])
     num_outputs = len(found.is_float)
@@ -75,7 +78,7 @@ class _Region:
     """One call of a remat'ed function: all of it but the tensors.
 
     ``statics`` has a 1-tuple for every leaf of the arguments that isn't a tensor. ``batches`` has the
-    ``in_dims`` of the vmaps around the call, innermost first.
+    ``in_dims`` of the vmaps around the call, innermost first. ``mesh`` is the one bound where it was called.
     """
 
     fn: Callable[..., Any]
@@ -86,6 +89,7 @@ class _Region:
     serve: Policy
     entry_sizes: Sequence[int | None]
     found: _Found
+    mesh: DeviceMesh | None
     batches: tuple[tuple[Any, str], ...] = ()
 
     def execute(self, tensors: Sequence[torch.Tensor], *, check: bool = False) -> tuple[torch.Tensor, ...]:
@@ -100,7 +104,7 @@ class _Region:
             entries = _entries(tensors[n:], self.entry_sizes)
             look = check_captured if check else None
             tape = Tape(record=self.record, serve=self.serve, entries=entries, check=look)
-            with tape.run(), _Guard() if check else nullcontext():
+            with bound(self.mesh), tape.run(), _Guard() if check else nullcontext():
                 outputs, found.out_treedef = optree.tree_flatten(self.fn(*args, **kwargs), none_is_leaf=True)
             found.out_statics = _statics(outputs)
             found.served = tape.position
@@ -232,14 +236,7 @@ class _Guard(TorchFunctionMode):
 def check_captured(values: Any, operation: str) -> None:
     for leaf in optree.tree_leaves(values):
         if isinstance(leaf, torch.Tensor) and _is_captured(leaf):
-            raise argument_error(
-                "remat",
-                "fn",
-                got=f"a function that uses a differentiable tensor from outside in {operation}: "
-                f"shape {tuple(leaf.shape)}, {leaf.dtype}",
-                expected="every differentiable tensor as an argument",
-                remedy="Pass it as an argument; captured, it would get no gradient.",
-            )
+            raise captured_error("remat", leaf, f" in {operation}")
 
 
 def _is_captured(tensor: torch.Tensor) -> bool:

@@ -8,6 +8,8 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
+from workers import Pool
+
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
@@ -27,6 +29,21 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         return
     with torch.device(request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def no_process_group() -> None:
+    """A process group that an earlier test or docstring set up is no business of the next."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Processes to run functions on many ranks with; they start with the first call."""
+    workers = Pool()
+    yield workers
+    workers.stop(patience=5)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -267,7 +267,7 @@ def test_declared_names_and_defaults():
 
 def test_unknown_names_raise():
     with pytest.raises(
-        ValueError, match=re.escape("save: names: got 'dispach', expected names of ['attention', 'combine',")
+        ValueError, match=re.escape("save: names: got 'dispach', expected names of ['all_gather',")
     ):
         fmoe.save("dispach")
 

@@ -1,0 +1,162 @@
+"""How values cross between the global view and what each device holds.
+
+A global value placed by a spec is the same on the devices along the axes the spec doesn't name. Three
+linear maps cross, and they are closed under transposition, so derivatives of any order are exact:
+
+- *enter*: a global value -> what each device holds. Its transpose is *collect*.
+- *collect*: what the devices along the unnamed axes hold is summed, and the sum is a global value. Its
+  transpose is *enter*.
+- *leave*: what each device holds, claimed to be the same along the unnamed axes, is a global value. Each of
+  the ``n`` devices has an equal share in it, so the transpose is *enter*, divided by ``n``.
+
+Plain tensors and DTensors cross alike; only their wrapping differs.
+"""
+
+from typing import Any
+
+import torch
+from torch._C import _functorch as functorch
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from ..errors import TransformError
+from ..ops.axes import group_of
+from ..tree import P
+from .collectives import psum_op
+from .spec import Placements, placements, unnamed_axes
+
+_NUM_ARGS = 6
+
+
+def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor beneath the wrappers of ``torch.func``'s transforms."""
+    if not torch.compiler.is_dynamo_compiling():
+        while functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    return isinstance(unwrapped(tensor), DTensor)
+
+
+def enter(tensor: torch.Tensor, mesh: DeviceMesh, spec: P) -> torch.Tensor:
+    """This device's part of a global value."""
+    inner = unwrapped(tensor)
+    if isinstance(inner, DTensor):
+        return _cross(_Enter, tensor, mesh, spec, inner.placements, True)
+    return _cross(_Enter, tensor, mesh, spec, placements(spec, mesh), False)
+
+
+def leave(tensor: torch.Tensor, mesh: DeviceMesh, spec: P, dtensor: bool) -> torch.Tensor:
+    """The global value that the devices' parts are."""
+    return _cross(_Leave, tensor, mesh, spec, placements(spec, mesh), dtensor)
+
+
+def _cross(
+    cls: Any, tensor: torch.Tensor, mesh: DeviceMesh, spec: P, where: Placements, dtensor: bool
+) -> torch.Tensor:
+    group = group_of(mesh, unnamed_axes(spec, mesh))
+    return _apply(cls, tensor, mesh, where, group.name, group.size, dtensor)
+
+
+# Dynamo wants module-level Functions without a jvp, whose arguments are meshes and placements. Their
+# arguments are (tensor, mesh, placements, group name, group size, whether the global side is a DTensor);
+# where nothing requires a gradient, Dynamo puts a context in front.
+
+
+class _Map(torch.autograd.Function):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.statics = inputs[1:]
+        ctx.set_materialize_grads(False)
+        if not output.is_floating_point():
+            ctx.mark_non_differentiable(output)
+
+
+class _Enter(_Map):
+    @staticmethod
+    def forward(*args: Any) -> torch.Tensor:
+        x, _, where, *_ = args[-_NUM_ARGS:]
+        if isinstance(x, DTensor):
+            if x.placements != where:  # an argument is where its spec says, a cotangent may be anywhere
+                x = x.redistribute(placements=where)
+            x = x.to_local()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor | None) -> tuple[Any, ...]:
+        return _pull(_Collect, ctx, g), *[None] * (_NUM_ARGS - 1)
+
+
+class _Collect(_Map):
+    @staticmethod
+    def forward(*args: Any) -> torch.Tensor:
+        x, mesh, where, group, size, dtensor = args[-_NUM_ARGS:]
+        return _as_global(psum_op.raw(x, group) if size > 1 else x, mesh, where, dtensor)
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor | None) -> tuple[Any, ...]:
+        return _pull(_Enter, ctx, g), *[None] * (_NUM_ARGS - 1)
+
+
+class _Leave(_Map):
+    @staticmethod
+    def forward(*args: Any) -> torch.Tensor:
+        x, mesh, where, _, _, dtensor = args[-_NUM_ARGS:]
+        return _as_global(x, mesh, where, dtensor)
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor | None) -> tuple[Any, ...]:
+        pulled = _pull(_Enter, ctx, g)
+        size = ctx.statics[3]
+        return pulled if pulled is None or size == 1 else pulled / size, *[None] * (_NUM_ARGS - 1)
+
+
+def _as_global(x: torch.Tensor, mesh: DeviceMesh, where: Placements, dtensor: bool) -> torch.Tensor:
+    return DTensor.from_local(x, mesh, where, run_check=False) if dtensor else x.view_as(x)
+
+
+def _apply(cls: Any, *args: Any) -> torch.Tensor:
+    return (cls if torch.compiler.is_dynamo_compiling() else _WITH_RULES[cls]).apply(*args)
+
+
+def _pull(cls: Any, ctx: Any, g: torch.Tensor | None) -> torch.Tensor | None:
+    if g is None:
+        return None
+    if not torch.compiler.is_dynamo_compiling():
+        (g,) = unwrap_dead_wrappers((g,))
+    return _apply(cls, g, *ctx.statics)
+
+
+def _with_rules(cls: Any) -> Any:
+    """The same map under ``jvp`` and ``vmap``: it is linear and treats every element alike."""
+
+    def jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> torch.Tensor:
+        _check_plain("jvp", ctx.statics)
+        with _set_fwd_grad_enabled(True):  # or a second tangent is lost silently
+            return _apply(cls, tangent, *ctx.statics)
+
+    def vmap(info: Any, dims: tuple[Any, ...], tensor: torch.Tensor, *statics: Any) -> tuple[Any, ...]:
+        _check_plain("vmap", statics)
+        return _apply(cls, tensor, *statics), dims[0]
+
+    methods = {"jvp": staticmethod(jvp), "vmap": staticmethod(vmap)}
+    return type(cls.__name__ + "WithRules", (cls,), methods)
+
+
+_WITH_RULES = {cls: _with_rules(cls) for cls in (_Enter, _Collect, _Leave)}
+
+
+def _check_plain(transform: str, statics: tuple[Any, ...]) -> None:
+    if statics[-1]:
+        raise dtensor_error(transform)
+
+
+def dtensor_error(transform: str) -> TransformError:
+    return TransformError(
+        f"shard_map: cannot run under torch.func.{transform} over DTensors, which PyTorch lacks. "
+        "Pass each device's plain local tensors instead, as x.to_local() gives them."
+    )

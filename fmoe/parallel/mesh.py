@@ -1,0 +1,79 @@
+"""Meshes of devices with the axes ``pp``, ``dp``, ``ep``, ``tp``."""
+
+import itertools
+import math
+import os
+import re
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ..errors import argument_error
+
+AXES = ("pp", "dp", "ep", "tp")
+
+
+def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -> DeviceMesh:
+    """A mesh of all processes, from ``"dp=2,ep=4"`` or from ``dp=2, ep=4``.
+
+    ===========  =====================================================================
+    axes, sizes  how many devices along ``dp`` (data), ``ep`` (experts), ``tp`` (tensors), ``pp``
+                 (pipeline); an axis that isn't named has one
+    device_type  ``"cuda"`` or ``"cpu"``; ``None``: ``"cuda"`` where there is a CUDA device
+    -> mesh      always has the axes pp, dp, ep, tp in this order
+    ===========  =====================================================================
+
+    Under ``torchrun`` it joins the processes that were started; without a launcher this process is
+    the only one. A process group that exists already is used as it is.
+
+    Raises ``ValueError`` for axes it doesn't know, and sizes whose product isn't the number of processes.
+
+    >>> make_mesh("ep=1").mesh_dim_names
+    ('pp', 'dp', 'ep', 'tp')
+    """
+    shape = _shape(axes, sizes)
+    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    world = int(os.environ["WORLD_SIZE"]) if launched else 1
+    world = dist.get_world_size() if dist.is_initialized() else world
+    if math.prod(shape) != world:
+        raise _error(
+            ", ".join(f"{name}={size}" for name, size in zip(AXES, shape)),
+            f"a product of {world}, the number of processes",
+            f"Start one process per device, as with torchrun --nproc-per-node {math.prod(shape)}.",
+        )
+    if not dist.is_initialized():
+        if device_type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if launched:
+            dist.init_process_group()
+        else:
+            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+    many = [name for name, size in zip(AXES, shape) if size > 1]
+    for count in range(2, len(many) + 1):
+        for several in itertools.combinations(many, count):
+            mesh[several]._flatten()  # DTensor uses it too: one collective for several axes
+    return mesh
+
+
+def _shape(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:
+    found: list[tuple[str, int]] = list(sizes.items())
+    for item in filter(None, axes.replace(" ", "").split(",")):
+        if not re.fullmatch(r"\w+=\d+", item):
+            raise _error(repr(axes), 'axes and sizes like "dp=2,ep=4"', "Correct it.")
+        name, _, size = item.partition("=")
+        found.append((name, int(size)))
+    names = [name for name, _ in found]
+    bad = [f"{n}={s}" for n, s in found if n not in AXES or type(s) is not int or s < 1 or names.count(n) > 1]
+    if bad:
+        raise _error(", ".join(bad), f"each of {AXES} at most once, of size at least 1", "Correct it.")
+    shape = tuple(dict(found).get(name, 1) for name in AXES)
+    if shape[0] > 1:
+        raise _error(f"pp={shape[0]}", "pp=1", "There are no pipelines yet; use dp, ep and tp.")
+    return shape
+
+
+def _error(got: str, expected: str, remedy: str) -> ValueError:
+    return argument_error("make_mesh", "axes", got=got, expected=expected, remedy=remedy)

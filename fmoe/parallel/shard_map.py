@@ -1,0 +1,174 @@
+"""``shard_map``: a function of each device's own tensors as a function of global values."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import optree
+import torch
+from torch._C import _functorch as functorch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from ..errors import captured_error
+from ..ops.axes import Group, axis_names, bound, group_of
+from ..tree import P, check_tensors, dotted_names
+from .boundary import dtensor_error, enter, is_dtensor, leave, unwrapped
+from .collectives import all_gather_op, psum_op
+from .spec import (
+    broadcast,
+    check_specs,
+    placement_problems,
+    raise_misfits,
+    rank_problems,
+    size_problems,
+    unnamed_axes,
+)
+
+
+def shard_map(
+    fn: Callable[..., Any],
+    mesh: DeviceMesh,
+    *,
+    in_specs: Any,
+    out_specs: Any,
+    local_results: bool = False,
+    check_replicated: bool = False,
+) -> Callable[..., Any]:
+    """``fn``, which sees each device's own tensors, as a function of values spread over a mesh.
+
+    ================  ================================================================
+    fn                pytrees of this device's plain tensors -> the same; may use the collectives of
+                      ``fmoe.parallel`` along the mesh's axes; all that is differentiable is an argument
+    in_specs          a tree prefix of the tuple of arguments, of :class:`P`
+    out_specs         a tree prefix of the result. Not naming an axis claims that the value
+                      is the same along it
+    local_results     return this device's plain pieces, which may differ in size, also for DTensor arguments
+    check_replicated  verify that claim, which costs an all-gather of every output; in eager mode only
+    -> function       of DTensors placed by ``in_specs``, or of plain tensors, which are this device's own
+                      pieces. Where any argument is a DTensor, so are the results, of equal pieces
+    ================  ================================================================
+
+    Gradients are exact. The objective of plain losses counts a value that is the same along an axis once,
+    and sums over devices otherwise. It works inside and under ``torch.func``'s transforms, though
+    ``jvp`` and ``vmap`` want plain tensors, and under ``torch.compile(fullgraph=True)``.
+
+    Raises ``ValueError`` listing every spec that doesn't fit the mesh or its tensor, and when ``fn`` uses
+    a differentiable tensor that isn't an argument: it would get a wrong gradient.
+
+    Source: JAX's ``shard_map`` with ``check_vma=False``.
+
+    >>> import fmoe
+    >>> from fmoe.parallel import psum
+    >>> mesh = fmoe.make_mesh("dp=1")
+    >>> def loss(w, x):  # w whole, x [N/dp, 3]
+    ...     return psum((x @ w).square().sum(), "dp")
+    >>> loss = fmoe.shard_map(loss, mesh, in_specs=(fmoe.P(), fmoe.P("dp")), out_specs=fmoe.P())
+    >>> torch.func.grad(loss)(torch.ones(3), torch.eye(3))
+    tensor([2., 2., 2.])
+    """
+    check_specs("shard_map", "in_specs", in_specs, mesh)
+    check_specs("shard_map", "out_specs", out_specs, mesh)
+
+    @functools.wraps(fn)
+    def call(*args: Any) -> Any:
+        leaves = check_tensors("shard_map", "args", args)
+        specs = broadcast("shard_map", "in_specs", in_specs, args)
+        _check_arguments(args, leaves, specs, mesh)
+        entered = [enter(leaf, mesh, spec) for leaf, spec in zip(leaves, specs)]
+        with bound(mesh):
+            out = fn(*optree.tree_unflatten(optree.tree_structure(args), entered))
+        values = check_tensors("shard_map", "fn(...)", out)
+        specs = broadcast("shard_map", "out_specs", out_specs, out)
+        _check_results(out, values, specs, mesh)
+        if not torch.compiler.is_dynamo_compiling():
+            _check_captured(entered, values)
+            if check_replicated:
+                _check_replicated(out, values, specs, mesh)
+        dtensor = not local_results and any(is_dtensor(leaf) for leaf in leaves)
+        left = [leave(value, mesh, spec, dtensor) for value, spec in zip(values, specs)]
+        return optree.tree_unflatten(optree.tree_structure(out), left)
+
+    return call
+
+
+def _check_arguments(args: Any, leaves: Sequence[torch.Tensor], specs: Sequence[P], mesh: DeviceMesh) -> None:
+    misfits = []
+    for name, leaf, spec in zip(dotted_names(args), leaves, specs):
+        inner = unwrapped(leaf)
+        if isinstance(inner, DTensor) and inner.dim() != leaf.dim():
+            raise dtensor_error("vmap")
+        problems = rank_problems(spec, leaf)
+        if isinstance(inner, DTensor) and not problems:
+            problems = [*size_problems(spec, inner, mesh), *placement_problems(spec, inner, mesh)]
+        misfits += [(name, spec, leaf, problem) for problem in problems]
+    raise_misfits("shard_map", "args", mesh, misfits)
+
+
+def _check_results(out: Any, values: Sequence[torch.Tensor], specs: Sequence[P], mesh: DeviceMesh) -> None:
+    misfits = []
+    for name, value, spec in zip(dotted_names(out), values, specs):
+        wrapped = ["a DTensor; fn returns plain tensors"] if is_dtensor(value) else []
+        problems = [*wrapped, *rank_problems(spec, value)]
+        misfits += [(name, spec, value, problem) for problem in problems]
+    raise_misfits("shard_map", "fn(...)", mesh, misfits)
+
+
+def _check_replicated(out: Any, values: Sequence[torch.Tensor], specs: Sequence[P], mesh: DeviceMesh) -> None:
+    """Compare the copies of every result; all devices of the mesh raise together."""
+    everyone = group_of(mesh, axis_names(mesh))
+    if everyone.size == 1:
+        return
+    differ = [
+        _differs(unwrapped(value).detach(), group_of(mesh, unnamed_axes(spec, mesh)))
+        for value, spec in zip(values, specs)
+    ]
+    found = psum_op.raw(torch.tensor(differ, dtype=torch.int64, device=mesh.device_type), everyone.name)
+    misfits = [
+        (name, spec, value, f"the value isn't the same along {unnamed_axes(spec, mesh)}")
+        for name, spec, value, n in zip(dotted_names(out), specs, values, found.tolist())
+        if n
+    ]
+    raise_misfits("shard_map", "fn(...)", mesh, misfits)
+
+
+def _differs(value: torch.Tensor, group: Group) -> bool:
+    """Whether the group's copies of a value differ by more than rounding."""
+    if group.size == 1:
+        return False
+    copies = all_gather_op.raw(value[None], group.size, group.name)
+    if not value.is_floating_point():
+        return bool((copies != copies[:1]).any())
+    rtol = torch.finfo(value.dtype).eps ** 0.5
+    atol = rtol * value.abs().nan_to_num().sum().item() / max(1, value.numel())
+    return not torch.allclose(copies, copies[:1].expand_as(copies), rtol=rtol, atol=atol, equal_nan=True)
+
+
+# ---- captured tensors ------------------------------------------------------------------------------
+
+
+def _check_captured(entered: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """Follow the results' graphs back; what doesn't end where the arguments entered came in elsewhere."""
+    seen = {node for tensor in entered for _, node in _levels(tensor) if node is not None}
+    waiting = []
+    for value in values:
+        for tensor, node in _levels(value):
+            if node is None and tensor.requires_grad:
+                raise captured_error("shard_map", tensor)
+            waiting.append(node)
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            raise captured_error("shard_map", node.variable)
+        waiting += [following for following, _ in node.next_functions]
+
+
+def _levels(tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, Any]]:
+    """A tensor and its node in the graph, at every level of ``torch.func``'s transforms."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        yield tensor, tensor.grad_fn
+        tensor = functorch.get_unwrapped(tensor)
+    yield tensor, tensor.grad_fn

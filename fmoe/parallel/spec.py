@@ -1,0 +1,202 @@
+"""Partition specs: what they mean on a mesh, and whether they fit it and the tensors they place."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import optree
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from ..errors import argument_error
+from ..ops.axes import axis_names, axis_sizes, describe, names_of
+from ..tree import P, ParamSpec, dotted_names, is_spec
+
+Placements = tuple[Placement, ...]
+
+
+def axes_by_dim(spec: P) -> list[tuple[str, ...]]:
+    """The axes that each dimension lies on."""
+    return [() if axes is None else names_of(axes) for axes in spec]
+
+
+def named_axes(spec: P) -> set[str]:
+    return {axis for axes in axes_by_dim(spec) for axis in axes}
+
+
+def unnamed_axes(spec: P, mesh: DeviceMesh) -> tuple[str, ...]:
+    """The axes along which a value placed by ``spec`` is the same everywhere."""
+    named = named_axes(spec)
+    return tuple(axis for axis in axis_names(mesh) if axis not in named)
+
+
+def placements(spec: P, mesh: DeviceMesh) -> Placements:
+    """A spec as DTensor placements.
+
+    >>> import fmoe
+    >>> placements(P(None, ("dp", "ep")), fmoe.make_mesh("dp=1"))
+    (Replicate(), Shard(dim=1), Shard(dim=1), Replicate())
+    """
+    found: dict[str, Placement] = {a: Shard(d) for d, axes in enumerate(axes_by_dim(spec)) for a in axes}
+    return tuple(found.get(axis, Replicate()) for axis in axis_names(mesh))
+
+
+def spec_of(tensor: DTensor) -> P:
+    """A DTensor's placements as a spec, over axes of more than one device.
+
+    Raises ``ValueError`` for placements no spec describes, as partial sums are.
+    """
+    mesh = tensor.device_mesh
+    axes: list[tuple[str, ...]] = [()] * tensor.dim()
+    for axis, placement in zip(axis_names(mesh), tensor.placements):
+        if axis_sizes(mesh)[axis] == 1 or placement == Replicate():
+            continue
+        if type(placement) is not Shard:
+            raise argument_error(
+                "spec_of",
+                "tensor",
+                got=f"placement {placement!r} along {axis!r}",
+                expected="Shard or Replicate along every axis",
+                remedy="Redistribute the tensor.",
+            )
+        axes[placement.dim] += (axis,)
+    return P(*(None if not a else a[0] if len(a) == 1 else a for a in axes))
+
+
+def distribute(tree: Any, specs: Any, mesh: DeviceMesh) -> Any:
+    """Whole tensors, equal on every device, as DTensors placed by specs.
+
+    =======  ======================================================================
+    tree     tensors
+    specs    a tree prefix of it, of :class:`P` or ``ParamSpec``; axes the mesh lacks are ignored
+    -> tree  DTensors; every device keeps its own piece, and nothing is sent
+    =======  ======================================================================
+
+    Raises ``ValueError`` listing every spec that doesn't fit its tensor.
+
+    >>> import fmoe
+    >>> distribute({"w": torch.ones(4, 2)}, P("ep"), fmoe.make_mesh("ep=1"))["w"].placements
+    (Replicate(), Replicate(), Shard(dim=0), Replicate())
+    """
+    have = axis_names(mesh)
+
+    def known(spec: P | ParamSpec) -> P:
+        spec = spec.partition if isinstance(spec, ParamSpec) else spec
+        if not isinstance(spec, P):
+            return spec
+        return P(*(tuple(a for a in axes if a in have) or None for axes in axes_by_dim(spec)))
+
+    specs = optree.tree_map(known, specs, is_leaf=is_spec)
+    check_specs("distribute", "specs", specs, mesh)
+    leaves, treedef = optree.tree_flatten(tree)
+    flat = broadcast("distribute", "specs", specs, tree)
+    names = dotted_names(tree)
+    misfits = [
+        (name, spec, leaf, problem)
+        for name, spec, leaf in zip(names, flat, leaves)
+        for problem in (*rank_problems(spec, leaf), *size_problems(spec, leaf, mesh))
+    ]
+    raise_misfits("distribute", "tree", mesh, misfits)
+    placed = [
+        distribute_tensor(leaf, mesh, placements(spec, mesh), src_data_rank=None)
+        for leaf, spec in zip(leaves, flat)
+    ]
+    return optree.tree_unflatten(treedef, placed)
+
+
+# ---- do specs fit ------------------------------------------------------------------------------
+
+
+def broadcast(function: str, argument: str, specs: Any, tree: Any) -> list[P]:
+    """One spec for every leaf of ``tree``, of which ``specs`` is a prefix."""
+    leaves, treedef = optree.tree_flatten(specs)
+    try:
+        subtrees = treedef.flatten_up_to(tree)
+    except ValueError as error:
+        raise argument_error(
+            function,
+            argument,
+            got=f"a tree that is no prefix of what it describes: {error}",
+            expected="a tree prefix, as P() is of every tree",
+            remedy="One spec may stand for a whole subtree; a tuple of specs needs a tuple of values.",
+        ) from None
+    return [spec for spec, sub in zip(leaves, subtrees) for _ in optree.tree_leaves(sub, none_is_leaf=True)]
+
+
+def check_specs(function: str, argument: str, specs: Any, mesh: DeviceMesh) -> None:
+    """Raise ``ValueError`` listing every spec that no tensor could have on this mesh."""
+    if not axis_names(mesh):
+        raise argument_error(
+            function,
+            "mesh",
+            got="a mesh whose axes have no names",
+            expected="named axes",
+            remedy="Use fmoe.make_mesh, or init_device_mesh(..., mesh_dim_names=...).",
+        )
+    leaves = optree.tree_leaves(specs, none_is_leaf=True)
+    names = dotted_names(specs, none_is_leaf=True)
+    misfits = [(n, s, None, p) for n, s in zip(names, leaves) for p in mesh_problems(s, mesh)]
+    raise_misfits(function, argument, mesh, misfits)
+
+
+def mesh_problems(spec: Any, mesh: DeviceMesh) -> list[str]:
+    if not isinstance(spec, P) or [a for a in spec if not (a is None or isinstance(a, str | tuple))]:
+        return ["not a P of names, tuples of names and None"]
+    have, found = axis_names(mesh), []
+    named = [axis for axes in axes_by_dim(spec) for axis in axes]
+    for axis in dict.fromkeys(named):
+        if axis not in have:
+            found.append(f"{axis!r} isn't an axis of the mesh")
+        elif named.count(axis) > 1:
+            found.append(f"{axis!r} is used twice")
+    for dim, axes in enumerate(axes_by_dim(spec)):
+        if not found and list(axes) != [axis for axis in have if axis in axes]:
+            found.append(f"the axes of dimension {dim} aren't in the mesh's order")
+    return found
+
+
+def rank_problems(spec: P, tensor: torch.Tensor) -> list[str]:
+    fits = len(spec) <= tensor.dim()
+    return [] if fits else [f"{len(spec)} entries for {tensor.dim()} dimensions"]
+
+
+def size_problems(spec: P, tensor: torch.Tensor, mesh: DeviceMesh) -> list[str]:
+    sizes, found = axis_sizes(mesh), []
+    for dim, (axes, size) in enumerate(zip(axes_by_dim(spec), tensor.shape)):
+        pieces = math.prod([sizes[a] for a in axes])
+        if size % pieces:
+            found.append(f"dimension {dim} of size {size} doesn't divide by {'*'.join(axes)}={pieces}")
+    return found
+
+
+def placement_problems(spec: P, tensor: DTensor, mesh: DeviceMesh) -> tuple[str, ...]:
+    return _placement_problems(mesh, placements(spec, mesh), tensor.device_mesh, tensor.placements)
+
+
+@torch.compiler.assume_constant_result
+def _placement_problems(
+    mesh: DeviceMesh, wanted: Placements, tensor_mesh: DeviceMesh, have: Placements
+) -> tuple[str, ...]:
+    if tensor_mesh != mesh:
+        return (f"the DTensor lies on another mesh, {describe(tensor_mesh)}",)
+    same = all(a == b or n == 1 for a, b, n in zip(wanted, have, mesh.shape))
+    return () if same else (f"the spec means {wanted}, the DTensor has {have}",)
+
+
+def raise_misfits(
+    function: str, argument: str, mesh: DeviceMesh, misfits: Sequence[tuple[str, Any, Any, str]]
+) -> None:
+    """Raise one ``ValueError`` for all ``(name, spec, tensor or None, problem)``, if there are any."""
+    lines = []
+    for name, spec, tensor, problem in misfits:
+        shape = "" if tensor is None else f" for shape {tuple(tensor.shape)}"
+        lines.append(f"\n  {'.'.join(filter(None, (argument, name)))}: {spec!r}{shape}: {problem}")
+    if lines:
+        raise argument_error(
+            function,
+            argument,
+            got=f"{len(lines)} that don't fit",
+            expected=f"specs that fit the mesh {describe(mesh)} and the tensors",
+            remedy="Correct these:" + "".join(lines),
+        )
