@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import ops, parallel
-from .ops.primitive import NAMESPACE, Operator, Unsupported, operators
+from .ops.primitive import NAMESPACE, Operator, operators
+from .ops.refuse import Unsupported
 from .ops.tape import Policy, Tape, checkpoint_names
 from .transforms import save_declared
 
@@ -89,31 +91,41 @@ def saved_bytes(
         with tape.run():
             fn(*fake_args, **fake_kwargs)
     total: Counter[str] = Counter()
-    for name, entry in tape.recorded:
-        total[name] += sum(t.numel() * t.element_size() for t in entry or ())
+    for entry in tape.recorded:
+        total[entry.checkpoint] += sum(t.numel() * t.element_size() for t in entry.outputs or ())
     return dict(total)
 
 
 def kept_bytes(fn: Callable[..., Any], *args: Any) -> int:
     """Bytes kept between ``fn(*args)`` and its backward beyond what ``args`` hold, measured.
 
-    Each storage counts once, and whole. Of ``args`` at least one tensor must require a gradient.
+    What was saved for a part of the graph that the result doesn't need is gone. Each storage counts once, and
+    whole. Of ``args`` at least one tensor must require a gradient.
 
     >>> x = torch.randn(4, requires_grad=True)
     >>> kept_bytes(lambda x: (x * 2).sin().sum(), x)
     16
     """
-    storages: dict[int, int] = {}
+    held: weakref.WeakSet[_Held] = weakref.WeakSet()
 
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
+    def pack(t: torch.Tensor) -> _Held:
+        box = _Held(t.detach())  # an output would hold its own graph
+        held.add(box)
+        return box
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = fn(*args)  # held until the storages are counted, so that none is freed and used again
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+        out = fn(*args)  # holds the graph, which holds the boxes
+    storages = [box.tensor.untyped_storage() for box in held]
     given = {t.untyped_storage().data_ptr() for t in optree.tree_leaves(args) if isinstance(t, torch.Tensor)}
     del out
-    return sum(size for pointer, size in storages.items() if pointer not in given)
+    return sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in given}.values())
+
+
+class _Held:
+    """A box around a saved tensor, alive as long as the graph that saved it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
 
 
 @contextmanager

@@ -13,7 +13,8 @@ import torch
 import torch.utils.checkpoint as torch_checkpoint
 
 from .errors import argument_error
-from .ops.primitive import operators, refuse_transforms_inside_compile
+from .ops.primitive import operators
+from .ops.refuse import refuse_transforms_inside_compile
 from .ops.tape import Policy, checkpoint_names
 from .recompute import recomputing
 from .tree import check_tensors, dotted_names
@@ -75,8 +76,8 @@ def remat(fn: Callable[..., Any], policy: Policy | None = None) -> Callable[...,
     ===========  ======================================================================
 
     Works in plain autograd, under and around every ``torch.func`` transform, nested, and under
-    ``torch.compile``. What ``policy`` keeps is not run again. Random numbers are drawn again as they
-    were.
+    ``torch.compile``, which goes outside: ``torch.compile(remat(fn))``. What ``policy`` keeps is not run
+    again. Random numbers are drawn again as they were, and modes (autocast, ``no_grad``) are entered again.
 
     Raises ``ValueError`` when ``fn`` uses a differentiable tensor that isn't an argument: it would
     get no gradient.
@@ -86,16 +87,23 @@ def remat(fn: Callable[..., Any], policy: Policy | None = None) -> Callable[...,
     >>> layer = fmoe.remat(fmoe.moe_forward, fmoe.save("topk"))
     >>> grads = torch.func.grad(lambda p, x: layer(p, x).sum())(params, torch.randn(4, 8))
     """
-    policy = policy or save_declared
+    policy = save_declared if policy is None else policy
+    if not callable(policy) or policy is save:
+        raise argument_error(
+            "remat",
+            "policy",
+            got="save itself" if policy is save else repr(policy),
+            expected="a function of an operator's checkpoint name, or None",
+            remedy='Use fmoe.save("topk"), say.',
+        )
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             refuse_transforms_inside_compile("remat")
             context_fn = functools.partial(_selective_contexts, policy)
-            return torch_checkpoint.checkpoint(
-                fn, *args, use_reentrant=False, context_fn=context_fn, **kwargs
-            )
+            whole = functools.partial(fn, **kwargs)  # checkpoint has keywords of its own
+            return torch_checkpoint.checkpoint(whole, *args, use_reentrant=False, context_fn=context_fn)
         return recomputing(fn, policy, args, kwargs)
 
     return call
@@ -140,6 +148,14 @@ def value_and_grad(
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if not all(-len(args) <= i < len(args) for i in positions):
+            raise argument_error(
+                "value_and_grad",
+                "argnums",
+                got=argnums,
+                expected=f"positions among the {len(args)} positional arguments",
+                remedy="Pass what is differentiated by position.",
+            )
         chosen = tuple(args[i] for i in positions)
         leaves = check_tensors("value_and_grad", "args", chosen)
         for name, leaf in zip(dotted_names(chosen), leaves):
@@ -158,18 +174,22 @@ def value_and_grad(
             full[i] = tree
         with torch.enable_grad():
             out = fn(*full, **kwargs)
-            value = out[0] if has_aux else out
+            paired = isinstance(out, tuple) and len(out) == 2
+            value = out[0] if has_aux and paired else None if has_aux else out
             if not isinstance(value, torch.Tensor) or value.numel() != 1:
                 raise argument_error(
                     "value_and_grad",
                     "fn",
                     got=f"a value of shape {tuple(value.shape)}"
                     if isinstance(value, torch.Tensor)
-                    else type(value),
-                    expected="a scalar tensor" + (" before the aux" if has_aux else ""),
+                    else type(out if has_aux else value),
+                    expected="(a scalar tensor, aux)" if has_aux else "a scalar tensor",
                     remedy="Sum or average it; return anything else as aux with has_aux=True.",
                 )
-            grads = torch.autograd.grad(value, variables, materialize_grads=True)
+            if value.requires_grad:
+                grads = torch.autograd.grad(value, variables, materialize_grads=True)
+            else:
+                grads = tuple(torch.zeros_like(v) for v in variables)
         detached = optree.tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, out)
         trees = optree.tree_unflatten(treedef, grads)
         return detached, trees[0] if isinstance(argnums, int) else trees

@@ -83,6 +83,9 @@ class P(tuple[Any, ...]):
     def __new__(cls, *axes: str | tuple[str, ...] | None) -> "P":
         return super().__new__(cls, axes)
 
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return tuple(self)  # what copies and pickles call P with
+
     def __repr__(self) -> str:
         return f"P({', '.join(map(repr, self))})"
 
@@ -135,6 +138,8 @@ def init_params(
         seed = int(torch.randint(2**62, (), generator=seed, device=seed.device))
 
     def make(name: str, spec: ParamSpec) -> torch.Tensor:
+        if torch.device(device).type == "meta":
+            return torch.empty(spec.shape, dtype=spec.dtype or dtype, device=device)
         digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
         generator = torch.Generator(device).manual_seed(int.from_bytes(digest))
         return spec.materialize(generator, dtype)

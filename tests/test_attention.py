@@ -24,7 +24,7 @@ from fmoe.models.attention import (
 from fmoe.models.config import Yarn
 from fmoe.models.deepseek_v3 import preset
 from fmoe.models.published import NAMES
-from fmoe.ops.attention import attention
+from fmoe.ops.attention import causal_attention
 from fmoe.ops.tape import plain_operators
 from fmoe.tree import dotted_names, init_params
 
@@ -102,10 +102,10 @@ def test_attention_equals_softmax_attention(dtype, widths, length):
     """Values and gradients, on the kernel chosen for each dtype, width and device, against float64."""
     q, k, v = (torch.randn(2, length, 3, n).to(dtype) for n in (widths[0], *widths))
     g, scale = torch.randn(2, length, 3, widths[1]), widths[0] ** -0.5
-    y, pull = torch.func.vjp(lambda *qkv: attention(*qkv, scale), q, k, v)
+    y, pull = torch.func.vjp(lambda *qkv: causal_attention(*qkv, scale), q, k, v)
     with plain_operators():
         expected, expected_pull = torch.func.vjp(
-            lambda *qkv: attention(*qkv, scale), *(t.double() for t in (q, k, v))
+            lambda *qkv: causal_attention(*qkv, scale), *(t.double() for t in (q, k, v))
         )
     assert y.dtype == dtype
     assert error((y, pull(g.to(dtype))), (expected, expected_pull(g.double()))) < DTYPES[dtype]
@@ -115,8 +115,16 @@ def test_attention_equals_softmax_attention(dtype, widths, length):
 @pytest.mark.parametrize("shape", [(0, 4, 3, 8), (2, 0, 3, 8)])
 def test_attention_over_nothing(shape):
     q = torch.randn(shape)
-    y, pull = torch.func.vjp(lambda q: attention(q, q, q, 1.0), q)
+    y, pull = torch.func.vjp(lambda q: causal_attention(q, q, q, 1.0), q)
     assert y.shape == shape == pull(y)[0].shape
+
+
+def test_attention_refuses_what_does_not_fit():
+    q, few = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
+    with pytest.raises(ValueError, match=r"causal_attention: q, k, v: got \(2, 5, 4, 8\) .*\(2, 5, 2, 8\)"):
+        causal_attention(q, few, few, 1.0)
+    with pytest.raises(ValueError, match=r"one dtype on one device. Repeat the heads"):
+        causal_attention(q, q, q.double(), 1.0)
 
 
 def test_no_position_sees_a_later_one():

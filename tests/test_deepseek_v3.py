@@ -99,7 +99,7 @@ def test_remat_per_layer_changes_no_bit():
 
 def test_vmap_over_sequences_and_per_example_gradients_equal_a_loop():
     params = with_biases(deepseek_v3.init(TINY, 0, dtype=torch.float64))
-    batch, targets = tokens(batch=3), tokens(batch=3)
+    batch, targets = tokens(batch=32), tokens(batch=32)
 
     def loss(p, x, y):
         return deepseek_v3.loss(p, x[None], y[None], TINY)[0]

@@ -292,6 +292,16 @@ def test_each_kernel_runs_once_a_step():
     )
 
 
+def test_the_layer_keeps_no_score_of_every_expert():
+    """Of the router only logits' indices, the chosen scores, and what autograd needs to normalise them."""
+    tokens, experts, top_k = 128, 512, 2
+    params = fmoe.moe_init(fresh_seed(), dim=4, hidden_dim=2, num_experts=experts)
+    params = optree.tree_map(lambda t: t.requires_grad_(), params)
+    config = fmoe.RouterConfig(top_k=top_k, num_groups=1, top_groups=1)
+    kept = kept_bytes(lambda p, x: fmoe.moe_forward(p, x, router=config), params, torch.randn(tokens, 4))
+    assert kept < 4 * tokens * experts
+
+
 def test_keeps_input_preactivation_and_plan_only():
     tokens, top_k, dim, hidden, experts = 64, 3, 32, 16, 8
     params = fmoe.moe_init(fresh_seed(), dim=dim, hidden_dim=hidden, num_experts=experts)
@@ -389,6 +399,10 @@ def routed(**config):
     return fmoe.moe_forward(layer_with(), torch.randn(3, 8), router=fmoe.RouterConfig(**config))
 
 
+BALANCED = CONFIGS["balanced"]
+ROUTING = fmoe.Routing(
+    torch.tensor([[0, 1], [1, 0]]), torch.ones(2, 2), torch.tensor([2, 2]), torch.ones(2, 2)
+)
 META = fmoe.ExpertParams(torch.empty(16, 2, 4, 8, device="meta"), torch.empty(16, 8, 4, device="meta"))
 
 ERRORS = {
@@ -442,6 +456,38 @@ ERRORS = {
     "score function": (
         lambda: routed(score_func="relu"),
         "route: router.score_func: got 'relu', expected 'sigmoid' or 'softmax'. Choose one of the two.",
+    ),
+    "a bias for other experts": (
+        lambda: fmoe.route(fmoe.RouterParams(torch.ones(4, 8), torch.ones(1)), torch.randn(3, 8), BALANCED),
+        "route: router_params: got weight_ED (4, 8) and bias_E (1,), expected (E, D) and (E,).",
+    ),
+    "top_k that is no integer": (
+        lambda: routed(top_k=2.0),
+        "route: router.top_k: got 2.0, expected an integer. Convert it with int().",
+    ),
+    "weights for other choices": (
+        lambda: fmoe.dispatch(
+            torch.randn(3, 8), replace(random_routing(3, 4, 2), weights_TK=torch.ones(3, 1))
+        ),
+        "dispatch: routing.weights_TK: got shape (3, 1), expected (3, 2), as routing.expert_ids_TK.",
+    ),
+    "expert ids out of range, batched": (
+        lambda: torch.vmap(lambda x, ids: fmoe.dispatch(x, replace(ROUTING, expert_ids_TK=ids)))(
+            torch.randn(2, 2, 8), torch.tensor([[[0, 1], [0, 2]], [[0, 1], [1, 0]]], device="cpu")
+        ),
+        "dispatch: routing.expert_ids_TK: got an expert id of 2, expected ids below 2",
+    ),
+    "rows of another plan": (
+        lambda: fmoe.expand(torch.randn(5, 8), fmoe.dispatch(torch.randn(3, 8), random_routing(3, 4, 2))[1]),
+        "expand: x_SD: got shape (5, 8), expected (3, D), by its plan.",
+    ),
+    "experts on rows of another plan": (
+        lambda: fmoe.experts_grouped_mm(
+            layer_with().experts,
+            torch.randn(5, 8),
+            fmoe.dispatch(torch.randn(3, 8), random_routing(3, 16, 2))[1],
+        ),
+        "experts_grouped_mm: x_SD: got shape (5, 8), expected (3, D), by its plan.",
     ),
     "backend": (
         lambda: fmoe.moe_forward(layer_with(), torch.randn(3, 8), backend="nccl"),

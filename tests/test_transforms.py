@@ -1,11 +1,13 @@
 """remat and its policies, value_and_grad."""
 
+import dataclasses
 import re
 from typing import NamedTuple
 
 import optree
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from helpers import (
     CONFIGS,
     ORACLE_TRANSFORMS,
@@ -21,7 +23,9 @@ from hypothesis import strategies as st
 from torch.func import grad, jvp, vmap
 
 import fmoe
+from fmoe.errors import TransformError
 from fmoe.introspect import kept_bytes, raw_calls, saved_bytes
+from fmoe.ops.bases import gather, scatter_add
 from fmoe.ops.reference import moe_reference
 from fmoe.ops.tape import checkpoint_names
 
@@ -57,6 +61,10 @@ def test_remat_changes_no_bit(dtype, differentiate):
         assert all(map(torch.equal, optree.tree_leaves(run(fn)), optree.tree_leaves(plain))), name
 
 
+# How often topk and layout run again: once for each remat around them that doesn't keep them.
+NESTED_RERUNS = {"nested, outer keeps": [1, 1], "nested, inner keeps": [2, 1], "nested thrice": [1, 2]}
+
+
 @pytest.mark.parametrize(
     ("differentiate", "compiled"),
     [(fmoe.value_and_grad, False), (torch.func.grad_and_value, False), (fmoe.value_and_grad, True)],
@@ -82,6 +90,8 @@ def test_what_a_policy_keeps_runs_once(differentiate, compiled):
             "names": {"topk", "experts_grouped_mm"},
             "callable": {"topk"},
         }.get(name)
+        if name.startswith("nested") and not compiled:
+            assert [counts[k] - plain[k] for k in ("topk", "layout")] == NESTED_RERUNS[name], name
         if kept is not None:
             again = {k for k, label in kernels.items() if counts[k] > plain[k]}
             expected = {k for k, label in kernels.items() if label not in kept}
@@ -212,6 +222,98 @@ def test_any_nesting_of_policies_equals_plain(data):
     assert error(got, expected) < 1e-10
 
 
+def test_modes_of_the_forward_hold_when_it_runs_again():
+    """Gradients are taken outside autocast, as PyTorch advises."""
+    params = random_layer(dim=16, hidden=8, scale=12.0, dtype=torch.float32)
+    x, w = torch.randn(33, 16), torch.randn(16, 16)
+    device = x.device.type
+
+    def run(wrap):
+        def loss(p, x, w):
+            with torch.autocast(device, torch.bfloat16):
+                y = wrap(layer)(p, x) + wrap(lambda x, w: torch.nn.functional.linear(x, w).sin())(x, w)
+            return y.float().pow(2).sum()
+
+        return fmoe.value_and_grad(loss, (0, 1, 2))(params, x, w)
+
+    assert error(run(lambda f: fmoe.remat(f, fmoe.save_nothing)), run(lambda f: f)) == 0
+    enabled = fmoe.remat(lambda x: x.sin() if torch.is_grad_enabled() else x.cos())
+    assert error(enabled(x), x.sin()) == 0
+    with torch.no_grad():
+        assert error(enabled(x), x.cos()) == 0
+
+
+def test_router_arithmetic_is_float32_under_autocast():
+    params, x = random_layer(dim=64, dtype=torch.float32), torch.randn(40, 64)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        under = fmoe.route(params.router, x, CONFIG)
+    assert torch.equal(under.scores_TE, fmoe.route(params.router, x, CONFIG).scores_TE)
+
+
+def test_complex_values_pass_through_the_region():
+    x = torch.randn(4, dtype=torch.float64)
+
+    def loss(fft):
+        return lambda x: (fft(x).abs().pow(2) * torch.arange(4)).sum()
+
+    for transform in (grad, lambda f: lambda x: jvp(f, (x,), (x,))[1]):
+        assert error(transform(loss(fmoe.remat(torch.fft.fft)))(x), transform(loss(torch.fft.fft))(x)) < 1e-12
+
+
+@dataclasses.dataclass
+class Opaque:
+    y: torch.Tensor
+
+
+def test_containers_that_hide_tensors_are_refused():
+    x = torch.randn(3, requires_grad=True)
+    text = "remat: fn: got a Opaque that holds tensors, expected containers that optree knows"
+    with pytest.raises(ValueError, match=text):
+        fmoe.remat(lambda x: Opaque(x.sin()))(x)
+    with pytest.raises(ValueError, match=text):
+        fmoe.remat(lambda o: o.y.sin())(Opaque(x))
+
+
+def test_a_function_that_calls_other_operators_the_second_time_is_refused():
+    x, i, calls = torch.randn(3, 2), torch.tensor([1, 0]), []
+
+    def fickle(x):
+        calls.append(1)
+        if len(calls) == 2:
+            x = scatter_add(x, torch.tensor([0, 1, 2]), 3)
+        return gather(x, i).pow(2).sum()
+
+    text = "calls scatter_add where gather was called first, expected the same operators in the same order"
+    with pytest.raises(ValueError, match=text):
+        grad(fmoe.remat(fickle, fmoe.save_everything))(x)
+    calls.clear()
+
+    def forgetful(x):
+        calls.append(1)
+        return gather(x, i).pow(2).sum() if len(calls) == 1 else x.sum()
+
+    with pytest.raises(ValueError, match="calls no gather where it was called first"):
+        grad(fmoe.remat(forgetful, fmoe.save_everything))(x)
+
+
+def test_keywords_that_checkpointing_has_too_reach_the_function():
+    def fn(x, *, early_stop=None, use_reentrant=0):
+        return x * (2 if early_stop is None else 3) + use_reentrant
+
+    x = torch.ones(2)
+    compiled = torch.compile(fmoe.remat(fn), fullgraph=True, backend="aot_eager")
+    for call in (fmoe.remat(fn), compiled):
+        assert call(x, early_stop=False, use_reentrant=1).tolist() == [4.0, 4.0]
+
+
+@pytest.mark.parametrize("fn", [layer, lambda p, x: fmoe.remat(torch.sin)(x)], ids=["operator", "remat"])
+def test_forward_mode_without_torch_func_is_refused(fn):
+    params, x = random_layer(), torch.randn(5, 6, dtype=torch.float64)
+    text = r": cannot run under torch.autograd.forward_ad or torch.func.linearize. Use torch.func.jvp."
+    with forward_ad.dual_level(), pytest.raises(TransformError, match=text):
+        fn(params, forward_ad.make_dual(x, x))
+
+
 # ---- captured tensors ----------------------------------------------------------------------------
 
 
@@ -243,6 +345,23 @@ def test_captured_tensors_raise():
     with pytest.raises(ValueError, match=CAPTURED):
         loss(w * 2)  # not a leaf
     assert loss(w.detach()).shape == ()  # constants may be captured
+    with torch.no_grad():
+        assert loss(w).shape == ()
+    assert fmoe.remat(lambda x: x * w.detach())(x).shape == (3,)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        with pytest.raises(ValueError, match=CAPTURED):
+            fmoe.remat(lambda x: x * dual)(x)
+
+
+def test_captured_tensors_that_are_only_returned_raise():
+    w, x = torch.randn(3, requires_grad=True), torch.randn(3)
+    fn = fmoe.remat(lambda x: (x.sin(), w))
+    with pytest.raises(ValueError, match=CAPTURED + " in its result"):
+        fn(x)
+    assert w.is_leaf
+    with pytest.raises(ValueError, match=CAPTURED):
+        grad(lambda w: fmoe.remat(lambda x: (x, w))(x)[1].sum())(w.detach())
 
 
 def test_captured_tensors_used_only_by_operators_raise():
@@ -263,6 +382,15 @@ def test_declared_names_and_defaults():
     names = checkpoint_names()
     assert names["topk"] and names["dispatch"] and names["combine"]
     assert not (names["experts_grouped_mm"] or names["gather"] or names["grouped_mm"])
+
+
+@pytest.mark.parametrize(
+    ("policy", "got"), [("topk", "'topk'"), (["topk"], "['topk']"), (fmoe.save, "save itself"), ((), "()")]
+)
+def test_what_is_no_policy_raises(policy, got):
+    text = f"remat: policy: got {got}, expected a function of an operator's checkpoint name, or None."
+    with pytest.raises(ValueError, match=re.escape(text)):
+        fmoe.remat(layer, policy)
 
 
 def test_unknown_names_raise():
@@ -287,6 +415,8 @@ def test_value_and_grad_mirrors_its_arguments():
     assert aux["n"] == 1 and torch.equal(aux["aux"], torch.tensor([2.0, 4.0]))
     assert not (value.requires_grad or aux["aux"].requires_grad)
     assert error((g_t, g_x), ({"a": x * 2, "b": (torch.tensor(0.0), ())}, torch.tensor([2.0, 4.0]))) == 0
+    constant = fmoe.value_and_grad(lambda x: torch.tensor(3.0))(x)
+    assert error(constant, (torch.tensor(3.0), torch.zeros(2))) == 0
     with torch.no_grad():
         assert error(fmoe.value_and_grad(fn, 1, has_aux=True)(tree, x, k=1.0)[1], tree["a"]) == 0
 
@@ -301,6 +431,14 @@ def test_value_and_grad_mirrors_its_arguments():
         (
             lambda: fmoe.value_and_grad(lambda x: 3.0)(torch.ones(2)),
             "fn: got <class 'float'>, expected a scalar",
+        ),
+        (
+            lambda: fmoe.value_and_grad(lambda x: x.sum(), has_aux=True)(torch.ones(2)),
+            "fn: got <class 'torch.Tensor'>, expected (a scalar tensor, aux)",
+        ),
+        (
+            lambda: fmoe.value_and_grad(lambda x: x.sum(), 1)(torch.ones(2)),
+            "argnums: got 1, expected positions among the 1 positional arguments.",
         ),
         (lambda: fmoe.value_and_grad(sum)([1.0]), "args.0.0: got float, expected a tensor"),
         (

@@ -1,5 +1,7 @@
 """Nodes, parameter descriptions, names."""
 
+import copy
+import pickle
 from typing import Any, NamedTuple
 
 import optree
@@ -70,6 +72,8 @@ def test_specs_give_shapes_values_and_placement():
 def test_partition_specs_are_leaves():
     assert optree.tree_leaves([P("dp"), P()]) == [P("dp"), P()]
     assert torch_pytree.tree_leaves([P("dp"), P()]) == [P("dp"), P()]
+    for again in (copy.deepcopy(P("ep", None)), pickle.loads(pickle.dumps(P(("dp", "ep"), None)))):
+        assert again in (P("ep", None), P(("dp", "ep"), None))
     assert repr(P("ep", None, ("dp", "tp"))) == "P('ep', None, ('dp', 'tp'))"
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..ops.attention import attention
+from ..ops.attention import causal_attention
 from ..tree import P, param
 from .config import DeepSeekV3Config
 
@@ -101,7 +101,7 @@ def attention_forward(
     k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
     k_rope = rotate(k_rope.unsqueeze(2), rope).expand(-1, -1, c.num_heads, -1)
     q, k = torch.cat([q_nope, rotate(q_rope, rope)], -1), torch.cat([k_nope, k_rope], -1)
-    y = attention(q, k, v, softmax_scale(c))
+    y = causal_attention(q, k, v, softmax_scale(c))
     return F.linear(y.flatten(2), params.out)
 
 

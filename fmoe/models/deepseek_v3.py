@@ -225,6 +225,14 @@ def check_tokens(function: str, argument: str, tokens: torch.Tensor, config: Dee
             expected="torch.int64 of shape (B, L)",
             remedy="Convert with .long(), and give one sequence a batch dimension.",
         )
+    if tokens.numel() == 0:
+        raise argument_error(
+            function,
+            argument,
+            got=f"no token, of shape {tuple(tokens.shape)}",
+            expected="at least one",
+            remedy="Leave empty batches out.",
+        )
     if tokens.shape[1] > config.max_seq_len:
         raise argument_error(
             function,

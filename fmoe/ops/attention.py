@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from ..errors import argument_error
 from .bases import accumulator, random, refold_rows, unfold_rows
 from .derive import Dims, Tensors, pullback
 from .primitive import Fold, Operator, declare, front
@@ -17,6 +18,33 @@ from .tape import checkpoint
 ATTENTION = checkpoint("attention", save=False)
 
 aten = torch.ops.aten
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """``softmax(scale * q k^T) v``, each position seeing itself and those before it.
+
+    =========  ==============  ==============================================================
+    q, k       (B, L, H, N)    any floating dtype
+    v          (B, L, H, V)    the same
+    -> y       (B, L, H, V)
+    =========  ==============  ==============================================================
+
+    Raises ``ValueError`` for shapes, dtypes or devices that differ.
+
+    >>> q, v = torch.zeros(1, 3, 1, 4), torch.tensor([3.0, 1.0, 2.0]).view(1, 3, 1, 1)
+    >>> causal_attention(q, q, v, 1.0).flatten()        # equal scores: means of what came so far
+    tensor([3., 2., 2.])
+    """
+    same = {(t.dtype, t.device) for t in (q, k, v)}
+    if q.dim() != 4 or k.shape != q.shape or v.shape[:-1] != q.shape[:-1] or len(same) > 1:
+        raise argument_error(
+            "causal_attention",
+            "q, k, v",
+            got=", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (q, k, v)),
+            expected="(B, L, H, N), (B, L, H, N) and (B, L, H, V) of one dtype on one device",
+            remedy="Repeat the heads that queries share; convert with .to().",
+        )
+    return attention(q, k, v, scale)
 
 
 def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Tensors:

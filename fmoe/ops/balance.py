@@ -75,5 +75,6 @@ def update_expert_bias(params: Any, counts_E: torch.Tensor, rate: float) -> Any:
             expected=f"{tuple(params.bias_E.shape)}, one count per expert",
             remedy="Pass MoEStats.tokens_per_expert of this layer.",
         )
-    counts = counts_E.to(params.bias_E.dtype)
-    return params._replace(bias_E=params.bias_E + rate * (counts.mean() - counts).sign())
+    counts = counts_E.double()
+    step = rate * (counts.mean() - counts).sign()
+    return params._replace(bias_E=params.bias_E + step.to(params.bias_E.dtype))

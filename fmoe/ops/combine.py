@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 
-from ..errors import argument_error
 from .bases import accumulator, gather, gather_kernel, random, scatter_add, scatter_add_kernel
 from .derive import Tensors, pullback
-from .dispatch import Plan, plan_example, rows_of_slots
+from .dispatch import Plan, check_rows, plan_example, rows_of_slots
 from .primitive import Operator, declare
 from .tape import checkpoint
 
@@ -48,17 +47,6 @@ def reduce(y_RD: torch.Tensor, plan: Plan) -> torch.Tensor:
     if plan.score_before_experts:
         weights = torch.ones_like(weights)
     return weighted_sum(y_RD, weights, plan.slot_R, plan.row_SK)
-
-
-def check_rows(function: str, argument: str, rows: torch.Tensor, expected: int) -> None:
-    if rows.dim() != 2 or rows.shape[0] != expected:
-        raise argument_error(
-            function,
-            argument,
-            got=f"shape {tuple(rows.shape)}",
-            expected=f"({expected}, D), by its plan",
-            remedy="Pass the plan these rows were made with.",
-        )
 
 
 # ---- the operator and its backward -------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Sending tokens to where their experts are, and laying them out by expert."""
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from ..errors import argument_error
 from ..tree import node, static
@@ -69,6 +70,14 @@ def dispatch(x_TD: torch.Tensor, routing: Routing, *, axis: None = None) -> tupl
             expected=f"({routing.expert_ids_TK.shape[0]}, D), a row for each row of routing.expert_ids_TK",
             remedy="Flatten x to (T, D) and route the same rows.",
         )
+    if routing.weights_TK.shape != routing.expert_ids_TK.shape:
+        raise argument_error(
+            "dispatch",
+            "routing.weights_TK",
+            got=f"shape {tuple(routing.weights_TK.shape)}",
+            expected=f"{tuple(routing.expert_ids_TK.shape)}, as routing.expert_ids_TK",
+            remedy="Give each chosen expert one weight.",
+        )
     ids_TK = routing.expert_ids_TK
     slot_R, row_SK, offsets_e = layout(ids_TK, routing.counts_E.shape[0], ids_TK.numel())
     return x_TD, Plan(routing.weights_TK, slot_R, row_SK, offsets_e, routing.score_before_experts)
@@ -94,11 +103,23 @@ def expand(x_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
     >>> y.shape
     torch.Size([3, 4])
     """
+    check_rows("expand", "x_SD", x_SD, plan.weights_SK.shape[0])
     x_RD = gather(x_SD, rows_of(plan))
     if plan.score_before_experts:
         weights_R = gather(plan.weights_SK.reshape(-1), plan.slot_R)
         x_RD = (x_RD * weights_R[:, None]).to(x_SD.dtype)
     return x_RD
+
+
+def check_rows(function: str, argument: str, rows: torch.Tensor, expected: int) -> None:
+    if rows.dim() != 2 or rows.shape[0] != expected:
+        raise argument_error(
+            function,
+            argument,
+            got=f"shape {tuple(rows.shape)}",
+            expected=f"({expected}, D), by its plan",
+            remedy="Pass the plan these rows were made with.",
+        )
 
 
 def rows_of(plan: Plan) -> torch.Tensor:
@@ -110,9 +131,9 @@ def rows_of_slots(slot_R: torch.Tensor, top_k: int) -> torch.Tensor:
     return torch.div(slot_R, top_k, rounding_mode="floor")
 
 
-def _layout_kernel(ids_SK: torch.Tensor, num_experts: int, num_rows: int) -> Tensors:
-    ids = ids_SK.reshape(-1)
-    if not ids.is_cuda and ids.numel() and int(ids.max()) >= num_experts:
+def check_ids(ids: torch.Tensor, num_experts: int) -> None:
+    """On the host, where looking costs nothing."""
+    if ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= num_experts:
         raise argument_error(
             "dispatch",
             "routing.expert_ids_TK",
@@ -120,6 +141,11 @@ def _layout_kernel(ids_SK: torch.Tensor, num_experts: int, num_rows: int) -> Ten
             expected=f"ids below {num_experts}, the length of routing.counts_E",
             remedy="Give counts_E one entry per expert.",
         )
+
+
+def _layout_kernel(ids_SK: torch.Tensor, num_experts: int, num_rows: int) -> Tensors:
+    check_ids(ids_SK, num_experts)
+    ids = ids_SK.reshape(-1)
     key = torch.where(ids < 0, num_experts, ids)
     order = torch.argsort(key, stable=True)
     counts = torch.bincount(key, minlength=num_experts + 1)[:num_experts]
@@ -141,6 +167,8 @@ def _layout_fake(ids: torch.Tensor, num_experts: int, num_rows: int) -> Tensors:
 
 def _layout_vmap(size: int, dims: Dims, ids: torch.Tensor, num_experts: int, num_rows: int) -> Tensors:
     """One sort for the whole batch; each example has its own experts and one more for dropped pairs."""
+    if not is_functorch_wrapped_tensor(ids):
+        check_ids(ids, num_experts)
     num_slots, buckets = ids[0].numel(), num_experts + 1
     example = torch.arange(size, device=ids.device)
     wide = torch.where(ids < 0, num_experts, ids).flatten(1) + (example * buckets)[:, None]

@@ -18,7 +18,7 @@ from .bases import (
 )
 from .combine import weighted_sum_kernel
 from .derive import Tensors, pullback
-from .dispatch import Plan, plan_example, rows_of_slots
+from .dispatch import Plan, check_rows, plan_example, rows_of_slots
 from .primitive import Operator, declare
 from .tape import checkpoint
 
@@ -71,6 +71,7 @@ def check_experts(params: ExpertParams, x_SD: torch.Tensor, plan: Plan) -> None:
     def error(argument: str, got: Any, expected: str, remedy: str) -> ValueError:
         return argument_error("experts_grouped_mm", argument, got=got, expected=expected, remedy=remedy)
 
+    check_rows("experts_grouped_mm", "x_SD", x_SD, plan.weights_SK.shape[0])
     num_experts, dim, hidden = plan.offsets_e.shape[0], x_SD.shape[-1], params.w_in.shape[-2]
     for name, weight, shape in (
         ("w_in", params.w_in, (num_experts, 2, hidden, dim)),

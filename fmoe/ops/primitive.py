@@ -21,9 +21,10 @@ PyTorch facts this file works around (seen on 2.11 and 2.13):
 classes. ``jvp`` rules run with forward AD disabled, which silently drops second tangents, hence
 :func:`primal`. Transforms inside ``torch.compile`` drop custom backwards silently
 (pytorch#193279), hence
-:func:`refuse_transforms_inside_compile`.
+``ops/refuse.py``.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -35,11 +36,15 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from ..errors import TransformError
 from .derive import Rules, Tensors, derive, few
+from .refuse import Unsupported, refuse_transforms_inside_compile, refusing_nested_forward_mode
 from .tape import current_tape, no_tape
 
 NAMESPACE = "fmoe"
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
 _REGISTRY: "dict[str, Operator]" = {}
 
 
@@ -53,12 +58,6 @@ class Fold(NamedTuple):
     args: tuple[Any, ...]
     unfold: Callable[[Tensors], Tensors]
     refold: Callable[[Tensors], Tensors]
-
-
-class Unsupported(NamedTuple):
-    """Stands where a rule would, and says what to do instead."""
-
-    remedy: str
 
 
 class Stated(NamedTuple):
@@ -104,15 +103,6 @@ class Operator:
         return out if isinstance(out, tuple) else (out,)
 
 
-def refuse_transforms_inside_compile(name: str) -> None:
-    """Raise ``TransformError`` where Dynamo traces a ``torch.func`` transform: it would be wrong silently."""
-    if torch._C._are_functorch_transforms_active():
-        raise TransformError(
-            f"{name}: a torch.func transform inside torch.compile drops custom derivatives (pytorch#193279). "
-            "Use fmoe.value_and_grad(torch.compile(f)), or don't compile around the transform."
-        )
-
-
 def declare(
     schema: str,
     *,
@@ -153,7 +143,7 @@ def declare(
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, impl, device)
+        _LIBRARY.impl(name, _without_autocast(impl), device)
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     raw = getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -169,6 +159,17 @@ def declare(
     rules = Rules(residuals or (lambda inputs, outputs: ()), vjp, jvp, vmap)
     _REGISTRY[name] = Operator(name, raw, checkpoint, residual_outputs, rules, stated)
     return _REGISTRY[name]
+
+
+def _without_autocast(impl: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel chooses its precisions itself."""
+
+    @functools.wraps(impl)
+    def call(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return impl(*args)
+
+    return call
 
 
 def operators() -> dict[str, Operator]:
@@ -275,7 +276,7 @@ def _rule(op: Operator, transform: str, rule: Any) -> Iterator[None]:
     if rule is None or isinstance(rule, Unsupported):
         remedy = rule.remedy if rule else "Call it outside the transform."
         raise TransformError(f"{op.name}: cannot run under torch.func.{transform}. {remedy}")
-    with no_tape():
+    with no_tape(), refusing_nested_forward_mode(op.name):
         yield
 
 

@@ -7,7 +7,7 @@ import torch
 
 from ..errors import argument_error
 from ..tree import node, static
-from .bases import accumulator, random
+from .bases import accumulator, gather, random
 from .derive import Dims, Tensors
 from .primitive import Fold, Operator, declare, front
 from .tape import checkpoint
@@ -59,6 +59,9 @@ class RouterConfig:
         def error(argument: str, got: Any, expected: str, remedy: str) -> ValueError:
             return argument_error(function, f"router.{argument}", got=got, expected=expected, remedy=remedy)
 
+        for name in ("top_k", "num_groups", "top_groups", "group_best"):
+            if type(getattr(self, name)) is not int:
+                raise error(name, repr(getattr(self, name)), "an integer", "Convert it with int().")
         if self.score_func not in ("sigmoid", "softmax"):
             raise error(
                 "score_func", repr(self.score_func), "'sigmoid' or 'softmax'", "Choose one of the two."
@@ -142,6 +145,14 @@ def route(router_params: RouterParams, x_TD: torch.Tensor, config: RouterConfig)
             expected=f"(T, {weight_ED.shape[1]}), as weight_ED is {tuple(weight_ED.shape)}",
             remedy="Flatten x to (T, D).",
         )
+    if weight_ED.dim() != 2 or bias_E.shape != weight_ED.shape[:1]:
+        raise argument_error(
+            "route",
+            "router_params",
+            got=f"weight_ED {tuple(weight_ED.shape)} and bias_E {tuple(bias_E.shape)}",
+            expected="(E, D) and (E,)",
+            remedy="Take them from moe_init.",
+        )
     logits_TE = product(x_TD, weight_ED.mT, accumulator(x_TD.dtype))
     scores_TE = logits_TE.sigmoid() if config.score_func == "sigmoid" else logits_TE.softmax(-1)
     if config.force_balance:
@@ -151,7 +162,8 @@ def route(router_params: RouterParams, x_TD: torch.Tensor, config: RouterConfig)
         groups = config.num_groups, config.top_groups, config.group_best
         ids_TK = topk(scores_TE + bias_E, *groups, config.top_k)
     if config.score_func == "sigmoid":  # from the chosen logits: autograd then keeps T x K, not T x E
-        weights_TK = logits_TE.gather(1, ids_TK).sigmoid()
+        flat_TK = ids_TK + num_experts * torch.arange(x_TD.shape[0], device=x_TD.device)[:, None]
+        weights_TK = gather(logits_TE.reshape(-1), flat_TK.reshape(-1)).view(ids_TK.shape).sigmoid()
     else:
         weights_TK = scores_TE.gather(1, ids_TK)
     if config.normalize:

@@ -3,16 +3,25 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch._C import _functorch as functorch
 
-Entry = tuple[torch.Tensor, ...] | None
+from ..errors import argument_error
+
 Policy = Callable[[str], bool]
 
 _CHECKPOINTS: dict[str, bool] = {}
 _TAPE: "ContextVar[Tape | PlainTape | None]" = ContextVar("fmoe_tape", default=None)
+
+
+class Entry(NamedTuple):
+    """One operator call on a tape; ``outputs`` are ``None`` where it has no value at the tape's level."""
+
+    operator: str
+    checkpoint: str
+    outputs: tuple[torch.Tensor, ...] | None
 
 
 class Recorded(Protocol):
@@ -60,7 +69,7 @@ class Tape:
         self.record, self.serve, self.check = record, serve, check
         self.entries = tuple(entries)
         self.position = 0
-        self.recorded: list[tuple[str, Entry]] = []
+        self.recorded: list[Entry] = []
         self.depth = _depth()
 
     @contextmanager
@@ -72,34 +81,45 @@ class Tape:
             _TAPE.reset(token)
 
     def call(self, op: Recorded, args: tuple[Any, ...]) -> Any:
-        name = op.checkpoint
         if self.check is not None:
             self.check(args, op.name)
-        kept = self._next(name)
-        out = op.function.apply(*args, *(kept or ()))
-        if self.record(name):
-            self._append(name, out if isinstance(out, tuple) else (out,))
+        out = op.function.apply(*args, *(self._next(op) or ()))
+        if self.record(op.checkpoint):
+            self._append(Entry(op.name, op.checkpoint, out if isinstance(out, tuple) else (out,)))
         return out
 
     def rest(self) -> Sequence[Entry]:
         """What is left to hand back."""
         return self.entries[self.position :]
 
-    def absorb(self, served: int, recorded: Iterable[tuple[str, Entry]]) -> None:
+    def absorb(self, served: int, recorded: Iterable[Entry]) -> None:
         """Take over what a nested run was handed, and what it recorded that this tape wants too."""
         self.position += served
-        for name, entry in recorded:
-            if self.record(name):
-                self._append(name, entry)
+        for entry in recorded:
+            if self.record(entry.checkpoint):
+                self._append(entry)
 
-    def _next(self, name: str) -> Entry:
-        if self.position == len(self.entries) or not self.serve(name):
+    def _next(self, op: Recorded) -> tuple[torch.Tensor, ...] | None:
+        if self.position == len(self.entries) or not self.serve(op.checkpoint):
             return None
+        entry = self.entries[self.position]
+        if entry.operator != op.name:
+            raise replay_error(f"{op.name} where {entry.operator} was called first")
         self.position += 1
-        return self.entries[self.position - 1]
+        return entry.outputs
 
-    def _append(self, name: str, entry: Entry) -> None:
-        self.recorded.append((name, entry if _depth() == self.depth else None))
+    def _append(self, entry: Entry) -> None:
+        self.recorded.append(entry if _depth() == self.depth else entry._replace(outputs=None))
+
+
+def replay_error(got: str) -> ValueError:
+    return argument_error(
+        "remat",
+        "fn",
+        got=f"a function that, run again, calls {got}",
+        expected="the same operators in the same order each time",
+        remedy="Make it depend on its arguments only.",
+    )
 
 
 class PlainTape:

@@ -1,0 +1,66 @@
+"""What surrounds a call without being an argument: modes and random generators, to repeat it in."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from .axes import bound, bound_mesh
+
+
+class Modes(NamedTuple):
+    """The modes a region was called in, in which it runs again: some backward may run in others."""
+
+    mesh: DeviceMesh | None
+    grad_enabled: bool
+    autocast: Sequence[dict[str, Any]]
+
+    @classmethod
+    def now(cls, tensors: Sequence[torch.Tensor]) -> "Modes":
+        devices = sorted({t.device.type for t in tensors} & {"cpu", "cuda"})
+        autocast = [
+            dict(
+                device_type=device,
+                enabled=torch.is_autocast_enabled(device),
+                dtype=torch.get_autocast_dtype(device),
+                cache_enabled=torch.is_autocast_cache_enabled(),
+            )
+            for device in devices
+        ]
+        return cls(bound_mesh(), torch.is_grad_enabled(), autocast)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(bound(self.mesh))
+            stack.enter_context(torch.set_grad_enabled(self.grad_enabled))
+            for options in self.autocast:
+                stack.enter_context(torch.autocast(**options))
+            yield
+
+
+class Rng:
+    """The state of the random generators a region may draw from."""
+
+    def __init__(self, devices: Sequence[int]) -> None:
+        self.devices = devices
+        self.cpu = torch.get_rng_state()
+        self.cuda = [torch.cuda.get_rng_state(d) for d in devices]
+
+    @classmethod
+    def now(cls, tensors: Sequence[torch.Tensor]) -> "Rng":
+        return cls(sorted({t.device.index for t in tensors if t.is_cuda}))
+
+    def moved(self) -> bool:
+        after = Rng(self.devices)
+        return not all(map(torch.equal, (self.cpu, *self.cuda), (after.cpu, *after.cuda)))
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.cpu)
+            for device, state in zip(self.devices, self.cuda):
+                torch.cuda.set_rng_state(state, device)
+            yield
