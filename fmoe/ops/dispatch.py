@@ -4,6 +4,7 @@ import torch
 
 from ..errors import argument_error
 from ..tree import node, static
+from . import kernels
 from .bases import gather, random
 from .derive import Dims, Tensors
 from .primitive import Operator, declare
@@ -111,6 +112,10 @@ def rows_of_slots(slot_R: torch.Tensor, top_k: int) -> torch.Tensor:
 
 
 def _layout_kernel(ids_SK: torch.Tensor, num_experts: int, num_rows: int) -> Tensors:
+    if kernels.installed() and ids_SK.is_cuda:
+        from .kernels import plan
+
+        return plan.layout(ids_SK, num_experts, num_rows)
     ids = ids_SK.reshape(-1)
     if not ids.is_cuda and ids.numel() and int(ids.max()) >= num_experts:
         raise argument_error(
