@@ -24,6 +24,8 @@ def test_the_command_measures_every_layer_and_writes_json(tmp_path):
     (result,) = json.loads(file.read_text())
     assert result["shape"] == TINY._asdict()
     assert result["torch"] == torch.__version__
+    assert result["engine"] == "loop"
+    assert "our grouped products by 'loop'" in done.stdout.replace("\n", " ")
     assert [row["layer"] for row in result["layers"]] == list(names)
     for row in result["layers"]:
         assert row["layer"] in done.stdout
