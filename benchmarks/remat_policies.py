@@ -22,7 +22,15 @@ POLICIES: dict[str, Policy | None] = {
     '`save("experts_grouped_mm")`': fmoe.save("experts_grouped_mm"),
     "`save_everything`": fmoe.save_everything,
 }
-KERNELS = ("product", "topk", "layout", "experts", "experts_backward")
+KERNELS = (
+    "product",
+    "topk",
+    "layout",
+    "experts_up",
+    "experts_down",
+    "experts_up_backward",
+    "experts_down_backward",
+)
 
 
 def layer(params: fmoe.MoEParams, x: torch.Tensor) -> torch.Tensor:

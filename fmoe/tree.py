@@ -172,6 +172,8 @@ def dotted_names(tree: Any, *, is_leaf: Any = None, none_is_leaf: bool = False) 
 def check_tensors(function: str, argument: str, tree: Any) -> list[torch.Tensor]:
     """The leaves of a tree, all of which must be tensors."""
     leaves = optree.tree_leaves(tree, none_is_leaf=True)
+    if all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        return leaves  # names take longer to make than to check
     for name, leaf in zip(dotted_names(tree, none_is_leaf=True), leaves):
         if not isinstance(leaf, torch.Tensor):
             raise argument_error(

@@ -31,8 +31,8 @@ def test_the_docs_have_what_each_policy_costs():
 def test_support_follows_from_the_declarations():
     found = {s.operator: s for s in operator_support()}
     assert found["topk"][1:] == ("topk", True, "constant", "constant", "rule", True)
-    assert found["experts"][1:] == ("experts_grouped_mm", False, "rule", "derived", "derived", True)
-    assert found["experts_backward"].compiled is False
+    assert found["experts_up"][1:] == ("experts_grouped_mm", False, "rule", "derived", "derived", True)
+    assert found["experts_up_backward"].compiled is False
 
 
 def test_the_command_prints_the_table():

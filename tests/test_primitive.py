@@ -51,7 +51,16 @@ OPERATORS = operators()
 
 def test_the_registry_lists_every_operator():
     names = set(operators())
-    assert {"topk", "layout", "gather", "scatter_add", "grouped_mm", "grouped_outer", "experts"} <= names
+    assert {
+        "topk",
+        "layout",
+        "gather",
+        "scatter_add",
+        "grouped_mm",
+        "grouped_outer",
+        "experts_up",
+        "experts_down",
+    } <= names
     assert {op.checkpoint for op in operators().values()} <= set(checkpoint_names())
     assert all(op.raw.namespace == "fmoe" for op in operators().values())
 

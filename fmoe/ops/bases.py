@@ -5,12 +5,13 @@ Rows past the last group of a grouped product belong to nobody; their values are
 reach no result.
 """
 
-from itertools import pairwise
 from typing import Any
 
 import torch
 
+from . import kernels
 from .derive import Dims, Tensors
+from .kernels import grouped
 from .primitive import Fold, Operator, declare, front
 from .tape import checkpoint
 
@@ -29,8 +30,12 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def gather_kernel(x_ND: torch.Tensor, index_R: torch.Tensor) -> torch.Tensor:
     if x_ND.shape[0] == 0:
         return x_ND.new_zeros(index_R.shape[0], *x_ND.shape[1:])
-    rows = x_ND.index_select(0, index_R.clamp_min(0))
-    return rows.masked_fill_(_column(index_R < 0, x_ND), 0)
+    if x_ND.dim() == 2 and kernels.fused(x_ND):
+        from .kernels import rows
+
+        return rows.gather(x_ND, index_R)
+    found = x_ND.index_select(0, index_R.clamp_min(0))
+    return found.masked_fill_(_column(index_R < 0, x_ND), 0)
 
 
 def scatter_add_kernel(y_RD: torch.Tensor, index_R: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -117,42 +122,6 @@ scatter_add: Operator = declare(
 
 
 # ---- grouped products: bilinear, closed under differentiation ----------------------------------
-
-
-def groups(offsets: torch.Tensor) -> list[tuple[int, int]]:
-    """First and last row of every group, on the host."""
-    return list(pairwise([0, *offsets.tolist()]))
-
-
-def grouped_mm_kernel(x_RI: torch.Tensor, w_eIO: torch.Tensor, offsets_e: torch.Tensor) -> torch.Tensor:
-    x_RI = x_RI.contiguous()
-    if _native(x_RI, w_eIO):
-        return torch._grouped_mm(x_RI, w_eIO, offs=offsets_e)
-    out = x_RI.new_zeros(x_RI.shape[0], w_eIO.shape[2])
-    for expert, (a, b) in enumerate(groups(offsets_e)):
-        torch.mm(x_RI[a:b], w_eIO[expert], out=out[a:b])
-    return out
-
-
-def grouped_outer_kernel(x_RI: torch.Tensor, y_RO: torch.Tensor, offsets_e: torch.Tensor) -> torch.Tensor:
-    x_RI, y_RO = x_RI.contiguous(), y_RO.contiguous()
-    if _native(x_RI, y_RO):
-        return torch._grouped_mm(x_RI.mT, y_RO, offs=offsets_e)
-    out = x_RI.new_zeros(offsets_e.shape[0], x_RI.shape[1], y_RO.shape[1])
-    for expert, (a, b) in enumerate(groups(offsets_e)):
-        if b > a:
-            torch.mm(x_RI[a:b].mT, y_RO[a:b], out=out[expert])
-    return out
-
-
-def _native(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether ``torch._grouped_mm`` is the one to use: bfloat16 on CUDA, rows of whole 16 bytes."""
-
-    def aligned(x: torch.Tensor) -> bool:
-        inner, outer = sorted(x.stride()[-2:])
-        return inner == 1 and outer * x.element_size() % 16 == 0
-
-    return a.is_cuda and a.dtype == torch.bfloat16 and a.shape[0] > 0 and aligned(a) and aligned(b)
 
 
 def _rows_by_key(offsets_Be: torch.Tensor, num_rows: int, shared: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,7 +221,7 @@ def _offsets_example(num_rows: int) -> torch.Tensor:
 # x (R, I) in groups, w (e, I, O) -> (R, O): each group's rows times its own matrix.
 grouped_mm: Operator = declare(
     "grouped_mm(Tensor x, Tensor w, Tensor offsets) -> Tensor",
-    impl=grouped_mm_kernel,
+    impl=grouped.mm,
     fake=lambda x, w, offsets: x.new_empty(x.shape[0], w.shape[2]),
     checkpoint=GROUPED_MM,
     example=lambda: (random(5, 2), random(3, 2, 4), _offsets_example(5)),
@@ -266,7 +235,7 @@ grouped_mm: Operator = declare(
 # x (R, I), y (R, O) in groups -> (e, I, O): each group's x transposed times its y.
 grouped_outer: Operator = declare(
     "grouped_outer(Tensor x, Tensor y, Tensor offsets) -> Tensor",
-    impl=grouped_outer_kernel,
+    impl=grouped.outer,
     fake=lambda x, y, offsets: x.new_empty(offsets.shape[0], x.shape[1], y.shape[1]),
     checkpoint=GROUPED_MM,
     example=lambda: (random(5, 2), random(5, 3), _offsets_example(5)),

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from . import kernels
 from .bases import accumulator, gather, gather_kernel, random, scatter_add, scatter_add_kernel
 from .derive import Tensors, pullback
 from .dispatch import Plan, check_rows, plan_example, rows_of_slots
@@ -60,26 +61,47 @@ def _reference(y: torch.Tensor, weights: torch.Tensor, slot: torch.Tensor, row: 
 
 
 def weighted_sum_kernel(
-    y_RD: torch.Tensor, weights_SK: torch.Tensor, slot_R: torch.Tensor, row_SK: torch.Tensor
+    y_RD: torch.Tensor, weights_SK: torch.Tensor | None, slot_R: torch.Tensor, row_SK: torch.Tensor
 ) -> torch.Tensor:
+    """``None`` for weights of one."""
+    if kernels.fused(y_RD, y_RD if weights_SK is None else weights_SK):
+        from .kernels import rows
+
+        return rows.weighted_sum(y_RD, row_SK, weights_SK)
     wide = accumulator(y_RD.dtype)
     if not y_RD.is_cuda:
-        scaled = y_RD.to(wide) * gather_kernel(weights_SK.reshape(-1), slot_R)[:, None]
-        token = rows_of_slots(slot_R, weights_SK.shape[1])
-        return scatter_add_kernel(scaled, token, weights_SK.shape[0]).to(y_RD.dtype)
+        scaled = y_RD.to(wide)
+        if weights_SK is not None:
+            scaled = scaled * gather_kernel(weights_SK.reshape(-1), slot_R)[:, None]
+        token = rows_of_slots(slot_R, row_SK.shape[1])
+        return scatter_add_kernel(scaled, token, row_SK.shape[0]).to(y_RD.dtype)
     # Gathering K times is deterministic; adding rows in place on CUDA is not.
-    out = y_RD.new_zeros(weights_SK.shape[0], y_RD.shape[1], dtype=wide)
-    for k in range(weights_SK.shape[1]):
-        out += gather_kernel(y_RD, row_SK[:, k]).to(wide) * weights_SK[:, k, None]
+    out = y_RD.new_zeros(row_SK.shape[0], y_RD.shape[1], dtype=wide)
+    for k in range(row_SK.shape[1]):
+        found = gather_kernel(y_RD, row_SK[:, k]).to(wide)
+        out += found if weights_SK is None else found * weights_SK[:, k, None]
     return out.to(y_RD.dtype)
 
 
-def _backward_kernel(g: Any, y: Any, weights: Any, slot: Any, row: Any) -> Tensors:
-    wide = accumulator(y.dtype)
-    g_RD = gather_kernel(g, rows_of_slots(slot, weights.shape[1])).to(wide)
+def weight_gradients_kernel(g: Any, y: Any, weights: Any, slot: Any, row: Any) -> torch.Tensor:
+    """The cotangent of the weights of :data:`weighted_sum`."""
+    if kernels.fused(y, weights):
+        from .kernels import rows
+
+        return rows.weight_gradients(g, y, slot, weights)
+    g_RD = gather_kernel(g, rows_of_slots(slot, weights.shape[1])).to(accumulator(y.dtype))
     g_weights_R = (g_RD * y).sum(1)
+    return gather_kernel(g_weights_R, row.reshape(-1)).view(weights.shape).to(weights.dtype)
+
+
+def _backward_kernel(g: Any, y: Any, weights: Any, slot: Any, row: Any) -> Tensors:
+    if kernels.fused(y, weights):
+        from .kernels import rows
+
+        return rows.spread(g, y, slot, weights)
+    g_RD = gather_kernel(g, rows_of_slots(slot, weights.shape[1])).to(accumulator(y.dtype))
     g_y = (g_RD * gather_kernel(weights.reshape(-1), slot)[:, None]).to(y.dtype)
-    return g_y, gather_kernel(g_weights_R, row.reshape(-1)).view(weights.shape).to(weights.dtype)
+    return g_y, weight_gradients_kernel(g, y, weights, slot, row)
 
 
 weighted_sum_backward: Operator = declare(

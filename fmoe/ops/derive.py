@@ -57,7 +57,8 @@ def derive(reference: Callable[..., Any], num_inputs: int) -> Rules:
 
     def vmap(size: int, dims: Dims, *inputs: Any) -> Tensors:
         out = torch.vmap(reference, in_dims=dims)(*inputs)
-        return out if isinstance(out, tuple) else (out,)
+        # An output that no input reaches comes out expanded, and forward AD can't write a tangent to that.
+        return tuple(o.contiguous() for o in (out if isinstance(out, tuple) else (out,)))
 
     return Rules(residuals, vjp, jvp, vmap)
 

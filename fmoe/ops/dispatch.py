@@ -5,6 +5,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from ..errors import argument_error
 from ..tree import node, static
+from . import kernels
 from .bases import gather, random
 from .derive import Dims, Tensors
 from .primitive import Operator, declare
@@ -144,6 +145,10 @@ def check_ids(ids: torch.Tensor, num_experts: int) -> None:
 
 
 def _layout_kernel(ids_SK: torch.Tensor, num_experts: int, num_rows: int) -> Tensors:
+    if kernels.installed() and ids_SK.is_cuda:
+        from .kernels import plan
+
+        return plan.layout(ids_SK, num_experts, num_rows)
     check_ids(ids_SK, num_experts)
     ids = ids_SK.reshape(-1)
     key = torch.where(ids < 0, num_experts, ids)

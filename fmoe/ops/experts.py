@@ -1,4 +1,8 @@
-"""The experts: SwiGLU of every held expert, weighted and summed per row, as one operator."""
+"""The experts: SwiGLU of every held expert, weighted and summed per row, as two operators.
+
+``experts_up`` gives the pre-activation and ``experts_down`` the output. They are two so that the
+pre-activation is freed as soon as its own cotangent is known.
+"""
 
 from typing import Any, NamedTuple
 
@@ -6,19 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import argument_error
-from .bases import (
-    accumulator,
-    gather,
-    gather_kernel,
-    grouped_mm,
-    grouped_mm_kernel,
-    grouped_outer_kernel,
-    random,
-    scatter_add,
-)
-from .combine import weighted_sum_kernel
+from . import kernels
+from .bases import accumulator, gather, gather_kernel, grouped_mm, random, scatter_add
+from .combine import weight_gradients_kernel, weighted_sum_kernel
 from .derive import Tensors, pullback
 from .dispatch import Plan, check_rows, plan_example, rows_of_slots
+from .kernels import grouped
 from .primitive import Operator, declare
 from .tape import checkpoint
 
@@ -63,8 +60,8 @@ def experts_grouped_mm(expert_params: ExpertParams, x_SD: torch.Tensor, plan: Pl
     torch.Size([3, 4])
     """
     check_experts(expert_params, x_SD, plan)
-    weights = plan.weights_SK, plan.slot_R, plan.row_SK, plan.offsets_e
-    return experts(x_SD, *expert_params, *weights, plan.score_before_experts)
+    how = plan.weights_SK, plan.slot_R, plan.row_SK, plan.offsets_e, plan.score_before_experts
+    return experts_down(experts_up(x_SD, expert_params.w_in, *how), expert_params.w_out, *how)
 
 
 def check_experts(params: ExpertParams, x_SD: torch.Tensor, plan: Plan) -> None:
@@ -93,122 +90,157 @@ def check_experts(params: ExpertParams, x_SD: torch.Tensor, plan: Plan) -> None:
             )
 
 
-# ---- the operator and its backward -------------------------------------------------------------
+# ---- the operators: everything after the weight is how the rows are laid out ---------------------
 
 
-def _reference(
-    x: torch.Tensor,
-    w_in: torch.Tensor,
-    w_out: torch.Tensor,
-    weights: torch.Tensor,
-    slot: torch.Tensor,
-    row: torch.Tensor,
-    offsets: torch.Tensor,
-    score_before: bool,
-) -> Tensors:
-    wide = accumulator(x.dtype)
-    token = rows_of_slots(slot, weights.shape[1])
-    weights_R1 = gather(weights.reshape(-1), slot)[:, None].to(wide)
-    x_RD = gather(x, token)
+def _up_reference(
+    x: torch.Tensor, w_in: torch.Tensor, weights: Any, slot: Any, row: Any, offsets: Any, score_before: bool
+) -> torch.Tensor:
+    x_RD = gather(x, rows_of_slots(slot, weights.shape[1]))
     if score_before:
-        x_RD = (x_RD * weights_R1).to(x.dtype)
-    h = grouped_mm(x_RD, w_in.flatten(1, 2).mT, offsets).unflatten(1, (2, -1))
+        x_RD = (x_RD * gather(weights.reshape(-1), slot)[:, None].to(accumulator(x.dtype))).to(x.dtype)
+    return grouped_mm(x_RD, w_in.flatten(1, 2).mT, offsets).unflatten(1, (2, -1))
+
+
+def _down_reference(
+    h: torch.Tensor, w_out: torch.Tensor, weights: Any, slot: Any, row: Any, offsets: Any, score_before: bool
+) -> torch.Tensor:
+    wide = accumulator(h.dtype)
     y_RD = grouped_mm(swiglu(h), w_out.mT, offsets).to(wide)
     if not score_before:
-        y_RD = y_RD * weights_R1
-    return scatter_add(y_RD, token, x.shape[0]).to(x.dtype), h
+        y_RD = y_RD * gather(weights.reshape(-1), slot)[:, None].to(wide)
+    return scatter_add(y_RD, rows_of_slots(slot, weights.shape[1]), weights.shape[0]).to(h.dtype)
 
 
-def _forward_kernel(
-    x: torch.Tensor,
-    w_in: torch.Tensor,
-    w_out: torch.Tensor,
-    weights: torch.Tensor,
-    slot: torch.Tensor,
-    row: torch.Tensor,
-    offsets: torch.Tensor,
-    score_before: bool,
-) -> Tensors:
+def _expand(x: Any, weights: Any, slot: Any, row: Any, *, scaled: bool) -> Any:
+    """A copy of each token for each of its rows, times the pair's weight if ``scaled``."""
+    if kernels.fused(x, weights):
+        from .kernels import rows
+
+        return rows.expand(x, row, weights if scaled else None, slot.shape[0])
     x_RD = gather_kernel(x, rows_of_slots(slot, weights.shape[1]))
-    if score_before:
-        x_RD *= gather_kernel(weights.reshape(-1), slot)[:, None]
-    h = grouped_mm_kernel(x_RD, w_in.flatten(1, 2).mT, offsets).unflatten(1, (2, -1))
-    y_RD = grouped_mm_kernel(swiglu(h), w_out.mT, offsets)
-    return weighted_sum_kernel(y_RD, torch.ones_like(weights) if score_before else weights, slot, row), h
+    return (x_RD * gather_kernel(weights.reshape(-1), slot)[:, None]).to(x.dtype) if scaled else x_RD
 
 
-def _backward_kernel(
-    g: torch.Tensor,
-    x: torch.Tensor,
-    w_in: torch.Tensor,
-    w_out: torch.Tensor,
-    weights: torch.Tensor,
-    slot: torch.Tensor,
-    row: torch.Tensor,
-    offsets: torch.Tensor,
-    score_before: bool,
-    h: torch.Tensor,
+def _activation(h: Any, weights: Any, slot: Any, offsets: Any, *, scaled: bool) -> torch.Tensor:
+    """SwiGLU of the pre-activation, times the pair's weight if ``scaled``."""
+    if kernels.fused(h, weights):
+        from .kernels import activation
+
+        return activation.swiglu(h, slot, weights if scaled else None, offsets)
+    act = swiglu(h)
+    return (act * gather_kernel(weights.reshape(-1), slot)[:, None]).to(h.dtype) if scaled else act
+
+
+def _activation_backward(
+    g_act: torch.Tensor, h: torch.Tensor, weights: Any, slot: Any, row: Any, offsets: Any, *, scaled: bool
 ) -> Tensors:
-    wide = accumulator(x.dtype)
-    token = rows_of_slots(slot, weights.shape[1])
-    weights_R1 = gather_kernel(weights.reshape(-1), slot)[:, None]
-    x_RD, g_RD = gather_kernel(x, token), gather_kernel(g, token)
-    scaled_RD = (x_RD * weights_R1).to(x.dtype) if score_before else x_RD
+    """Cotangents of the pre-activation and of the weights, from that of the activation before weights."""
+    if kernels.fused(h, weights):
+        from .kernels import activation
 
-    gate, up = h[:, 0].to(wide), h[:, 1].to(wide)
+        return activation.swiglu_backward(g_act, h, slot, weights, offsets, weighted=scaled)
+    wide = accumulator(h.dtype)
+    gate, up, g_act = h[:, 0].to(wide), h[:, 1].to(wide), g_act.to(wide)
     sigmoid = gate.sigmoid()
     silu = gate * sigmoid
-    act = silu * up
-    g_act = grouped_mm_kernel(g_RD, w_out, offsets).to(wide)
-    if not score_before:
-        g_weights_R = (g_act * act).sum(1)
-        g_act *= weights_R1
-        act *= weights_R1
-    g_w_out = grouped_outer_kernel(g_RD, act.to(x.dtype), offsets)
-    g_h = torch.empty_like(h)
-    g_h[:, 0] = g_act * up * (sigmoid + silu * (1 - sigmoid))
-    g_h[:, 1] = g_act * silu
+    g_weights = torch.zeros_like(weights)
+    if scaled:
+        g_weights_R = (g_act * silu * up).sum(1)
+        g_weights = gather_kernel(g_weights_R, row.reshape(-1)).view(weights.shape).to(weights.dtype)
+        g_act = g_act * gather_kernel(weights.reshape(-1), slot)[:, None]
+    g_gate = g_act * up * (sigmoid + silu * (1 - sigmoid))
+    return torch.stack([g_gate, g_act * silu], 1).to(h.dtype), g_weights
+
+
+def _up_kernel(x: Any, w_in: Any, weights: Any, slot: Any, row: Any, offsets: Any, score_before: bool) -> Any:
+    x_RD = _expand(x, weights, slot, row, scaled=score_before)
+    return grouped.mm(x_RD, w_in.flatten(1, 2).mT, offsets).unflatten(1, (2, -1))
+
+
+def _up_backward_kernel(
+    g_h: Any, x: Any, w_in: Any, weights: Any, slot: Any, row: Any, offsets: Any, score_before: bool
+) -> Tensors:
     g_h = g_h.flatten(1)
-    g_w_in = grouped_outer_kernel(g_h, scaled_RD, offsets).unflatten(1, (2, -1))
-    g_x_RD = grouped_mm_kernel(g_h, w_in.flatten(1, 2), offsets)
+    g_x_RD = grouped.mm(g_h, w_in.flatten(1, 2), offsets)
     if score_before:
-        g_weights_R = (g_x_RD.to(wide) * x_RD).sum(1)
-    scale = weights if score_before else torch.ones_like(weights)
-    g_x = weighted_sum_kernel(g_x_RD, scale, slot, row)
-    g_weights = gather_kernel(g_weights_R, row.reshape(-1)).view(weights.shape)
-    return g_x, g_w_in, g_w_out, g_weights.to(weights.dtype)
+        g_weights = weight_gradients_kernel(x, g_x_RD, weights, slot, row)
+        g_x = weighted_sum_kernel(g_x_RD, weights, slot, row)
+    else:
+        g_weights, g_x = torch.zeros_like(weights), weighted_sum_kernel(g_x_RD, None, slot, row)
+    del g_x_RD  # before the next large ones
+    x_RD = _expand(x, weights, slot, row, scaled=score_before)
+    return g_x, grouped.outer(g_h, x_RD, offsets).unflatten(1, (2, -1)), g_weights
 
 
-def _forward_fake(x: Any, w_in: Any, w_out: Any, weights: Any, slot: Any, *rest: Any) -> Tensors:
-    return torch.empty_like(x), x.new_empty(slot.shape[0], 2, w_in.shape[2])
+def _down_kernel(
+    h: Any, w_out: Any, weights: Any, slot: Any, row: Any, offsets: Any, score_before: bool
+) -> Any:
+    act = _activation(h, weights, slot, offsets, scaled=False)
+    y_RD = grouped.mm(act, w_out.mT, offsets)
+    return weighted_sum_kernel(y_RD, None if score_before else weights, slot, row)
 
 
-def _example() -> tuple[Any, ...]:
-    return random(4, 3), random(3, 2, 2, 3), random(3, 3, 2), *plan_example(), False
+def _down_backward_kernel(
+    g: Any, h: Any, w_out: Any, weights: Any, slot: Any, row: Any, offsets: Any, score_before: bool
+) -> Tensors:
+    g_RD = _expand(g, weights, slot, row, scaled=False)
+    # The activation is computed a second time below: cheaper than to hold it beside g_h.
+    act = _activation(h, weights, slot, offsets, scaled=not score_before)
+    g_w_out = grouped.outer(g_RD, act, offsets)
+    del act
+    g_act = grouped.mm(g_RD, w_out, offsets)
+    del g_RD
+    g_h, g_weights = _activation_backward(g_act, h, weights, slot, row, offsets, scaled=not score_before)
+    return g_h, g_w_out, g_weights
 
 
-experts_backward: Operator = declare(
-    "experts_backward(Tensor g, Tensor x, Tensor w_in, Tensor w_out, Tensor weights, Tensor slot, "
-    "Tensor row, Tensor offsets, bool score_before, Tensor h) -> (Tensor, Tensor, Tensor, Tensor)",
-    impl=_backward_kernel,
-    fake=lambda g, x, w_in, w_out, weights, *rest: tuple(
-        t.new_empty(t.shape) for t in (x, w_in, w_out, weights)
-    ),
+def _backward_fake(g: Any, rows: Any, weight: Any, weights: Any, *rest: Any) -> Tensors:
+    return tuple(t.new_empty(t.shape) for t in (rows, weight, weights))
+
+
+def _layout_example() -> tuple[Any, ...]:
+    return *plan_example(), bool(torch.rand(()) < 0.5)
+
+
+_LAYOUT = "Tensor weights, Tensor slot, Tensor row, Tensor offsets, bool score_before"
+
+experts_up_backward: Operator = declare(
+    f"experts_up_backward(Tensor g, Tensor x, Tensor w_in, {_LAYOUT}) -> (Tensor, Tensor, Tensor)",
+    impl=_up_backward_kernel,
+    fake=_backward_fake,
     checkpoint=EXPERTS,
-    example=lambda: (random(4, 3), *_example()),
-    dependent=lambda g, *inputs: experts.outputs(*inputs)[1:],
-    reference=pullback(_reference),
+    example=lambda: (random(8, 2, 2), random(4, 3), random(3, 2, 2, 3), *_layout_example()),
+    reference=pullback(_up_reference),
 )
 
-experts: Operator = declare(
-    "experts(Tensor x, Tensor w_in, Tensor w_out, Tensor weights, Tensor slot, Tensor row, "
-    "Tensor offsets, bool score_before) -> (Tensor, Tensor)",
-    impl=_forward_kernel,
-    fake=_forward_fake,
+# x (S, D), w_in (e, 2, F, D) -> (R, 2, F): the pre-activation of each row; undefined past the last offset.
+experts_up: Operator = declare(
+    f"experts_up(Tensor x, Tensor w_in, {_LAYOUT}) -> Tensor",
+    impl=_up_kernel,
+    fake=lambda x, w_in, weights, slot, *rest: x.new_empty(slot.shape[0], 2, w_in.shape[2]),
     checkpoint=EXPERTS,
-    example=_example,
-    residual_outputs=1,
-    residuals=lambda inputs, outputs: (*inputs, outputs[1]),
-    vjp=lambda res, needs, g: (*experts_backward(g, *res), None, None, None, None),
-    reference=_reference,
+    example=lambda: (random(4, 3), random(3, 2, 2, 3), *_layout_example()),
+    vjp=lambda res, needs, g: (*experts_up_backward(g, *res), None, None, None, None),
+    reference=_up_reference,
+)
+
+experts_down_backward: Operator = declare(
+    f"experts_down_backward(Tensor g, Tensor h, Tensor w_out, {_LAYOUT}) -> (Tensor, Tensor, Tensor)",
+    impl=_down_backward_kernel,
+    fake=_backward_fake,
+    checkpoint=EXPERTS,
+    example=lambda: (random(4, 3), random(8, 2, 2), random(3, 3, 2), *_layout_example()),
+    reference=pullback(_down_reference),
+)
+
+# h (R, 2, F), w_out (e, D, F) -> (S, D): activated, multiplied, weighted and summed per row.
+experts_down: Operator = declare(
+    f"experts_down(Tensor h, Tensor w_out, {_LAYOUT}) -> Tensor",
+    impl=_down_kernel,
+    fake=lambda h, w_out, weights, *rest: h.new_empty(weights.shape[0], w_out.shape[1]),
+    checkpoint=EXPERTS,
+    example=lambda: (random(8, 2, 2), random(3, 3, 2), *_layout_example()),
+    vjp=lambda res, needs, g: (*experts_down_backward(g, *res), None, None, None, None),
+    reference=_down_reference,
 )

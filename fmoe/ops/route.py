@@ -7,6 +7,7 @@ import torch
 
 from ..errors import argument_error
 from ..tree import node, static
+from . import kernels
 from .bases import accumulator, gather, random
 from .derive import Dims, Tensors
 from .primitive import Fold, Operator, declare, front
@@ -161,11 +162,11 @@ def route(router_params: RouterParams, x_TD: torch.Tensor, config: RouterConfig)
     else:
         groups = config.num_groups, config.top_groups, config.group_best
         ids_TK = topk(scores_TE + bias_E, *groups, config.top_k)
-    if config.score_func == "sigmoid":  # from the chosen logits: autograd then keeps T x K, not T x E
-        flat_TK = ids_TK + num_experts * torch.arange(x_TD.shape[0], device=x_TD.device)[:, None]
-        weights_TK = gather(logits_TE.reshape(-1), flat_TK.reshape(-1)).view(ids_TK.shape).sigmoid()
-    else:
-        weights_TK = scores_TE.gather(1, ids_TK)
+    # From the chosen logits, where they suffice: autograd then keeps T x K numbers, not T x E.
+    sigmoid = config.score_func == "sigmoid"
+    cell_TK = ids_TK + num_experts * torch.arange(x_TD.shape[0], device=x_TD.device)[:, None]
+    chosen = gather((logits_TE if sigmoid else scores_TE).reshape(-1), cell_TK.reshape(-1))
+    weights_TK = chosen.view(ids_TK.shape).sigmoid() if sigmoid else chosen.view(ids_TK.shape)
     if config.normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
     ones = torch.ones_like(ids_TK).reshape(-1)
@@ -179,6 +180,10 @@ def route(router_params: RouterParams, x_TD: torch.Tensor, config: RouterConfig)
 def _topk_kernel(
     choice_TE: torch.Tensor, num_groups: int, top_groups: int, group_best: int, k: int
 ) -> torch.Tensor:
+    if kernels.installed() and choice_TE.is_cuda and choice_TE.dtype == torch.float32:
+        from .kernels import router
+
+        return router.topk(choice_TE, num_groups, top_groups, group_best, k)
     if top_groups < num_groups:
         grouped = choice_TE.unflatten(1, (num_groups, -1))
         group_scores = grouped.topk(min(group_best, grouped.shape[2]), dim=2).values.sum(2)
@@ -218,6 +223,15 @@ topk: Operator = declare(
 
 
 def _product_kernel(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if kernels.installed() and a.is_cuda:
+        from .kernels import router
+
+        if router.multiplies(a, b):
+            return router.product(a, b, dtype)
+    return _product_plain(a, b, dtype)
+
+
+def _product_plain(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     wide = accumulator(torch.promote_types(a.dtype, b.dtype))
     return (a.to(wide) @ b.to(wide)).to(dtype)
 
@@ -257,7 +271,7 @@ product: Operator = declare(
     fake=lambda a, b, dtype: a.new_empty(*a.shape[:-1], b.shape[-1], dtype=dtype),
     checkpoint=ROUTER,
     example=lambda: (random(4, 3), random(3, 2), torch.float64),
-    plain=_product_kernel,
+    plain=_product_plain,
     residuals=lambda inputs, outputs: inputs,
     vjp=_product_vjp,
     jvp=_product_jvp,

@@ -1,0 +1,1 @@
+"""``python -m fmoe bench``: what a layer costs here, beside what else there is."""

@@ -1,0 +1,152 @@
+"""The layers that are compared: ours, plain PyTorch, and peers if they are installed.
+
+All route with the same rule and hold the same weights, so their outputs and gradients must agree.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+
+from ..models.moe import MoEParams, moe_forward, moe_init
+from ..ops.experts import ExpertParams, swiglu
+from ..ops.route import RouterConfig, RouterParams, route
+
+Layer = Callable[[MoEParams, torch.Tensor], torch.Tensor]
+
+
+class Shape(NamedTuple):
+    """A layer without shared experts, and how many tokens go through it."""
+
+    tokens: int
+    dim: int
+    hidden: int
+    experts: int
+    top_k: int
+
+    @property
+    def flops(self) -> int:
+        """Of the experts' products in one forward."""
+        return 6 * self.tokens * self.top_k * self.dim * self.hidden
+
+
+SHAPES = {
+    "16B": Shape(16384, 2048, 1408, 64, 6),
+    "30B-A3B": Shape(32768, 2048, 768, 128, 8),
+    "671B-like": Shape(8192, 7168, 2048, 32, 8),
+    "small": Shape(512, 128, 64, 16, 4),
+}
+
+ROUTINGS = ("random", "balanced", "zipf", "hot")
+
+
+def config_for(shape: Shape, routing: str) -> RouterConfig:
+    return RouterConfig(
+        top_k=shape.top_k, num_groups=1, top_groups=1, scale=1.0, force_balance=routing == "balanced"
+    )
+
+
+def random_params(shape: Shape, seed: int, *, dtype: torch.dtype, device: str) -> MoEParams:
+    """Weights that keep activations of order one."""
+    params = moe_init(
+        seed, dim=shape.dim, hidden_dim=shape.hidden, num_experts=shape.experts, dtype=dtype, device=device
+    )
+    std = 0.02
+    return params._replace(
+        router=params.router._replace(weight_ED=params.router.weight_ED * (shape.dim**-0.5 / std)),
+        experts=ExpertParams(
+            params.experts.w_in.mul_(shape.dim**-0.5 / std),
+            params.experts.w_out.mul_(shape.hidden**-0.5 / std),
+        ),
+    )
+
+
+def skewed(params: MoEParams, x: torch.Tensor, config: RouterConfig, routing: str) -> MoEParams:
+    """The same layer with a selection bias that spreads ``x`` as ``routing`` says.
+
+    ``zipf``: the i-th expert is chosen in proportion to 1 / i; ``hot``: every token chooses the first expert,
+    none the last quarter of them.
+    """
+    num_experts = params.router.bias_E.shape[0]
+    index = torch.arange(num_experts, device=x.device)
+    if routing == "hot":
+        bias = torch.where(index == 0, 4.0, torch.where(index >= num_experts - num_experts // 4, -4.0, 0.0))
+        return params._replace(router=params.router._replace(bias_E=bias))
+    if routing != "zipf":
+        return params
+    wanted = 1.0 / (index + 1)
+    wanted = wanted / wanted.sum() * config.top_k
+    for _ in range(num_experts):  # an expert can't be chosen twice by a token: the rest is for the others
+        over = (wanted - 1).clamp_min(0).sum()
+        wanted = wanted.clamp_max(1)
+        wanted = wanted + over * torch.where(wanted < 1, wanted, 0) / wanted[wanted < 1].sum()
+    bias = torch.zeros(num_experts, device=x.device)
+    for step in range(400):
+        router = RouterParams(params.router.weight_ED, bias)
+        share = route(router, x, config).counts_E / max(1, x.shape[0])
+        bias = bias + 0.1 * 0.99**step * (wanted - share).sign()
+    return params._replace(router=params.router._replace(bias_E=bias))
+
+
+def plain_layer(params: MoEParams, x: torch.Tensor, top_k: int, ids_TK: Any = None) -> torch.Tensor:
+    """A layer in plain PyTorch: rows sorted by expert, grouped products, rows added back.
+
+    ``ids_TK`` fixes the choice of experts. In float32 or wider it is the reference that all are checked by.
+    """
+    logits = x.float() @ params.router.weight_ED.float().T
+    if ids_TK is None:
+        ids_TK = (logits.sigmoid() + params.router.bias_E).topk(top_k, dim=-1).indices
+    weights = logits.gather(1, ids_TK).sigmoid()
+    weights = weights / weights.sum(-1, keepdim=True)
+    expert, order = ids_TK.reshape(-1).sort(stable=True)
+    token, num_experts = order // top_k, params.experts.w_in.shape[0]
+    experts = torch.arange(num_experts, device=x.device)
+    ends = torch.searchsorted(expert, experts, right=True).int()
+    h = _grouped(x[token], params.experts.w_in.flatten(1, 2).mT, ends).unflatten(1, (2, -1))
+    rows = _grouped(swiglu(h), params.experts.w_out.mT, ends) * weights.reshape(-1)[order, None]
+    return torch.zeros_like(x, dtype=torch.float32).index_add(0, token, rows.float()).to(x.dtype)
+
+
+def _grouped(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    if x.dtype == torch.bfloat16:
+        return torch._grouped_mm(x, w, offs=ends)
+    starts = [0, *ends.tolist()]
+    return torch.cat([x[a:b] @ w[e] for e, (a, b) in enumerate(pairwise(starts))])
+
+
+def layers(shape: Shape, config: RouterConfig) -> dict[str, Layer]:
+    """Every layer that can run here, by name."""
+    found: dict[str, Layer] = {
+        "fmoe": lambda params, x: moe_forward(params, x, router=config),
+    }
+    if not config.force_balance:
+        plain = lambda params, x: plain_layer(params, x, shape.top_k)  # noqa: E731
+        found["PyTorch eager"] = plain
+        found["PyTorch compiled"] = torch.compile(plain)
+    if importlib.util.find_spec("transformers"):
+        found["transformers grouped_mm"] = _transformers(shape, config)
+    return found
+
+
+def _transformers(shape: Shape, config: RouterConfig) -> Layer:
+    """The experts of transformers' DeepSeek-V3, after our router."""
+    name = "transformers.models.deepseek_v3"
+    theirs = importlib.import_module(f"{name}.modeling_deepseek_v3")
+    settings = importlib.import_module(name).DeepseekV3Config(
+        hidden_size=shape.dim, moe_intermediate_size=shape.hidden, n_routed_experts=shape.experts
+    )
+    settings._experts_implementation = "grouped_mm"
+    with torch.device("meta"):
+        experts = theirs.DeepseekV3Experts(settings)
+    del experts.gate_up_proj, experts.down_proj
+
+    def run(params: MoEParams, x: torch.Tensor) -> torch.Tensor:
+        routing = route(params.router, x, config)
+        experts.gate_up_proj = params.experts.w_in.flatten(1, 2)  # their (E, 2F, D) is a view of (E, 2, F, D)
+        experts.down_proj = params.experts.w_out
+        return experts(x, routing.expert_ids_TK, routing.weights_TK.to(x.dtype))
+
+    return run

@@ -1,0 +1,89 @@
+"""SwiGLU of the rows experts hold, and its backward together with the routing weight's.
+
+Only rows before the last offset are computed; the others belong to nobody.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 512
+
+
+@triton.jit
+def _swiglu(
+    h, slot, weights, offsets, act, num_groups, num_cols, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    if row < tl.load(offsets + num_groups - 1):
+        col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = col < num_cols
+        gate = tl.load(h + row * 2 * num_cols + col, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(h + (row * 2 + 1) * num_cols + col, mask=inside, other=0.0).to(tl.float32)
+        value = gate * tl.sigmoid(gate) * up
+        if WEIGHTED:
+            value *= tl.load(weights + tl.load(slot + row)).to(tl.float32)
+        tl.store(act + row * num_cols + col, value, mask=inside)
+
+
+def swiglu(
+    h: torch.Tensor, slot: torch.Tensor, weights: torch.Tensor | None, offsets: torch.Tensor
+) -> torch.Tensor:
+    """``silu(gate) * up`` of pre-activations (R, 2, F), times the weight of each row's pair."""
+    h = h.contiguous()
+    act = h.new_empty(h.shape[0], h.shape[2])
+    if act.numel():
+        grid = act.shape[0], triton.cdiv(act.shape[1], BLOCK)
+        scale = slot if weights is None else weights.contiguous()
+        _swiglu[grid](
+            h, slot, scale, offsets, act, offsets.shape[0], act.shape[1], weights is not None, BLOCK
+        )
+    return act
+
+
+@triton.jit
+def _swiglu_backward(
+    g_act, h, slot, weights, offsets, g_h, g_weights, num_groups, num_cols,
+    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    if row < tl.load(offsets + num_groups - 1):
+        weight = 1.0
+        if WEIGHTED:
+            pair = tl.load(slot + row)
+            weight = tl.load(weights + pair).to(tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, num_cols, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            inside = col < num_cols
+            gate = tl.load(h + row * 2 * num_cols + col, mask=inside, other=0.0).to(tl.float32)
+            up = tl.load(h + (row * 2 + 1) * num_cols + col, mask=inside, other=0.0).to(tl.float32)
+            g = tl.load(g_act + row * num_cols + col, mask=inside, other=0.0).to(tl.float32)
+            sigmoid = tl.sigmoid(gate)
+            silu = gate * sigmoid
+            total += g * silu * up
+            g *= weight
+            tl.store(g_h + row * 2 * num_cols + col, g * up * (sigmoid + silu * (1 - sigmoid)), mask=inside)
+            tl.store(g_h + (row * 2 + 1) * num_cols + col, g * silu, mask=inside)
+        if WEIGHTED:
+            tl.store(g_weights + pair, tl.sum(total, 0))
+
+
+def swiglu_backward(
+    g_act: torch.Tensor,
+    h: torch.Tensor,
+    slot: torch.Tensor,
+    weights: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    weighted: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cotangents of the pre-activation and of the weights, from that of the activation before weights."""
+    h, g_act = h.contiguous(), g_act.contiguous()
+    g_h, g_weights = torch.empty_like(h), torch.zeros_like(weights)
+    if h.numel():
+        _swiglu_backward[(h.shape[0],)](
+            g_act, h, slot, weights.contiguous(), offsets, g_h, g_weights,
+            offsets.shape[0], h.shape[2], weighted, BLOCK,
+        )  # fmt: skip
+    return g_h, g_weights

@@ -1,0 +1,100 @@
+"""Grouped products by whichever engine is fastest for the operands.
+
+``triton``  our persistent kernels: Hopper, bfloat16 and float16
+``torch``   ``torch._grouped_mm``: CUDA, bfloat16
+``loop``    a product per group: everything else; asks the host where groups end
+
+The first two want rows of whole 16 bytes. The environment variable ``FMOE_GROUPED_MM`` names an engine to
+use instead of the one :func:`engine` would choose.
+"""
+
+import functools
+import os
+from itertools import pairwise
+
+import torch
+
+from ...errors import argument_error
+from . import fused
+
+ENGINES = ("triton", "torch", "loop")
+OVERRIDE = "FMOE_GROUPED_MM"
+
+
+def mm(x_RI: torch.Tensor, w_eIO: torch.Tensor, offsets_e: torch.Tensor) -> torch.Tensor:
+    """(R, I) in groups times (e, I, O) -> (R, O); rows of no group are undefined."""
+    x_RI = x_RI.contiguous()
+    out = x_RI.new_empty(x_RI.shape[0], w_eIO.shape[2])
+    match engine(x_RI, w_eIO, out):
+        case "triton":
+            from . import persistent
+
+            persistent.mm(x_RI, w_eIO, offsets_e, out)
+        case "torch":
+            return torch._grouped_mm(x_RI, w_eIO, offs=offsets_e).contiguous()
+        case _:
+            ends = groups(offsets_e)
+            for expert, (a, b) in enumerate(ends):
+                torch.mm(x_RI[a:b], w_eIO[expert], out=out[a:b])
+            out[ends[-1][1] :] = 0
+    return out
+
+
+def outer(x_RI: torch.Tensor, y_RO: torch.Tensor, offsets_e: torch.Tensor) -> torch.Tensor:
+    """(R, I), (R, O) in groups -> (e, I, O): each group's x transposed times its y."""
+    x_RI, y_RO = x_RI.contiguous(), y_RO.contiguous()
+    out = x_RI.new_empty(offsets_e.shape[0], x_RI.shape[1], y_RO.shape[1])
+    match engine(x_RI, y_RO, out):
+        case "triton":
+            from . import persistent
+
+            persistent.outer(x_RI, y_RO, offsets_e, out)
+        case "torch":
+            return torch._grouped_mm(x_RI.mT, y_RO, offs=offsets_e).contiguous()
+        case _:
+            out.zero_()
+            for expert, (a, b) in enumerate(groups(offsets_e)):
+                if b > a:
+                    torch.mm(x_RI[a:b].mT, y_RO[a:b], out=out[expert])
+    return out
+
+
+def groups(offsets: torch.Tensor) -> list[tuple[int, int]]:
+    """First and last row of every group, on the host."""
+    return list(pairwise([0, *offsets.tolist()]))
+
+
+def engine(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> str:
+    """The engine for a product of rows ``a`` with ``b``, into ``out``."""
+    able = [name for name in ENGINES if _able(name, a, b, out)]
+    wanted = os.environ.get(OVERRIDE, able[0])
+    if wanted not in able:
+        raise argument_error(
+            "grouped_mm",
+            OVERRIDE,
+            got=repr(wanted),
+            expected=f"one of {able}, which can multiply {a.dtype} of shape {tuple(a.shape)} on {a.device}",
+            remedy=f"Unset {OVERRIDE}.",
+        )
+    return wanted
+
+
+def _able(name: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> bool:
+    if name == "loop":
+        return True
+    if not a.is_cuda or 0 in (*a.shape, *b.shape) or not (_aligned(a) and _aligned(b)):
+        return False
+    if name == "torch":
+        return a.dtype == torch.bfloat16
+    return a.dtype in (torch.bfloat16, torch.float16) and fused(a) and _hopper(a.device) and _aligned(out)
+
+
+def _aligned(x: torch.Tensor) -> bool:
+    """Whether rows start at whole 16 bytes."""
+    *outer, inner = sorted(x.stride(), reverse=True)
+    return inner == 1 and not any(s * x.element_size() % 16 for s in outer) and x.data_ptr() % 16 == 0
+
+
+@functools.cache
+def _hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9

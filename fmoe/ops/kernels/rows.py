@@ -1,0 +1,150 @@
+"""Moving rows between tokens and experts: gather, weighted sum, and its transpose.
+
+Each row is read and written once, sums are held in float32 and in a fixed order. ``slot`` is the
+(token, choice) pair of each expanded row, ``token * K + choice``, or -1; ``row`` is its inverse.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 1024
+
+
+@triton.jit
+def _gather(x, index, out, num_cols, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    source = tl.load(index + row)
+    value = tl.load(x + source * num_cols + col, mask=(col < num_cols) & (source >= 0), other=0.0)
+    tl.store(out + row * num_cols + col, value, mask=col < num_cols)
+
+
+def gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of ``x`` by index; zeros for -1."""
+    x = x.contiguous()
+    out = x.new_empty(index.shape[0], x.shape[1])
+    if out.numel():
+        _gather[out.shape[0], triton.cdiv(out.shape[1], BLOCK)](x, index, out, out.shape[1], BLOCK)
+    return out
+
+
+@triton.jit
+def _expand(x, row, weights, out, num_cols, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = col < num_cols
+    value = tl.load(x + token * num_cols + col, mask=inside, other=0.0)
+    for k in tl.static_range(TOP_K):
+        target = tl.load(row + token * TOP_K + k)
+        scaled = value
+        if WEIGHTED:
+            scaled = value.to(tl.float32) * tl.load(weights + token * TOP_K + k).to(tl.float32)
+        tl.store(out + target * num_cols + col, scaled, mask=inside & (target >= 0))
+
+
+def expand(x: torch.Tensor, row: torch.Tensor, weights: torch.Tensor | None, num_rows: int) -> torch.Tensor:
+    """A copy of each token for each of its rows, of ``num_rows``, times the pair's weight.
+
+    It reads every token once, where :func:`gather` reads it K times from places far apart. Rows that
+    hold no pair are left as they are.
+    """
+    x, (num_tokens, top_k) = x.contiguous(), row.shape
+    out = x.new_empty(num_rows, x.shape[1])
+    if x.numel() and out.numel():
+        grid = num_tokens, triton.cdiv(out.shape[1], BLOCK)
+        scale = row if weights is None else weights.contiguous()
+        _expand[grid](x, row.contiguous(), scale, out, out.shape[1], top_k, weights is not None, BLOCK)
+    return out
+
+
+@triton.jit
+def _weighted_sum(
+    y, row, weights, out, num_cols, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(TOP_K):
+        source = tl.load(row + token * TOP_K + k)
+        value = tl.load(y + source * num_cols + col, mask=(col < num_cols) & (source >= 0), other=0.0)
+        if WEIGHTED:
+            total += value.to(tl.float32) * tl.load(weights + token * TOP_K + k).to(tl.float32)
+        else:
+            total += value.to(tl.float32)
+    tl.store(out + token * num_cols + col, total, mask=col < num_cols)
+
+
+def weighted_sum(y: torch.Tensor, row: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """``y`` (R, D), ``row`` (S, K) -> (S, D): each token's rows, weighted and summed."""
+    y = y.contiguous()
+    out = y.new_empty(row.shape[0], y.shape[1])
+    if out.numel():
+        grid = out.shape[0], triton.cdiv(out.shape[1], BLOCK)
+        scale = row if weights is None else weights.contiguous()
+        _weighted_sum[grid](
+            y, row.contiguous(), scale, out, out.shape[1], row.shape[1], weights is not None, BLOCK
+        )
+    return out
+
+
+@triton.jit
+def _spread(
+    g,
+    y,
+    slot,
+    weights,
+    g_y,
+    g_weights,
+    num_cols,
+    TOP_K: tl.constexpr,
+    WRITE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    pair = tl.load(slot + row)
+    if pair >= 0:
+        weight = tl.load(weights + pair).to(tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, num_cols, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            inside = col < num_cols
+            cotangent = tl.load(g + (pair // TOP_K) * num_cols + col, mask=inside, other=0.0).to(tl.float32)
+            total += cotangent * tl.load(y + row * num_cols + col, mask=inside, other=0.0).to(tl.float32)
+            if WRITE:
+                tl.store(g_y + row * num_cols + col, cotangent * weight, mask=inside)
+        tl.store(g_weights + pair, tl.sum(total, 0))
+    elif WRITE:
+        for start in range(0, num_cols, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            tl.store(g_y + row * num_cols + col, tl.zeros([BLOCK], tl.float32), mask=col < num_cols)
+
+
+def spread(
+    g: torch.Tensor, y: torch.Tensor, slot: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The transpose of :func:`weighted_sum`: cotangents of ``y`` and of the weights.
+
+    The weight of a pair without a row gets zero.
+    """
+    g_y = torch.empty_like(y, memory_format=torch.contiguous_format)
+    return g_y, _run_spread(g, y, slot, weights, g_y)
+
+
+def weight_gradients(
+    g: torch.Tensor, y: torch.Tensor, slot: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The cotangent of the weights alone."""
+    return _run_spread(g, y, slot, weights, None)
+
+
+def _run_spread(g: torch.Tensor, y: torch.Tensor, slot: torch.Tensor, weights: torch.Tensor, g_y: Any) -> Any:
+    g, y, g_weights = g.contiguous(), y.contiguous(), weights.new_zeros(weights.shape)
+    if y.shape[0]:
+        _spread[(y.shape[0],)](
+            g, y, slot, weights.contiguous(), y if g_y is None else g_y, g_weights,
+            y.shape[1], weights.shape[1], g_y is not None, BLOCK,
+        )  # fmt: skip
+    return g_weights

@@ -1,0 +1,370 @@
+"""Every Triton kernel against its twin in PyTorch: on a GPU, or else through Triton's interpreter.
+
+The interpreter is chosen when Triton is imported, so without a GPU these tests run in a process of their own.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from helpers import error, fresh_seed, random_layer
+
+import fmoe
+from fmoe.ops import combine, dispatch, experts, kernels, route
+from fmoe.ops.bases import gather_kernel
+from fmoe.ops.kernels import grouped
+
+triton = pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+ON_KERNELS = pytest.mark.skipif(
+    not (INTERPRETED or torch.cuda.is_available()), reason="runs in the process that interprets"
+)
+GPU = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU")
+ROUNDED = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    """Its loop bounds are arrays of one element, which NumPy 2.4 no longer takes for integers."""
+    if INTERPRETED:
+        from triton.runtime import interpreter
+
+        patch = interpreter._patch_lang_tensor
+
+        def patched(tensor, scope):
+            patch(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels run here already")
+def test_kernels_in_the_interpreter():
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            __file__,
+            "--seed",
+            str(fresh_seed()),
+            "-p",
+            "no:cacheprovider",
+        ],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=pathlib.Path(fmoe.__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+def random_ids(tokens, num_experts, top_k, *, dropped=0.2):
+    ids = torch.rand(tokens, num_experts).argsort(1)[:, :top_k]
+    return torch.where(torch.rand(ids.shape) < dropped, -1, ids).to(DEVICE)
+
+
+IDS = {
+    "some dropped": lambda: (random_ids(37, 5, 3), 5),
+    "many experts, several blocks": lambda: (random_ids(130, 150, 4), 150),
+    "all on one": lambda: (torch.full((141, 1), 2, device=DEVICE), 3),
+    "nowhere": lambda: (torch.full((5, 2), -1, device=DEVICE), 4),
+    "no token": lambda: (torch.empty(0, 2, dtype=torch.int64, device=DEVICE), 7),
+    "ids out of range": lambda: (torch.tensor([[7, 1], [2, 3]], device=DEVICE), 3),
+}
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
+def test_layout(ids):
+    from fmoe.ops.kernels import plan
+
+    ids, num_experts = ids()
+    held = torch.where(ids < num_experts, ids, -1)
+    expected = dispatch._layout_kernel(held.cpu(), num_experts, ids.numel())
+    for got, want in zip(plan.layout(ids, num_experts, ids.numel()), expected):
+        assert got.dtype == want.dtype
+        assert torch.equal(got.cpu(), want)
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
+def layer(request):
+    """A plan of few rows, and rows of each kind; the rows nobody holds are NaN."""
+    tokens, num_experts, top_k, dim, hidden = 19, 5, 3, 1100, 70  # wider than a block of columns
+    ids = random_ids(tokens, num_experts, top_k)
+    slot, row, offsets = (t.to(DEVICE) for t in dispatch._layout_kernel(ids.cpu(), num_experts, ids.numel()))
+    held = int(offsets[-1])
+    assert 0 < held < ids.numel()
+
+    def random(*shape):
+        return torch.randn(shape).to(DEVICE, request.param)
+
+    def rows(*shape):
+        out = random(ids.numel(), *shape)
+        out[held:] = torch.nan
+        return out
+
+    weights = torch.rand(tokens, top_k).to(DEVICE)
+    return dict(
+        slot=slot, row=row, offsets=offsets, held=held, weights=weights, x=random(tokens, dim), y=rows(dim),
+        h=rows(2, hidden), g_act=rows(hidden), tolerance=ROUNDED[request.param],
+    )  # fmt: skip
+
+
+def wide(fn, *args, **kwargs):
+    """A twin on the CPU in float64."""
+
+    def up(a):
+        if not isinstance(a, torch.Tensor):
+            return a
+        return a.cpu().double() if a.is_floating_point() else a.cpu()
+
+    return fn(*map(up, args), **kwargs)
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("scaled", [False, True])
+def test_rows_to_experts_and_back(layer, scaled):
+    from fmoe.ops.kernels import rows
+
+    x, y, weights, slot, row, held = (layer[k] for k in ("x", "y", "weights", "slot", "row", "held"))
+    given = weights if scaled else None
+    expected = wide(experts._expand, x, weights, slot, row, scaled=scaled)
+    pairs = [
+        (rows.expand(x, row, given, held), expected[:held]),
+        (rows.gather(x, torch.div(slot, 3, rounding_mode="floor")), wide(gather_kernel, x, slot // 3)),
+        (rows.weighted_sum(y, row, given), wide(combine.weighted_sum_kernel, y, given, slot, row)),
+    ]
+    for got, want in pairs:
+        assert got.dtype == x.dtype
+        assert error(got.cpu(), want) < layer["tolerance"]
+    got, want = rows.spread(x, y, slot, weights), wide(combine._backward_kernel, x, y, weights, slot, row)
+    assert error(tuple(t.cpu() for t in got), want) < layer["tolerance"]
+    assert torch.equal(rows.weight_gradients(x, y, slot, weights), got[1])
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("scaled", [False, True])
+def test_swiglu_and_its_backward(layer, scaled):
+    from fmoe.ops.kernels import activation
+
+    names = "g_act", "h", "weights", "slot", "row", "offsets", "held", "tolerance"
+    g, h, weights, slot, row, offsets, held, tolerance = (layer[name] for name in names)
+    got = activation.swiglu(h, slot, weights if scaled else None, offsets)
+    want = wide(experts._activation, h, weights, slot, offsets, scaled=scaled)
+    assert error(got[:held].cpu(), want[:held]) < tolerance
+    g_h, g_weights = activation.swiglu_backward(g, h, slot, weights, offsets, weighted=scaled)
+    want = wide(experts._activation_backward, g, h, weights, slot, row, offsets, scaled=scaled)
+    assert error(g_h[:held].cpu(), want[0][:held]) < tolerance
+    assert error(g_weights.cpu(), want[1]) < tolerance
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("score_before", [False, True])
+@pytest.mark.parametrize("ids", ["some dropped", "all on one", "nowhere", "no token"])
+def test_the_experts_put_together(ids, score_before, monkeypatch):
+    """Values and gradients, with any routing; the products are of the engine that this device has."""
+    if INTERPRETED:
+        monkeypatch.setattr(kernels, "fused", lambda *rows: all(t.dtype in kernels.DTYPES for t in rows))
+    ids, num_experts = IDS[ids]()
+    tokens, dtype = ids.shape[0], torch.float32 if INTERPRETED else torch.bfloat16
+    params = fmoe.ExpertParams(torch.randn(num_experts, 2, 24, 16), torch.randn(num_experts, 16, 24))
+    params, x, cotangent = torch.utils._pytree.tree_map(
+        lambda t: t.to(DEVICE, dtype), (params, torch.randn(tokens, 16), torch.randn(tokens, 16))
+    )
+    weights = torch.rand(ids.shape).to(DEVICE)
+    counts, scores = torch.bincount(ids[ids >= 0], minlength=num_experts), torch.rand(tokens, num_experts)
+
+    def layer(params, x, weights):
+        routing = fmoe.Routing(ids.to(x.device), weights, counts, scores, score_before)
+        x_SD, plan = fmoe.dispatch(x, routing)
+        return fmoe.combine(fmoe.experts_grouped_mm(params, x_SD, plan), plan)
+
+    def run(*args):
+        *inputs, cotangent = args
+        y, pull = torch.func.vjp(layer, *inputs)
+        return [t.cpu() for t in (y, *torch.utils._pytree.tree_leaves(pull(cotangent)))]
+
+    exact = torch.utils._pytree.tree_map(lambda t: t.cpu().double(), (params, x, weights, cotangent))
+    assert error(run(params, x, weights, cotangent), run(*exact)) < ROUNDED[dtype]
+
+
+TOPK = {  # experts, groups, top groups, best of a group, k
+    "all": (13, 1, 1, 1, 4),
+    "groups": (24, 4, 2, 2, 5),
+    "groups of one": (6, 6, 3, 2, 3),
+    "odd groups": (15, 3, 1, 1, 5),
+    "every expert": (8, 2, 2, 2, 8),
+}
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("sizes", TOPK.values(), ids=TOPK)
+def test_topk(sizes):
+    from fmoe.ops.kernels import router
+
+    num_experts, *how = sizes
+    for tokens in (0, 1, 133):
+        choice = torch.randn(tokens, num_experts)
+        got = router.topk(choice.to(DEVICE), *how).cpu()
+        assert torch.equal(got, route._topk_kernel(choice, *how))
+
+
+@ON_KERNELS
+def test_topk_always_finds_k_different_experts():
+    from fmoe.ops.kernels import router
+
+    choice = torch.randn(40, 12)
+    choice[:10], choice[10:20, ::2], choice[20:30] = torch.nan, torch.nan, -torch.inf
+    ids = router.topk(choice.to(DEVICE), 3, 2, 2, 8).cpu()
+    assert all(len(set(row)) == 8 and set(row) <= set(range(12)) for row in ids.tolist())
+    equal = router.topk(torch.zeros(3, 12, device=DEVICE), 1, 1, 1, 4)
+    assert equal.tolist() == [[0, 1, 2, 3]] * 3
+
+
+@ON_KERNELS
+def test_thirds_are_exact():
+    from fmoe.ops.kernels import router
+
+    x = torch.randn(7, 1500) * torch.logspace(-20, 20, 1500)
+    parts = router.thirds(x.to(DEVICE)).cpu()
+    assert parts.dtype == torch.bfloat16
+    assert torch.equal(parts.double().sum(1).float(), x)
+
+
+@pytest.mark.gpu
+@GPU
+def test_router_products_are_as_right_as_float32():
+    x, w, g = (torch.randn(n, m, device="cuda") for n, m in ((1000, 256), (256, 24), (1000, 24)))
+    x, w = x.bfloat16(), w.bfloat16()
+    for a, b in ((x, w), (g, w.mT), (x.mT, g)):
+        got = route.product.raw(a, b, torch.float32)
+        assert error(got, a.double() @ b.double()) < 1e-5
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("ends", [[0, 40, 40, 90], [101] * 4, [0, 0, 0, 0], [33, 64, 65, 101]], ids=str)
+def test_persistent_products(ends):
+    """Small tiles, so that groups end within them and columns don't fill them; rows of nobody are NaN."""
+    from fmoe.ops.kernels import persistent
+
+    if not INTERPRETED and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    dtype = torch.float16 if INTERPRETED else torch.bfloat16  # the interpreter has no bfloat16 products
+    tile = persistent.Tile(32, 32, 16, 4, 2) if INTERPRETED else persistent.TILE
+    held, offsets = ends[-1], torch.tensor(ends, dtype=torch.int32)
+    x, y, w = torch.randn(101, 48), torch.randn(101, 72), torch.randn(4, 48, 72)
+    x[held:], y[held:] = torch.nan, torch.nan
+    x, y, w, on_device = (t.to(DEVICE) for t in (x.to(dtype), y.to(dtype), w.to(dtype), offsets))
+    for weight in (w, w.mT.contiguous().mT):
+        out = torch.full_like(y, 7.0)
+        persistent.mm(x, weight, on_device, out, tile)
+        assert error(out[:held].cpu(), wide(grouped.mm, x, w, offsets)[:held]) < ROUNDED[dtype]
+        assert torch.equal(out[held:], torch.full_like(out[held:], 7.0))  # nothing is written past the groups
+    out = torch.full((4, 48, 72), 7.0, dtype=dtype, device=DEVICE)
+    persistent.outer(x, y, on_device, out, tile)
+    assert error(out.cpu(), wide(grouped.outer, x, y, offsets)) < ROUNDED[dtype]
+
+
+# ---- choosing an engine --------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(INTERPRETED, reason="says nothing of kernels")
+def test_an_engine_that_cannot_is_refused(monkeypatch):
+    x, w, offsets = torch.randn(4, 8), torch.randn(2, 8, 8), torch.tensor([1, 4], dtype=torch.int32)
+    expected = grouped.mm(x, w, offsets)
+    monkeypatch.setenv("FMOE_GROUPED_MM", "loop")
+    assert torch.equal(grouped.mm(x, w, offsets), expected)
+    monkeypatch.setenv("FMOE_GROUPED_MM", "triton")
+    with pytest.raises(
+        ValueError, match=r"FMOE_GROUPED_MM: got 'triton', expected one of \['loop'\], which can"
+    ):
+        grouped.mm(x, w, offsets)
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("engine", ["triton", "torch"])
+def test_engines_agree_with_float64(engine, monkeypatch):
+    if engine == "triton" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    x, y = (torch.randn(500, n, device="cuda", dtype=torch.bfloat16) for n in (136, 264))
+    w = torch.randn(3, 136, 264, device="cuda", dtype=torch.bfloat16)
+    offsets = torch.tensor([130, 130, 490], dtype=torch.int32, device="cuda")
+    monkeypatch.setenv("FMOE_GROUPED_MM", engine)
+    got = grouped.mm(x, w, offsets)[:490], grouped.outer(x, y, offsets)
+    monkeypatch.delenv("FMOE_GROUPED_MM")
+    want = grouped.mm(x.double(), w.double(), offsets)[:490], grouped.outer(x.double(), y.double(), offsets)
+    assert error(got, want) < ROUNDED[torch.bfloat16]
+
+
+def large_layer(dtype=torch.bfloat16):
+    with torch.device("cuda"):
+        params = random_layer(dim=256, hidden=192, experts=16, shared=0, dtype=torch.float32, scale=4.0)
+        params = fmoe.MoEParams(params.router, fmoe.ExpertParams(*(w.to(dtype) for w in params.experts)), ())
+        return params, torch.randn(1003, 256).to(dtype)
+
+
+def step(params, x, config):
+    loss = lambda p, x: fmoe.moe_forward(p, x, router=config).float().pow(2).sum()  # noqa: E731
+    return fmoe.value_and_grad(loss, (0, 1))(params, x)
+
+
+CONFIG = fmoe.RouterConfig(top_k=4, num_groups=4, top_groups=2)
+
+
+@pytest.mark.gpu
+@GPU
+def test_a_step_never_waits_for_the_device_and_is_equal_bit_for_bit_also_as_a_graph():
+    params, x = large_layer()
+    first = step(params, x, CONFIG)
+    with warnings.catch_warnings(action="ignore"):  # that it is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = step(params, x, CONFIG)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(params, x, CONFIG)
+    graph.replay()
+    assert error(again, first) == 0
+    assert error(captured, first) == 0
+    x.copy_(torch.randn_like(x))  # other tokens, other routing, the same graph
+    graph.replay()
+    assert error(captured, step(params, x, CONFIG)) == 0
+
+
+@pytest.mark.gpu
+@GPU
+def test_the_layer_is_as_right_as_plain_bfloat16():
+    from fmoe.bench.layers import plain_layer
+
+    params, x = large_layer()
+    config = fmoe.RouterConfig(top_k=4, num_groups=1, top_groups=1, scale=1.0)
+    ids = fmoe.route(params.router, x, config).expert_ids_TK
+    cotangent = torch.randn_like(x)
+
+    def run(fn, params, x, cotangent):
+        y, pull = torch.func.vjp(fn, params, x)
+        return (y, *pull(cotangent)[0].experts, pull(cotangent)[1])
+
+    def plain(p, x):
+        return plain_layer(p, x, 4, ids)
+
+    up = lambda t: t.float()  # noqa: E731
+    exact = run(plain, torch.utils._pytree.tree_map(up, params), up(x), up(cotangent))
+    ours = run(lambda p, x: fmoe.moe_forward(p, x, router=config), params, x, cotangent)
+    theirs = run(plain, params, x, cotangent)
+    for a, b, want in zip(ours, theirs, exact):
+        assert (a.float() - want).norm() <= 1.05 * (b.float() - want).norm()
