@@ -174,18 +174,7 @@ def value_and_grad(
             full[i] = tree
         with torch.enable_grad():
             out = fn(*full, **kwargs)
-            paired = isinstance(out, tuple) and len(out) == 2
-            value = out[0] if has_aux and paired else None if has_aux else out
-            if not isinstance(value, torch.Tensor) or value.numel() != 1:
-                raise argument_error(
-                    "value_and_grad",
-                    "fn",
-                    got=f"a value of shape {tuple(value.shape)}"
-                    if isinstance(value, torch.Tensor)
-                    else type(out if has_aux else value),
-                    expected="(a scalar tensor, aux)" if has_aux else "a scalar tensor",
-                    remedy="Sum or average it; return anything else as aux with has_aux=True.",
-                )
+            value = _scalar(out, has_aux)
             if value.requires_grad:
                 grads = torch.autograd.grad(value, variables, materialize_grads=True)
             else:
@@ -195,3 +184,20 @@ def value_and_grad(
         return detached, trees[0] if isinstance(argnums, int) else trees
 
     return call
+
+
+def _scalar(out: Any, has_aux: bool) -> torch.Tensor:
+    """What to differentiate of a function's result."""
+    paired = isinstance(out, tuple) and len(out) == 2
+    value = out if not has_aux else out[0] if paired else None
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value
+    raise argument_error(
+        "value_and_grad",
+        "fn",
+        got=f"a value of shape {tuple(value.shape)}"
+        if isinstance(value, torch.Tensor)
+        else type(out if has_aux else value),
+        expected="(a scalar tensor, aux)" if has_aux else "a scalar tensor",
+        remedy="Sum or average it; return anything else as aux with has_aux=True.",
+    )

@@ -1,6 +1,7 @@
 """What surrounds a call without being an argument: modes and random generators, to repeat it in."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -8,6 +9,10 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from .axes import bound, bound_mesh
+
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
 
 
 class Modes(NamedTuple):
@@ -64,3 +69,14 @@ class Rng:
             for device, state in zip(self.devices, self.cuda):
                 torch.cuda.set_rng_state(state, device)
             yield
+
+
+def without_autocast(impl: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel chooses its precisions itself."""
+
+    @functools.wraps(impl)
+    def call(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return impl(*args)
+
+    return call

@@ -24,7 +24,6 @@ classes. ``jvp`` rules run with forward AD disabled, which silently drops second
 ``ops/refuse.py``.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -36,15 +35,13 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from ..errors import TransformError
 from .derive import Rules, Tensors, derive, few
+from .modes import without_autocast
 from .refuse import Unsupported, refuse_transforms_inside_compile, refusing_nested_forward_mode
 from .tape import current_tape, no_tape
 
 NAMESPACE = "fmoe"
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
 _REGISTRY: "dict[str, Operator]" = {}
 
 
@@ -98,9 +95,14 @@ class Operator:
             refuse_transforms_inside_compile(self.name)
             out = self.traced(*args)
         else:
-            tape = current_tape()
-            out = self.function.apply(*args) if tape is None else tape.call(self, args)
+            out = _eager(self, args)
         return out if isinstance(out, tuple) else (out,)
+
+
+@torch.compiler.disable  # in frames it gave up, Dynamo would look into rules and tapes
+def _eager(op: Operator, args: tuple[Any, ...]) -> Any:
+    tape = current_tape()
+    return op.function.apply(*args) if tape is None else tape.call(op, args)
 
 
 def declare(
@@ -143,7 +145,7 @@ def declare(
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, _without_autocast(impl), device)
+        _LIBRARY.impl(name, without_autocast(impl), device)
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     raw = getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -159,17 +161,6 @@ def declare(
     rules = Rules(residuals or (lambda inputs, outputs: ()), vjp, jvp, vmap)
     _REGISTRY[name] = Operator(name, raw, checkpoint, residual_outputs, rules, stated)
     return _REGISTRY[name]
-
-
-def _without_autocast(impl: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel chooses its precisions itself."""
-
-    @functools.wraps(impl)
-    def call(*args: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-            return impl(*args)
-
-    return call
 
 
 def operators() -> dict[str, Operator]:
