@@ -102,7 +102,8 @@ def remat(fn: Callable[..., Any], policy: Policy | None = None) -> Callable[...,
         if torch.compiler.is_dynamo_compiling():
             refuse_transforms_inside_compile("remat")
             context_fn = functools.partial(_selective_contexts, policy)
-            whole = functools.partial(fn, **kwargs)  # checkpoint has keywords of its own
+            # checkpoint has keywords of its own
+            whole = functools.partial(fn, **kwargs) if kwargs else fn
             return torch_checkpoint.checkpoint(whole, *args, use_reentrant=False, context_fn=context_fn)
         return recomputing(fn, policy, args, kwargs)
 
