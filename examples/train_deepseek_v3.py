@@ -67,6 +67,17 @@ def parse() -> argparse.Namespace:
     add("--top-k", type=int, default=10, help="of --sample: only the likeliest so many tokens are drawn")
     add("--out", type=Path, default=None, help="folder of all that is left; default: runs/PRESET")
     args = parser.parse_args()
+    for name in ("steps", "batch_size", "seq_len", "micro_batches", "keep", "sample_tokens", "top_k"):
+        if getattr(args, name) < 1:
+            raise SystemExit(f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected at least 1")
+    if args.sample == "" or args.temperature < 0 or not args.max_norm > 0:
+        raise SystemExit(
+            "--sample needs a text, --temperature at least 0, --max-norm more than 0 (inf for none)"
+        )
+    if args.eval_every and not 0 < args.held_out < 1:
+        raise SystemExit(
+            f"--held-out: got {args.held_out}, expected a share between 0 and 1 with --eval-every"
+        )
     args.out = args.out or Path("runs", args.preset)
     return args
 
@@ -89,7 +100,8 @@ def per_layer(args: argparse.Namespace) -> Callable[[Callable[..., Any]], Callab
 
 def read_data(args: argparse.Namespace, tokenizer: Tokenizer) -> list[torch.Tensor]:
     """The stream to train on and, with ``--eval-every``, the one held out."""
-    texts = documents.read_documents(args.data, suffix=args.suffix, field=args.field)
+    exclude = documents.EXCLUDED_FOLDERS if args.data == [documents.python_stdlib()] else ()
+    texts = documents.read_documents(args.data, suffix=args.suffix, field=args.field, exclude=exclude)
     sides = documents.hold_out(texts, args.held_out if args.eval_every else 0.0)
     return [data.pack(side, tokenizer) for side in sides if side]
 
@@ -104,9 +116,12 @@ def schedule(args: argparse.Namespace) -> Callable[[int], float]:
 def start(args: argparse.Namespace, state: Any, run: Any) -> checkpoint.Loaded:
     """The state to begin with: with ``--resume`` that of the newest checkpoint."""
     newest = checkpoint.latest(args.out)
-    if newest and args.resume:
-        return checkpoint.load(newest, state, run=run, donate=True)
-    if newest and args.save_every:
+    named = max(args.out.glob("step-" + "[0-9]" * 8), default=None)
+    if args.resume and named:
+        if newest and newest != named:
+            print(f"{named} is damaged; going on from {newest}")
+        return checkpoint.load(newest or named, state, run=run, donate=True)
+    if newest:
         raise SystemExit(f"{newest} is of an earlier run. Pass --resume, delete it, or choose another --out.")
     return checkpoint.Loaded(state, 0)
 
@@ -169,6 +184,7 @@ def main() -> None:
             file.write(now)
             view.update(now)
             if args.save_every and (last or (step + 1) % args.save_every == 0):
+                gradients.check_params(step, params)
                 saved = {"params": params, "optimizer": state}
                 checkpoint.save(args.out, step + 1, saved, run=run, keep=args.keep)
 

@@ -83,9 +83,13 @@ def save(
     if _is_first_rank():
         Path(folder).mkdir(parents=True, exist_ok=True)
         for left in Path(folder).glob("step-*.tmp"):
-            shutil.rmtree(left)
+            if re.fullmatch(r"step-\d{8,}", left.stem):
+                _remove(left)
         if target.exists():
-            target.rename(target.with_suffix(".damaged"))
+            damaged = target.with_suffix(".damaged")
+            if damaged.exists():
+                _remove(damaged)
+            target.rename(damaged)
         unfinished.mkdir()
     _barrier()
     with _one_process_is_fine():
@@ -112,7 +116,7 @@ def save(
         if keep is not None:
             for old in [path for path in _whole(folder) if _step(path) <= step][:-keep]:
                 # Renamed first: a half-deleted checkpoint must not look like one.
-                shutil.rmtree(old.rename(old.with_suffix(".tmp")))
+                _remove(old.rename(old.with_suffix(".tmp")))
     _barrier()
     return target
 
@@ -246,6 +250,13 @@ def _description(path: Path) -> Any:
     if missing := {"step", "run", "leaves", "files"} - description.keys():
         return f"a {DESCRIPTION} without {sorted(missing)}"
     return description
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _size(file: Path) -> int:

@@ -28,7 +28,7 @@ def read_documents(
 
     ==========  ==================================================================================
     paths       a file, a folder, or several; a folder means all files below it whose names end in
-                ``suffix``, sorted by path, except in folders named in ``exclude``
+                ``suffix``, sorted by path, except in folders named in ``exclude`` and links to folders
     field       a file that ends in ``.jsonl`` has a document a line: this field of a JSON object
     -> list     the bytes of each document, JSONL's as UTF-8; some may be empty
     ==========  ==================================================================================
@@ -41,10 +41,12 @@ def read_documents(
     b's = '
     """
     roots = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
-    files = [
-        file for root in roots for file in (_files_below(root, suffix, exclude) if root.is_dir() else [root])
-    ]
     try:
+        files = [
+            file
+            for root in roots
+            for file in (_files_below(root, suffix, exclude) if root.is_dir() else [root])
+        ]
         documents = [text for file in files for text in _documents_in(file, field)]
     except OSError as error:
         raise argument_error(
@@ -114,14 +116,18 @@ def hold_out(documents: Sequence[bytes], share: float) -> tuple[list[bytes], lis
 
 def _files_below(root: Path, suffix: str, exclude: Collection[str]) -> list[Path]:
     found = []
-    for folder, subfolders, names in os.walk(root):
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, subfolders, names in os.walk(root, onerror=refuse):
         subfolders[:] = [name for name in subfolders if name not in exclude]
         found += [Path(folder, name) for name in names if name.endswith(suffix)]
     return sorted(found)
 
 
 def _documents_in(file: Path, field: str) -> Iterator[bytes]:
-    if file.suffix != ".jsonl":
+    if file.suffix.lower() != ".jsonl":
         yield file.read_bytes()
         return
     with file.open("rb") as lines:

@@ -14,6 +14,7 @@ from .optim import global_norm, is_trained
 from .tree import check_tensors, dotted_names
 
 NAMES_SHOWN = 8
+REMEDY = "Resume from the last checkpoint with a lower learning rate, a longer warm-up or other data."
 
 
 def accumulate(value_and_grad_fn: Callable[..., Any], num_micro_batches: int) -> Callable[..., Any]:
@@ -113,16 +114,34 @@ def check_finite(step: int, loss: float, grad_norm: float, grads: Any) -> None:
     """
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
-    leaves = check_tensors("check_finite", "grads", grads)
-    bad = [name for name, leaf in zip(dotted_names(grads), leaves) if not global_norm(leaf).isfinite()][::-1]
-    shown = ", ".join(bad[:NAMES_SHOWN]) or "none"
-    rest = f" and {len(bad) - NAMES_SHOWN} more" if len(bad) > NAMES_SHOWN else ""
     raise FloatingPointError(
         f"step {step}: the loss is {loss} and the norm of its gradient {grad_norm}. Not finite are the "
-        f"gradients of {len(bad)} of {len(leaves)} tensors: {shown}{rest}, in the order in which the "
-        "backward pass met them. Resume from the last checkpoint with a lower learning rate, a longer "
-        "warm-up or other data."
+        f"gradients of {_not_finite(grads)}, in the order in which the backward pass met them. {REMEDY}"
     )
+
+
+def check_params(step: int, params: Any) -> None:
+    """Raise ``FloatingPointError`` unless all parameters are finite: what isn't must not be saved.
+
+    It waits for the device. The message names the step and the tensors.
+
+    >>> check_params(7, {"a": torch.tensor(1.0), "b": torch.tensor(torch.inf)})  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    FloatingPointError: step 7: its update left parameters that are not finite: 1 of 2 tensors: b. ...
+    """
+    if not global_norm(params).isfinite():
+        raise FloatingPointError(
+            f"step {step}: its update left parameters that are not finite: {_not_finite(params)}. {REMEDY}"
+        )
+
+
+def _not_finite(tree: Any) -> str:
+    """Which tensors of a tree have no finite norm, the last first."""
+    leaves = check_tensors("check_finite", "grads", tree)
+    bad = [name for name, leaf in zip(dotted_names(tree), leaves) if not global_norm(leaf).isfinite()][::-1]
+    shown = ", ".join(bad[:NAMES_SHOWN]) or "none"
+    rest = f" and {len(bad) - NAMES_SHOWN} more" if len(bad) > NAMES_SHOWN else ""
+    return f"{len(bad)} of {len(leaves)} tensors: {shown}{rest}"
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -76,7 +76,7 @@ class MetricsFile:
     """A context manager that appends a step a line to a JSONL file, at once, so that a crash loses nothing.
 
     ``first_step`` is the step the run begins with: what the file holds of it and later ones, or of a line a
-    crash cut short, is removed. ``None`` keeps everything.
+    crash cut short, is removed when the first step is written. ``None`` keeps everything.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -90,16 +90,16 @@ class MetricsFile:
     def __init__(self, path: str | Path, *, first_step: int | None = None) -> None:
         self.path = Path(path)
         self.first_step = first_step
+        self._entered = False
         self._file: TextIO | None = None
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.first_step is not None and self.path.exists():
-            self._keep_before(self.first_step)
-        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        self._entered = True
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._entered = False
         if self._file:
             self._file.close()
 
@@ -115,8 +115,12 @@ class MetricsFile:
         os.replace(beside, self.path)
 
     def write(self, step: Step) -> None:
-        if not self._file:
+        if not self._entered:
             raise RuntimeError("MetricsFile.write: the file is not open. Use it in a with statement.")
+        if not self._file:  # not before: a run that fails in its first step leaves the file as it was
+            if self.first_step is not None and self.path.exists():
+                self._keep_before(self.first_step)
+            self._file = self.path.open("a", encoding="utf-8", buffering=1)
         self._file.write(json.dumps(step.record()) + "\n")
 
 

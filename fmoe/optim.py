@@ -167,6 +167,14 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, torch.Tensor]
     >>> clip_by_global_norm([torch.tensor([3.0, 4.0])], 1.0)
     ([tensor([0.6000, 0.8000])], tensor(5.))
     """
+    if not max_norm > 0:
+        raise argument_error(
+            "clip_by_global_norm",
+            "max_norm",
+            got=max_norm,
+            expected="a positive number",
+            remedy="Pass math.inf for no clipping.",
+        )
     norm = global_norm(grads)
     factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
     return optree.tree_map(lambda g: g * factor.to(g.device), grads), norm

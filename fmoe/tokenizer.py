@@ -19,7 +19,13 @@ class Tokenizer(NamedTuple):
 
 
 # A token is a byte and a newline separates documents; decoding replaces what isn't UTF-8.
-BYTES = Tokenizer(bytes, lambda ids: bytes(ids).decode(errors="replace"), 256, ord("\n"))
+# Ids that are no byte, which an untrained model may draw, read as question marks.
+BYTES = Tokenizer(
+    bytes,
+    lambda ids: bytes(i if i < 256 else ord("?") for i in ids).decode(errors="replace"),
+    256,
+    ord("\n"),
+)
 
 
 def load_tokenizer(path: str | Path, *, separator: str | None = None) -> Tokenizer:
@@ -48,6 +54,11 @@ def load_tokenizer(path: str | Path, *, separator: str | None = None) -> Tokeniz
         raise argument_error(
             "load_tokenizer", "path", got=f"{path}: {error}", expected="a tokenizer.json", remedy="Check it."
         ) from error
+    # Settings for feeding models sequence by sequence, and for training with noise: here text is one stream.
+    loaded.no_truncation()
+    loaded.no_padding()
+    if getattr(loaded.model, "dropout", None):
+        loaded.model.dropout = None
     names = END_OF_TEXT if separator is None else (separator,)
     found = [i for i in map(loaded.token_to_id, names) if i is not None]
     if not found:

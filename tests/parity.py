@@ -41,6 +41,7 @@ MODELS = {
         q_lora_rank=7, yarn=YARN, num_shared_experts=1, max_seq_len=256
     ),
     "query matrix, two shared experts": dict(),
+    "another epsilon": dict(norm_eps=1e-2, q_lora_rank=7),
     "no groups": dict(router=NO_GROUPS, q_lora_rank=7),
     "YaRN of unequal mscales": dict(yarn=dataclasses.replace(YARN, mscale=0.7, mscale_all_dim=1.3)),
     "YaRN of other bounds": dict(

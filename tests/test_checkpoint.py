@@ -52,6 +52,22 @@ def test_a_training_state_survives_bit_for_bit(tmp_path: Path) -> None:
     assert donated["params"].embedding.data_ptr() == like["params"].embedding.data_ptr()
 
 
+def test_what_is_not_a_checkpoint_stays(tmp_path: Path) -> None:
+    (tmp_path / "step-by-step.tmp").mkdir()
+    (tmp_path / "step-notes.tmp").write_text("mine")
+    elsewhere = checkpoint.save(tmp_path / "elsewhere", 1, training_state())
+    (tmp_path / "step-00000001").symlink_to(elsewhere)
+    checkpoint.save(tmp_path, 2, training_state(), keep=1)
+    assert checkpoint.latest(tmp_path).name == "step-00000002"
+    assert (tmp_path / "step-by-step.tmp").is_dir()
+    assert (tmp_path / "step-notes.tmp").read_text() == "mine"
+    assert checkpoint.latest(elsewhere.parent) == elsewhere  # the link goes, what it points to stays
+    for _ in range(2):
+        (tmp_path / "step-00000002" / "checkpoint.json").write_text("{}")
+        checkpoint.save(tmp_path, 2, training_state())
+    assert (tmp_path / "step-00000002.damaged").is_dir()
+
+
 def test_the_description_says_what_is_inside(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, 3, training_state(), run={"model": dataclasses.asdict(CONFIG)})
     description = json.loads((path / "checkpoint.json").read_text())

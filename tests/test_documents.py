@@ -117,3 +117,8 @@ def test_a_split_without_text_on_both_sides_is_refused() -> None:
     for documents in ([b"short"], [b"", b""], []):
         with pytest.raises(ValueError, match=r"hold_out: documents: got .* is none, expected text for both"):
             hold_out(documents, 0.01)
+
+
+def test_a_suffix_in_capitals_is_jsonl_too(tmp_path: Path) -> None:
+    (tmp_path / "a.JSONL").write_text('{"text": "hi"}\n')
+    assert read_documents(tmp_path / "a.JSONL") == [b"hi"]

@@ -137,14 +137,16 @@ def test_a_resumed_run_goes_on_where_it_resumes(tmp_path: Path) -> None:
     assert [(r["step"], r["loss"]) for r in read_metrics(path)] == [(0, 2.5), (1, 2.5), (2, 2.5), (3, 1.5)]
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
     path.write_text("nonsense")
-    with MetricsFile(path, first_step=0):
-        assert read_metrics(path) == []
+    with MetricsFile(path, first_step=0) as file:
+        assert path.read_text() == "nonsense"  # a run that fails before its first step loses nothing
+        file.write(step(0))
+    assert [r["step"] for r in read_metrics(path)] == [0]
     path.write_text("nonsense\n" + json.dumps(step(0).record()) + "\n")
     with (
         pytest.raises(ValueError, match=r"metrics.jsonl, line 1: got 'nonsense'"),
-        MetricsFile(path, first_step=1),
+        MetricsFile(path, first_step=1) as file,
     ):
-        pass
+        file.write(step(1))
 
 
 def test_speed_is_shown_and_recorded_where_it_is_known(clock: list[float]) -> None:

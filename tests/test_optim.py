@@ -274,3 +274,12 @@ def test_a_norm_that_is_not_finite_changes_no_gradient(bad: float) -> None:
     clipped, norm = clip_by_global_norm(grads, 1.0)
     assert not norm.isfinite()
     torch.testing.assert_close(clipped, grads, rtol=0, atol=0, equal_nan=True)
+
+
+def test_clipping_to_nothing_is_refused() -> None:
+    for bad in (0.0, -1.0, float("nan")):
+        with pytest.raises(
+            ValueError, match=r"clip_by_global_norm: max_norm: got .*expected a positive number"
+        ):
+            clip_by_global_norm([torch.ones(2)], bad)
+    assert clip_by_global_norm([torch.ones(2)], float("inf"))[0][0].tolist() == [1.0, 1.0]

@@ -26,6 +26,7 @@ def path(tmp_path: Path) -> Path:
 def test_bytes_survive_a_round_trip() -> None:
     text = "zwölf\n"
     assert BYTES.decode(list(BYTES.encode(text.encode()))) == text
+    assert BYTES.decode([0x61, 256, 2000]) == "a??"
     assert BYTES.decode([0x61, 0xFF]) == "a�"
 
 
@@ -38,6 +39,14 @@ def test_a_tokenizer_file(path: Path) -> None:
     assert tokenizer.separator == 7
     assert load_tokenizer(path, separator="<sep>").separator == 5
     assert pack([b"def f", b"x"], tokenizer).tolist() == [0, 1, 7, 2]
+
+
+def test_text_is_one_stream_whatever_the_file_says_of_sequences(path: Path) -> None:
+    words = tokenizers.Tokenizer.from_file(str(path))
+    words.enable_truncation(2)
+    words.enable_padding(length=6)
+    words.save(str(path))
+    assert load_tokenizer(path).encode(b"def f x f") == [0, 1, 2, 1]
 
 
 def test_what_is_wrong_with_a_tokenizer_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

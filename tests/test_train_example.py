@@ -66,6 +66,9 @@ def test_it_learns_repeatably_and_recomputation_changes_nothing(train):
         (["--remat", "some"], "--remat: got 'some', expected none, full, default or save:NAME,NAME"),
         (["--remat", "save:nope"], "save: names: got 'nope', expected names of"),
         (["--data", "/nowhere"], "/nowhere"),
+        (["--top-k", "0"], "--top-k: got 0, expected at least 1"),
+        (["--max-norm", "0"], "--max-norm more than 0 (inf for none)"),
+        (["--eval-every", "9", "--held-out", "0"], "--held-out: got 0.0, expected a share between 0 and 1"),
         (["--seq-len", "20000"], "seq_len"),
         (["--vocab-size", "200"], "check_vocabulary: ids: got token ids from 0 to 255, expected 0 to 199"),
         (["--micro-batches", "4"], "accumulate: batch: got tensors of [2, 2] rows, expected multiples of"),
@@ -148,11 +151,33 @@ def test_what_does_not_belong_to_a_run_is_refused(train, tmp_path):
 
 def test_a_step_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(train, tmp_path):
     with pytest.raises(FloatingPointError, match=r"step 1: the loss is .*Not finite are .*layers\.3\.mlp"):
-        train("--learning-rate", "1e37", "--save-every", "1")
+        train("--learning-rate", "1e14", "--save-every", "1")
     assert checkpoint.latest(tmp_path).name == "step-00000001"
     _, loaded = saved(tmp_path, 1)
     assert loaded.state["optimizer"].step == 1
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [0]
+
+
+def test_parameters_that_are_not_finite_are_not_saved(train, tmp_path):
+    with pytest.raises(
+        FloatingPointError, match=r"step 0: its update left parameters .* not finite: \d+ of 51"
+    ):
+        train("--learning-rate", "1e39", "--save-every", "1")
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_a_damaged_checkpoint_is_not_passed_over_in_silence(train, tmp_path, capsys):
+    train("--save-every", "1", "--keep", "2")
+    newest = checkpoint.latest(tmp_path)
+    (newest / "checkpoint.json").write_text("{}")
+    assert len(train("--save-every", "3", "--resume")) == 3
+    assert f"{newest} is damaged; going on from {tmp_path / 'step-00000002'}" in capsys.readouterr().out
+    for path in tmp_path.glob("step-*"):
+        (path / "checkpoint.json").write_text("{}")
+    before = read_metrics(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="expected a whole checkpoint of fmoe"):
+        train("--save-every", "1", "--resume")
+    assert read_metrics(tmp_path / "metrics.jsonl") == before
 
 
 def test_held_out_text_is_evaluated_and_a_sample_written(train, capsys, tmp_path):

@@ -15,6 +15,7 @@ from ..tree import P, param
 from .config import DeepSeekV3Config
 
 FSDP = ("dp", "ep")
+LATENT_NORM_EPS = 1e-6  # published models have it whatever their other norms'
 
 
 class LowRankQuery(NamedTuple):
@@ -87,7 +88,7 @@ def attention_forward(
 
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1, with rotary pairs interleaved as published.
     """
-    c, eps = config, config.norm_eps
+    c, eps = config, LATENT_NORM_EPS
     if isinstance(params.query, LowRankQuery):
         down, norm, up = params.query
         q = F.linear(rms_norm(F.linear(x, down), norm, eps), up)
