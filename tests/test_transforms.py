@@ -242,6 +242,17 @@ def test_modes_of_the_forward_hold_when_it_runs_again():
         return fmoe.value_and_grad(loss, (0, 1, 2))(params, x, w)
 
     assert error(run(lambda f: fmoe.remat(f, fmoe.save_nothing)), run(lambda f: f)) == 0
+    devices = []
+
+    def placed(x):
+        devices.append(torch.get_default_device())
+        return x.sin()
+
+    with torch.device("meta:0"):
+        y = fmoe.remat(placed)(x.requires_grad_())
+    torch.autograd.grad(y.sum(), x.requires_grad_())
+    assert devices == [torch.device("meta:0")] * 2
+    x = x.detach()
     enabled = fmoe.remat(lambda x: x.sin() if torch.is_grad_enabled() else x.cos())
     assert error(enabled(x), x.sin()) == 0
     with torch.no_grad():

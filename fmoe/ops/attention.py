@@ -1,4 +1,4 @@
-"""Causal softmax attention as one operator, on the fastest kernel PyTorch has for its inputs.
+"""Causal softmax attention as one operator: PyTorch's flash kernel on CPU, plain products on CUDA.
 
 B sequences, L positions, H heads; N and V are a head's query and value dimensions. PyTorch's own
 attention kernels have no forward derivative and no second one; here both follow from the reference.
@@ -81,32 +81,6 @@ def _equally_wide(*tensors: torch.Tensor) -> Tensors:
     return tuple(t if t.shape[-1] == width else pad(t, (0, width - t.shape[-1])) for t in tensors)
 
 
-def _cudnn_forward(q: Any, k: Any, v: Any, scale: float) -> Tensors:
-    y, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
-    return y, lse.view(q.shape[:-1])
-
-
-def _cudnn_backward(g: Any, q: Any, k: Any, v: Any, scale: float, y: Any, lse: Any) -> Tensors:
-    unused = torch.zeros(1, dtype=torch.int64, device=q.device)  # the dropout's seed and offset
-    length, rest = q.shape[2], (0.0, True)
-    return aten._scaled_dot_product_cudnn_attention_backward(
-        g, q, k, v, y, lse[..., None], unused, unused, None, None, None, length, length, *rest, scale=scale
-    )
-
-
-def _efficient_forward(q: Any, k: Any, v: Any, scale: float) -> Tensors:
-    y, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)
-    return y, lse[..., : q.shape[2]]
-
-
-def _efficient_backward(g: Any, q: Any, k: Any, v: Any, scale: float, y: Any, lse: Any) -> Tensors:
-    unused = torch.zeros((), dtype=torch.int64, device=q.device)
-    lse = pad(lse, (0, -lse.shape[-1] % 32))  # rows are laid out in blocks of 32
-    return aten._scaled_dot_product_efficient_attention_backward(
-        g, q, k, v, None, y, lse, unused, unused, 0.0, [True, True, True, False], True, scale=scale
-    )[:3]
-
-
 def _plain_forward(q: Any, k: Any, v: Any, scale: float) -> Tensors:
     y, lse = _reference(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
     return y.transpose(1, 2), lse.transpose(1, 2)
@@ -122,16 +96,9 @@ def _plain_backward(g: Any, q: Any, k: Any, v: Any, scale: float, y: Any, lse: A
 
 def _kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
     """Forward and backward for inputs like these."""
-    if q.numel() == 0:
+    if q.is_cuda or q.numel() == 0:
         return _plain_forward, _plain_backward
-    if not q.is_cuda:
-        return _cpu_forward, _cpu_backward
-    params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, False)
-    if torch.backends.cuda.can_use_cudnn_attention(params):
-        return _cudnn_forward, _cudnn_backward
-    if torch.backends.cuda.can_use_efficient_attention(params):
-        return _efficient_forward, _efficient_backward
-    return _plain_forward, _plain_backward
+    return _cpu_forward, _cpu_backward
 
 
 # ---- the operator --------------------------------------------------------------------------------

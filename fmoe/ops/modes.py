@@ -19,6 +19,7 @@ class Modes(NamedTuple):
     """The modes a region was called in, in which it runs again: some backward may run in others."""
 
     mesh: DeviceMesh | None
+    device: torch.device
     grad_enabled: bool
     autocast: Sequence[dict[str, Any]]
 
@@ -34,12 +35,14 @@ class Modes(NamedTuple):
             )
             for device in devices
         ]
-        return cls(bound_mesh(), torch.is_grad_enabled(), autocast)
+        return cls(bound_mesh(), torch.get_default_device(), torch.is_grad_enabled(), autocast)
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(bound(self.mesh))
+            if torch.get_default_device() != self.device:  # autograd's threads for CUDA have their own
+                stack.enter_context(self.device)
             stack.enter_context(torch.set_grad_enabled(self.grad_enabled))
             for options in self.autocast:
                 stack.enter_context(torch.autocast(**options))
