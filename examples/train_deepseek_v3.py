@@ -2,27 +2,39 @@
 
     python examples/train_deepseek_v3.py
 
+    torchrun --nproc-per-node 4 examples/train_deepseek_v3.py --mesh dp=2,ep=2
+
 With the defaults it takes about two minutes on two CPU cores, and leaves metrics (JSONL) and a picture
 of the loss curve (SVG) in ``runs/debug``. With ``--save-every 100`` it also leaves checkpoints there, and
-the same command with ``--resume`` goes on from the newest, to the same bits as if nothing had happened.
+the same command with ``--resume`` goes on from the newest, to the same bits as if nothing had happened; on
+another mesh, to the same numbers within rounding.
 """
 
 import argparse
 import dataclasses
 import functools
 import itertools
+import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.elastic.multiprocessing.errors import record
 
 import fmoe
 from fmoe import checkpoint, data, documents, gradients, metrics, optim, plot, schedules
 from fmoe.models import deepseek_v3
 from fmoe.models.sampling import sample
+from fmoe.ops.axes import group_of
+from fmoe.parallel import backends
+from fmoe.parallel.placement import token_axes
+from fmoe.parallel.together import check_alike
 from fmoe.tokenizer import BYTES, Tokenizer, load_tokenizer
 
 DTYPES = ["float32", "bfloat16", "float64"]
@@ -52,6 +64,8 @@ def parse() -> argparse.Namespace:
     add("--bias-rate", type=float, default=0.01, help="of balancing experts, a step; DeepSeek-V3 had 0.001")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--mesh", default="", help='axes and sizes under torchrun, as "dp=2,ep=4"; experts lie along ep')
+    add("--ep-backend", choices=backends.NAMES, default="auto", help="what carries tokens along ep")
     add("--dtype", choices=DTYPES, default="float32", help="of parameters and optimiser")
     add("--compute-dtype", choices=DTYPES, default=None, help="of the model's arithmetic; default: --dtype")
     add("--remat", default="none", help="none, full, default, or save:NAME,NAME: what layers recompute")
@@ -98,6 +112,16 @@ def per_layer(args: argparse.Namespace) -> Callable[[Callable[..., Any]], Callab
     return lambda layer: functools.reduce(lambda f, wrap: wrap(f), wrappers, layer)
 
 
+def join(args: argparse.Namespace) -> tuple[DeviceMesh | None, tuple[int, int]]:
+    """The mesh, if there is a launcher or ``--mesh``, and which part of every batch is this device's."""
+    if not (args.mesh or dist.is_torchelastic_launched()):
+        return None, (0, 1)
+    mesh = fmoe.make_mesh(args.mesh, device_type=torch.device(args.device).type)
+    check_alike("train_deepseek_v3", {"options": {name: str(value) for name, value in vars(args).items()}})
+    place = group_of(mesh, token_axes(mesh))
+    return mesh, (place.position, place.size)
+
+
 def read_data(args: argparse.Namespace, tokenizer: Tokenizer) -> list[torch.Tensor]:
     """The stream to train on and, with ``--eval-every``, the one held out."""
     exclude = documents.EXCLUDED_FOLDERS if args.data == [documents.python_stdlib()] else ()
@@ -126,6 +150,15 @@ def start(args: argparse.Namespace, state: Any, run: Any) -> checkpoint.Loaded:
     return checkpoint.Loaded(state, 0)
 
 
+def say_what_moves_tokens(console: Console) -> None:
+    """What the library logs, on the console."""
+    handler = logging.Handler()
+    handler.emit = lambda record: console.print(record.getMessage(), soft_wrap=True)  # type: ignore[method-assign]
+    logger = logging.getLogger("fmoe")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
 @torch.no_grad()
 def mean_loss(loss_of: Callable[..., Any], params: Any, batches: list[data.Batch]) -> float:
     losses = [loss_of(params, *(t.to(params.embedding.device) for t in batch))[0].item() for batch in batches]
@@ -133,7 +166,11 @@ def mean_loss(loss_of: Callable[..., Any], params: Any, batches: list[data.Batch
 
 
 def main() -> None:
-    args, console = parse(), Console()
+    args = parse()
+    mesh, part = join(args)
+    first_rank, devices = (mesh is None or mesh.get_rank() == 0), (1 if mesh is None else mesh.size())
+    console = Console(quiet=not first_rank)
+    say_what_moves_tokens(console)
     config, device = deepseek_v3.preset(args.preset), torch.device(args.device)
     config = dataclasses.replace(config, vocab_size=args.vocab_size or config.vocab_size)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else BYTES
@@ -141,10 +178,11 @@ def main() -> None:
     text, *held_out = read_data(args, tokenizer)
     entropy, unit = data.unigram_entropy(text), "token" if args.tokenizer else "byte"
     cut = dict(batch_size=args.batch_size, seq_len=args.seq_len, seed=args.seed)
-    tests = [b for side in held_out for b in itertools.islice(data.batches(side, **cut), HELD_OUT_BATCHES)]
+    batches_of = functools.partial(data.batches, **cut, part=part)
+    tests = [b for side in held_out for b in itertools.islice(batches_of(side), HELD_OUT_BATCHES)]
     run = {"model": dataclasses.asdict(config), "data": {**cut, "fingerprint": data.fingerprint(text)}}
 
-    params = deepseek_v3.init(config, args.seed, dtype=getattr(torch, args.dtype), device=device)
+    params = deepseek_v3.init(config, args.seed, dtype=getattr(torch, args.dtype), device=device, mesh=mesh)
     optimizer = optim.adamw()
     state, first = start(args, {"params": params, "optimizer": optimizer.init(params)}, run)
     params, state = state["params"], state["optimizer"]
@@ -156,13 +194,15 @@ def main() -> None:
     )
 
     low = functools.partial(gradients.computing_in, dtype=getattr(torch, args.compute_dtype or args.dtype))
-    loss_of = low(functools.partial(deepseek_v3.loss, config=config, per_layer=per_layer(args)))
+    options = dict(config=config, mesh=mesh, backend=args.ep_backend, per_layer=per_layer(args))
+    loss_of = low(functools.partial(deepseek_v3.loss, **options))
     step_of = gradients.accumulate(fmoe.value_and_grad(loss_of, has_aux=True), args.micro_batches)
     rate, flops = schedule(args), deepseek_v3.flops_per_token(config, args.seq_len)
     path, start_time = args.out / "metrics.jsonl", time.perf_counter()
-    file = metrics.MetricsFile(path, first_step=first)
+    # The first rank writes what all ranks know.
+    file = metrics.MetricsFile(path, first_step=first) if first_rank else metrics.MetricsFile(os.devnull)
     with file, metrics.LiveView(args.steps, console=console) as view:
-        for step, batch in zip(range(first, args.steps), data.batches(text, **cut, start_step=first)):
+        for step, batch in zip(range(first, args.steps), batches_of(text, start_step=first)):
             began, last = time.perf_counter(), step + 1 == args.steps
             tokens, targets = (t.to(device) for t in batch)
             (loss, stats), grads = step_of(params, tokens, targets)
@@ -173,10 +213,10 @@ def main() -> None:
             loss, norm = loss.item(), norm.item()
             gradients.check_finite(step, loss, norm, grads)
             del grads  # before the next step's are made
-            speed = tokens.numel() / (time.perf_counter() - began)
+            speed = args.batch_size * args.seq_len / (time.perf_counter() - began)
             counts = [s.tokens_per_expert.tolist() for s in stats]
             now = metrics.Step(
-                step, loss, norm, rate(step), speed, counts, **metrics.speed(flops * speed, device)
+                step, loss, norm, rate(step), speed, counts, **metrics.speed(flops * speed / devices, device)
             )
             if tests and (last or (step + 1) % args.eval_every == 0):
                 now = now._replace(held_out_loss=mean_loss(loss_of, params, tests))
@@ -189,24 +229,28 @@ def main() -> None:
                 checkpoint.save(args.out, step + 1, saved, run=run, keep=args.keep)
 
     seconds = time.perf_counter() - start_time
-    records = metrics.read_metrics(path)
-    plot.plot_loss(records, args.out / "loss.svg", reference={"unigram entropy": entropy})
-    ends = [record["loss"] for record in records[-20:]]
-    console.print(
-        f"final loss {sum(ends) / len(ends):.3f} nats a {unit} (mean of the last {len(ends)} steps), "
-        f"unigram entropy {entropy:.3f}\n{seconds:.0f} s, "
-        f"{(args.steps - first) * args.batch_size * args.seq_len / seconds:,.0f} tokens/s on {device}; "
-        f"see {path} and {args.out / 'loss.svg'}",
-        soft_wrap=True,
-    )
+    if first_rank:
+        records = metrics.read_metrics(path)
+        plot.plot_loss(records, args.out / "loss.svg", reference={"unigram entropy": entropy})
+        ends = [record["loss"] for record in records[-20:]]
+        where = f"{device}" if mesh is None else f"{devices} devices ({args.mesh})"
+        console.print(
+            f"final loss {sum(ends) / len(ends):.3f} nats a {unit} (mean of the last {len(ends)} steps), "
+            f"unigram entropy {entropy:.3f}\n{seconds:.0f} s, "
+            f"{(args.steps - first) * args.batch_size * args.seq_len / seconds:,.0f} tokens/s on {where}; "
+            f"see {path} and {args.out / 'loss.svg'}",
+            soft_wrap=True,
+        )
     if args.sample is not None:
         prompt = torch.tensor([[*tokenizer.encode(args.sample.encode())]], device=device)
-        options = dict(temperature=args.temperature, top_k=args.top_k, window=args.seq_len)
-        written = low(sample)(
-            params, prompt, config, num_tokens=args.sample_tokens, seed_or_generator=args.seed, **options
+        choice = dict(temperature=args.temperature, top_k=args.top_k, window=args.seq_len)
+        written = low(functools.partial(sample, mesh=mesh))(
+            params, prompt, config, num_tokens=args.sample_tokens, seed_or_generator=args.seed, **choice
         )
         console.print(tokenizer.decode(written[0].tolist()), markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
-    main()
+    record(main)()
+    if dist.is_initialized():
+        dist.destroy_process_group()

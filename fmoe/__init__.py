@@ -1,6 +1,6 @@
 """Mixture-of-experts training as pure functions on PyTorch."""
 
-from .models.moe import MoEParams, moe_forward, moe_init
+from .models.moe import MoEParams, moe_forward, moe_init, shard_params
 from .ops.balance import MoEStats, update_expert_bias
 from .ops.combine import combine, reduce
 from .ops.dispatch import Plan, dispatch, expand
@@ -36,6 +36,7 @@ __all__ = [
     "save_everything",
     "save_nothing",
     "shard_map",
+    "shard_params",
     "update_expert_bias",
     "value_and_grad",
 ]

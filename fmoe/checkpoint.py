@@ -6,10 +6,8 @@ name is whole, whenever the process was killed.
 """
 
 import contextlib
+import hashlib
 import json
-import os
-import re
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,13 +17,13 @@ import optree
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
 
+from . import checkpoint_folder as folders
 from .checkpoint_reader import PlainReader
 from .errors import argument_error
+from .parallel.together import check_alike, differences, from_all, num_ranks, this_rank, together
 from .tree import check_tensors, dotted_names
-
-VERSION = 1
-DESCRIPTION = "checkpoint.json"
 
 
 class Loaded(NamedTuple):
@@ -53,11 +51,12 @@ def save(
     -> path
     =========  ===================================================================================
 
-    With a process group, every rank calls this and the folder is one that all see. What a killed save left
-    behind is removed by the next; a damaged checkpoint of the same step is renamed to ``.damaged``.
+    With a process group, every rank calls this and the folder is one that all see. Of a DTensor each rank
+    writes its piece, of a plain tensor, which is the same on all, one does. What a killed save left behind is
+    removed by the next; a damaged checkpoint of the same step is renamed to ``.damaged``.
 
     Raises ``ValueError`` where a whole checkpoint of this step is there already, and for leaves that are no
-    tensors or share a name.
+    tensors or share a name. What is raised on one rank is raised on all.
 
     >>> import tempfile
     >>> state = {"w": torch.arange(3.0)}
@@ -66,121 +65,93 @@ def save(
     ...     latest(folder) == path, load(path, {"w": torch.zeros(3)})
     (True, Loaded(state={'w': tensor([0., 1., 2.])}, step=10))
     """
-    leaves, target = _named("save", state), Path(folder, f"step-{step:08d}")
-    run = json.loads(json.dumps(run or {}))
-    if keep is not None and keep < 1:
-        raise argument_error("save", "keep", got=keep, expected="at least 1", remedy="Use None to keep all.")
-    if not _damage(target):
-        raise argument_error(
-            "save",
-            "step",
-            got=f"{step}, and {target} is there already",
-            expected="a step without a checkpoint",
-            remedy="Resume from it, delete it, or save to another folder.",
-        )
+    target = Path(folder, f"step-{step:08d}")
     unfinished = target.with_suffix(".tmp")
-    _barrier()
-    if _is_first_rank():
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for left in Path(folder).glob("step-*.tmp"):
-            if re.fullmatch(r"step-\d{8,}", left.stem):
-                _remove(left)
-        if target.exists():
-            damaged = target.with_suffix(".damaged")
-            if damaged.exists():
-                _remove(damaged)
-            target.rename(damaged)
-        unfinished.mkdir()
-    _barrier()
-    with _one_process_is_fine():
-        # It syncs the files it writes.
-        dcp.save(leaves, storage_writer=dcp.FileSystemWriter(unfinished), no_dist=not dist.is_initialized())
-    if _is_first_rank():
-        description = {
-            "format": "fmoe",
-            "version": VERSION,
-            "torch": torch.__version__,
-            "step": step,
-            "run": run,
-            "leaves": _described(leaves),
-            "files": {file.name: file.stat().st_size for file in sorted(unfinished.iterdir())},
-        }
-        with (unfinished / DESCRIPTION).open("w", encoding="utf-8") as file:
-            json.dump(description, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync(unfinished)
-        unfinished.rename(target)
-        _sync(target.parent)
-        _sync(target.parent.parent)
-        if keep is not None:
-            for old in [path for path in _whole(folder) if _step(path) <= step][:-keep]:
-                # Renamed first: a half-deleted checkpoint must not look like one.
-                _remove(old.rename(old.with_suffix(".tmp")))
-    _barrier()
+    with together():
+        leaves, run = _named("save", state), json.loads(json.dumps(run or {}))
+        if keep is not None and keep < 1:
+            raise argument_error(
+                "save", "keep", got=keep, expected="at least 1", remedy="Use None to keep all."
+            )
+    check_alike("save", {"step": step, "run": run, "state": _digest(leaves)})
+    with together():
+        if this_rank() == 0:
+            folders.begin(target)
+    try:
+        with _one_process_is_fine():
+            # It syncs the files it writes.
+            writer = dcp.FileSystemWriter(unfinished)
+            dcp.save(leaves, storage_writer=writer, no_dist=not dist.is_initialized())
+    except dcp.api.CheckpointException as error:  # no Exception, and raised on every rank
+        raise RuntimeError(f"save: could not write {unfinished}: {_reason(error)}") from error
+    with together():
+        mine = [*unfinished.glob(f"__{this_rank()}_*")]
+        if this_rank() == 0:
+            mine.append(unfinished / ".metadata")
+        files = {file.name: folders.summed(file) for file in mine}
+    files = {name: file for of_rank in from_all(files) for name, file in sorted(of_rank.items())}
+    with together():
+        if this_rank() == 0:
+            description = {"torch": torch.__version__, "step": step, "run": run}
+            description |= {"leaves": _described(leaves), "files": files}
+            folders.finish(unfinished, target, description)
+            if keep is not None:
+                folders.remove_older(target, keep)
     return target
 
 
 def latest(folder: str | Path) -> Path | None:
     """The checkpoint of the most steps, or ``None``; those that lack a file or part of one don't count."""
-    return next(reversed(_whole(folder)), None)
+    return next(reversed(folders.whole(folder)), None)
 
 
 def load(
     path: str | Path, like: Any, *, run: Mapping[str, Any] | None = None, donate: bool = False
 ) -> Loaded:
-    """What :func:`save` wrote, with the structure, devices and placements of ``like``.
+    """What :func:`save` wrote, with the structure, devices and placements of ``like``, on any mesh.
 
     =========  ===================================================================================
     path       from :func:`latest`
     like       a tree as the one saved, of tensors of the same shapes and dtypes; DTensors may be placed
-               otherwise than they were
+               otherwise than they were, and plain tensors, which are then whole, may have been DTensors
     run        compared with the ``run`` that was saved, unless ``None``
     donate     write into the tensors of ``like``, which must not be used again, instead of new ones
     -> Loaded  ``state`` and ``step``
     =========  ===================================================================================
 
-    Nothing is unpickled but tensors, by PyTorch's ``weights_only``, and PyTorch's index of them, by
-    an unpickler that knows that index's classes and no other.
+    With a process group every rank calls this, and each reads the saved pieces that its own overlap. Nothing
+    is unpickled but tensors, by PyTorch's ``weights_only``, and PyTorch's index of them, by an unpickler that
+    knows that index's classes and no other.
 
-    Raises ``ValueError`` for what is no checkpoint, or not all of one, and where it differs from ``like`` or
-    ``run``, with every difference.
+    Raises ``ValueError`` for what is no checkpoint, or not all of one, or changed since, and where it differs
+    from ``like`` or ``run``, with every difference. What is raised on one rank is raised on all.
     """
-    path, leaves = Path(path), _named("load", like)
-    description = _description(path)
-    if isinstance(description, str) or (damage := _damage(path)):
-        raise argument_error(
-            "load",
-            str(path),
-            got=description if isinstance(description, str) else damage,
-            expected="a whole checkpoint of fmoe",
-            remedy="Choose another, or delete it and resume from the one before.",
-        )
-    differences = _differences("state", description["leaves"], _described(leaves))
-    if run is not None:
-        differences = _differences("run", description["run"], json.loads(json.dumps(run))) + differences
-    if differences:
-        raise argument_error(
-            "load",
-            str(path),
-            got="; ".join(differences),
-            expected="a checkpoint of this model and data",
-            remedy="Resume with the options it was saved with, or train into another folder.",
-        )
-    if not donate:
-        leaves = {name: torch.empty_like(leaf, requires_grad=False) for name, leaf in leaves.items()}
-    reader = PlainReader(path)
+    path, reader = Path(path), PlainReader(path)
+    with together():
+        leaves = _named("load", like)
+        description = folders.described(path)
+        if damage := folders.damage(path):
+            raise _damaged(path, damage)
+        _check_same(path, description, leaves, run)
+    check_alike("load", {"path": path.name, "like": _digest(leaves)})
+    with together():
+        # Every file is read by one rank, and by those that hold a part of it.
+        if damage := folders.changed(path, sorted(description["files"])[this_rank() :: num_ranks()]):
+            raise _damaged(path, damage)
+        if not donate:
+            leaves = {name: _empty_like(leaf) for name, leaf in leaves.items()}
     try:
-        reader.read_metadata()  # PyTorch would try it twice and print two tracebacks
+        with together():
+            reader.read_metadata()  # PyTorch would try it twice and print two tracebacks
         with _one_process_is_fine():
             dcp.load(leaves, storage_reader=reader, no_dist=not dist.is_initialized())
     except (Exception, dcp.api.CheckpointException) as error:
         raise argument_error(
             "load",
             str(path),
-            got=str(error).strip().rpartition("\n")[2] or type(error).__name__,
+            got=_reason(error),
             expected="readable tensors",
-            remedy="It was damaged after it was saved; delete it and resume from the one before.",
+            remedy="Delete it and resume from the one before.",
         ) from error
     state = optree.tree_unflatten(optree.tree_structure(like), list(leaves.values()))
     return Loaded(state, description["step"])
@@ -196,88 +167,58 @@ def _named(function: str, state: Any) -> dict[str, torch.Tensor]:
     return {name: leaf.detach() for name, leaf in zip(names, leaves)}
 
 
+def _empty_like(leaf: torch.Tensor) -> torch.Tensor:
+    if not isinstance(leaf, DTensor):
+        return torch.empty_like(leaf)
+    local = torch.empty_like(leaf.to_local())
+    placed = leaf.device_mesh, leaf.placements
+    return DTensor.from_local(local, *placed, run_check=False, shape=leaf.shape, stride=leaf.stride())
+
+
 def _described(leaves: Mapping[str, torch.Tensor]) -> dict[str, str]:
     return {
         name: f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}" for name, leaf in leaves.items()
     }
 
 
-def _differences(name: str, theirs: Any, ours: Any) -> list[str]:
-    """Where two trees of JSON differ, in words."""
-    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
-        keys = [*theirs, *(key for key in ours if key not in theirs)]
-        return [
-            text
-            for key in keys
-            for text in _differences(f"{name}.{key}", theirs.get(key, "absent"), ours.get(key, "absent"))
-        ]
-    return [] if theirs == ours else [f"{name} is {theirs}, here {ours}"]
+def _digest(leaves: Mapping[str, torch.Tensor]) -> str:
+    """A few letters that differ if descriptions do."""
+    text = json.dumps(sorted(_described(leaves).items()))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _whole(folder: str | Path) -> list[Path]:
-    """The undamaged checkpoints of a folder, by step."""
-    found = [path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted((path for path in found if not _damage(path)), key=_step)
+def _check_same(
+    path: Path,
+    description: Mapping[str, Any],
+    leaves: Mapping[str, torch.Tensor],
+    run: Mapping[str, Any] | None,
+) -> None:
+    found = differences("state", description["leaves"], _described(leaves))
+    if run is not None:
+        found = differences("run", description["run"], json.loads(json.dumps(run))) + found
+    if found:
+        raise argument_error(
+            "load",
+            str(path),
+            got="; ".join(found),
+            expected="a checkpoint of this model and data",
+            remedy="Resume with the options it was saved with, or train into another folder.",
+        )
 
 
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def _damage(path: Path) -> str:
-    """What a checkpoint lacks; empty for a whole one."""
-    description = _description(path)
-    if isinstance(description, str):
-        return description
-    sizes = {name: _size(path / name) for name in description["files"]}
-    return "; ".join(
-        f"{name} of {sizes[name]} bytes, which had {size}"
-        for name, size in description["files"].items()
-        if sizes[name] != size
+def _damaged(path: Path, damage: str) -> ValueError:
+    return argument_error(
+        "load",
+        str(path),
+        got=damage,
+        expected="a whole checkpoint of fmoe",
+        remedy="Choose another, or delete it and resume from the one before.",
     )
 
 
-def _description(path: Path) -> Any:
-    """The content of checkpoint.json, or in words why there is none."""
-    try:
-        description = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return f"no readable {DESCRIPTION} ({type(error).__name__}: {error})"
-    if not isinstance(description, dict) or description.get("format") != "fmoe":
-        return f"a {DESCRIPTION} that isn't fmoe's"
-    if description.get("version") != VERSION:
-        return f"format version {description.get('version')}, where this fmoe reads {VERSION}"
-    if missing := {"step", "run", "leaves", "files"} - description.keys():
-        return f"a {DESCRIPTION} without {sorted(missing)}"
-    return description
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    else:
-        shutil.rmtree(path)
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _is_first_rank() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def _reason(error: BaseException) -> str:
+    """The last line of an error: of PyTorch's, which shows tracebacks of ranks, the error itself."""
+    return str(error).strip().rpartition("\n")[2] or type(error).__name__
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 from array import array
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -96,10 +96,20 @@ def fingerprint(tokens: torch.Tensor) -> str:
     return hashlib.blake2b(memory, digest_size=8, key=str(whole.dtype).encode()).hexdigest()
 
 
-def batch_at(step: int, tokens: torch.Tensor, *, batch_size: int, seq_len: int, seed: int) -> Batch:
+def batch_at(
+    step: int,
+    tokens: torch.Tensor,
+    *,
+    batch_size: int,
+    seq_len: int,
+    seed: int,
+    part: tuple[int, int] = (0, 1),
+) -> Batch:
     """The batch of one step: random windows of ``seq_len + 1`` tokens, chosen by ``(seed, step)`` alone.
 
-    ``tokens`` is a one-dimensional integer tensor. Raises ``ValueError`` where no window fits in it.
+    ``tokens`` is a one-dimensional integer tensor. With ``part=(i, n)`` only part ``i`` of ``n`` equal ones
+    of the batch is read, as a device reads its own. Raises ``ValueError`` where no window fits, and for a
+    batch that can't be parted so.
 
     >>> batch_at(7, torch.arange(4), batch_size=1, seq_len=3, seed=0)
     Batch(tokens=tensor([[0, 1, 2]]), targets=tensor([[1, 2, 3]]))
@@ -112,17 +122,25 @@ def batch_at(step: int, tokens: torch.Tensor, *, batch_size: int, seq_len: int, 
             expected=f"1 to {len(tokens) - 1}, as there are {len(tokens)} tokens",
             remedy="Shorten the sequences or read more text.",
         )
+    index, count = part
+    if batch_size % count:
+        raise argument_error(
+            "batches",
+            "batch_size",
+            got=f"{batch_size} sequences for {count} devices",
+            expected="a multiple",
+            remedy="Change one of the two.",
+        )
     digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest))
     starts = torch.randint(len(tokens) - seq_len, (batch_size,), generator=generator)
-    windows = tokens.unfold(0, seq_len + 1, 1)[starts.to(tokens.device)].long()
+    mine = starts.chunk(count)[index]
+    windows = tokens.unfold(0, seq_len + 1, 1)[mine.to(tokens.device)].long()
     return Batch(windows[:, :-1], windows[:, 1:])
 
 
-def batches(
-    tokens: torch.Tensor, *, batch_size: int, seq_len: int, seed: int, start_step: int = 0
-) -> Iterator[Batch]:
-    """All batches from ``start_step`` on, without end: :func:`batch_at` of each step.
+def batches(tokens: torch.Tensor, *, start_step: int = 0, **cut: Any) -> Iterator[Batch]:
+    """All batches from ``start_step`` on, without end: :func:`batch_at` of each step, with its options.
 
     A batch does not depend on those before it, so to resume is to pass the step.
 
@@ -132,8 +150,5 @@ def batches(
     >>> torch.equal(next(resumed).tokens, second.tokens)
     True
     """
-    batch_at(start_step, tokens, batch_size=batch_size, seq_len=seq_len, seed=seed)
-    return (
-        batch_at(step, tokens, batch_size=batch_size, seq_len=seq_len, seed=seed)
-        for step in itertools.count(start_step)
-    )
+    batch_at(start_step, tokens, **cut)  # what is wrong with the options is said now
+    return (batch_at(step, tokens, **cut) for step in itertools.count(start_step))

@@ -11,7 +11,10 @@ import torch
 from .errors import argument_error
 from .ops.balance import MoEStats, merge_stats
 from .optim import global_norm, is_trained
-from .tree import check_tensors, dotted_names
+from .parallel.boundary import is_dtensor, unwrapped
+from .parallel.shard_map import shard_map
+from .parallel.spec import spec_of
+from .tree import check_tensors, dotted_names, local, map_local
 
 NAMES_SHOWN = 8
 REMEDY = "Resume from the last checkpoint with a lower learning rate, a longer warm-up or other data."
@@ -64,12 +67,15 @@ def accumulate(value_and_grad_fn: Callable[..., Any], num_micro_batches: int) ->
             if not total:
                 dtypes = [leaf.dtype for leaf in leaves]
                 # Copies: two leaves of a gradient may be one tensor.
-                total = [leaf.to(_wide(leaf.dtype), copy=True) for leaf in leaves]
+                total = [map_local(lambda t: t.to(_wide(t.dtype), copy=True), leaf) for leaf in leaves]
             else:
                 for mine, leaf in zip(total, leaves):
-                    mine.add_(leaf)
+                    local(mine).add_(local(leaf))
             del grads, leaves  # before the next part's are made
-        means = [mine.div_(num_micro_batches).to(dtype) for mine, dtype in zip(total, dtypes)]
+        means = [
+            map_local(functools.partial(_mean, count=num_micro_batches, dtype=dtype), mine)
+            for mine, dtype in zip(total, dtypes)
+        ]
         merged = optree.tree_map(_merged, *values, is_leaf=lambda x: isinstance(x, MoEStats))
         return merged, optree.tree_unflatten(structure, means)
 
@@ -92,11 +98,21 @@ def computing_in(fn: Callable[..., Any], dtype: torch.dtype) -> Callable[..., An
     def call(params: Any, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = optree.tree_flatten(params)
         converted = [
-            leaf.to(dtype) if is_trained(name) else leaf for name, leaf in zip(dotted_names(params), leaves)
+            _converted(leaf, dtype) if is_trained(name) and leaf.dtype != dtype else leaf
+            for name, leaf in zip(dotted_names(params), leaves)
         ]
         return fn(optree.tree_unflatten(structure, converted), *args, **kwargs)
 
     return call
+
+
+def _converted(leaf: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if not is_dtensor(leaf):
+        return leaf.to(dtype)
+    inner = unwrapped(leaf)
+    spec = spec_of(inner)
+    convert = shard_map(lambda t: t.to(dtype), inner.device_mesh, in_specs=spec, out_specs=spec)
+    return convert(leaf)
 
 
 def check_finite(step: int, loss: float, grad_norm: float, grads: Any) -> None:
@@ -142,6 +158,10 @@ def _not_finite(tree: Any) -> str:
     shown = ", ".join(bad[:NAMES_SHOWN]) or "none"
     rest = f" and {len(bad) - NAMES_SHOWN} more" if len(bad) > NAMES_SHOWN else ""
     return f"{len(bad)} of {len(leaves)} tensors: {shown}{rest}"
+
+
+def _mean(total: torch.Tensor, *, count: int, dtype: torch.dtype) -> torch.Tensor:
+    return total.div_(count).to(dtype)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

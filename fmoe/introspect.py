@@ -1,4 +1,5 @@
-"""What operators can do, from their declarations; what a call keeps, predicted and measured; what it runs."""
+"""What operators can do, from their declarations; what a call keeps, predicted and measured; what it runs and
+sends."""
 
 import importlib
 import pkgutil
@@ -16,6 +17,7 @@ from . import ops, parallel
 from .ops.primitive import NAMESPACE, Operator, operators
 from .ops.refuse import Unsupported
 from .ops.tape import Policy, Tape, checkpoint_names
+from .parallel.backends.wire import Traffic, close_count, open_count
 from .transforms import save_declared
 
 
@@ -145,3 +147,36 @@ def raw_calls() -> Iterator[dict[str, int]]:
     for event in profile.key_averages():
         if event.key.startswith(f"{NAMESPACE}::"):
             counts[event.key.removeprefix(f"{NAMESPACE}::")] = event.count
+
+
+@contextmanager
+def wire_bytes() -> Iterator[dict[str, Traffic]]:
+    """Bytes that leave and reach this device for dispatch and combine inside, by the operator that sent them.
+
+    ==================  ==================================================================
+    ``sizes``           dispatch: how many rows will follow
+    ``exchange``        dispatch: rows, weights and expert ids
+    ``send_back``       combine; also dispatch's transpose, if only one cotangent exists
+    ``send``            combine's transpose
+    ``send_both_back``  dispatch's transpose: cotangents of rows and weights
+    ==================  ==================================================================
+
+    Measured from the tensors handed to ``torch.distributed`` and their split sizes. What a device sends
+    itself crosses no wire and counts apart, as ``kept``. With all experts on one device nothing is sent.
+
+    >>> import fmoe
+    >>> from fmoe.ops.axes import Group
+    >>> from fmoe.parallel.collectives import group_alone
+    >>> router = fmoe.RouterConfig(top_k=2, num_groups=1, top_groups=1)
+    >>> x = torch.randn(4, 8)
+    >>> routing = fmoe.route(fmoe.RouterParams(torch.randn(6, 8), torch.zeros(6)), x, router)
+    >>> with wire_bytes() as counts:
+    ...     x_SD, plan = fmoe.parallel.AllToAll(Group(group_alone(), 1, 0)).dispatch(x, routing)
+    >>> counts["exchange"]     # 4 rows of 8 values, 2 weights and 2 ids
+    Traffic(sent=0, received=0, kept=224)
+    """
+    count = open_count()
+    try:
+        yield count
+    finally:
+        close_count(count)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.adamw import adamw as torch_adamw
 
 from .errors import argument_error
-from .tree import check_tensors, dotted_names
+from .tree import check_tensors, dotted_names, local, map_local
 
 
 class AdamWState(NamedTuple):
@@ -96,11 +96,11 @@ def adamw(
         p, m, v = ([take(x) if moved else x for x, moved in zip(xs, moves)] for xs in (old, old_m, old_v))
 
         groups: dict[Any, list[list[torch.Tensor]]] = defaultdict(list)
-        local_g = [_local(leaf).contiguous() for leaf in g]
+        local_g = [local(leaf).contiguous() for leaf in g]
         for moved, *row in zip(moves, p, local_g, m, v):
             if moved:
                 key = row[0].dtype, row[0].device, row[0].ndim >= 2
-                groups[key].append([_local(leaf) for leaf in row])
+                groups[key].append([local(leaf) for leaf in row])
         for (_, device, decayed), rows in groups.items():
             ps, gs, ms, vs = map(list, zip(*rows))
             torch_adamw(
@@ -140,11 +140,12 @@ def global_norm(grads: Any) -> torch.Tensor:
         groups: tuple[Any, ...] = ()
         if isinstance(leaf, DTensor):
             summed = [Replicate() if p.is_partial() else p for p in leaf.placements]
-            leaf = leaf.redistribute(placements=summed)
+            if summed != list(leaf.placements):
+                leaf = leaf.redistribute(placements=summed)
             groups = tuple(
                 leaf.device_mesh.get_group(i) for i, p in enumerate(summed) if not p.is_replicate()
             )
-        squares[groups].append(torch.linalg.vector_norm(_local(leaf).float()).square().to(device))
+        squares[groups].append(torch.linalg.vector_norm(local(leaf).float()).square().to(device))
     total = torch.zeros((), device=device)
     for groups, parts in squares.items():
         part = torch.stack(parts).sum()
@@ -177,7 +178,7 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, torch.Tensor]
         )
     norm = global_norm(grads)
     factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
-    return optree.tree_map(lambda g: g * factor.to(g.device), grads), norm
+    return optree.tree_map(lambda g: map_local(lambda t: t * factor.to(t.device), g), grads), norm
 
 
 def is_trained(name: str) -> bool:
@@ -188,20 +189,16 @@ def is_trained(name: str) -> bool:
 def _zeros(leaf: torch.Tensor, moved: bool) -> torch.Tensor:
     if not moved:
         return torch.empty(0, dtype=leaf.dtype, device=leaf.device)
-    return torch.zeros_like(leaf, memory_format=torch.contiguous_format)
+    return map_local(lambda t: torch.zeros_like(t, memory_format=torch.contiguous_format), leaf)
 
 
 # The fused kernel reads memory front to back whatever the strides, so it gets contiguous tensors only.
 def _copy(leaf: torch.Tensor) -> torch.Tensor:
-    return leaf.clone(memory_format=torch.contiguous_format)
+    return map_local(lambda t: t.clone(memory_format=torch.contiguous_format), leaf)
 
 
 def _reuse(leaf: torch.Tensor) -> torch.Tensor:
-    return leaf.detach() if _local(leaf).is_contiguous() else _copy(leaf)
-
-
-def _local(leaf: torch.Tensor) -> torch.Tensor:
-    return leaf.to_local() if isinstance(leaf, DTensor) else leaf
+    return leaf.detach() if local(leaf).is_contiguous() else _copy(leaf)
 
 
 def _layout(leaf: Any) -> tuple[Any, ...]:

@@ -7,12 +7,13 @@ specs, so the three cannot drift apart.
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar, dataclass_transform
 
 import optree
 import torch
 import torch.utils._pytree as torch_pytree
+from torch.distributed.tensor import DTensor
 
 from .errors import argument_error
 
@@ -104,15 +105,29 @@ class ParamSpec:
     scale: float = 0.02
     dtype: torch.dtype | None = None
 
-    def materialize(self, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
-        out = torch.empty(self.shape, dtype=self.dtype or dtype, device=generator.device)
-        if self.init == "normal":
-            # Drawn in float32, so that one seed means the same parameters in every dtype.
-            draw = torch.empty(self.shape, dtype=torch.float32, device=generator.device)
-            cut = 3 * self.scale
-            torch.nn.init.trunc_normal_(draw, std=self.scale, a=-cut, b=cut, generator=generator)
-            return out.copy_(draw)
-        return out.fill_(1.0 if self.init == "ones" else 0.0)
+    def draw(
+        self, seed: int, name: str, *, dtype: torch.dtype, device: Any, piece: tuple[slice, ...] = ()
+    ) -> torch.Tensor:
+        """The initial value, or a piece of it: the same numbers whichever piece is asked for."""
+        shape = torch.empty(self.shape, device="meta")[piece].shape
+        out = torch.empty(shape, dtype=self.dtype or dtype, device=device)
+        if self.init != "normal" or out.is_meta:
+            return out if out.is_meta else out.fill_(1.0 if self.init == "ones" else 0.0)
+        if len(self.shape) < 3:
+            return out.copy_(self._normal(f"{seed}/{name}", self.shape, device)[piece])
+        # A matrix at a time, as a device holds few of all experts.
+        first, *rest = piece or (slice(None),)
+        for row, i in zip(out, range(self.shape[0])[first]):
+            row.copy_(self._normal(f"{seed}/{name}/{i}", self.shape[1:], device)[tuple(rest)])
+        return out
+
+    def _normal(self, key: str, shape: tuple[int, ...], device: Any) -> torch.Tensor:
+        digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest))
+        # In float32, so that one seed means the same parameters in every dtype.
+        draw = torch.empty(shape, dtype=torch.float32, device=device)
+        cut = 3 * self.scale
+        return torch.nn.init.trunc_normal_(draw, std=self.scale, a=-cut, b=cut, generator=generator)
 
 
 def param(shape: tuple[int, ...], partition: P, **how: Any) -> Any:
@@ -125,28 +140,31 @@ def is_spec(value: Any) -> bool:
 
 
 def init_params(
-    specs: Any, seed: int | torch.Generator, *, dtype: torch.dtype, device: str | torch.device | None = None
+    specs: Any,
+    seed: int | torch.Generator,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device | None = None,
+    pieces: Any = None,
 ) -> Any:
-    """Initial values for a tree of :class:`ParamSpec`.
+    """Initial values for a tree of :class:`ParamSpec`, or pieces of them: a tree of tuples of slices.
 
-    Every leaf draws from a generator of its own, seeded by ``seed`` and the leaf's dotted name, so
-    adding or removing a parameter changes no other. A generator gives one number, the seed; values
-    depend on the device type, as PyTorch's generators do.
+    Every leaf, and every entry of its first dimension if it has three, draws from a generator of its own,
+    seeded by ``seed`` and the leaf's dotted name, so adding or removing a parameter changes no other, and a
+    piece costs no more than it has to. A generator gives one number, the seed; values depend on the device
+    type, as PyTorch's generators do.
     """
     device = torch.get_default_device() if device is None else device
     if isinstance(seed, torch.Generator):
         seed = int(torch.randint(2**62, (), generator=seed, device=seed.device))
-
-    def make(name: str, spec: ParamSpec) -> torch.Tensor:
-        if torch.device(device).type == "meta":
-            return torch.empty(spec.shape, dtype=spec.dtype or dtype, device=device)
-        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
-        generator = torch.Generator(device).manual_seed(int.from_bytes(digest))
-        return spec.materialize(generator, dtype)
-
     leaves, treedef = optree.tree_flatten(specs, is_leaf=is_spec)
+    which = [()] * len(leaves) if pieces is None else treedef.flatten_up_to(pieces)
     names = dotted_names(specs, is_leaf=is_spec)
-    return optree.tree_unflatten(treedef, [make(n, s) for n, s in zip(names, leaves)])
+    values = [
+        leaf.draw(seed, name, dtype=dtype, device=device, piece=piece)
+        for name, leaf, piece in zip(names, leaves, which)
+    ]
+    return optree.tree_unflatten(treedef, values)
 
 
 def partition_specs(specs: Any) -> Any:
@@ -167,6 +185,26 @@ def dotted_names(tree: Any, *, is_leaf: Any = None, none_is_leaf: bool = False) 
     """
     accessors = optree.tree_accessors(tree, is_leaf=is_leaf, none_is_leaf=none_is_leaf)
     return [".".join(str(getattr(e, "field", None) or e.entry) for e in a) for a in accessors]
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This device's piece of a DTensor; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def map_local(fn: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    """``fn``, which treats every element alike, of a tensor, or of every device's piece of a DTensor.
+
+    On a mesh of many axes DTensor itself takes a second for every new operation and shape.
+    """
+    if not isinstance(tensor, DTensor):
+        return fn(tensor)
+    piece = fn(tensor.to_local())
+    whole = torch.empty(tensor.shape, device="meta")
+    stride = whole.stride() if piece.is_contiguous() else tensor.stride()
+    return DTensor.from_local(
+        piece, tensor.device_mesh, tensor.placements, run_check=False, shape=whole.shape, stride=stride
+    )
 
 
 def check_tensors(function: str, argument: str, tree: Any) -> list[torch.Tensor]:

@@ -20,10 +20,10 @@ def sizes_of(axes: str) -> dict[str, int]:
     return {name: int(size) for name, size in (item.split("=") for item in axes.split(","))}
 
 
-def bare_mesh(axes: str) -> DeviceMesh:
+def bare_mesh(axes: str, device: str = "cpu") -> DeviceMesh:
     """A mesh of these axes alone. DTensor takes a second for each new operation on one of four axes."""
     sizes = sizes_of(axes)
-    return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 class Real:

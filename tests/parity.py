@@ -9,7 +9,8 @@ import transformers
 import fmoe
 from fmoe.models import deepseek_v3
 from fmoe.models.config import Yarn
-from fmoe.models.published import export_config, published_leaves
+from fmoe.models.published import export_config
+from fmoe.models.published_tensors import published_leaves
 
 TINY = dataclasses.replace(
     deepseek_v3.preset("debug"),

@@ -23,7 +23,7 @@ from fmoe.models.attention import (
 )
 from fmoe.models.config import Yarn
 from fmoe.models.deepseek_v3 import preset
-from fmoe.models.published import NAMES
+from fmoe.models.published_tensors import NAMES
 from fmoe.ops.attention import causal_attention
 from fmoe.ops.tape import plain_operators
 from fmoe.tree import dotted_names, init_params

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from fmoe import checkpoint
+from fmoe.checkpoint_folder import summed
 from fmoe.checkpoint_reader import IndexUnpickler
 from fmoe.models import deepseek_v3
 from fmoe.optim import adamw
@@ -71,12 +73,16 @@ def test_what_is_not_a_checkpoint_stays(tmp_path: Path) -> None:
 def test_the_description_says_what_is_inside(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, 3, training_state(), run={"model": dataclasses.asdict(CONFIG)})
     description = json.loads((path / "checkpoint.json").read_text())
-    assert (description["format"], description["version"], description["step"]) == ("fmoe", 1, 3)
+    assert (description["format"], description["version"], description["step"]) == ("fmoe", 2, 3)
     assert description["run"]["model"]["router"]["top_k"] == CONFIG.router.top_k
     assert description["leaves"]["params.layers.1.mlp.experts.w_in"] == "bfloat16 [16, 2, 64, 8]"
     assert description["leaves"]["params.layers.1.mlp.router.bias_E"] == "float32 [16]"
     assert description["leaves"]["optimizer.step"] == "float32 []"
-    assert description["files"].keys() == {".metadata", "__0_0.distcp"}
+    assert description["files"] == {
+        name: {"bytes": len(content), "crc32": zlib.crc32(content)}
+        for name in (".metadata", "__0_0.distcp")
+        for content in [(path / name).read_bytes()]
+    }
 
 
 def test_the_newest_is_found_and_the_oldest_go(tmp_path: Path) -> None:
@@ -133,11 +139,15 @@ def test_a_truncated_checkpoint_is_passed_over_and_named(tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
-def test_bytes_that_changed_are_an_error(tmp_path: Path, name: str) -> None:
+def test_one_bit_that_changed_is_an_error(tmp_path: Path, name: str) -> None:
     state = {"w": torch.randn(100)}
     path = checkpoint.save(tmp_path, 1, state)
-    (path / name).write_bytes(bytes((path / name).stat().st_size))
-    with pytest.raises(ValueError, match=r"load: .*, expected readable tensors. It was damaged after it was"):
+    content = bytearray((path / name).read_bytes())
+    bit = int(torch.randint(8 * len(content), ()))
+    content[bit // 8] ^= 1 << bit % 8
+    (path / name).write_bytes(content)
+    expected = rf"load: .*step-00000001: got {re.escape(name)} whose content changed, expected a whole check"
+    with pytest.raises(ValueError, match=expected):
         checkpoint.load(path, state)
 
 
@@ -152,8 +162,8 @@ def test_a_foreign_checkpoint_is_an_error(tmp_path: Path) -> None:
     for text, got in [
         ("[]", "a checkpoint.json that isn't fmoe's"),
         ('{"format": "other"}', "a checkpoint.json that isn't fmoe's"),
-        ('{"format": "fmoe", "version": 2}', "format version 2, where this fmoe reads 1"),
-        ('{"format": "fmoe", "version": 1, "step": 1, "run": {}}', "without ['files', 'leaves']"),
+        ('{"format": "fmoe", "version": 1}', "format version 1, where this fmoe reads 2"),
+        ('{"format": "fmoe", "version": 2, "step": 1, "run": [], "leaves": {}}', "without ['files', 'run']"),
     ]:
         description.write_text(text)
         assert checkpoint.latest(tmp_path) is None
@@ -202,9 +212,11 @@ def test_an_index_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     index = path / ".metadata"
     index.write_bytes(pickle.dumps(Evil()))
     description = json.loads((path / "checkpoint.json").read_text())
-    description["files"][".metadata"] = index.stat().st_size
+    description["files"][".metadata"] = summed(index)
     (path / "checkpoint.json").write_text(json.dumps(description))
-    with pytest.raises(ValueError, match=r"system has no place in the index of a checkpoint.*damaged after"):
+    with pytest.raises(
+        ValueError, match=r"system has no place in the index of a checkpoint, expected readable"
+    ):
         checkpoint.load(path, state)
     assert not Path("evil").exists()
     for module, name in [("torch", "load"), ("torch.serialization", "load"), ("pathlib", "os.system")]:
@@ -216,7 +228,11 @@ def test_an_index_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("killed")
     done = subprocess.run(
-        [sys.executable, str(KILLED_SAVES), str(folder)], capture_output=True, text=True, timeout=300
+        [sys.executable, str(KILLED_SAVES), str(folder)],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},  # a forked process can't use it
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     shutil.rmtree(folder)
     assert done.returncode == 0, done.stderr

@@ -245,7 +245,9 @@ def test_flops_are_those_transformers_does(name):
         model(batch, labels=batch).loss.backward()
     # Its attention computes all keys and masks half of them; a causal one of 2 L - 1 keys does as much.
     length = 2 * batch.shape[1] - 1
-    assert deepseek_v3.flops_per_token(config, length) * batch.numel() == counted.get_total_flops()
+    ours = deepseek_v3.flops_per_token(config, length) * batch.numel()
+    angles = config.qk_rope_head_dim * batch.shape[1]  # some versions multiply positions and frequencies
+    assert counted.get_total_flops() in (ours, ours + angles)
 
 
 @pytest.mark.parametrize(

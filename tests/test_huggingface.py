@@ -3,15 +3,16 @@
 import dataclasses
 import importlib
 import json
+import os
 import re
 import sys
 
 import optree
 import pytest
 import torch
+from helpers import allocated_at_once
 from parity import MODELS, TINY, V2, init, small, their_model, their_tensors, tokens
 from safetensors.torch import load_file, save_file
-from torch.profiler import ProfilerActivity, profile
 
 from fmoe.models.huggingface import INDEX, load, save
 
@@ -91,18 +92,6 @@ def test_shards_are_as_large_as_they_may_be(tmp_path):
     assert len(files) > 10
     for size, following in zip(sizes, held[1:]):
         assert size + next(iter(following.values())).nbytes > 5000 or size > 2500
-
-
-def allocated_at_once(fn):
-    """Bytes of the CPU's memory, mapped files included, beyond those held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-        kept = fn()
-    live = most = 0
-    for event in run.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            most = max(most, live)
-    return most, kept
 
 
 def test_there_is_never_a_second_copy_of_the_model(tmp_path):
@@ -217,6 +206,49 @@ def test_a_missing_shard_is_named(tmp_path):
     gone.unlink()
     with pytest.raises(ValueError, match=f"without {gone.name}, expected"):
         load(tmp_path)
+
+
+def unreadable(damage, tmp_path, file):
+    save(tmp_path, TINY, init(TINY), max_shard_bytes=20000)
+    damage(tmp_path / file)
+    with pytest.raises(ValueError, match=r"expected a file as published\. Download it again") as raised:
+        load(tmp_path)
+    prefix = f"huggingface.load: {tmp_path / file}: got "
+    assert str(raised.value).startswith(prefix)
+    return str(raised.value).removeprefix(prefix)
+
+
+@pytest.mark.parametrize("left", [0.0, 0.001, 0.5, 0.999])
+def test_a_truncated_shard_is_named(tmp_path, left):
+    shard = "model-00002-of-00006.safetensors"
+    text = unreadable(lambda file: os.truncate(file, int(left * file.stat().st_size)), tmp_path, shard)
+    assert "header" in text
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "text"),
+    [
+        (INDEX, "[]", "list, not an object"),
+        (INDEX, "{", "Expecting property name"),
+        (INDEX, "{}", "no weight_map"),
+        (INDEX, '{"weight_map": [1]}', "no weight_map"),
+        (INDEX, '{"weight_map": {"a": 1, "b": "../x"}}', "a weight_map to '../x', 1, not to files beside it"),
+        ("config.json", "3", "int, not an object"),
+        ("config.json", "", "Expecting value"),
+    ],
+)
+def test_odd_json_is_named(tmp_path, file, content, text):
+    assert unreadable(lambda path: path.write_text(content), tmp_path, file).startswith(text)
+
+
+def test_the_index_decides_between_two_files(tmp_path):
+    params = init(TINY)
+    save(tmp_path, TINY, params, max_shard_bytes=20000)
+    index = json.loads((tmp_path / INDEX).read_text())["weight_map"]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        for file in set(index.values()) - {index[name]}:
+            save_file(load_file(tmp_path / file) | {name: torch.zeros(40, 24)}, tmp_path / file)
+    assert identical(load(tmp_path)[1], params)
 
 
 def test_parameters_that_do_not_belong_are_listed(tmp_path):

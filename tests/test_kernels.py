@@ -88,7 +88,7 @@ def test_layout(ids):
 
     ids, num_experts = ids()
     held = torch.where(ids < num_experts, ids, -1)
-    expected = dispatch._layout_kernel(held.cpu(), num_experts, ids.numel())
+    expected = dispatch.layout_kernel(held.cpu(), num_experts, ids.numel())
     for got, want in zip(plan.layout(ids, num_experts, ids.numel()), expected):
         assert got.dtype == want.dtype
         assert torch.equal(got.cpu(), want)
@@ -99,7 +99,7 @@ def layer(request):
     """A plan of few rows, and rows of each kind; the rows nobody holds are NaN."""
     tokens, num_experts, top_k, dim, hidden = 19, 5, 3, 1100, 70  # wider than a block of columns
     ids = random_ids(tokens, num_experts, top_k)
-    slot, row, offsets = (t.to(DEVICE) for t in dispatch._layout_kernel(ids.cpu(), num_experts, ids.numel()))
+    slot, row, offsets = (t.to(DEVICE) for t in dispatch.layout_kernel(ids.cpu(), num_experts, ids.numel()))
     held = int(offsets[-1])
     assert 0 < held < ids.numel()
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 import optree
 import pytest
 import torch
-import torch.testing._internal.distributed.fake_pg  # registers the "fake" process group
 from helpers import (
     CONFIGS,
     ORACLE_TRANSFORMS,
@@ -19,7 +18,6 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed.device_mesh import init_device_mesh
 
 import fmoe
 from fmoe.introspect import kept_bytes, raw_calls
@@ -490,7 +488,7 @@ ERRORS = {
     ),
     "backend": (
         lambda: fmoe.moe_forward(layer_with(), torch.randn(3, 8), backend="nccl"),
-        "moe_forward: backend: got 'nccl', expected one of ('auto', 'local'). Use 'auto'.",
+        "moe_forward: backend: got 'nccl', expected one of ('auto', 'local', 'all_to_all'). Use 'auto'.",
     ),
     "size": (
         lambda: fmoe.moe_init(0, dim=0, hidden_dim=4, num_experts=2),
@@ -509,18 +507,12 @@ def test_bad_input_is_named(call, text):
         call()
 
 
-def test_a_mesh_of_one_device_is_accepted_and_a_larger_one_refused(tmp_path):
+def test_a_mesh_of_one_device_is_the_same_call(device):
     params, x = layer_with(), torch.randn(3, 8)
-    torch.distributed.init_process_group(
-        "fake", store=torch.testing._internal.distributed.fake_pg.FakeStore(), rank=0, world_size=2
-    )
-    try:
-        one = torch.distributed.device_mesh.DeviceMesh("cpu", [0], mesh_dim_names=("ep",))
-        assert torch.equal(fmoe.moe_forward(params, x, one), fmoe.moe_forward(params, x))
-        two = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
-        with pytest.raises(
-            ValueError, match="moe_forward: mesh: got a mesh of 2 devices, expected None or a"
-        ):
-            fmoe.moe_forward(params, x, two)
-    finally:
-        torch.distributed.destroy_process_group()
+    mesh = fmoe.make_mesh("ep=1", device_type=device)
+    expected = fmoe.moe_forward(params, x)
+    assert torch.equal(fmoe.moe_forward(params, x, mesh), expected)
+    for backend in ("local", "all_to_all"):
+        assert torch.equal(fmoe.moe_forward(params, x, mesh, backend=backend), expected)
+    spread = fmoe.shard_params(params, mesh)
+    assert torch.equal(fmoe.moe_forward(spread, x, mesh), expected)

@@ -1,4 +1,6 @@
-"""Processes that live as long as the test session and run a function on every rank of a gloo world.
+"""Processes that live as long as the test session and run a function on every rank of a world.
+
+It has gloo for the CPU and, where there is a GPU, NCCL with all ranks on that one.
 
 Starting a process takes seconds, so one pool serves all tests. A world of ``n`` ranks is its first ``n``
 processes; it is set up again only when ``n`` changes. Nothing can hang: what isn't done in time is killed,
@@ -52,6 +54,8 @@ class Pool:
 
     def run(self, size: int, function: Callable[..., Any], *args: Any, timeout: float = 90.0) -> list[Any]:
         """What ``function(*args)`` returns on each of ``size`` ranks, all with the same fresh seed."""
+        if self.size not in (0, size) and torch.cuda.is_available():
+            self.stop(patience=0)  # NCCL hangs in a process that was alone before
         if not self.processes:
             self.start()
         if size != self.size:
@@ -91,6 +95,12 @@ class RankError(Exception):
 def _serve(rank: int, pipe: Connection, port: int) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    backend = "gloo"
+    if torch.cuda.is_available():
+        # NCCL refuses two ranks on one GPU unless they seem to be on two hosts that only sockets connect.
+        os.environ |= {"NCCL_HOSTID": f"rank {rank}", "NCCL_SOCKET_IFNAME": "lo"}
+        os.environ |= dict.fromkeys(("NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE"), "1")
+        backend = "cpu:gloo,cuda:nccl"
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     world = 0
     while True:
@@ -105,9 +115,10 @@ def _serve(rank: int, pipe: Connection, port: int) -> None:
                     dist.destroy_process_group()
                 prefixed = dist.PrefixStore(f"world {wanted}", store)
                 dist.init_process_group(
-                    "gloo", store=prefixed, rank=rank, world_size=size, timeout=timedelta(seconds=30)
+                    backend, store=prefixed, rank=rank, world_size=size, timeout=timedelta(seconds=30)
                 )
                 world = wanted
+            torch.set_default_device(None)
             torch.manual_seed(seed)
             answer = True, function(*args)
         except BaseException:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from ..ops.attention import causal_attention
+from ..ops.axes import present
+from ..parallel.collectives import psum
 from ..tree import P, param
 from .config import DeepSeekV3Config
 
@@ -77,7 +79,7 @@ def attention_specs(config: DeepSeekV3Config) -> AttentionParams:
 def attention_forward(
     params: AttentionParams, x: torch.Tensor, rope: Rope, config: DeepSeekV3Config
 ) -> torch.Tensor:
-    """Causal multi-head latent attention.
+    """Causal multi-head latent attention, of heads that may be cut along ``tp``.
 
     ==========  ===========  ================================================================
     params                   :class:`AttentionParams`
@@ -88,22 +90,22 @@ def attention_forward(
 
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1, with rotary pairs interleaved as published.
     """
-    c, eps = config, LATENT_NORM_EPS
+    c, eps, head = config, LATENT_NORM_EPS, config.qk_nope_head_dim + config.qk_rope_head_dim
     if isinstance(params.query, LowRankQuery):
         down, norm, up = params.query
         q = F.linear(rms_norm(F.linear(x, down), norm, eps), up)
     else:
         q = F.linear(x, params.query)
-    q = q.unflatten(-1, (c.num_heads, -1))  # (B, L, H, N + R)
+    q = q.unflatten(-1, (-1, head))  # (B, L, H, N + R), of the heads held here
     q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
     latent, k_rope = F.linear(x, params.kv_down).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
     kv = F.linear(rms_norm(latent, params.kv_norm, eps), params.kv_up)
-    kv = kv.unflatten(-1, (c.num_heads, -1))
+    kv = kv.unflatten(-1, (q.shape[2], -1))
     k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
-    k_rope = rotate(k_rope.unsqueeze(2), rope).expand(-1, -1, c.num_heads, -1)
+    k_rope = rotate(k_rope.unsqueeze(2), rope).expand(-1, -1, q.shape[2], -1)
     q, k = torch.cat([q_nope, rotate(q_rope, rope)], -1), torch.cat([k_nope, k_rope], -1)
     y = causal_attention(q, k, v, softmax_scale(c))
-    return F.linear(y.flatten(2), params.out)
+    return psum(F.linear(y.flatten(2), params.out), present("tp"))
 
 
 def softmax_scale(config: DeepSeekV3Config) -> float:

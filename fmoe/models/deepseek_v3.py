@@ -1,74 +1,42 @@
-"""DeepSeek-V3: latent attention, dense first layers, mixture-of-experts layers with shared experts."""
+"""DeepSeek-V3: latent attention, dense first layers, mixture-of-experts layers with shared experts.
 
-import dataclasses
+On a mesh the whole model is one function inside :func:`fmoe.shard_map`: tokens lie along ``dp`` and ``ep``,
+experts along ``ep``, heads, hidden dimensions and the vocabulary along ``tp``, and every other matrix is cut
+along ``dp`` and ``ep`` and gathered in the layer that uses it.
+"""
+
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import optree
 import torch
-import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
-from ..ops.balance import MoEStats, update_expert_bias
+from ..ops.axes import axis_names, present
+from ..ops.balance import MoEStats, moe_stats, update_expert_bias
 from ..ops.experts import ExpertParams
-from ..tree import P, init_params, is_spec, param
-from ..tree import num_params as num_numbers
-from .attention import (
-    FSDP,
-    AttentionParams,
-    Rope,
-    attention_forward,
-    attention_specs,
-    rms_norm,
-    rope_table,
-)
+from ..parallel.backends import choose
+from ..parallel.boundary import is_dtensor
+from ..parallel.collectives import psum
+from ..parallel.placement import Moves, computing, init_on, moved, moves, token_axes, where_placed
+from ..parallel.shard_map import shard_map
+from ..parallel.spec import named_axes
+from ..tree import P, partition_specs
+from .attention import Rope, attention_forward, rms_norm, rope_table
+from .checks import check_token_spec
 from .config import DeepSeekV3Config as DeepSeekV3Config  # re-exported
 from .config import preset as preset
-from .moe import MoEParams, mlp_forward, mlp_specs, moe_forward, moe_specs
+from .counts import flops_per_token as flops_per_token
+from .counts import num_params as num_params
+from .moe import MoEParams, mlp_forward, moe_layer
+from .params import LayerParams as LayerParams
+from .params import ModelParams as ModelParams
+from .params import specs as specs
+from .vocabulary import embed, summed_cross_entropy
 
-
-class LayerParams(NamedTuple):
-    """One layer; ``mlp`` is :class:`ExpertParams` in a dense layer and :class:`MoEParams` otherwise."""
-
-    attention_norm: torch.Tensor
-    attention: AttentionParams
-    mlp_norm: torch.Tensor
-    mlp: ExpertParams | MoEParams
-
-
-class ModelParams(NamedTuple):
-    """``embedding`` (vocab, D), ``layers``, ``norm`` (D,), ``head`` (vocab, D) or ``()`` if tied."""
-
-    embedding: torch.Tensor
-    layers: tuple[LayerParams, ...]
-    norm: torch.Tensor
-    head: torch.Tensor | tuple[()]
-
-
-def specs(config: DeepSeekV3Config) -> ModelParams:
-    """Shapes, initial values and placement of every parameter: a tree of ``ParamSpec``."""
-    c = config
-
-    def norm() -> Any:
-        return param((c.dim,), P(None), init="ones")
-
-    def mlp(layer: int) -> Any:
-        if layer < c.num_dense_layers:
-            return mlp_specs(c.dim, c.hidden_dim, FSDP)
-        return moe_specs(
-            dim=c.dim,
-            hidden_dim=c.moe_hidden_dim,
-            num_experts=c.num_experts,
-            num_shared_experts=c.num_shared_experts,
-        )
-
-    tree = ModelParams(
-        param((c.vocab_size, c.dim), P("tp", FSDP)),
-        tuple(LayerParams(norm(), attention_specs(c), norm(), mlp(i)) for i in range(c.num_layers)),
-        norm(),
-        () if c.tied_head else param((c.vocab_size, c.dim), P("tp", FSDP)),
-    )
-    return optree.tree_map(lambda s: dataclasses.replace(s, scale=c.init_std), tree, is_leaf=is_spec)
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+Stats = tuple[MoEStats, ...]
 
 
 def init(
@@ -77,31 +45,41 @@ def init(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> ModelParams:
     """Random parameters: normal of deviation ``config.init_std``, norms one, biases zero.
+
+    With a mesh they are DTensors placed by :func:`specs`, and every device draws only its own pieces; the
+    numbers are the same on every mesh.
 
     >>> params = init(preset("debug"), 0)
     >>> len(params.layers), params.embedding.shape
     (4, torch.Size([256, 128]))
     """
-    return init_params(specs(config), seed, dtype=dtype, device=device)
+    return init_on(mesh, specs(config), seed, dtype=dtype, device=device)
 
 
 def forward(
     params: ModelParams,
     tokens: torch.Tensor,
     config: DeepSeekV3Config,
+    mesh: DeviceMesh | None = None,
     *,
-    per_layer: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda layer: layer,
-) -> tuple[torch.Tensor, tuple[MoEStats, ...]]:
+    backend: str = "auto",
+    per_layer: Wrap = lambda layer: layer,
+) -> tuple[torch.Tensor, Stats]:
     """Logits of every position's next token, and the statistics of every MoE layer.
 
     ==========  ==============  =============================================================
     params                      from :func:`init`
     tokens      (B, L)          int64, below ``config.vocab_size``
+    mesh                        ``None``: this device alone; else as for :func:`fmoe.moe_forward`, with plain
+                                tokens (this device's own sequences) or a DTensor of them
+    backend                     what carries tokens to experts, as for :func:`fmoe.moe_forward`
     per_layer                   wraps the function of one layer: ``fmoe.remat``, ``torch.compile``
-    -> logits   (B, L, vocab)   dtype of the parameters
-    -> stats                    one :class:`MoEStats` for each MoE layer
+    -> logits   (B, L, vocab)   dtype of the parameters; for plain tokens this device's part, with
+                                ``tp`` also of the vocabulary
+    -> stats                    one :class:`MoEStats` for each MoE layer, over all tokens
     ==========  ==============  =============================================================
 
     Raises ``ValueError`` for tokens of a wrong dtype or shape.
@@ -114,29 +92,16 @@ def forward(
     (torch.Size([2, 16, 256]), 3)
     """
     check_tokens("forward", "tokens", tokens, config)
-    rope = rope_table(config, tokens.shape[1], tokens.device)
-    x = F.embedding(tokens, params.embedding)
-    # One function for all layers, so that what wraps it (a compiler, say) sees it as one.
-    layer = per_layer(_layer)
-    stats: list[MoEStats] = []
-    for layer_params in params.layers:
-        x, found = layer(layer_params, x, rope, config)
-        stats += found
-    x = rms_norm(x, params.norm, config.norm_eps)
-    head = params.head if isinstance(params.head, torch.Tensor) else params.embedding
-    return F.linear(x, head), tuple(stats)
 
+    def run(how: ModelParams, along: tuple[str, ...], params: ModelParams, tokens: torch.Tensor) -> Any:
+        x, stats = _hidden(params, tokens, config, how, along, per_layer)
+        return x @ _head(params, how).mT, stats
 
-def _layer(
-    params: LayerParams, x: torch.Tensor, rope: Rope, config: DeepSeekV3Config
-) -> tuple[torch.Tensor, tuple[MoEStats, ...]]:
-    eps = config.norm_eps
-    x = x + attention_forward(params.attention, rms_norm(x, params.attention_norm, eps), rope, config)
-    normed = rms_norm(x, params.mlp_norm, eps)
-    if isinstance(params.mlp, ExpertParams):
-        return x + mlp_forward(params.mlp, normed), ()
-    y, stats = moe_forward(params.mlp, normed, router=config.router, return_stats=True)
-    return x + y, (stats,)
+    def out_specs(where: P) -> Any:
+        rows, length = (*where, None, None)[:2]
+        return P(rows, length, "tp" if mesh is not None and "tp" in axis_names(mesh) else None), P()
+
+    return _on_mesh(run, params, (tokens,), config, mesh, backend, out_specs)
 
 
 def loss(
@@ -144,11 +109,15 @@ def loss(
     tokens: torch.Tensor,
     targets: torch.Tensor,
     config: DeepSeekV3Config,
-    **options: Any,
-) -> tuple[torch.Tensor, tuple[MoEStats, ...]]:
+    mesh: DeviceMesh | None = None,
+    *,
+    backend: str = "auto",
+    per_layer: Wrap = lambda layer: layer,
+) -> tuple[torch.Tensor, Stats]:
     """Mean cross entropy in nats, float32 or wider, and the statistics of every MoE layer.
 
-    ``tokens`` and ``targets`` are int64 (B, L); ``options`` are those of :func:`forward`. A training loop
+    ``tokens`` and ``targets`` are int64 (B, L); the rest is as for :func:`forward`. On a mesh the mean is
+    over all devices' tokens, the same number on each; logits are never gathered. A training loop
     differentiates it with ``fmoe.value_and_grad(loss, has_aux=True)``.
 
     >>> config = preset("debug")
@@ -157,10 +126,101 @@ def loss(
     >>> abs(value.item() - 5.5) < 0.5      # near log(256) before any training
     True
     """
+    check_tokens("loss", "tokens", tokens, config)
     check_tokens("loss", "targets", targets, config)
-    logits, stats = forward(params, tokens, config, **options)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide.flatten(0, 1), targets.flatten()), stats
+
+    def run(how: ModelParams, along: tuple[str, ...], params: ModelParams, *batch: torch.Tensor) -> Any:
+        tokens, targets = batch
+        x, stats = _hidden(params, tokens, config, how, along, per_layer)
+        total, count = summed_cross_entropy(x @ _head(params, how).mT, targets)
+        total, count = psum(torch.stack([total, count.to(total.dtype)]), along).unbind()
+        return total / count, stats
+
+    return _on_mesh(run, params, (tokens, targets), config, mesh, backend, lambda where: (P(), P()))
+
+
+def _on_mesh(
+    run: Callable[..., Any],
+    params: ModelParams,
+    inputs: tuple[torch.Tensor, ...],
+    config: DeepSeekV3Config,
+    mesh: DeviceMesh | None,
+    backend: str,
+    out_specs: Callable[[P], Any],
+) -> Any:
+    """``run(how, along, params, *inputs)``: ``how`` params move, and ``along`` which axes tokens lie."""
+    if mesh is None:
+        choose(backend, None)
+        how = ModelParams._make([(), [()] * len(params.layers), (), ()])
+        return run(how, (), params, *inputs)
+    wanted = optree.tree_map(computing, partition_specs(specs(config)))
+    of_tokens = [P(token_axes(mesh))] * len(inputs)
+    have, *where = where_placed((params, *inputs), (wanted, *of_tokens), mesh)
+    for name, value, spec in zip(("tokens", "targets"), inputs, where):
+        check_token_spec("forward", name, value, spec)
+    along = tuple(axis for axis in axis_names(mesh) if axis in named_axes(where[0]))
+    how = _moves(params, have, wanted, mesh)
+    return shard_map(
+        lambda *args: run(how, along, *args),
+        mesh,
+        in_specs=(have, *where),
+        out_specs=out_specs(where[0]),
+        backends=choose(backend, mesh),
+        local_results=not is_dtensor(inputs[0]),
+    )(params, *inputs)
+
+
+def _moves(params: ModelParams, have: ModelParams, wanted: ModelParams, mesh: DeviceMesh) -> ModelParams:
+    """How the parameters move: those of a layer in the layer, where they are used."""
+
+    def of(name: str) -> Moves:
+        return moves(getattr(params, name), getattr(have, name), getattr(wanted, name), mesh)
+
+    layers = [moves(p, h, w, mesh) for p, h, w in zip(params.layers, have.layers, wanted.layers)]
+    return ModelParams._make([of("embedding"), layers, of("norm"), of("head")])
+
+
+def _hidden(
+    params: ModelParams,
+    tokens: torch.Tensor,
+    config: DeepSeekV3Config,
+    how: Any,
+    along: tuple[str, ...],
+    per_layer: Wrap,
+) -> tuple[torch.Tensor, Stats]:
+    """The last layer's output, normalised: (B, L, D)."""
+    rope = rope_table(config, tokens.shape[1], tokens.device)
+    x = embed(tokens, moved(params.embedding, how.embedding))
+    # One function for all layers, so that what wraps it (a compiler, say) sees it as one.
+    layer = per_layer(_layer)
+    stats: list[MoEStats] = []
+    for layer_params, moves_of_layer in zip(params.layers, how.layers):
+        x, found = layer(layer_params, x, rope, config, moves_of_layer, along)
+        stats += found
+    return rms_norm(x, moved(params.norm, how.norm), config.norm_eps), tuple(stats)
+
+
+def _head(params: ModelParams, how: Any) -> torch.Tensor:
+    if isinstance(params.head, torch.Tensor):
+        return moved(params.head, how.head)
+    return moved(params.embedding, how.embedding)
+
+
+def _layer(
+    params: LayerParams,
+    x: torch.Tensor,
+    rope: Rope,
+    config: DeepSeekV3Config,
+    how: Moves = (),
+    along: tuple[str, ...] = (),
+) -> tuple[torch.Tensor, Stats]:
+    params, eps = moved(params, how), config.norm_eps
+    x = x + attention_forward(params.attention, rms_norm(x, params.attention_norm, eps), rope, config)
+    normed = rms_norm(x, params.mlp_norm, eps)
+    if isinstance(params.mlp, ExpertParams):
+        return x + psum(mlp_forward(params.mlp, normed), present("tp")), ()
+    y, routing = moe_layer(params.mlp, normed, config.router)
+    return x + y, (moe_stats(routing, lambda t: psum(t, along)),)
 
 
 def update_biases(params: ModelParams, stats: tuple[MoEStats, ...], rate: float) -> ModelParams:
@@ -173,46 +233,6 @@ def update_biases(params: ModelParams, stats: tuple[MoEStats, ...], rate: float)
         for layer in params.layers
     )
     return params._replace(layers=layers)
-
-
-def num_params(config: DeepSeekV3Config) -> tuple[int, int]:
-    """Parameters in all, and those active for one token; allocates nothing.
-
-    Active are, of the routed experts, ``top_k``, and everything else but an embedding that is only looked up:
-    with this count DeepSeek-V3 has its published 37 billion.
-
-    >>> num_params(preset("debug"))
-    (1695152, 777648)
-    """
-    tree = specs(config)
-    return num_numbers(tree), _num_active(tree, config)
-
-
-def flops_per_token(config: DeepSeekV3Config, seq_len: int) -> float:
-    """Floating-point operations of training on one token, forward and backward, without recomputation.
-
-    ``3 * (2 * matmul weights active for a token + layers * heads * (N + R + V) * (seq_len + 1))``
-
-    Going forward a weight of a matrix product costs a multiplication and an addition, going backward twice
-    that; the weights are those :func:`num_params` calls active, without norms and selection biases. A causal
-    token attends to ``(seq_len + 1) / 2`` keys on average, in every head through one product of N + R
-    dimensions for the scores and one of V for the values.
-
-    Source: PaLM, arXiv 2204.02311, appendix B, with exact causal attention.
-
-    >>> f"{flops_per_token(preset('debug'), 1024):.3g}"
-    '7.81e+06'
-    """
-    c = config
-    matrices = optree.tree_map(lambda s: () if len(s.shape) == 1 else s, specs(c), is_leaf=is_spec)
-    attention = c.num_layers * c.num_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
-    return 3.0 * (2 * _num_active(matrices, c) + attention * (seq_len + 1))
-
-
-def _num_active(tree: ModelParams, config: DeepSeekV3Config) -> int:
-    experts = sum(num_numbers(layer.mlp.experts) for layer in tree.layers if isinstance(layer.mlp, MoEParams))
-    resting = experts - experts // config.num_experts * config.router.top_k
-    return num_numbers(tree) - resting - (0 if config.tied_head else num_numbers(tree.embedding))
 
 
 def check_tokens(function: str, argument: str, tokens: torch.Tensor, config: DeepSeekV3Config) -> None:

@@ -3,23 +3,31 @@
 Nothing is unpickled, and no second copy of the model is made: tensors go one by one.
 """
 
+import functools
 import json
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import optree
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from ..errors import argument_error
+from ..parallel.placement import held_pieces
+from ..parallel.spec import as_dtensor, size_problems, spec_of
+from ..parallel.together import this_rank, together
 from ..tree import check_tensors, dotted_names, is_spec
 from .config import DeepSeekV3Config
-from .deepseek_v3 import ModelParams, specs
-from .published import Leaf, export_config, import_config, published_leaves
+from .params import ModelParams, specs
+from .published import export_config, import_config
+from .published_tensors import Leaf, Part, blocks_of, gathered, published_leaves, read_leaf, scale_name
 
 try:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 except ImportError as error:
     raise ImportError("fmoe.models.huggingface needs safetensors: pip install 'fmoe[huggingface]'") from error
@@ -28,7 +36,11 @@ INDEX = "model.safetensors.index.json"
 
 
 def load(
-    path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> tuple[DeepSeekV3Config, ModelParams]:
     """A model from a directory as published: ``config.json`` and safetensors.
 
@@ -36,17 +48,21 @@ def load(
     path        of a ``DeepseekV3ForCausalLM`` or ``DeepseekV2ForCausalLM``, its weights in one
                 file or in shards, its experts apart (as published) or fused
     dtype       of the parameters but the selection biases; ``None``: that of the embedding
-    device      ``None``: PyTorch's default device
+    device      ``None``: the mesh's, or PyTorch's default device
+    mesh        place them on it by :func:`fmoe.models.params.specs`, as DTensors
     -> config   what ``config.json`` describes
     -> params   for :func:`fmoe.models.deepseek_v3.forward`
     ==========  ===============================================================================
 
     Weights in float8 with ``weight_scale_inv`` are multiplied out, block by block. The layers that predict
     further tokens (``num_nextn_predict_layers``) and stored rotary frequencies are passed over. Files are
-    mapped, and each tensor is copied from there into the parameter it is a part of.
+    mapped, and each tensor is copied from there into the parameter it is a part of. On a mesh every rank
+    reads only what it holds, and nothing is sent; where it holds a part of every row, the system, which reads
+    pages, may read more.
 
-    Raises ``ValueError`` for a directory without its files or with pickled ones only, for a configuration
-    fmoe can't honour, and for tensors that are missing, unexpected or of a wrong shape, all of them by name.
+    Raises ``ValueError`` for a directory without its files, with unreadable or pickled ones, for a
+    configuration fmoe can't honour, for tensors that are missing, unexpected or of a wrong shape, all of them
+    by name, and for parameters that don't divide by the mesh.
 
     >>> import tempfile
     >>> from fmoe.models import deepseek_v3
@@ -60,37 +76,22 @@ def load(
     path = Path(path)
     with ExitStack() as stack:
         files = _open(path, stack)
-        raw = json.loads((path / "config.json").read_text())
+        raw = _json(path / "config.json")
         config = import_config(raw)
+        tree = specs(config)
         leaves = published_leaves(config, fused=any(name.endswith("gate_up_proj") for name in files))
         block = (raw.get("quantization_config") or {}).get("weight_block_size", [128, 128])
         _check(path, files, leaves, raw, block)
-        dtype = dtype or files["model.embed_tokens.weight"].get_tensor("model.embed_tokens.weight").dtype
-        values = [read_leaf(files, leaf, dtype=dtype, device=device, block=block) for leaf in leaves]
-    return config, optree.tree_unflatten(optree.tree_structure(specs(config), is_leaf=is_spec), values)
-
-
-def read_leaf(
-    files: dict[str, Any],
-    leaf: Leaf,
-    *,
-    dtype: torch.dtype,
-    device: str | torch.device | None = None,
-    block: Sequence[int] = (128, 128),
-) -> torch.Tensor:
-    """One parameter, from open files by tensor name; ``block`` is what shares a scale in float8."""
-    make = torch.empty if leaf.parts else torch.zeros
-    value = make(leaf.spec.shape, dtype=leaf.spec.dtype or dtype, device=device)
-    for part in leaf.parts:
-        tensor = files[part.name].get_tensor(part.name)
-        scale_name = part.name + "_scale_inv"
-        if scale_name in files:
-            scale = files[scale_name].get_tensor(scale_name)
-            for dim, size in enumerate(block):
-                scale = scale.repeat_interleave(size, dim).narrow(dim, 0, tensor.shape[dim])
-            tensor = tensor.float() * scale
-        value[part.at].view(part.shape).copy_(tensor)
-    return value
+        embedding = "model.embed_tokens.weight"
+        dtype = dtype or files[embedding].get_slice(embedding)[:0].dtype
+        device = mesh.device_type if device is None and mesh is not None else device
+        read = functools.partial(read_leaf, files, dtype=dtype, device=device, block=block)
+        if mesh is None:
+            values = [read(leaf) for leaf in leaves]
+        else:
+            held = zip(leaves, *held_pieces("huggingface.load", tree, mesh))
+            values = [as_dtensor(read(leaf, piece=piece), mesh, spec) for leaf, spec, piece in held]
+    return config, optree.tree_unflatten(optree.tree_structure(tree, is_leaf=is_spec), values)
 
 
 def save(
@@ -105,15 +106,47 @@ def save(
     ================  =========================================================================
 
     transformers and :func:`load` read it. The tokenizer and generation settings are not part of a model here:
-    copy their files beside it.
+    copy their files beside it. If params are DTensors every rank calls this: one published tensor is gathered
+    after the other, and the first rank writes the same files that one process would. What is raised on one
+    rank is then raised on all.
 
     Raises ``ValueError`` for parameters that don't belong to ``config``, all of them by name, and for
     configurations that transformers can't express.
     """
     path = Path(path)
-    raw = export_config(config)
-    leaves = published_leaves(config)
-    tensors = _checked(leaves, params)
+    shared = any(isinstance(leaf, DTensor) for leaf in optree.tree_leaves(params))
+    step: Callable[[], AbstractContextManager[None]] = together if shared else nullcontext
+    writes = not shared or this_rank() == 0
+    with step():
+        raw = export_config(config)
+        leaves = published_leaves(config)
+        tensors = _checked(leaves, params)
+        if writes:
+            _make(path)
+    shards = _shards(leaves, tensors, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        host: dict[str, torch.Tensor] = {}
+        for value, part in shard:
+            tensor = gathered(value, part.at)
+            if writes:
+                # Copies only what isn't in the host's memory in one piece, and a shard of it at a time.
+                host[part.name] = tensor.cpu().contiguous()
+            weight_map[part.name] = file
+        with step():
+            if writes:
+                save_file(host, path / file, metadata={"format": "pt"})
+    total = sum(_nbytes(*held) for shard in shards for held in shard)
+    raw["torch_dtype"] = str(params.embedding.dtype).removeprefix("torch.")
+    with step():
+        if writes:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            (path / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def _make(path: Path) -> None:
     if any(path.glob("*.safetensors")):
         raise argument_error(
             "huggingface.save",
@@ -122,42 +155,33 @@ def save(
             expected="a directory without",
             remedy="Choose another directory, or clear this one.",
         )
-    shards = _shards(leaves, tensors, max_shard_bytes)
     path.mkdir(parents=True, exist_ok=True)
-    files: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # Copies only what isn't in the host's memory in one piece, and a shard of it at a time.
-        host = {name: tensor.cpu().contiguous() for name, tensor in shard.items()}
-        save_file(host, path / file, metadata={"format": "pt"})
-        files |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    index = {"metadata": {"total_size": total}, "weight_map": files}
-    (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    raw["torch_dtype"] = str(params.embedding.dtype).removeprefix("torch.")
-    (path / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
 
-def _shards(leaves: list[Leaf], tensors: list[torch.Tensor], max_bytes: int) -> list[dict[str, torch.Tensor]]:
-    """Views of the published tensors, file by file."""
-    shards: list[dict[str, torch.Tensor]] = [{}]
+def _shards(
+    leaves: list[Leaf], tensors: list[torch.Tensor], max_bytes: int
+) -> list[list[tuple[torch.Tensor, Part]]]:
+    """Which part of which parameter the published tensors are, file by file."""
+    shards: list[list[tuple[torch.Tensor, Part]]] = [[]]
     size = 0
     for leaf, value in zip(leaves, tensors):
         for part in leaf.parts:
-            tensor = value[part.at]
-            if shards[-1] and size + tensor.nbytes > max_bytes:
-                shards.append({})
+            if shards[-1] and size + _nbytes(value, part) > max_bytes:
+                shards.append([])
                 size = 0
-            shards[-1][part.name] = tensor
-            size += tensor.nbytes
+            shards[-1].append((value, part))
+            size += _nbytes(value, part)
     return shards
+
+
+def _nbytes(value: torch.Tensor, part: Part) -> int:
+    return prod(part.shape) * value.element_size()
 
 
 def _open(path: Path, stack: ExitStack) -> dict[str, Any]:
     """The open file of every tensor in a directory."""
-    files = ["model.safetensors"]
-    if (path / INDEX).exists():
-        files = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
+    indexed = _indexed(path / INDEX) if (path / INDEX).exists() else {}
+    files = sorted(set(indexed.values())) or ["model.safetensors"]
     if missing := [name for name in ["config.json", *files] if not (path / name).exists()]:
         pickled = sorted(file.name for file in path.glob("*.bin"))
         raise argument_error(
@@ -170,8 +194,45 @@ def _open(path: Path, stack: ExitStack) -> dict[str, Any]:
             if pickled
             else "Complete the download.",
         )
-    opened = [stack.enter_context(safe_open(path / name, framework="pt")) for name in files]
-    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118  (not a dict)
+    found: dict[str, Any] = {}
+    for name in files:
+        try:
+            file = stack.enter_context(safe_open(path / name, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(path / name, str(error)) from error
+        held = file.keys()
+        found |= {tensor: file for tensor in held if tensor not in found or indexed.get(tensor) == name}
+    return found
+
+
+def _indexed(path: Path) -> dict[str, str]:
+    """The name of the file of every tensor, beside this index of them."""
+    files = _json(path).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise _unreadable(path, "no weight_map")
+    if odd := [repr(name) for name in files.values() if not isinstance(name, str) or Path(name).name != name]:
+        raise _unreadable(path, f"a weight_map to {', '.join(sorted(set(odd)))}, not to files beside it")
+    return files
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, str(error)) from error
+    if not isinstance(content, dict):
+        raise _unreadable(path, f"{type(content).__name__}, not an object")
+    return content
+
+
+def _unreadable(path: Path, problem: str) -> ValueError:
+    return argument_error(
+        "huggingface.load",
+        str(path),
+        got=problem,
+        expected="a file as published",
+        remedy="Download it again.",
+    )
 
 
 def _check(
@@ -181,8 +242,9 @@ def _check(
     expected = {part.name: part.shape for leaf in leaves for part in leaf.parts}
     found = {name: file.get_slice(name) for name, file in files.items()}
     for name, shape in list(expected.items()):
-        if name + "_scale_inv" in found or (name in found and found[name].get_dtype().startswith("F8")):
-            expected[name + "_scale_inv"] = tuple(-(-size // n) for size, n in zip(shape, block))
+        if scale_name(name) in found or (name in found and found[name].get_dtype().startswith("F8")):
+            sizes = zip(shape, blocks_of(len(shape), block))
+            expected[scale_name(name)] = tuple(-(-size // n) for size, n in sizes)
     first = raw["num_hidden_layers"]
     further = range(first, first + (raw.get("num_nextn_predict_layers") or 0))
     passed_over = tuple(f"model.layers.{layer}." for layer in further)
@@ -222,7 +284,9 @@ def _checked(leaves: list[Leaf], params: ModelParams) -> list[torch.Tensor]:
             wrong.append(f"{name} missing")
         elif (tuple(value.shape), value.dtype) != wanted:
             wrong.append(f"{name} {tuple(value.shape)} {value.dtype}, not {wanted[0]} {wanted[1]}")
-        elif not parts and value.any():
+        elif isinstance(value, DTensor) and (odd := size_problems(spec_of(value), value, value.device_mesh)):
+            wrong += [f"{name}, whose {problem}" for problem in odd]
+        elif not parts and (value.to_local() if isinstance(value, DTensor) else value).any():
             wrong.append(f"{name} not zero, which DeepSeek-V2 can't express")
     if wrong:
         raise argument_error(

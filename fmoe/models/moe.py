@@ -7,14 +7,20 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
+from ..ops.axes import axis_names, present
 from ..ops.balance import MoEStats, moe_stats
 from ..ops.combine import combine
 from ..ops.dispatch import dispatch
 from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
-from ..ops.route import RouterConfig, RouterParams, route
-from ..tree import P, check_tensors, dotted_names, init_params, param
-
-BACKENDS = ("auto", "local")
+from ..ops.route import RouterConfig, RouterParams, Routing, route
+from ..parallel.backends import choose
+from ..parallel.boundary import is_dtensor
+from ..parallel.collectives import psum
+from ..parallel.placement import init_on, moved, moves, token_axes, where_placed
+from ..parallel.shard_map import shard_map
+from ..parallel.spec import distribute, named_axes
+from ..tree import P, param
+from .checks import check_layer, check_token_spec
 
 
 class MoEParams(NamedTuple):
@@ -39,6 +45,16 @@ def moe_specs(*, dim: int, hidden_dim: int, num_experts: int, num_shared_experts
         ),
         mlp_specs(dim, num_shared_experts * hidden_dim, fsdp) if num_shared_experts else (),
     )
+
+
+# Where a layer computes: each device along ep holds whole experts, each along tp a slice of every F.
+_COMPUTING = MoEParams._make(
+    [
+        RouterParams._make([P(), P()]),
+        ExpertParams._make([P("ep", None, "tp")] * 2),
+        ExpertParams._make([P(None, "tp")] * 2),
+    ]
+)
 
 
 def mlp_specs(dim: int, hidden_dim: int, fsdp: tuple[str, ...]) -> ExpertParams:
@@ -67,7 +83,8 @@ def moe_init(
     num_experts         E
     num_shared_experts  experts every token goes through, as one SwiGLU of this many times F
     dtype               of all leaves but ``router.bias_E``, which is float32
-    device              ``None``: PyTorch's default device
+    device              ``None``: the mesh's, or PyTorch's default device
+    mesh                place them on it, as :func:`shard_params` would; every device draws only its own
     -> MoEParams        weights drawn from a normal of deviation 0.02, biases zero
     ==================  ===============================================================
 
@@ -95,11 +112,10 @@ def moe_init(
         raise argument_error(
             "moe_init", "dtype", got=dtype, expected="a floating dtype", remedy="Use torch.bfloat16, say."
         )
-    check_mesh("moe_init", mesh)
     specs = moe_specs(
         dim=dim, hidden_dim=hidden_dim, num_experts=num_experts, num_shared_experts=num_shared_experts
     )
-    return init_params(specs, seed_or_generator, dtype=dtype, device=device)
+    return init_on(mesh, specs, seed_or_generator, dtype=dtype, device=device)
 
 
 @overload
@@ -140,13 +156,20 @@ def moe_forward(
     ============  ===========  ===============================================================
     params                     from :func:`moe_init`, or tensors of one's own
     x             (..., D)     tokens; bfloat16, float16, float32 or float64, as the experts
-    mesh                       ``None`` or a mesh of one device
+    mesh                       ``None``: this device alone. Else experts lie along its axis ``ep``, slices of
+                               their hidden dimension along ``tp``, and tokens along ``dp`` and ``ep``
     router                     how tokens choose experts
-    backend                    ``"auto"`` or ``"local"``
-    -> y          (..., D)     dtype of ``x``; with ``return_stats``, ``(y, MoEStats)``
+    backend                    ``"auto"``, ``"local"`` or ``"all_to_all"``: what carries tokens along ``ep``
+    -> y          (..., D)     dtype of ``x``; with ``return_stats``, ``(y, MoEStats)``, over all tokens
     ============  ===========  ===============================================================
 
-    Works under every ``torch.func`` transform and under ``torch.compile(fullgraph=True)``.
+    On a mesh ``x`` decides: a DTensor gives a DTensor of equal placement, a plain tensor is this device's own
+    tokens, as many as it likes, and gives theirs. Params are DTensors, wherever they lie (what is cut along
+    more axes than computing wants is gathered), or plain tensors, which are then this device's own piece:
+    E / ep experts, and of each F / tp.
+
+    Works under every ``torch.func`` transform and under ``torch.compile(fullgraph=True)``. On a mesh
+    ``jvp`` wants plain tensors, and ``vmap`` over tokens raises.
 
     Raises ``ValueError`` for inputs that don't fit together, naming what was expected.
 
@@ -158,16 +181,41 @@ def moe_forward(
     >>> y.shape, stats.tokens_per_expert.sum()
     (torch.Size([2, 5, 8]), tensor(80))
     """
-    check_layer(params, x, mesh, backend)
+    check_layer(params, x)
+    if mesh is None:
+        choose(backend, None)
+        y, routing = moe_layer(params, x, router)
+        return (y, moe_stats(routing)) if return_stats else y
+    wanted = _COMPUTING if params.shared else _COMPUTING._replace(shared=())
+    have, x_spec = where_placed((params, x), (wanted, P(token_axes(mesh))), mesh)
+    how = moves(params, have, wanted, mesh)
+    check_token_spec("moe_forward", "x", x, x_spec)
+    spread_over = tuple(axis for axis in axis_names(mesh) if axis in named_axes(x_spec))
+
+    def layer(params: MoEParams, x: torch.Tensor) -> Any:
+        y, routing = moe_layer(moved(params, how), x, router)
+        return (y, moe_stats(routing, lambda t: psum(t, spread_over))) if return_stats else y
+
+    return shard_map(
+        layer,
+        mesh,
+        in_specs=(have, x_spec),
+        out_specs=(x_spec, P()) if return_stats else x_spec,
+        backends=choose(backend, mesh),
+        local_results=not is_dtensor(x),
+    )(params, x)
+
+
+def moe_layer(params: MoEParams, x: torch.Tensor, router: RouterConfig) -> tuple[torch.Tensor, Routing]:
+    """The layer on what this device holds, and where it sent its tokens; along ``ep`` and ``tp`` if bound."""
     x_TD = x.reshape(-1, x.shape[-1])
     routing = route(params.router, x_TD, router)
-    x_SD, plan = dispatch(x_TD, routing)
+    x_SD, plan = dispatch(x_TD, routing, axis="ep" if present("ep") else None)
     y_SD = experts_grouped_mm(params.experts, x_SD, plan)
     y_TD = combine(y_SD, plan)
     if params.shared:
         y_TD = y_TD + mlp_forward(params.shared, x_TD)
-    y = y_TD.reshape(x.shape)
-    return (y, moe_stats(routing)) if return_stats else y
+    return psum(y_TD, present("tp")).reshape(x.shape), routing
 
 
 def mlp_forward(params: ExpertParams, x: torch.Tensor) -> torch.Tensor:
@@ -176,43 +224,40 @@ def mlp_forward(params: ExpertParams, x: torch.Tensor) -> torch.Tensor:
     return F.linear(swiglu(h), params.w_out)
 
 
-def check_mesh(function: str, mesh: DeviceMesh | None) -> None:
-    if mesh is not None and mesh.size() != 1:
-        raise argument_error(
-            function,
-            "mesh",
-            got=f"a mesh of {mesh.size()} devices",
-            expected="None or a mesh of one device",
-            remedy="More than one device isn't supported yet; pass mesh=None.",
-        )
+def shard_params(params: Any, mesh: DeviceMesh, specs: Any = None) -> Any:
+    """Params, equal on every device, as DTensors placed by the specs that stand beside their shapes.
 
+    ========  ======================================================================
+    params    a layer's, from :func:`moe_init`, or any tree of tensors
+    specs     a tree prefix of it, as ``deepseek_v3.specs(config)`` is of a model's; ``None``: the layer's.
+              Axes the mesh lacks are ignored
+    -> tree   DTensors; every device keeps its own piece, and nothing is sent
+    ========  ======================================================================
 
-def check_layer(params: MoEParams, x: torch.Tensor, mesh: DeviceMesh | None, backend: str) -> None:
-    """Raise ``ValueError`` unless the arguments of :func:`moe_forward` fit together."""
+    Experts lie along ``ep``, slices of hidden dimensions and heads along ``tp``, and what is left of every
+    matrix is cut along ``dp``, or ``dp`` and ``ep``, and gathered where it is used.
 
-    def error(argument: str, got: Any, expected: str, remedy: str) -> ValueError:
-        return argument_error("moe_forward", argument, got=got, expected=expected, remedy=remedy)
+    Raises ``ValueError`` listing every spec that doesn't fit its tensor.
 
-    check_mesh("moe_forward", mesh)
-    if backend not in BACKENDS:
-        raise error("backend", repr(backend), f"one of {BACKENDS}", "Use 'auto'.")
-    leaves = check_tensors("moe_forward", "params", params)
-    dim = params.router.weight_ED.shape[-1]
-    if not x.is_floating_point():
-        raise error(
-            "x", f"dtype {x.dtype}", "a floating dtype", "Embed tokens before the layer, or use x.float()."
-        )
-    if x.dim() == 0 or x.shape[-1] != dim:
-        raise error(
-            "x",
-            f"shape {tuple(x.shape)}",
-            f"(..., {dim}), as params.router.weight_ED is {tuple(params.router.weight_ED.shape)}",
-            "Pass the dimension the layer was initialised with.",
-        )
-    for name, leaf in zip(dotted_names(params), leaves):
-        if leaf.device != x.device:
-            raise error(f"params.{name}", leaf.device, f"{x.device}, as x", "Move one of the two with .to().")
-        if leaf.dtype != x.dtype and not name.startswith("router."):
-            raise error(
-                f"params.{name}", leaf.dtype, f"{x.dtype}, as x", "Convert one of the two with .to()."
+    >>> import fmoe
+    >>> params = fmoe.moe_init(0, dim=8, hidden_dim=16, num_experts=16)
+    >>> fmoe.shard_params(params, fmoe.make_mesh()).experts.w_in.placements
+    (Replicate(), Shard(dim=3), Shard(dim=0), Shard(dim=2))
+    """
+    if specs is None:
+        if not isinstance(params, MoEParams):
+            raise argument_error(
+                "shard_params",
+                "specs",
+                got=f"None, for a {type(params).__name__}",
+                expected="specs, unless params are MoEParams",
+                remedy="Pass deepseek_v3.specs(config) for a model's params.",
             )
+        dim, hidden, shared = params.experts.w_out.shape[1], params.experts.w_out.shape[2], params.shared
+        specs = moe_specs(
+            dim=dim,
+            hidden_dim=hidden,
+            num_experts=params.experts.w_in.shape[0],
+            num_shared_experts=shared.w_out.shape[1] // hidden if shared else 0,
+        )
+    return distribute(params, specs, mesh)

@@ -1,49 +1,14 @@
-"""What published DeepSeek-V2 and DeepSeek-V3 models are called: their tensors, and ``config.json`` both ways.
+"""``config.json`` of published DeepSeek-V2 and DeepSeek-V3 models, both ways.
 
 What fmoe computes differently, or not at all, is an error: a directory is read right or not at all.
 """
 
-import itertools
-import re
-from typing import Any, NamedTuple
-
-import optree
+import dataclasses
+from typing import Any
 
 from ..errors import argument_error
 from ..ops.route import RouterConfig
-from ..tree import ParamSpec, dotted_names, is_spec
 from .config import DeepSeekV3Config, Yarn
-from .deepseek_v3 import specs
-
-# Our leaf, without its layer -> their tensors; {} is an expert's number.
-NAMES: dict[str, tuple[str, ...]] = {
-    "embedding": ("model.embed_tokens.weight",),
-    "norm": ("model.norm.weight",),
-    "head": ("lm_head.weight",),
-    "attention_norm": ("input_layernorm.weight",),
-    "attention.query": ("self_attn.q_proj.weight",),
-    "attention.query.down": ("self_attn.q_a_proj.weight",),
-    "attention.query.norm": ("self_attn.q_a_layernorm.weight",),
-    "attention.query.up": ("self_attn.q_b_proj.weight",),
-    "attention.kv_down": ("self_attn.kv_a_proj_with_mqa.weight",),
-    "attention.kv_norm": ("self_attn.kv_a_layernorm.weight",),
-    "attention.kv_up": ("self_attn.kv_b_proj.weight",),
-    "attention.out": ("self_attn.o_proj.weight",),
-    "mlp_norm": ("post_attention_layernorm.weight",),
-    "mlp.w_in": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "mlp.w_out": ("mlp.down_proj.weight",),
-    "mlp.router.weight_ED": ("mlp.gate.weight",),
-    "mlp.router.bias_E": ("mlp.gate.e_score_correction_bias",),
-    "mlp.experts.w_in": ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
-    "mlp.experts.w_out": ("mlp.experts.{}.down_proj.weight",),
-    "mlp.shared.w_in": ("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"),
-    "mlp.shared.w_out": ("mlp.shared_experts.down_proj.weight",),
-}
-# The layout transformers has in memory, and writes on request.
-FUSED = {
-    "mlp.experts.w_in": ("mlp.experts.gate_up_proj",),
-    "mlp.experts.w_out": ("mlp.experts.down_proj",),
-}
 
 # Their name -> ours.
 MODEL = {
@@ -105,13 +70,23 @@ FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
 ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
 
 
+def _types(table: dict[str, str], config: type) -> dict[str, Any]:
+    kinds = {field.name: field.type for field in dataclasses.fields(config)}
+    return {theirs: kinds[ours] for theirs, ours in table.items()}
+
+
+TYPES = _types(MODEL, DeepSeekV3Config) | _types(ROUTER, RouterConfig)
+TYPES |= {"rope_theta": float, "num_nextn_predict_layers": int}
+ROPE_TYPES = _types(YARN, Yarn) | {"rope_theta": float}
+
+
 def import_config(raw: dict[str, Any]) -> DeepSeekV3Config:
     """The configuration a ``config.json`` describes.
 
     Raises ``ValueError`` that lists every field fmoe can't honour.
     """
     kind = raw.get("model_type")
-    if kind not in FIXED:
+    if not isinstance(kind, str) or kind not in FIXED:
         raise _error([f"model_type={kind!r}, not {' or '.join(FIXED)}"])
     raw = {**ABSENT, **raw}
     if kind == "deepseek_v2" and raw.get("topk_method", "greedy") == "greedy":
@@ -124,10 +99,10 @@ def import_config(raw: dict[str, Any]) -> DeepSeekV3Config:
     ]
     wrong += [f"{key} missing" for key in [*MODEL, *ROUTER] if raw.get(key) is None and key not in NULL]
     wrong += [f"{key} missing" for key in NULL if key not in raw]
+    wrong += _mistyped(raw, TYPES)
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     wrong += _wrong_rope(rope)
-    if (method := (raw.get("quantization_config") or {"quant_method": "fp8"}).get("quant_method")) != "fp8":
-        wrong.append(f"quantization by {method!r}, not 'fp8'")
+    wrong += _wrong_quantization(raw.get("quantization_config") or {})
     if wrong:
         raise _error(wrong)
     values: Any = {ours: NULL[key] if raw[key] is None else raw[key] for key, ours in MODEL.items()}
@@ -148,7 +123,32 @@ def _rope_type(rope: dict[str, Any]) -> str:
     return rope.get("rope_type") or rope.get("type") or "default"
 
 
-def _wrong_rope(rope: dict[str, Any]) -> list[str]:
+def _mistyped(raw: dict[str, Any], types: dict[str, Any]) -> list[str]:
+    """Fields that are neither null nor of their types; an integer is a float, too, a boolean isn't one."""
+    return [
+        f"{key}={raw[key]!r}, not of type {kind.__name__}"
+        for key, kind in types.items()
+        if raw.get(key) is not None and type(raw[key]) not in ((int, float) if kind is float else (kind,))
+    ]
+
+
+def _wrong_quantization(given: Any) -> list[str]:
+    if not isinstance(given, dict):
+        return [f"quantization_config={given!r}, not an object"]
+    wrong = []
+    if (method := given.get("quant_method", "fp8")) != "fp8":
+        wrong.append(f"quantization by {method!r}, not 'fp8'")
+    block = given.get("weight_block_size", [128, 128])
+    if not isinstance(block, list) or len(block) != 2 or [n for n in block if type(n) is not int or n < 1]:
+        wrong.append(f"weight_block_size={block!r}, not two sizes")
+    return wrong
+
+
+def _wrong_rope(rope: Any) -> list[str]:
+    if not isinstance(rope, dict):
+        return [f"rotary positions by {rope!r}, not an object"]
+    if mistyped := _mistyped(rope, ROPE_TYPES):
+        return mistyped
     kind = _rope_type(rope)
     if kind == "default":
         return []
@@ -210,56 +210,6 @@ def export_config(config: DeepSeekV3Config) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rope_scaling": rope,
     }
-
-
-class Part(NamedTuple):
-    """A published tensor and where it lies: ``leaf[at]``, viewed as ``shape``."""
-
-    name: str
-    at: tuple[int, ...]
-    shape: tuple[int, ...]
-
-
-class Leaf(NamedTuple):
-    """One parameter: its dotted name, what it is, and the published tensors that make it up.
-
-    DeepSeek-V2 has no selection biases: there they are made of nothing, and zero.
-    """
-
-    name: str
-    spec: ParamSpec
-    parts: list[Part]
-
-
-def published_leaves(config: DeepSeekV3Config, *, fused: bool = False) -> list[Leaf]:
-    """Every parameter in flattening order; with ``fused`` a layer's experts are two tensors, not 3 E.
-
-    >>> from fmoe.models.config import preset
-    >>> leaf = published_leaves(preset("671B"))[21]
-    >>> leaf.name, leaf.parts[0].name, leaf.parts[0].at
-    ('layers.1.mlp.w_in', 'model.layers.1.mlp.gate_proj.weight', (0,))
-    """
-    table = NAMES | FUSED if fused else NAMES
-    if config.router.score_func == "softmax":
-        table = table | {"mlp.router.bias_E": ()}
-    tree = specs(config)
-    leaves = []
-    for name, spec in zip(dotted_names(tree, is_leaf=is_spec), optree.tree_leaves(tree, is_leaf=is_spec)):
-        layer, key = re.fullmatch(r"(layers\.\d+\.)?(.*)", name).groups()  # type: ignore[union-attr]
-        leaves.append(Leaf(name, spec, _parts("model." + layer if layer else "", table[key], spec.shape)))
-    return leaves
-
-
-def _parts(prefix: str, templates: tuple[str, ...], shape: tuple[int, ...]) -> list[Part]:
-    per_expert = "{}" in "".join(templates)
-    parts = []
-    for expert, which in itertools.product(range(shape[0] if per_expert else 1), range(len(templates))):
-        at = (expert,) * per_expert + (which,) * (len(templates) > 1)
-        rest = shape[len(at) :]
-        if len(rest) == 4:  # gate and up are one dimension of a fused tensor
-            rest = (rest[0], rest[1] * rest[2], rest[3])
-        parts.append(Part(prefix + templates[which].format(expert), at, rest))
-    return parts
 
 
 def _error(wrong: list[str]) -> ValueError:

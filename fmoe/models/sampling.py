@@ -1,8 +1,12 @@
 """Text from a trained model, a token at a time."""
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from ..errors import argument_error
+from ..parallel.spec import distribute
+from ..tree import P
 from .config import DeepSeekV3Config
 from .deepseek_v3 import ModelParams, forward
 
@@ -18,6 +22,7 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     window: int | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> torch.Tensor:
     """Prompts, and what the model says after them.
 
@@ -29,6 +34,7 @@ def sample(
     top_k                            only the likeliest so many can be drawn; ``None``: all
     window                           how many tokens the model sees, the last ones; ``None``:
                                      ``config.max_seq_len``
+    mesh                             where the params lie; every device is given the same and gets the same
     -> tokens           (B, L + num_tokens)
     ==================  ===========  =============================================================
 
@@ -48,8 +54,11 @@ def sample(
         generator = torch.Generator(prompt.device).manual_seed(generator)
     text, window = prompt, window or config.max_seq_len
     for _ in range(num_tokens):
-        logits, _ = forward(params, text[:, -window:], config)
-        last = logits[:, -1].float()
+        seen = text[:, -window:]
+        if mesh is not None:
+            seen = distribute(seen, P(), mesh)
+        logits, _ = forward(params, seen, config, mesh)
+        last = (logits.full_tensor() if isinstance(logits, DTensor) else logits)[:, -1].float()
         if top_k is not None and top_k < last.shape[-1]:
             least = last.topk(top_k).values[:, -1:]
             last = last.masked_fill(last < least, -torch.inf)

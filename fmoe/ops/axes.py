@@ -1,8 +1,8 @@
-"""Named mesh axes: which mesh is bound here, and the process group that axes of it stand for.
+"""Named mesh axes: what is bound here, and the process group that axes of it stand for.
 
-:func:`fmoe.shard_map` binds its mesh while its function runs. Collectives resolve axis names when
-they are called and keep group names and sizes as static arguments, so their derivatives need no
-binding; whatever runs a function again later binds the mesh again.
+:func:`fmoe.shard_map` binds its mesh, and what carries tokens along its axes, while its function runs.
+Collectives resolve axis names when they are called and keep group names and sizes as static arguments,
+so their derivatives need no binding; whatever runs a function again later binds the same again.
 """
 
 import threading
@@ -31,10 +31,17 @@ class Group(NamedTuple):
     position: int
 
 
+class Binding(NamedTuple):
+    """A mesh whose axes have a meaning here, and the backend of each axis that dispatch may go along."""
+
+    mesh: DeviceMesh | None = None
+    backends: tuple[tuple[str, Any], ...] = ()
+
+
 class _Bound(threading.local):
     # Dynamo traces no ContextVar, but a thread-local, whose default it must find on the instance.
     def __init__(self) -> None:
-        self.mesh: DeviceMesh | None = None
+        self.now = Binding()
 
 
 _BOUND = _Bound()
@@ -43,19 +50,25 @@ _BOUND = _Bound()
 _GROUPS: "weakref.WeakKeyDictionary[Any, dict[Any, tuple[str, int, int]]]" = weakref.WeakKeyDictionary()
 
 
-def bound_mesh() -> DeviceMesh | None:
-    """The mesh whose axes are bound here."""
-    return _BOUND.mesh
+def binding() -> Binding:
+    """What is bound here."""
+    return _BOUND.now
 
 
 @contextmanager
-def bound(mesh: DeviceMesh | None) -> Iterator[None]:
+def bound(binding: Binding) -> Iterator[None]:
     """Bind a mesh's axes inside."""
-    outer, _BOUND.mesh = _BOUND.mesh, mesh
+    outer, _BOUND.now = _BOUND.now, binding
     try:
         yield
     finally:
-        _BOUND.mesh = outer
+        _BOUND.now = outer
+
+
+def present(*axes: str) -> tuple[str, ...]:
+    """Those of the axes that are bound here; none outside :func:`fmoe.shard_map`."""
+    mesh = _BOUND.now.mesh
+    return () if mesh is None else tuple(axis for axis in axes if axis in axis_names(mesh))
 
 
 def axis_names(mesh: DeviceMesh) -> tuple[str, ...]:
@@ -95,7 +108,9 @@ def _group(mesh: DeviceMesh, axes: tuple[str, ...]) -> tuple[str, int, int]:
 
 def resolve(function: str, axes: Axes) -> Group:
     """The group that ``axes`` stand for where ``function`` is called."""
-    mesh, names = _BOUND.mesh, names_of(axes)
+    mesh, names = _BOUND.now.mesh, names_of(axes)
+    if not names:
+        return Group("", 1, 0)
     have = () if mesh is None else axis_names(mesh)
     if mesh is not None and [n for n in have if n in names] == list(names):
         return group_of(mesh, names)

@@ -1,11 +1,12 @@
 """Keeping experts evenly loaded without an auxiliary loss, and measuring how even they are."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import argument_error
+from ..tree import map_local
 from .route import Routing
 
 
@@ -24,12 +25,14 @@ class MoEStats(NamedTuple):
     router_entropy: torch.Tensor
 
 
-def moe_stats(routing: Routing) -> MoEStats:
-    """Statistics of one routing; no gradient flows through them."""
+def moe_stats(routing: Routing, total: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> MoEStats:
+    """Statistics of one routing; no gradient flows through them. ``total`` sums over devices."""
     scores = routing.scores_TE.detach().float()
     share = scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
     entropy = torch.special.entr(share).sum(-1)
-    return _of_counts(routing.counts_E, entropy.sum() / max(1, entropy.shape[0]))
+    # The number of tokens travels with their entropies.
+    sums = total(torch.stack([entropy.sum(), entropy.new_full((), entropy.shape[0])]))
+    return _of_counts(total(routing.counts_E), sums[0] / sums[1].clamp_min(1))
 
 
 def merge_stats(parts: Sequence[MoEStats]) -> MoEStats:
@@ -76,5 +79,5 @@ def update_expert_bias(params: Any, counts_E: torch.Tensor, rate: float) -> Any:
             remedy="Pass MoEStats.tokens_per_expert of this layer.",
         )
     counts = counts_E.double()
-    step = rate * (counts.mean() - counts).sign()
-    return params._replace(bias_E=params.bias_E + step.to(params.bias_E.dtype))
+    step = (rate * (counts.mean() - counts).sign()).to(params.bias_E.dtype)
+    return params._replace(bias_E=map_local(lambda bias: bias + step, params.bias_E))

@@ -21,13 +21,13 @@ def combine(y_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
     =========  ==========  ===================================================================
     y_SD       (S, D)      one output per dispatched row
     plan                   the plan of that dispatch
-    -> y_TD    (T, D)      with all experts on this device it is ``y_SD``
+    -> y_TD    (T, D)      where nothing moved it is ``y_SD``
     =========  ==========  ===================================================================
 
     Raises ``ValueError`` if ``y_SD`` hasn't one row per dispatched row.
     """
     check_rows("combine", "y_SD", y_SD, plan.weights_SK.shape[0])
-    return y_SD
+    return y_SD if plan.transport is None else plan.transport.combine(y_SD, plan)
 
 
 def reduce(y_RD: torch.Tensor, plan: Plan) -> torch.Tensor:

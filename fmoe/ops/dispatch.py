@@ -1,16 +1,21 @@
 """Sending tokens to where their experts are, and laying them out by expert."""
 
+from typing import Any
+
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
 from ..tree import node, static
 from . import kernels
+from .axes import Axes
 from .bases import gather, random
 from .derive import Dims, Tensors
 from .primitive import Operator, declare
 from .route import Routing
 from .tape import checkpoint
+from .transport import transport_along
 
 DISPATCH = checkpoint("dispatch", save=True)
 
@@ -23,29 +28,38 @@ class Plan:
     ``slot_R``      int64, the (row, choice) pair each expanded row holds, ``s * K + k``; -1 for none
     ``row_SK``      int64, the expanded row of each (row, choice) pair; -1 for an expert held elsewhere
     ``offsets_e``   int32, where each expert's rows end
+    ``sent``        what the backend that moved the rows needs to move them back; empty if none moved
+    ``transport``   that backend
     """
 
     weights_SK: torch.Tensor
     slot_R: torch.Tensor
     row_SK: torch.Tensor
     offsets_e: torch.Tensor
+    sent: tuple[torch.Tensor, ...] = ()
     score_before_experts: bool = static(default=False)
+    transport: Any = static(default=None)
 
 
-def dispatch(x_TD: torch.Tensor, routing: Routing, *, axis: None = None) -> tuple[torch.Tensor, Plan]:
+def dispatch(
+    x_TD: torch.Tensor, routing: Routing, *, axis: Axes | DeviceMesh | None = None
+) -> tuple[torch.Tensor, Plan]:
     """Tokens to the devices that hold their experts, and the plan that says how.
 
     =========  ==========  ===================================================================
     x_TD       (T, D)      tokens, any floating dtype
     routing                from :func:`route`, or made by hand; an expert id of -1 drops the pair
-    axis                   mesh axis the experts are spread over; ``None``: all are here
-    -> x_SD    (S, D)      rows for the experts held here; with ``axis=None`` it is ``x_TD``
+    axis                   what the experts are spread over, in equal parts: the name of an axis that
+                           :func:`fmoe.shard_map` bound, or a mesh of one dimension, as ``mesh["ep"]`` is;
+                           ``None``: all are here
+    -> x_SD    (S, D)      rows for the experts held here, a token's once; where nothing moves it is ``x_TD``
     -> plan                :class:`Plan`
     =========  ==========  ===================================================================
 
     Differentiable in ``x_TD`` and, through ``plan.weights_SK``, in ``routing.weights_TK``.
 
-    Raises ``ValueError`` if ``routing`` doesn't describe the rows of ``x_TD``.
+    Raises ``ValueError`` if ``routing`` doesn't describe the rows of ``x_TD``, for an axis that isn't bound,
+    and experts that can't be spread over it equally.
 
     >>> import fmoe, torch
     >>> router = fmoe.RouterParams(torch.eye(2), torch.zeros(2))
@@ -55,14 +69,6 @@ def dispatch(x_TD: torch.Tensor, routing: Routing, *, axis: None = None) -> tupl
     >>> plan.slot_R, plan.offsets_e
     (tensor([0, 2, 1]), tensor([2, 3], dtype=torch.int32))
     """
-    if axis is not None:
-        raise argument_error(
-            "dispatch",
-            "axis",
-            got=repr(axis),
-            expected="None",
-            remedy="More than one device isn't supported yet.",
-        )
     if x_TD.dim() != 2 or routing.expert_ids_TK.shape[:1] != x_TD.shape[:1]:
         raise argument_error(
             "dispatch",
@@ -79,9 +85,13 @@ def dispatch(x_TD: torch.Tensor, routing: Routing, *, axis: None = None) -> tupl
             expected=f"{tuple(routing.expert_ids_TK.shape)}, as routing.expert_ids_TK",
             remedy="Give each chosen expert one weight.",
         )
+    transport = transport_along("dispatch", axis)
+    if transport is not None:
+        return transport.dispatch(x_TD, routing)
     ids_TK = routing.expert_ids_TK
     slot_R, row_SK, offsets_e = layout(ids_TK, routing.counts_E.shape[0], ids_TK.numel())
-    return x_TD, Plan(routing.weights_TK, slot_R, row_SK, offsets_e, routing.score_before_experts)
+    score_before = routing.score_before_experts
+    return x_TD, Plan(routing.weights_TK, slot_R, row_SK, offsets_e, score_before_experts=score_before)
 
 
 def expand(x_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
@@ -144,7 +154,7 @@ def check_ids(ids: torch.Tensor, num_experts: int) -> None:
         )
 
 
-def _layout_kernel(ids_SK: torch.Tensor, num_experts: int, num_rows: int) -> Tensors:
+def layout_kernel(ids_SK: torch.Tensor, num_experts: int, num_rows: int) -> Tensors:
     if kernels.installed() and ids_SK.is_cuda:
         from .kernels import plan
 
@@ -186,7 +196,7 @@ def _layout_vmap(size: int, dims: Dims, ids: torch.Tensor, num_experts: int, num
     return torch.where(here, slot, -1)[:, :num_rows], row, ends.to(torch.int32)
 
 
-def _layout_plain(ids: torch.Tensor, num_experts: int, num_rows: int) -> Tensors:
+def layout_plain(ids: torch.Tensor, num_experts: int, num_rows: int) -> Tensors:
     """A pair's row is the number of pairs that come before it: those of lower experts, then earlier ones."""
     flat = torch.where(ids < 0, num_experts, ids).reshape(-1)
     mine, other, index = flat[:, None], flat[None, :], torch.arange(flat.shape[0], device=ids.device)
@@ -210,10 +220,10 @@ def plan_example() -> Tensors:
 
 layout: Operator = declare(
     "layout(Tensor expert_ids, SymInt num_experts, SymInt num_rows) -> (Tensor, Tensor, Tensor)",
-    impl=_layout_kernel,
+    impl=layout_kernel,
     fake=_layout_fake,
     checkpoint=DISPATCH,
     example=lambda: (ids_example(), 3, 8),
-    plain=_layout_plain,
+    plain=layout_plain,
     vmap=_layout_vmap,
 )

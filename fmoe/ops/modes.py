@@ -6,9 +6,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
-from .axes import bound, bound_mesh
+from .axes import Binding, binding, bound
 
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
@@ -18,7 +17,7 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
 class Modes(NamedTuple):
     """The modes a region was called in, in which it runs again: some backward may run in others."""
 
-    mesh: DeviceMesh | None
+    binding: Binding
     device: torch.device
     grad_enabled: bool
     autocast: Sequence[dict[str, Any]]
@@ -35,12 +34,12 @@ class Modes(NamedTuple):
             )
             for device in devices
         ]
-        return cls(bound_mesh(), torch.get_default_device(), torch.is_grad_enabled(), autocast)
+        return cls(binding(), torch.get_default_device(), torch.is_grad_enabled(), autocast)
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(bound(self.mesh))
+            stack.enter_context(bound(self.binding))
             if torch.get_default_device() != self.device:  # autograd's threads for CUDA have their own
                 stack.enter_context(self.device)
             stack.enter_context(torch.set_grad_enabled(self.grad_enabled))

@@ -1,10 +1,12 @@
-"""Many devices: meshes, partition specs, ``shard_map``, and the collectives its functions use."""
+"""Many devices: meshes, partition specs, ``shard_map``, collectives, and backends for ``dispatch``."""
 
+from .backends.all_to_all import AllToAll
 from .collectives import (
     all_gather,
     all_to_all,
     axis_index,
     axis_size,
+    gather_params,
     pmean,
     ppermute,
     psum,
@@ -16,11 +18,13 @@ from .shard_map import shard_map
 from .spec import distribute, placements, spec_of
 
 __all__ = [
+    "AllToAll",
     "all_gather",
     "all_to_all",
     "axis_index",
     "axis_size",
     "distribute",
+    "gather_params",
     "make_mesh",
     "placements",
     "pmean",

@@ -30,7 +30,7 @@ from .spec import Placements, placements, unnamed_axes
 _NUM_ARGS = 6
 
 
-def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+def unwrapped(tensor: torch.Tensor) -> Any:
     """The tensor beneath the wrappers of ``torch.func``'s transforms."""
     if not torch.compiler.is_dynamo_compiling():
         while functorch.is_functorch_wrapped_tensor(tensor):

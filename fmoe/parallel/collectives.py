@@ -29,8 +29,9 @@ def _collective(
     impl: Callable[..., torch.Tensor],
     fake: Callable[..., torch.Tensor],
     adjoint: Callable[..., torch.Tensor],
-    alone: Callable[[], tuple[Any, ...]] = lambda: (1, _group_alone()),
+    alone: Callable[[], tuple[Any, ...]] = lambda: (1, group_alone()),
     blocks: bool = True,
+    save: bool = True,
 ) -> Operator:
     """An operator linear in its first argument; the others are static.
 
@@ -54,7 +55,7 @@ def _collective(
         schema,
         impl=impl,
         fake=fake,
-        checkpoint=checkpoint(name, save=True),
+        checkpoint=checkpoint(name, save=save),
         example=lambda: (random(4, 3), *alone()),
         plain=lambda x, *statics: x.clone(),
         residuals=lambda inputs, outputs: inputs[1:],
@@ -65,7 +66,7 @@ def _collective(
     return op
 
 
-def _group_alone() -> str:
+def group_alone() -> str:
     """The name of a group of this process alone."""
     return make_mesh().get_group("dp").group_name
 
@@ -99,7 +100,7 @@ psum_op: Operator = _collective(
     impl=_psum_kernel,
     fake=lambda x, group: x.new_empty(x.shape),
     adjoint=lambda g, group: psum_op(g, group),
-    alone=lambda: (_group_alone(),),
+    alone=lambda: (group_alone(),),
     blocks=False,
 )
 
@@ -108,6 +109,14 @@ all_gather_op: Operator = _collective(
     impl=_all_gather_kernel,
     fake=lambda x, size, group: x.new_empty(x.shape[0] * size, *x.shape[1:]),
     adjoint=lambda g, size, group: reduce_scatter_op(g, size, group),
+)
+
+gather_params_op: Operator = _collective(
+    "gather_params(Tensor x, int size, str group) -> Tensor",
+    impl=_all_gather_kernel,
+    fake=lambda x, size, group: x.new_empty(x.shape[0] * size, *x.shape[1:]),
+    adjoint=lambda g, size, group: reduce_scatter_op(g, size, group),
+    save=False,
 )
 
 reduce_scatter_op: Operator = _collective(
@@ -130,7 +139,7 @@ ppermute_op: Operator = _collective(
     impl=_ppermute_kernel,
     fake=lambda x, source, destination, size, group: x.new_empty(x.shape),
     adjoint=lambda g, source, destination, *group: ppermute_op(g, destination, source, *group),
-    alone=lambda: (0, 0, 1, _group_alone()),
+    alone=lambda: (0, 0, 1, group_alone()),
     blocks=False,
 )
 
@@ -178,9 +187,19 @@ def all_gather(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor:
     dimension ``x`` lacks.
     """
     group, dim = resolve("all_gather", axis), _dimension("all_gather", "dim", x, dim)
-    if group.size == 1:
-        return x
-    return all_gather_op(x.movedim(dim, 0), group.size, group.name).movedim(0, dim)
+    return x if group.size == 1 else _gathered(all_gather_op, x, dim, group)
+
+
+def gather_params(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor:
+    """:func:`all_gather` of a parameter, which ``fmoe.remat`` by default gathers again rather than keep."""
+    group, dim = resolve("gather_params", axis), _dimension("gather_params", "dim", x, dim)
+    return x if group.size == 1 else _gathered(gather_params_op, x, dim, group)
+
+
+def _gathered(op: Operator, x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
+    """Pieces lie in front when they come; one copy brings them where they belong."""
+    pieces = op(x[None], group.size, group.name)
+    return pieces.movedim(0, dim).flatten(dim, dim + 1)
 
 
 def reduce_scatter(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor:
@@ -193,7 +212,8 @@ def reduce_scatter(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor
     _check_divides("reduce_scatter", "dim", x, dim, axis, group)
     if group.size == 1:
         return x
-    return reduce_scatter_op(x.movedim(dim, 0), group.size, group.name).movedim(0, dim)
+    pieces = x.unflatten(dim, (group.size, x.shape[dim] // group.size)).movedim(dim, 0)
+    return reduce_scatter_op(pieces, group.size, group.name).squeeze(0)
 
 
 psum_scatter = reduce_scatter

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..errors import argument_error
+from .together import check_alike
 
 AXES = ("pp", "dp", "ep", "tp")
 
@@ -27,7 +28,8 @@ def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -
     Under ``torchrun`` it joins the processes that were started; without a launcher this process is
     the only one. A process group that exists already is used as it is.
 
-    Raises ``ValueError`` for axes it doesn't know, and sizes whose product isn't the number of processes.
+    Raises ``ValueError`` for axes it doesn't know, sizes whose product isn't the number of processes, and
+    where the processes want different meshes.
 
     >>> make_mesh("ep=1").mesh_dim_names
     ('pp', 'dp', 'ep', 'tp')
@@ -46,10 +48,12 @@ def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -
     if not dist.is_initialized():
         if device_type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         if launched:
-            dist.init_process_group()
+            dist.init_process_group(backend)
         else:
-            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    check_alike("make_mesh", {"axes": dict(zip(AXES, shape))})
     mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
     many = [name for name, size in zip(AXES, shape) if size > 1]
     for count in range(2, len(many) + 1):

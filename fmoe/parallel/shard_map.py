@@ -1,7 +1,7 @@
 """``shard_map``: a function of each device's own tensors as a function of global values."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import optree
@@ -10,8 +10,9 @@ from torch._C import _functorch as functorch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ..errors import captured_error
-from ..ops.axes import Group, axis_names, bound, group_of
+from ..errors import argument_error, captured_error
+from ..ops.axes import Binding, Group, axis_names, bound, describe, group_of
+from ..ops.transport import Transport
 from ..tree import P, check_tensors, dotted_names
 from .boundary import dtensor_error, enter, is_dtensor, leave, unwrapped
 from .collectives import all_gather_op, psum_op
@@ -32,6 +33,7 @@ def shard_map(
     *,
     in_specs: Any,
     out_specs: Any,
+    backends: Mapping[str, Transport] | None = None,
     local_results: bool = False,
     check_replicated: bool = False,
 ) -> Callable[..., Any]:
@@ -43,6 +45,8 @@ def shard_map(
     in_specs          a tree prefix of the tuple of arguments, of :class:`P`
     out_specs         a tree prefix of the result. Not naming an axis claims that the value
                       is the same along it
+    backends          what carries tokens along an axis for :func:`fmoe.dispatch`, as ``{"ep": backend}``;
+                      default: ``torch.distributed``'s all-to-all
     local_results     return this device's plain pieces, which may differ in size, also for DTensor arguments
     check_replicated  verify that claim, which costs an all-gather of every output; in eager mode only
     -> function       of DTensors placed by ``in_specs``, or of plain tensors, which are this device's own
@@ -69,6 +73,8 @@ def shard_map(
     """
     check_specs("shard_map", "in_specs", in_specs, mesh)
     check_specs("shard_map", "out_specs", out_specs, mesh)
+    binding = Binding(mesh, tuple((backends or {}).items()))
+    _check_backends(mesh, backends or {})
 
     @functools.wraps(fn)
     def call(*args: Any) -> Any:
@@ -76,7 +82,7 @@ def shard_map(
         specs = broadcast("shard_map", "in_specs", in_specs, args)
         _check_arguments(args, leaves, specs, mesh)
         entered = [enter(leaf, mesh, spec) for leaf, spec in zip(leaves, specs)]
-        with bound(mesh):
+        with bound(binding):
             out = fn(*optree.tree_unflatten(optree.tree_structure(args), entered))
         values = check_tensors("shard_map", "fn(...)", out)
         specs = broadcast("shard_map", "out_specs", out_specs, out)
@@ -90,6 +96,18 @@ def shard_map(
         return optree.tree_unflatten(optree.tree_structure(out), left)
 
     return call
+
+
+def _check_backends(mesh: DeviceMesh, backends: Mapping[str, Transport]) -> None:
+    for axis in backends:
+        if axis not in axis_names(mesh):
+            raise argument_error(
+                "shard_map",
+                "backends",
+                got=repr(axis),
+                expected=f"an axis of the mesh {describe(mesh)}",
+                remedy="Correct the name.",
+            )
 
 
 def _check_arguments(args: Any, leaves: Sequence[torch.Tensor], specs: Sequence[P], mesh: DeviceMesh) -> None:

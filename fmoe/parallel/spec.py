@@ -7,10 +7,10 @@ from typing import Any
 import optree
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ..errors import argument_error
-from ..ops.axes import axis_names, axis_sizes, describe, names_of
+from ..ops.axes import axis_names, axis_sizes, describe, group_of, names_of
 from ..tree import P, ParamSpec, dotted_names, is_spec
 
 Placements = tuple[Placement, ...]
@@ -79,30 +79,27 @@ def distribute(tree: Any, specs: Any, mesh: DeviceMesh) -> Any:
     >>> distribute({"w": torch.ones(4, 2)}, P("ep"), fmoe.make_mesh("ep=1"))["w"].placements
     (Replicate(), Replicate(), Shard(dim=0), Replicate())
     """
-    have = axis_names(mesh)
-
-    def known(spec: P | ParamSpec) -> P:
-        spec = spec.partition if isinstance(spec, ParamSpec) else spec
-        if not isinstance(spec, P):
-            return spec
-        return P(*(tuple(a for a in axes if a in have) or None for axes in axes_by_dim(spec)))
-
-    specs = optree.tree_map(known, specs, is_leaf=is_spec)
-    check_specs("distribute", "specs", specs, mesh)
     leaves, treedef = optree.tree_flatten(tree)
-    flat = broadcast("distribute", "specs", specs, tree)
-    names = dotted_names(tree)
-    misfits = [
-        (name, spec, leaf, problem)
-        for name, spec, leaf in zip(names, flat, leaves)
-        for problem in (*rank_problems(spec, leaf), *size_problems(spec, leaf, mesh))
-    ]
-    raise_misfits("distribute", "tree", mesh, misfits)
+    flat = fitting_specs("distribute", "tree", specs, tree, mesh)
     placed = [
-        distribute_tensor(leaf, mesh, placements(spec, mesh), src_data_rank=None)
-        for leaf, spec in zip(leaves, flat)
+        as_dtensor(leaf.detach()[local_piece(spec, leaf.shape, mesh)].contiguous(), mesh, spec)
+        for spec, leaf in zip(flat, leaves)
     ]
     return optree.tree_unflatten(treedef, placed)
+
+
+def as_dtensor(local: torch.Tensor, mesh: DeviceMesh, spec: P) -> DTensor:
+    return DTensor.from_local(local, mesh, placements(spec, mesh), run_check=False)
+
+
+def local_piece(spec: P, shape: Sequence[int], mesh: DeviceMesh) -> tuple[slice, ...]:
+    """Which part of a tensor this device holds."""
+    found = []
+    for axes, size in zip(axes_by_dim(spec), shape):
+        group = group_of(mesh, axes)
+        length = size // group.size
+        found.append(slice(group.position * length, (group.position + 1) * length))
+    return tuple(found)
 
 
 # ---- do specs fit ------------------------------------------------------------------------------
@@ -122,6 +119,29 @@ def broadcast(function: str, argument: str, specs: Any, tree: Any) -> list[P]:
             remedy="One spec may stand for a whole subtree; a tuple of specs needs a tuple of values.",
         ) from None
     return [spec for spec, sub in zip(leaves, subtrees) for _ in optree.tree_leaves(sub, none_is_leaf=True)]
+
+
+def known_axes(spec: P | ParamSpec, mesh: DeviceMesh) -> P:
+    """A spec without the axes the mesh lacks."""
+    spec = spec.partition if isinstance(spec, ParamSpec) else spec
+    if not isinstance(spec, P):
+        return spec  # check_specs says so
+    have = axis_names(mesh)
+    return P(*(tuple(a for a in axes if a in have) or None for axes in axes_by_dim(spec)))
+
+
+def fitting_specs(function: str, argument: str, specs: Any, tree: Any, mesh: DeviceMesh) -> list[P]:
+    """A spec for every leaf, without axes the mesh lacks; raises ``ValueError`` listing what doesn't fit."""
+    specs = optree.tree_map(lambda spec: known_axes(spec, mesh), specs, is_leaf=is_spec)
+    check_specs(function, "specs", specs, mesh)
+    flat = broadcast(function, "specs", specs, tree)
+    misfits = [
+        (name, spec, leaf, problem)
+        for name, spec, leaf in zip(dotted_names(tree), flat, optree.tree_leaves(tree))
+        for problem in (*rank_problems(spec, leaf), *size_problems(spec, leaf, mesh))
+    ]
+    raise_misfits(function, argument, mesh, misfits)
+    return flat
 
 
 def check_specs(function: str, argument: str, specs: Any, mesh: DeviceMesh) -> None:

@@ -1,0 +1,220 @@
+"""Bytes a token costs per MoE layer between devices that share its experts, against a copy per expert.
+
+    python benchmarks/wire_volume.py        # as a markdown table
+
+For 2, 4 and 8 devices, gloo processes here, a layer runs forward and backward, and ``wire_bytes`` counts.
+For 32 and 64 the tokens of all devices are routed in one process, and bytes follow from the rows each would
+send. That is done for the smaller ones, too: every count of every device must be what was measured.
+
+``devices`` and ``nodes`` are the destinations of a token, its own included: mean (most). Bytes are those sent
+per token, mean over devices; what a device sends itself isn't among them. K copies are rows alone, without
+weights and ids, for each expert on another device.
+"""
+
+import argparse
+import json
+import os
+import time
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import multiprocessing
+
+import fmoe
+from fmoe.introspect import wire_bytes
+from fmoe.parallel.backends.all_to_all import rows_sent
+
+EXPERTS, TOP_K, HIDDEN = 256, 8, 8  # the hidden dimension doesn't travel
+NODE = 8  # devices per node
+GROUPS = (
+    (1, 1),
+    (8, 4),
+    (4, 2),
+)  # (num_groups, top_groups): without, DeepSeek-V3's, and a node each at EP 32
+LIMIT = 180  # seconds for all processes of one size
+
+Traffic = dict[str, list[int]]  # operator -> bytes sent, received, kept
+
+
+class Routes(NamedTuple):
+    """What routing alone says: rows and pairs from device to device, and where tokens have an expert."""
+
+    rows_nn: torch.Tensor
+    pairs_nn: torch.Tensor
+    devices_T: torch.Tensor
+    nodes_T: torch.Tensor
+
+
+def router_config(groups: tuple[int, int]) -> fmoe.RouterConfig:
+    return fmoe.RouterConfig(top_k=TOP_K, num_groups=groups[0], top_groups=groups[1])
+
+
+def router(args: argparse.Namespace) -> fmoe.RouterParams:
+    generator = torch.Generator().manual_seed(args.seed)
+    weight_ED = torch.randn(EXPERTS, args.dim, generator=generator) / args.dim**0.5
+    return fmoe.RouterParams(weight_ED.bfloat16(), torch.zeros(EXPERTS))
+
+
+def tokens(args: argparse.Namespace, rank: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(args.seed + 1 + rank)
+    return torch.randn(args.tokens, args.dim, generator=generator).bfloat16()
+
+
+# ---- measured ----------------------------------------------------------------------------------
+
+
+def layer(args: argparse.Namespace, ep: int, rank: int, groups: tuple[int, int]) -> tuple[list[int], Traffic]:
+    """One layer forward and backward: rows sent to each device, and what was counted."""
+    x_TD = tokens(args, rank).requires_grad_()
+    shape = EXPERTS // ep, 2, HIDDEN, args.dim
+    w_in, w_out = torch.randn(shape), torch.randn(shape[0], args.dim, HIDDEN)
+    experts = fmoe.ExpertParams(*(w.div_(args.dim**0.5).bfloat16().requires_grad_() for w in (w_in, w_out)))
+    with wire_bytes() as counts:
+        routing = fmoe.route(router(args), x_TD, router_config(groups))
+        x_SD, plan = fmoe.dispatch(x_TD, routing, axis=fmoe.make_mesh(ep=ep, device_type="cpu")["ep"])
+        y_TD = fmoe.combine(fmoe.experts_grouped_mm(experts, x_SD, plan), plan)
+        y_TD.backward(torch.randn_like(y_TD))
+    return rows_sent(plan).tolist(), {operator: list(traffic) for operator, traffic in counts.items()}
+
+
+def process(rank: int, port: int, ep: int, args: argparse.Namespace) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ep, timeout=timedelta(seconds=LIMIT))
+    found = [layer(args, ep, rank, groups) for groups in GROUPS]
+    store.set(f"found {rank}", json.dumps(found))
+    dist.destroy_process_group()
+
+
+def measure(args: argparse.Namespace, ep: int) -> list[list[tuple[list[int], Traffic]]]:
+    """What :func:`layer` found on every device, for all of ``GROUPS``."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    deadline = time.monotonic() + LIMIT
+    running = multiprocessing.spawn(process, (store.port, ep, args), nprocs=ep, join=False)
+    try:
+        while not running.join(timeout=max(0.0, deadline - time.monotonic())):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{ep} processes weren't done in {LIMIT} seconds")
+    finally:
+        for p in running.processes:
+            p.kill()
+    found = [json.loads(store.get(f"found {rank}")) for rank in range(ep)]
+    return [list(devices) for devices in zip(*found)]
+
+
+# ---- simulated ---------------------------------------------------------------------------------
+
+
+def simulate(args: argparse.Namespace, ep: int, groups: tuple[int, int]) -> Routes:
+    """Route every device's tokens here."""
+    rows, pairs, devices, nodes = [], [], [], []
+    params, config, node_of = router(args), router_config(groups), torch.arange(ep) // NODE
+    for rank in range(ep):
+        home_TK = fmoe.route(params, tokens(args, rank), config).expert_ids_TK // (EXPERTS // ep)
+        reached_Tn = torch.zeros(args.tokens, ep, dtype=torch.bool).scatter_(1, home_TK, True)
+        rows.append(reached_Tn.sum(0))
+        pairs.append(torch.bincount(home_TK.flatten(), minlength=ep))
+        devices.append(reached_Tn.sum(1))
+        nodes.append(torch.stack([reached_Tn[:, node_of == i].any(1) for i in node_of.unique()]).sum(0))
+    return Routes(torch.stack(rows), torch.stack(pairs), torch.cat(devices), torch.cat(nodes))
+
+
+def implied(args: argparse.Namespace, rows_nn: torch.Tensor, rank: int) -> Traffic:
+    """The bytes that one device would count, given the rows all send."""
+    kept = int(rows_nn[rank, rank])
+    there, back = int(rows_nn[rank].sum()) - kept, int(rows_nn[:, rank].sum()) - kept
+    row, weights, ids, peers = 2 * args.dim, 4 * TOP_K, 8 * TOP_K, len(rows_nn) - 1
+    return {
+        "sizes": [16 * peers, 16 * peers, 16],
+        "exchange": [n * (row + weights + ids) for n in (there, back, kept)],
+        "send_back": [n * row for n in (back, there, kept)],
+        "send": [n * row for n in (there, back, kept)],
+        "send_both_back": [n * (row + weights) for n in (back, there, kept)],
+    }
+
+
+def check(args: argparse.Namespace, routes: Routes, found: list[tuple[list[int], Traffic]]) -> None:
+    for rank, (rows, traffic) in enumerate(found):
+        assert rows == routes.rows_nn[rank].tolist(), (rank, rows, routes.rows_nn[rank])
+        assert traffic == implied(args, routes.rows_nn, rank), (rank, traffic)
+
+
+def table_row(
+    args: argparse.Namespace, groups: tuple[int, int], routes: Routes, all_traffic: list[Traffic]
+) -> list[str]:
+    ep, total = len(all_traffic), len(all_traffic) * args.tokens
+
+    def sent(*operators: str) -> float:
+        return sum(traffic[operator][0] for traffic in all_traffic for operator in operators) / total
+
+    forward = sent("sizes", "exchange", "send_back")
+    both = forward + sent("send", "send_both_back")
+    pairs = int(routes.pairs_nn.sum() - routes.pairs_nn.trace()) / total  # K copies less those that stay
+    one_way = pairs * 2 * args.dim
+
+    def mean_and_most(count_T: torch.Tensor) -> str:
+        return f"{count_T.double().mean():.2f} ({count_T.max()})"
+
+    return [
+        str(ep),
+        "none" if groups[0] == 1 else f"{groups[1]} of {groups[0]}",
+        mean_and_most(routes.devices_T),
+        mean_and_most(routes.nodes_T) if ep > NODE else "1",
+        f"{forward:,.0f}",
+        f"{both:,.0f}",
+        f"{4 * one_way:,.0f}",
+        f"{both / (4 * one_way):.1%}",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=128, help="on each device")
+    parser.add_argument("--dim", type=int, default=7168)
+    parser.add_argument("--measure", type=int, nargs="*", default=[2, 4, 8], help="sizes, run as processes")
+    parser.add_argument("--simulate", type=int, nargs="*", default=[32, 64], help="sizes, routed here")
+    parser.add_argument("--seed", type=int, default=None, help="fresh by default")
+    args = parser.parse_args()
+    args.seed = time.time_ns() % 2**31 if args.seed is None else args.seed
+    torch.set_num_threads(1)  # as the processes, whose routing must be the same to the bit
+
+    columns = (
+        "EP",
+        "groups",
+        "devices",
+        "nodes",
+        "forward",
+        "with backward",
+        "K copies",
+        "of K copies",
+        "how",
+    )
+    table = Table(*columns, box=box.MARKDOWN)
+    for ep in (*args.measure, *args.simulate):
+        found = measure(args, ep) if ep in args.measure else None
+        for i, groups in enumerate(GROUPS):
+            routes = simulate(args, ep, groups)
+            if found:
+                check(args, routes, found[i])
+                traffic = [t for _, t in found[i]]
+            else:
+                traffic = [implied(args, routes.rows_nn, rank) for rank in range(ep)]
+            table.add_row(*table_row(args, groups, routes, traffic), "measured" if found else "simulated")
+    console = Console(width=120)
+    console.print(
+        f"K={TOP_K} E={EXPERTS} D={args.dim} bfloat16, {args.tokens} tokens a device, {NODE} devices a node, "
+        f"seed {args.seed}"
+    )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The parameters of a DeepSeek-V3: their tree, shapes, initial values and placement."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import optree
+import torch
+
+from ..ops.experts import ExpertParams
+from ..tree import P, is_spec, param
+from .attention import FSDP, AttentionParams, attention_specs
+from .config import DeepSeekV3Config
+from .moe import MoEParams, mlp_specs, moe_specs
+
+
+class LayerParams(NamedTuple):
+    """One layer; ``mlp`` is :class:`ExpertParams` in a dense layer and :class:`MoEParams` otherwise."""
+
+    attention_norm: torch.Tensor
+    attention: AttentionParams
+    mlp_norm: torch.Tensor
+    mlp: ExpertParams | MoEParams
+
+
+class ModelParams(NamedTuple):
+    """``embedding`` (vocab, D), ``layers``, ``norm`` (D,), ``head`` (vocab, D) or ``()`` if tied."""
+
+    embedding: torch.Tensor
+    layers: tuple[LayerParams, ...]
+    norm: torch.Tensor
+    head: torch.Tensor | tuple[()]
+
+
+def specs(config: DeepSeekV3Config) -> ModelParams:
+    """Shapes, initial values and placement of every parameter: a tree of ``ParamSpec``."""
+    c = config
+
+    def norm() -> Any:
+        return param((c.dim,), P(None), init="ones")
+
+    def mlp(layer: int) -> Any:
+        if layer < c.num_dense_layers:
+            return mlp_specs(c.dim, c.hidden_dim, FSDP)
+        return moe_specs(
+            dim=c.dim,
+            hidden_dim=c.moe_hidden_dim,
+            num_experts=c.num_experts,
+            num_shared_experts=c.num_shared_experts,
+        )
+
+    tree = ModelParams(
+        param((c.vocab_size, c.dim), P("tp", FSDP)),
+        tuple(LayerParams(norm(), attention_specs(c), norm(), mlp(i)) for i in range(c.num_layers)),
+        norm(),
+        () if c.tied_head else param((c.vocab_size, c.dim), P("tp", FSDP)),
+    )
+    return optree.tree_map(lambda s: dataclasses.replace(s, scale=c.init_std), tree, is_leaf=is_spec)

@@ -1,0 +1,192 @@
+"""Published tensors: which make up a parameter, read into pieces of it, gathered from pieces of it.
+
+A device of a mesh holds a piece of each parameter: a slice of every dimension. It reads that much of the
+files, and to write them it gives that much to the first rank.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import optree
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from ..ops.axes import axis_names
+from ..parallel.spec import local_piece, named_axes, spec_of
+from ..tree import ParamSpec, dotted_names, is_spec
+from .config import DeepSeekV3Config
+from .params import specs
+
+# Our leaf, without its layer -> their tensors; {} is an expert's number.
+NAMES: dict[str, tuple[str, ...]] = {
+    "embedding": ("model.embed_tokens.weight",),
+    "norm": ("model.norm.weight",),
+    "head": ("lm_head.weight",),
+    "attention_norm": ("input_layernorm.weight",),
+    "attention.query": ("self_attn.q_proj.weight",),
+    "attention.query.down": ("self_attn.q_a_proj.weight",),
+    "attention.query.norm": ("self_attn.q_a_layernorm.weight",),
+    "attention.query.up": ("self_attn.q_b_proj.weight",),
+    "attention.kv_down": ("self_attn.kv_a_proj_with_mqa.weight",),
+    "attention.kv_norm": ("self_attn.kv_a_layernorm.weight",),
+    "attention.kv_up": ("self_attn.kv_b_proj.weight",),
+    "attention.out": ("self_attn.o_proj.weight",),
+    "mlp_norm": ("post_attention_layernorm.weight",),
+    "mlp.w_in": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.w_out": ("mlp.down_proj.weight",),
+    "mlp.router.weight_ED": ("mlp.gate.weight",),
+    "mlp.router.bias_E": ("mlp.gate.e_score_correction_bias",),
+    "mlp.experts.w_in": ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+    "mlp.experts.w_out": ("mlp.experts.{}.down_proj.weight",),
+    "mlp.shared.w_in": ("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"),
+    "mlp.shared.w_out": ("mlp.shared_experts.down_proj.weight",),
+}
+# The layout transformers has in memory, and writes on request.
+FUSED = {
+    "mlp.experts.w_in": ("mlp.experts.gate_up_proj",),
+    "mlp.experts.w_out": ("mlp.experts.down_proj",),
+}
+
+Piece = tuple[slice, ...]
+
+
+class Part(NamedTuple):
+    """A published tensor and where it lies: ``leaf[at]``, viewed as ``shape``."""
+
+    name: str
+    at: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class Leaf(NamedTuple):
+    """One parameter: its dotted name, what it is, and the published tensors that make it up.
+
+    DeepSeek-V2 has no selection biases: there they are made of nothing, and zero.
+    """
+
+    name: str
+    spec: ParamSpec
+    parts: list[Part]
+
+
+def published_leaves(config: DeepSeekV3Config, *, fused: bool = False) -> list[Leaf]:
+    """Every parameter in flattening order; with ``fused`` a layer's experts are two tensors, not 3 E.
+
+    >>> from fmoe.models.config import preset
+    >>> leaf = published_leaves(preset("671B"))[21]
+    >>> leaf.name, leaf.parts[0].name, leaf.parts[0].at
+    ('layers.1.mlp.w_in', 'model.layers.1.mlp.gate_proj.weight', (0,))
+    """
+    table = NAMES | FUSED if fused else NAMES
+    if config.router.score_func == "softmax":
+        table = table | {"mlp.router.bias_E": ()}
+    tree = specs(config)
+    leaves = []
+    for name, spec in zip(dotted_names(tree, is_leaf=is_spec), optree.tree_leaves(tree, is_leaf=is_spec)):
+        layer, key = re.fullmatch(r"(layers\.\d+\.)?(.*)", name).groups()  # type: ignore[union-attr]
+        leaves.append(Leaf(name, spec, _parts("model." + layer if layer else "", table[key], spec.shape)))
+    return leaves
+
+
+def _parts(prefix: str, templates: tuple[str, ...], shape: tuple[int, ...]) -> list[Part]:
+    per_expert = "{}" in "".join(templates)
+    parts = []
+    for expert, which in itertools.product(range(shape[0] if per_expert else 1), range(len(templates))):
+        at = (expert,) * per_expert + (which,) * (len(templates) > 1)
+        rest = shape[len(at) :]
+        if len(rest) == 4:  # gate and up are one dimension of a fused tensor
+            rest = (rest[0], rest[1] * rest[2], rest[3])
+        parts.append(Part(prefix + templates[which].format(expert), at, rest))
+    return parts
+
+
+def read_leaf(
+    files: Mapping[str, Any],
+    leaf: Leaf,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device | None = None,
+    block: Sequence[int] = (128, 128),
+    piece: Piece = (),
+) -> torch.Tensor:
+    """One parameter, or a piece of it, from open files by tensor name.
+
+    ``block`` is what shares a scale in float8. Dimensions that ``piece`` doesn't name are whole.
+    """
+    piece = _whole(piece, leaf.spec.shape)
+    make = torch.empty if leaf.parts else torch.zeros
+    value = make([part.stop - part.start for part in piece], dtype=leaf.spec.dtype or dtype, device=device)
+    for name, inside, at in reads(leaf, piece):
+        value[at].copy_(_read(files, name, inside, block))
+    return value
+
+
+def reads(leaf: Leaf, piece: Piece) -> Iterator[tuple[str, Piece, tuple[Any, ...]]]:
+    """What a piece of a parameter is read from: which part of which tensor, and where in the piece it is."""
+    for part in leaf.parts:
+        at, rest = _within(piece, part.at), piece[len(part.at) :]
+        if at is None:
+            continue
+        if len(rest) == len(part.shape):
+            yield part.name, rest, at
+            continue
+        # Gate and up are one dimension of a fused tensor.
+        experts, halves, rows, columns = rest
+        size = leaf.spec.shape[-2]
+        for half in range(halves.start, halves.stop):
+            inside = experts, slice(half * size + rows.start, half * size + rows.stop), columns
+            yield part.name, inside, (*at, slice(None), half - halves.start)
+
+
+def scale_name(name: str) -> str:
+    return name + "_scale_inv"
+
+
+def blocks_of(rank: int, block: Sequence[int]) -> tuple[int, ...]:
+    """The sizes of a block of a float8 tensor: of its last dimensions, and one of those before."""
+    return ((1,) * rank + tuple(block))[-rank:]
+
+
+def _read(files: Mapping[str, Any], name: str, inside: Piece, block: Sequence[int]) -> torch.Tensor:
+    """Part of a published tensor; of float8 multiplied out, with the scales of the blocks it touches."""
+    tensor: torch.Tensor = files[name].get_slice(name)[inside]
+    if (scales := scale_name(name)) not in files:
+        return tensor
+    sizes = blocks_of(len(inside), block)
+    touched = tuple(slice(part.start // size, -(-part.stop // size)) for part, size in zip(inside, sizes))
+    scale = files[scales].get_slice(scales)[touched]
+    for dim, (part, size) in enumerate(zip(inside, sizes)):
+        scale = scale.repeat_interleave(size, dim).narrow(dim, part.start % size, part.stop - part.start)
+    return tensor.float() * scale
+
+
+def gathered(value: torch.Tensor, at: tuple[int, ...]) -> torch.Tensor:
+    """``value[at]`` on the first rank.
+
+    Every rank calls this for a DTensor; what the others get is of no use.
+    """
+    if not isinstance(value, DTensor):
+        return value[at]
+    spec, mesh = spec_of(value), value.device_mesh
+    piece = _whole(local_piece(spec, value.shape, mesh), value.shape)
+    whole = torch.zeros(value.shape[len(at) :], dtype=value.dtype, device=value.device)
+    place = dict(zip(axis_names(mesh), mesh.get_coordinate() or ()))
+    first = not any(index for axis, index in place.items() if axis not in named_axes(spec))
+    if first and (here := _within(piece, at)) is not None:
+        whole[piece[len(at) :]] = value.to_local()[here]
+    # One rank holds each element and the others have zero bits there, so that the sum changes none.
+    dist.reduce(whole.view(torch.uint8), dst=0)
+    return whole
+
+
+def _within(piece: Piece, at: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Where in a piece an index of the first dimensions lies, if it does."""
+    held = all(part.start <= i < part.stop for part, i in zip(piece, at))
+    return tuple(i - part.start for part, i in zip(piece, at)) if held else None
+
+
+def _whole(piece: Piece, shape: Sequence[int]) -> Piece:
+    return (*piece, *(slice(0, size) for size in shape[len(piece) :]))

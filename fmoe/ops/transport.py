@@ -1,0 +1,61 @@
+"""What carries tokens to the devices that hold their experts: the interface that backends implement."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..errors import argument_error
+from .axes import Axes, Group, axis_names, binding, group_of, resolve
+
+
+class Transport(Protocol):
+    """A backend bound to the devices along one axis.
+
+    It is an immutable value that compares by what it stands for, as it is part of a plan's structure.
+    Its functions keep the promises of :func:`fmoe.dispatch` and :func:`fmoe.combine`: they are linear in the
+    rows, each other's transpose, and built of declared operators.
+    """
+
+    def dispatch(self, x_TD: torch.Tensor, routing: Any) -> tuple[torch.Tensor, Any]: ...
+
+    def combine(self, y_SD: torch.Tensor, plan: Any) -> torch.Tensor: ...
+
+
+# How to carry tokens along a group that nothing was bound to; fmoe.parallel sets it.
+_default: Callable[[Group], Transport] | None = None
+
+
+def set_default(make: Callable[[Group], Transport]) -> None:
+    global _default
+    _default = make
+
+
+def transport_along(function: str, axis: Axes | DeviceMesh | None) -> Transport | None:
+    """What carries tokens along ``axis``; ``None`` where there is one device, so that nothing moves."""
+    if axis is None:
+        return None
+    if isinstance(axis, DeviceMesh):
+        group = _group_of_line(function, axis)
+    else:
+        group = resolve(function, axis)
+        for name, backend in binding().backends:
+            if name == axis:
+                return backend
+    if group.size == 1:
+        return None
+    assert _default is not None
+    return _default(group)
+
+
+def _group_of_line(function: str, mesh: DeviceMesh) -> Group:
+    if mesh.ndim != 1:
+        raise argument_error(
+            function,
+            "axis",
+            got=f"a mesh of {mesh.ndim} dimensions",
+            expected="the name of a bound axis, or a mesh of one dimension",
+            remedy='Pass mesh["ep"].',
+        )
+    return group_of(mesh, axis_names(mesh))

@@ -1,0 +1,133 @@
+"""Parameters on a mesh: placed by their specs, and brought to where a computation wants them.
+
+A parameter lies in pieces over more devices than compute with a piece of it (FSDP). What lies between is a
+tuple of *moves*, which a function inside :func:`fmoe.shard_map` applies to what it holds: gather a dimension
+along axes, or take this device's part of one. They are plain tuples, so that compilers see constants.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import optree
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..errors import argument_error
+from ..ops.axes import axis_names, axis_sizes
+from ..tree import P, dotted_names, init_params, is_spec
+from .boundary import is_dtensor, unwrapped
+from .collectives import axis_index, axis_size, gather_params
+from .spec import as_dtensor, axes_by_dim, broadcast, fitting_specs, known_axes, local_piece, spec_of
+
+Move = tuple[str, int, tuple[str, ...]]
+Moves = tuple[tuple[Move, ...], ...]
+
+
+def init_on(
+    mesh: DeviceMesh | None,
+    specs: Any,
+    seed: int | torch.Generator,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device | None = None,
+) -> Any:
+    """Initial values for a tree of ``ParamSpec``, as DTensors if there is a mesh; only pieces are drawn.
+
+    Raises ``ValueError`` listing every spec that doesn't fit the mesh.
+    """
+    if mesh is None:
+        return init_params(specs, seed, dtype=dtype, device=device)
+    device = mesh.device_type if device is None else device
+    flat, pieces = held_pieces("init", specs, mesh)
+    structure = optree.tree_structure(specs, is_leaf=is_spec)
+    tree = optree.tree_unflatten(structure, pieces)
+    values = optree.tree_leaves(init_params(specs, seed, dtype=dtype, device=device, pieces=tree))
+    return optree.tree_unflatten(structure, [as_dtensor(v, mesh, spec) for v, spec in zip(values, flat)])
+
+
+def held_pieces(function: str, specs: Any, mesh: DeviceMesh) -> tuple[list[P], list[tuple[slice, ...]]]:
+    """Where every parameter of a tree of ``ParamSpec`` lies, and which piece of it this device holds.
+
+    Raises ``ValueError`` listing every spec that doesn't fit the mesh.
+    """
+    shapes = init_params(specs, 0, dtype=torch.float32, device="meta")
+    flat = fitting_specs(function, "params", specs, shapes, mesh)
+    leaves = optree.tree_leaves(shapes)
+    return flat, [local_piece(spec, leaf.shape, mesh) for spec, leaf in zip(flat, leaves)]
+
+
+def computing(spec: P) -> P:
+    """Where a parameter is computed with: gathered along FSDP's axes, of which ``dp`` is one."""
+    return P(*(None if "dp" in axes else axes or None for axes in axes_by_dim(spec)))
+
+
+def where_placed(tree: Any, wanted: Any, mesh: DeviceMesh) -> Any:
+    """The spec of every leaf: a DTensor's own, and what is ``wanted`` of a plain tensor, which is a piece."""
+    specs = broadcast("where_placed", "wanted", wanted, tree)
+    leaves, structure = optree.tree_flatten(tree)
+    found = [
+        spec_of(unwrapped(leaf)) if is_dtensor(leaf) else known_axes(spec, mesh)
+        for leaf, spec in zip(leaves, specs)
+    ]
+    return optree.tree_unflatten(structure, found)
+
+
+def token_axes(mesh: DeviceMesh) -> tuple[str, ...]:
+    """The axes tokens are spread over."""
+    return tuple(axis for axis in axis_names(mesh) if axis in ("dp", "ep"))
+
+
+def moves(tree: Any, have: Any, wanted: Any, mesh: DeviceMesh) -> Moves:
+    """How to bring every leaf from where it is to where it is wanted.
+
+    Raises ``ValueError`` where an axis would have to change its dimension.
+    """
+    pairs = zip(broadcast("moves", "have", have, tree), broadcast("moves", "wanted", wanted, tree))
+    return tuple(_moves(name, *pair, mesh) for name, pair in zip(dotted_names(tree), pairs))
+
+
+def _moves(name: str, have: P, wanted: P, mesh: DeviceMesh) -> tuple[Move, ...]:
+    sizes = axis_sizes(mesh)
+
+    def many(spec: P) -> list[tuple[str, ...]]:
+        return [tuple(a for a in axes if sizes.get(a, 1) > 1) for axes in axes_by_dim(spec)]
+
+    rank = max(len(have), len(wanted))
+    here, there = (many(spec) + [()] * (rank - len(spec)) for spec in (have, wanted))
+    gathers: list[Move] = []
+    cuts: list[Move] = []
+    for dim, (old, new) in enumerate(zip(here, there)):
+        kept = tuple(a for a in old if a in new)
+        fits = old[: len(kept)] == kept and new[: len(kept)] == kept
+        missing = new[len(kept) :]
+        if not fits or any(a in axes for a in missing for axes in here):
+            raise argument_error(
+                "moe_forward",
+                f"params.{name}",
+                got=f"a DTensor placed by {have!r}",
+                expected=f"{wanted!r}, with dimensions further cut along other axes, or whole",
+                remedy="Place it with fmoe.shard_params.",
+            )
+        if old != kept:
+            gathers.append(("gather", dim, old[len(kept) :]))
+        if missing:
+            cuts.append(("cut", dim, missing))
+    return (*gathers, *cuts)
+
+
+def moved(tree: Any, how: Moves) -> Any:
+    """This device's leaves where they are wanted; for use inside :func:`fmoe.shard_map`."""
+    if not any(how):
+        return tree
+    leaves, structure = optree.tree_flatten(tree)
+    return optree.tree_unflatten(structure, [_moved(leaf, steps) for leaf, steps in zip(leaves, how)])
+
+
+def _moved(x: torch.Tensor, steps: Sequence[Move]) -> torch.Tensor:
+    for step, dim, axes in steps:
+        if step == "gather":
+            x = gather_params(x, axes, dim=dim)
+        else:
+            size = x.shape[dim] // axis_size(axes)
+            x = x.narrow(dim, axis_index(axes) * size, size)
+    return x

@@ -1,0 +1,78 @@
+"""What all ranks do or none: an error on one is raised on all, so that nobody waits for who won't come.
+
+Without a process group there is one rank, and nothing is sent.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from ..errors import argument_error
+
+T = TypeVar("T")
+
+
+def num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def this_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def from_all(value: T) -> list[T]:
+    """The values all ranks pass, by rank; they are pickled, and should be small."""
+    if num_ranks() == 1:
+        return [value]
+    values: list[Any] = [None] * num_ranks()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Leave this block with all other ranks, or with an error if any has one.
+
+    A rank raises its own error, and the others a ``RuntimeError``, a ``ValueError`` if it was one, that says
+    whose and what it is. Inside, nobody may wait for another rank.
+    """
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    found = from_all(None if error is None else (isinstance(error, ValueError), str(error) or repr(error)))
+    if error is not None:
+        raise error
+    for rank, failure in enumerate(found):
+        if failure is not None:
+            is_value_error, text = failure
+            raise (ValueError if is_value_error else RuntimeError)(f"on rank {rank}: {text}")
+
+
+def check_alike(function: str, values: Mapping[str, Any]) -> None:
+    """Raise ``ValueError``, on all ranks, unless all pass equal trees of JSON."""
+    first, *others = from_all(values)
+    for rank, other in enumerate(others, 1):
+        if found := [text for name in first for text in differences(name, first[name], other[name])]:
+            raise argument_error(
+                function,
+                ", ".join(values),
+                got=f"on rank {rank}, beside rank 0: {'; '.join(found)}",
+                expected="the same on every rank",
+                remedy="Start all ranks with the same options.",
+            )
+
+
+def differences(name: str, theirs: Any, ours: Any) -> list[str]:
+    """Where two trees of JSON differ, in words."""
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        keys = [*theirs, *(key for key in ours if key not in theirs)]
+        return [
+            text
+            for key in keys
+            for text in differences(f"{name}.{key}", theirs.get(key, "absent"), ours.get(key, "absent"))
+        ]
+    return [] if theirs == ours else [f"{name} is {theirs}, here {ours}"]

@@ -1,0 +1,417 @@
+"""The laws of expert parallelism, each a function that every rank of a mesh runs: for any backend and device.
+
+A law builds the same random layer and tokens on every rank (the pool seeds them alike), takes this rank's
+part, and returns the errors it found, by name; the test says how large they may be.
+"""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import pytest
+import torch
+from devices import bare_mesh, sizes_of
+from helpers import CONFIGS, dot, error, random_layer
+from torch.distributed.tensor import DTensor
+
+import fmoe
+from fmoe import P, data, optim
+from fmoe.errors import TransformError
+from fmoe.introspect import raw_calls
+from fmoe.models import deepseek_v3
+from fmoe.ops.axes import Group, group_of
+from fmoe.ops.reference import moe_reference
+from fmoe.parallel import distribute, psum
+from fmoe.parallel.placement import token_axes
+
+DIM = 8
+
+
+@dataclass(frozen=True)
+class Where:
+    """What a law is to hold on."""
+
+    axes: str
+    backend: str = "all_to_all"
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float64
+
+    def __str__(self) -> str:
+        return f"{self.device}-{self.backend}-{self.axes}"
+
+    def mesh(self) -> Any:
+        torch._dynamo.reset()
+        torch.set_default_device(self.device)
+        return bare_mesh(self.axes, self.device)
+
+    def layer(self, shared: int = 1) -> fmoe.MoEParams:
+        params = random_layer(dim=DIM, hidden=4, shared=shared)
+        return optree.tree_map(lambda t: t.to(self.dtype) if t.dtype == torch.float64 else t, params)
+
+    def forward(self, mesh: Any, config: fmoe.RouterConfig) -> Callable[..., Any]:
+        return lambda p, x: fmoe.moe_forward(p, x, mesh, router=config, backend=self.backend)
+
+
+def alone(config: fmoe.RouterConfig) -> Callable[..., Any]:
+    return lambda p, x: fmoe.moe_forward(p, x, router=config)
+
+
+def whole(tree: Any) -> Any:
+    return optree.tree_map(lambda t: t.full_tensor() if isinstance(t, DTensor) else t, tree)
+
+
+def loss_of(fn: Callable[..., Any], weigh: Any) -> Callable[..., Any]:
+    return lambda p, x: (fn(p, x).sin() * weigh).sum()
+
+
+def own(x: torch.Tensor, mesh: Any) -> torch.Tensor:
+    return distribute(x, P(token_axes(mesh)), mesh).to_local()
+
+
+def second(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """The gradient of the squared norm of a loss's gradient."""
+    first = torch.func.grad(loss, (0, 1))
+    return torch.func.grad(lambda p, x: dot(first(p, x), first(p, x)), (0, 1))
+
+
+def total_over_tokens(tree: Any, mesh: Any) -> Any:
+    """Plain tensors that each device along dp and ep has a share of, summed."""
+    group = group_of(mesh, token_axes(mesh))
+    if group.size == 1:
+        return tree
+    return optree.tree_map(lambda t: psum_raw(t, group.name), tree)
+
+
+def psum_raw(t: torch.Tensor, group: str) -> torch.Tensor:
+    from fmoe.parallel.collectives import psum_op
+
+    return psum_op.raw(t.contiguous(), group)
+
+
+# ---- laws 1 and 2: the oracle, on any mesh ---------------------------------------------------------
+
+
+def oracle(where: Where, config_name: str, order: int = 1) -> dict[str, float]:
+    """Values, statistics, gradients and second ones of DTensors, against the dense oracle."""
+    mesh, config, params = where.mesh(), CONFIGS[config_name], where.layer()
+    if config.force_balance:  # round robin from each device's first token: the same for multiples of E
+        shape, spec = (32, DIM), P(token_axes(mesh))
+    else:
+        shape, spec = (2, 8, DIM), P(None, token_axes(mesh))
+    x, weigh = torch.randn(shape, dtype=where.dtype), torch.randn(shape, dtype=where.dtype)
+    spread, dx, dw = fmoe.shard_params(params, mesh), distribute(x, spec, mesh), distribute(weigh, spec, mesh)
+    ids = fmoe.route(params.router, x.view(-1, DIM), config).expert_ids_TK
+    expected = lambda p, x: moe_reference(p, x, config, ids)  # noqa: E731
+    fn = where.forward(mesh, config)
+    y, stats = fmoe.moe_forward(spread, dx, mesh, router=config, backend=where.backend, return_stats=True)
+    found = {"value": error(whole(y), expected(params, x))}
+    theirs = fmoe.moe_forward(params, x, router=config, return_stats=True)[1]
+    found["stats"] = error(whole(stats)[:3], theirs[:3])
+    assert error(stats.router_entropy, theirs.router_entropy) < 1e-6  # float32
+    g = torch.func.grad(loss_of(fn, dw), (0, 1))(spread, dx)
+    assert [t.placements for t in optree.tree_leaves(g)] == [
+        t.placements for t in optree.tree_leaves((spread, dx))
+    ]
+    reference = torch.func.grad(loss_of(expected, weigh), (0, 1))(params, x)
+    found["grad"] = error(whole(g), reference)
+    by_autograd = fmoe.value_and_grad(loss_of(fn, dw), (0, 1))(spread, dx)[1]
+    found["autograd"] = error(whole(by_autograd), reference)
+    if order == 2:
+        gg = second(loss_of(fn, dw))(spread, dx)
+        found["second"] = error(whole(gg), second(loss_of(expected, weigh))(params, x))
+    return found
+
+
+def plain_tokens(where: Where, counts: list[int]) -> dict[str, float]:
+    """Plain tokens, as many on each device as ``counts`` says, with params plain and spread."""
+    mesh, config, params = where.mesh(), CONFIGS["sigmoid, groups"], where.layer()
+    place = group_of(mesh, token_axes(mesh))
+    starts = [sum(counts[:i]) for i in range(place.size + 1)]
+    mine = slice(starts[place.position], starts[place.position + 1])
+    x, weigh = (torch.randn(starts[-1], DIM, dtype=where.dtype) for _ in range(2))
+    spread = fmoe.shard_params(params, mesh)
+    computed = P("ep", None, "tp"), P(None, "tp")
+    specs = fmoe.MoEParams(P(), *computed)
+    local = optree.tree_map(lambda t: t.to_local(), distribute(params, specs, mesh))
+    fn, found = where.forward(mesh, config), {}
+    reference = torch.func.grad(loss_of(alone(config), weigh), (0, 1))(params, x)
+    for kind, p in (("spread", spread), ("plain", local)):
+        found[f"value, {kind}"] = error(fn(p, x[mine]), alone(config)(params, x)[mine])
+        g_p, g_x = torch.func.grad(loss_of(fn, weigh[mine]), (0, 1))(p, x[mine])
+        found[f"tokens, {kind}"] = error(g_x, reference[1][mine])
+        want = reference[0]
+        if kind == "plain":
+            want = optree.tree_map(lambda t: t.to_local(), distribute(want, specs, mesh))
+        found[f"params, {kind}"] = error(whole(g_p), want)
+    return found
+
+
+# ---- laws 3, 5 and 6: dispatch and combine themselves ----------------------------------------------
+
+
+def by_hand(ids: torch.Tensor, num_experts: int, dtype: torch.dtype) -> fmoe.Routing:
+    weights = torch.rand(ids.shape, dtype=torch.promote_types(dtype, torch.float32))
+    counts = torch.bincount(ids[ids >= 0].reshape(-1), minlength=num_experts)
+    return fmoe.Routing(ids, weights, counts, torch.rand(ids.shape[0], num_experts))
+
+
+def _random(tokens: int, num_experts: int) -> torch.Tensor:
+    return torch.rand(tokens, num_experts).argsort(1)[:, :3]
+
+
+# Of each rank of n, with four experts on each.
+ROUTES: dict[str, Callable[[int, int], torch.Tensor]] = {
+    "random": lambda rank, n: _random(6, 4 * n),
+    "some dropped": lambda rank, n: torch.where(torch.rand(6, 3) < 0.4, -1, _random(6, 4 * n)),
+    "all dropped": lambda rank, n: torch.full((6, 3), -1),
+    "one expert": lambda rank, n: torch.tensor([[4 * n - 1, -1, -1]]).expand(6, 3),
+    "one device": lambda rank, n: _random(6, 4),
+    "a device without tokens": lambda rank, n: _random(0 if rank == 0 else 5, 4 * n),
+    "no tokens at all": lambda rank, n: _random(0, 4 * n),
+    "odd": lambda rank, n: _random(2 * rank + 1, 4 * n),
+}
+
+
+def in_shard_map(where: Where, mesh: Any, body: Callable[..., Any]) -> Any:
+    from fmoe.parallel.backends import choose
+
+    backends = choose(where.backend, mesh)
+    return fmoe.shard_map(body, mesh, in_specs=P("ep"), out_specs=P("ep"), backends=backends)
+
+
+def adjoint(where: Where, route_name: str) -> dict[str, float]:
+    """``<combine(y), x> == <y, dispatch(x)>`` over all devices; and what each gives is right."""
+    mesh = where.mesh()
+    n, rank = mesh["ep"].size(), mesh.get_local_rank("ep")
+    torch.manual_seed(torch.initial_seed() + rank)
+    routing = by_hand(ROUTES[route_name](rank, n), 4 * n, where.dtype)
+    x = torch.randn(routing.expert_ids_TK.shape[0], DIM, dtype=where.dtype)
+
+    def body(x: torch.Tensor) -> Any:
+        x_SD, plan = fmoe.dispatch(x, routing, axis="ep")
+        y_SD = torch.randn_like(x_SD)
+        y_TD = fmoe.combine(y_SD, plan)
+        inner = torch.stack([(y_TD * x).sum(), (y_SD * x_SD).sum()])
+        # Every copy back, summed: as often as a token has devices.
+        home = torch.where(routing.expert_ids_TK < 0, n, routing.expert_ids_TK // 4)
+        copies = (
+            torch.stack([(home == d).any(1) for d in range(n)], 1).sum(1) if n > 1 else torch.ones(len(x))
+        )
+        back = error(fmoe.combine(x_SD, plan), x * copies[:, None])
+        twice = error(fmoe.combine(y_SD, plan), y_TD)
+        expanded = fmoe.reduce(fmoe.expand(x_SD, plan), plan)
+        weights = torch.where(routing.expert_ids_TK < 0, 0, routing.weights_TK).sum(1)
+        weighed = error(fmoe.combine(expanded, plan), x * weights[:, None].to(x.dtype))
+        assert int(plan.offsets_e[-1]) == int((plan.row_SK >= 0).sum())
+        return psum(inner, "ep"), torch.tensor([back, twice, weighed])
+
+    products, others = in_shard_map(where, mesh, body)(x)
+    names = "copies back", "combined twice", "weighed"
+    left, right = products.tolist()
+    return {"adjoint": abs(left - right) / (1 + abs(left)), **dict(zip(names, others.tolist()))}
+
+
+def rows_that_hold_nan(where: Where) -> dict[str, float]:
+    """Rows without an expert here may hold anything."""
+    mesh, config, params = where.mesh(), CONFIGS["sigmoid, groups"], where.layer(shared=0)
+    n, rank = mesh["ep"].size(), mesh.get_local_rank("ep")
+    x = torch.randn(6 * n, DIM, dtype=where.dtype)
+    mine = slice(6 * rank, 6 * rank + 6)
+
+    def body(x: torch.Tensor) -> Any:
+        routing = fmoe.route(params.router, x, config)
+        x_SD, plan = fmoe.dispatch(x, routing, axis="ep")
+        y_RD = fmoe.expand(x_SD, plan) * 2
+        past = torch.arange(y_RD.shape[0]) >= plan.offsets_e[-1]
+        return fmoe.combine(fmoe.reduce(y_RD.masked_fill(past[:, None], torch.nan), plan), plan)
+
+    y = in_shard_map(where, mesh, body)(x[mine])
+    weights = fmoe.route(params.router, x, config).weights_TK.sum(1)
+    return {"value": error(y, (2 * x * weights[:, None].to(x.dtype))[mine])}
+
+
+def two_in_flight(where: Where) -> dict[str, float]:
+    """Plans are values: two are combined in the other order, and evaluating between leaves them alone."""
+    mesh, config, params = where.mesh(), CONFIGS["sigmoid, groups"], where.layer(shared=0)
+    a, b = (torch.randn(5, DIM, dtype=where.dtype) for _ in range(2))
+
+    def once(x: torch.Tensor) -> torch.Tensor:
+        x_SD, plan = fmoe.dispatch(x, fmoe.route(params.router, x, config), axis="ep")
+        return fmoe.combine(x_SD, plan)
+
+    def both(x: torch.Tensor) -> Any:
+        routes = [fmoe.route(params.router, t, config) for t in (x, b)]
+        (x_SD, plan), (b_SD, other) = (fmoe.dispatch(t, r, axis="ep") for t, r in zip((x, b), routes))
+        late = fmoe.combine(b_SD, other)
+        with torch.no_grad():
+            once(x)
+        return fmoe.combine(x_SD, plan), late
+
+    first, late = in_shard_map(where, mesh, both)(a)
+    alone_a, alone_b = (in_shard_map(where, mesh, once)(t) for t in (a, b))
+    return {"first": error(first, alone_a), "late": error(late, alone_b)}
+
+
+def leaves_nothing_behind(where: Where) -> dict[str, float]:
+    """Forwards without gradients keep no tensor alive."""
+    mesh, config, params = where.mesh(), CONFIGS["sigmoid, groups"], where.layer()
+    spread, x = fmoe.shard_params(params, mesh), torch.randn(3, DIM, dtype=where.dtype)
+    fn = where.forward(mesh, config)
+
+    def living() -> int:
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    with torch.no_grad():
+        fn(spread, x)
+        before = living()
+        for _ in range(30):
+            fn(spread, x)
+    return {"tensors": float(living() - before)}
+
+
+# ---- transforms, recomputation, compilation ---------------------------------------------------------
+
+
+def transforms(where: Where) -> dict[str, float]:
+    """Forward mode and Jacobians of plain tensors are right; a batch of tokens is loud."""
+    mesh, config, params = where.mesh(), CONFIGS["sigmoid, groups"], where.layer()
+    x, t = (torch.randn(mesh["ep"].size() * 2, DIM, dtype=where.dtype) for _ in range(2))
+    specs = fmoe.MoEParams(P(), P("ep", None, "tp"), P(None, "tp"))
+    local = optree.tree_map(lambda t: t.to_local(), distribute(params, specs, mesh))
+    fn, ref = where.forward(mesh, config), alone(config)
+    mine, moving = own(x, mesh), own(t, mesh)
+    expected = torch.func.jvp(lambda x: ref(params, x), (x,), (t,))
+    got = torch.func.jvp(lambda x: fn(local, x), (mine,), (moving,))
+    found = {"jvp": error(got, tuple(own(e, mesh) for e in expected))}
+    weigh = torch.randn_like(x)
+    gradient = torch.func.grad(loss_of(ref, weigh), 1)
+    along = torch.func.jvp(lambda x: gradient(params, x), (x,), (t,))[1]
+    mine_of = torch.func.grad(loss_of(fn, own(weigh, mesh)), 1)
+    got = torch.func.jvp(lambda x: mine_of(local, x), (mine,), (moving,))[1]
+    found["jvp(grad)"] = error(got, own(along, mesh))
+    if mesh["ep"].size() > 1:
+        with pytest.raises(TransformError, match=r"cannot run under torch\.func\.vmap"):
+            torch.vmap(lambda x: fn(local, x))(mine[None])
+    return found
+
+
+def recomputation(where: Where) -> dict[str, float]:
+    """The same bits; what is kept runs once; tokens move once each way in each direction."""
+    mesh, config, params = where.mesh(), CONFIGS["sigmoid, groups"], where.layer()
+    spread, x = fmoe.shard_params(params, mesh), torch.randn(4, DIM, dtype=where.dtype)
+    fn = where.forward(mesh, config)
+    layers = {"none": fn, "declared": fmoe.remat(fn), "nothing": fmoe.remat(fn, fmoe.save_nothing)}
+    calls, grads = {}, {}
+    for name, layer in layers.items():
+        with raw_calls() as counted:
+            grads[name] = fmoe.value_and_grad(loss_of(layer, 1.0), (0, 1))(spread, x)
+        calls[name] = counted
+    moving = [name for name in calls["none"] if name in MOVING[where.backend]]
+    assert moving
+    for name in moving:
+        assert calls["declared"][name] == calls["none"][name] == 1, (name, calls["declared"])
+    assert calls["nothing"][moving[0]] == 2
+    gathers = calls["declared"].get("gather_params", 0)
+    assert gathers == 2 * calls["none"].get("gather_params", 0)
+    return {name: 0.0 if same(grads[name], grads["none"]) else 1.0 for name in ("declared", "nothing")}
+
+
+# The raw operators that move tokens, for each backend, dispatch first.
+MOVING = {"all_to_all": ("exchange", "send_back", "send", "send_both_back")}
+
+
+def same(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(optree.tree_leaves(whole(a)), optree.tree_leaves(whole(b))))
+
+
+def compilation(where: Where, backend: str = "aot_eager") -> dict[str, float]:
+    """Whole, forward and backward, once for any routing and number of tokens."""
+    mesh, config, params = where.mesh(), CONFIGS["sigmoid, groups"], where.layer()
+    spread, found = fmoe.shard_params(params, mesh), {}
+    torch._dynamo.utils.counters.clear()
+    fn = where.forward(mesh, config)
+    compiled = torch.compile(fn, fullgraph=True, backend=backend)
+    for rows in (8, 12, 4):
+        x = torch.randn(rows, DIM, dtype=where.dtype)
+        want = fmoe.value_and_grad(loss_of(fn, 1.0), (0, 1))(spread, x)
+        got = fmoe.value_and_grad(loss_of(compiled, 1.0), (0, 1))(spread, x)
+        found[f"{rows} tokens"] = error(whole(got), whole(want))
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs <= 2, graphs  # one for the first size, one for all others
+    if torch.__version__ < "2.12":
+        return found  # Dynamo takes remat inside shard_map only
+    remat = torch.compile(fmoe.remat(fn), fullgraph=True, backend=backend)
+    got = fmoe.value_and_grad(loss_of(remat, 1.0), (0, 1))(spread, x)
+    found["remat"] = error(whole(got), whole(want))
+    return found
+
+
+def synced(where: Where) -> int:
+    """How often the host waits for the device in forward and backward of a layer (CUDA)."""
+    import warnings
+
+    mesh, config, params = where.mesh(), CONFIGS["sigmoid, groups"], where.layer()
+    spread, x = fmoe.shard_params(params, mesh), torch.randn(64, DIM, dtype=where.dtype)
+    step = fmoe.value_and_grad(loss_of(where.forward(mesh, config), 1.0), (0, 1))
+    step(spread, x)
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step(spread, x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(w.message) for w in caught)
+
+
+def ranks_of(axes: str) -> int:
+    n = 1
+    for size in sizes_of(axes).values():
+        n *= size
+    return n
+
+
+# ---- training --------------------------------------------------------------------------------------
+
+MODEL = deepseek_v3.DeepSeekV3Config(
+    vocab_size=32,
+    dim=16,
+    num_layers=3,
+    num_dense_layers=1,
+    hidden_dim=16,
+    num_heads=4,
+    q_lora_rank=8,
+    kv_lora_rank=8,
+    qk_nope_head_dim=4,
+    qk_rope_head_dim=4,
+    v_head_dim=4,
+    moe_hidden_dim=8,
+    num_experts=8,
+    num_shared_experts=1,
+    router=CONFIGS["sigmoid, groups"],
+    max_seq_len=16,
+)
+
+
+def train(where: Where | None, steps: int = 10) -> tuple[list[float], float]:
+    """The losses of a small model's first steps, here or on a mesh, and its parameters' norm (float32)."""
+    mesh = where.mesh() if where else None
+    how = {"mesh": mesh, "backend": where.backend} if where else {}
+    place = group_of(mesh, token_axes(mesh)) if mesh is not None else Group("", 1, 0)
+    text = torch.randint(MODEL.vocab_size, (500,), generator=torch.Generator().manual_seed(3))
+    params = deepseek_v3.init(MODEL, 7, dtype=torch.float64, mesh=mesh)
+    optimizer = optim.adamw()
+    state, losses = optimizer.init(params), []
+    step_of = fmoe.value_and_grad(deepseek_v3.loss, has_aux=True)
+    for step in range(steps):
+        batch = data.batch_at(step, text, batch_size=8, seq_len=9, seed=1, part=(place.position, place.size))
+        batch = [t.to(where.device) if where else t for t in batch]
+        (loss, stats), grads = step_of(params, *batch, MODEL, **how)
+        params, state = optimizer.update(params, grads, state, 1e-2, donate=True)
+        params = deepseek_v3.update_biases(params, stats, 0.01)
+        losses.append(loss.item())
+    return losses, optim.global_norm(params).item()

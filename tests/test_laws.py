@@ -1,0 +1,99 @@
+"""The laws of tests/laws.py on every mesh, backend and device there is."""
+
+import laws
+import pytest
+import torch
+from laws import Where, ranks_of
+from workers import Pool
+
+BACKENDS = ["all_to_all"]
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+# Every mesh of up to four processes along which tokens or experts lie, and a plain one.
+MESHES = ["ep=1", "ep=2", "ep=4", "dp=2", "dp=4", "tp=2", "tp=4", "dp=2,ep=2", "dp=2,tp=2", "ep=2,tp=2"]
+ALONG_EP = [axes for axes in MESHES if "ep" in axes]
+SOME = ["ep=4", "dp=2,ep=2", "ep=2,tp=2"]
+TOLERANCE = 1e-10
+
+EVERYWHERE = [Where(axes, b, device) for device in DEVICES for b in BACKENDS for axes in MESHES]
+
+every = pytest.mark.parametrize("where", EVERYWHERE, ids=str)
+some = pytest.mark.parametrize("where", [w for w in EVERYWHERE if w.axes in SOME], ids=str)
+along_ep = pytest.mark.parametrize("where", [w for w in EVERYWHERE if w.axes in ALONG_EP], ids=str)
+
+
+def hold(pool, law, where, *args, tolerance=TOLERANCE, timeout=90):
+    for rank, found in enumerate(pool.run(ranks_of(where.axes), law, where, *args, timeout=timeout)):
+        wrong = {name: value for name, value in found.items() if not value <= tolerance}
+        assert found and not wrong, (rank, wrong)
+
+
+@every
+def test_equals_the_oracle(pool, where):
+    hold(pool, laws.oracle, where, "sigmoid, groups")
+
+
+# What differs between meshes doesn't differ between routers, nor between first and second derivatives.
+@some
+@pytest.mark.parametrize("config", ["softmax, before", "balanced"])
+def test_any_router_equals_the_oracle(pool, where, config):
+    hold(pool, laws.oracle, where, config)
+
+
+@some
+def test_second_derivatives_equal_the_oracle(pool, where):
+    hold(pool, laws.oracle, where, "sigmoid, groups", 2)
+
+
+@along_ep
+@pytest.mark.parametrize("counts", [(5, 3, 4, 2), (0, 4, 0, 1), (0, 0, 0, 0)], ids=str)
+def test_any_number_of_plain_tokens_on_each_device(pool, where, counts):
+    hold(pool, laws.plain_tokens, where, list(counts))
+
+
+@along_ep
+@pytest.mark.parametrize("route", laws.ROUTES)
+def test_dispatch_and_combine_are_adjoint_for_any_routing(pool, where, route):
+    hold(pool, laws.adjoint, where, route)
+
+
+@along_ep
+@pytest.mark.parametrize(
+    "law", ["rows_that_hold_nan", "two_in_flight", "leaves_nothing_behind", "transforms"]
+)
+def test_law(pool, where, law):
+    hold(pool, getattr(laws, law), where)
+
+
+@pytest.mark.parametrize("where", [Where("ep=4"), Where("dp=2,ep=2"), Where("ep=2,tp=2")], ids=str)
+def test_recomputation_moves_nothing_twice(pool, where):
+    hold(pool, laws.recomputation, where, tolerance=0)
+
+
+@pytest.mark.parametrize("where", [Where("ep=2"), Where("ep=2,tp=2")], ids=str)
+def test_compiles_whole(pool, where):
+    hold(pool, laws.compilation, where, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def losses_alone():
+    return laws.train(None)
+
+
+def check_training(pool, where, alone):
+    for losses, norm in pool.run(ranks_of(where.axes), laws.train, where, timeout=240):
+        assert losses == pytest.approx(alone[0], rel=1e-9)
+        assert norm == pytest.approx(alone[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("where", [w for w in EVERYWHERE if w.axes != "ep=1"], ids=str)
+def test_ten_steps_of_training_are_those_of_one_process(pool, where, losses_alone):
+    check_training(pool, where, losses_alone)
+
+
+def test_ten_steps_with_everything_on_eight_processes(losses_alone):
+    eight = Pool(8)
+    try:
+        for axes in ("dp=2,ep=2,tp=2", "ep=8"):
+            check_training(eight, Where(axes), losses_alone)
+    finally:
+        eight.stop(5)
