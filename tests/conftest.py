@@ -46,13 +46,6 @@ def pool() -> Iterator[Pool]:
     workers.stop(patience=5)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With ``pytest -n 2 --dist loadgroup``, what starts many processes runs in one worker, one by one."""
-    for item in items:
-        if "pool" in getattr(item, "fixturenames", ()) or item.path.name == "test_train_many.py":
-            item.add_marker(pytest.mark.xdist_group("many processes"))
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="the seed of every test; fresh by default")
 

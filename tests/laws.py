@@ -397,6 +397,36 @@ MODEL = deepseek_v3.DeepSeekV3Config(
 )
 
 
+def model(where: Where) -> dict[str, float]:
+    """The model's logits, loss and gradients, with DTensors and with this device's own tokens."""
+    mesh, found = where.mesh(), {}
+    place = group_of(mesh, token_axes(mesh))
+    params = deepseek_v3.init(MODEL, 7, dtype=where.dtype)
+    spread = deepseek_v3.init(MODEL, 7, dtype=where.dtype, mesh=mesh)
+    found["initial values"] = error(whole(spread), params)
+    batch = [torch.randint(MODEL.vocab_size, (2 * place.size, 9)) for _ in range(2)]
+    batch[1][0, 3] = -100  # a target that doesn't count
+    spec = P(token_axes(mesh))
+    logits = deepseek_v3.forward(spread, distribute(batch[0], spec, mesh), MODEL, mesh)[0]
+    found["logits"] = error(whole(logits), deepseek_v3.forward(params, batch[0], MODEL)[0])
+    loss = lambda p, *batch, **how: deepseek_v3.loss(p, *batch, MODEL, **how)[0]  # noqa: E731
+    expected = torch.func.grad(loss)(params, *batch)
+    how = {"mesh": mesh, "backend": where.backend}
+    for kind, cut in (("DTensors", lambda t: distribute(t, spec, mesh)), ("plain", lambda t: own(t, mesh))):
+        mine = [cut(t) for t in batch]
+        value = loss(spread, *mine, **how)
+        assert isinstance(value, DTensor) == (kind == "DTensors")
+        found[f"loss of {kind}"] = error(whole(value), loss(params, *batch))
+        got = torch.func.grad(loss)(spread, *mine, **how)
+        same_places = [g.placements == p.placements for g, p in zip(*map(optree.tree_leaves, (got, spread)))]
+        assert all(same_places)
+        found[f"gradient of {kind}"] = error(whole(got), expected)
+    compiled = lambda layer: torch.compile(fmoe.remat(layer), fullgraph=True, backend="aot_eager")  # noqa: E731
+    got = fmoe.value_and_grad(loss)(spread, *mine, **how, per_layer=compiled)[1]
+    found["compiled and remat'ed layers"] = error(whole(got), expected)
+    return found
+
+
 def train(where: Where | None, steps: int = 10) -> tuple[list[float], float]:
     """The losses of a small model's first steps, here or on a mesh, and its parameters' norm (float32)."""
     mesh = where.mesh() if where else None

@@ -74,6 +74,17 @@ def test_compiles_whole(pool, where):
     hold(pool, laws.compilation, where, timeout=300)
 
 
+@pytest.mark.parametrize("where", [w for w in EVERYWHERE if w.axes in ("dp=2,ep=2", "ep=2,tp=2")], ids=str)
+def test_the_models_gradients_are_those_of_one_process(pool, where):
+    hold(pool, laws.model, where, timeout=240)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the host and the device are one")
+@pytest.mark.parametrize("axes", ["ep=2", "ep=4"])
+def test_the_host_waits_once_a_layer_and_step(pool, axes):
+    assert pool.run(ranks_of(axes), laws.synced, Where(axes, device="cuda")) == [1] * ranks_of(axes)
+
+
 @pytest.fixture(scope="module")
 def losses_alone():
     return laws.train(None)
