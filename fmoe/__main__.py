@@ -1,6 +1,7 @@
 """``python -m fmoe``: what the library says about itself, and what it costs here."""
 
 import argparse
+import json
 
 import torch
 from rich.console import Console
@@ -8,6 +9,8 @@ from rich.table import Table
 
 from .bench.layers import ROUTINGS, SHAPES, Shape
 from .bench.measure import bench_layer, report, write_json
+from .doctor import diagnose
+from .doctor import report as diagnosis
 from .introspect import Support, operator_support
 
 
@@ -47,12 +50,20 @@ def bench(args: argparse.Namespace) -> None:
         write_json(results, args.json)
 
 
+def doctor(args: argparse.Namespace) -> None:
+    found = diagnose()
+    print(json.dumps(found, indent=2) if args.json else diagnosis(found))
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fmoe", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     operators = commands.add_parser("operators", help="every operator and the transforms it supports")
     operators.add_argument("--markdown", action="store_true", help="as in docs/transforms.md")
     operators.set_defaults(run=show_operators)
+    checks = commands.add_parser("doctor", help="versions, what this machine can do, and backend 'auto'")
+    checks.add_argument("--json", action="store_true")
+    checks.set_defaults(run=doctor)
     layer = (
         commands.add_parser("bench", help="measure here")
         .add_subparsers(dest="what", required=True)

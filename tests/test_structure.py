@@ -10,9 +10,11 @@ import fmoe
 ROOT = pathlib.Path(fmoe.__file__).parent
 ORDER = ["errors", "tree", "ops", "recompute", "transforms", "parallel", "models"]
 OPTIONAL = {"deep_ep", "triton", "transformers", "matplotlib", "tokenizers", "safetensors", "numpy"}
-MAY_IMPORT = {"models/huggingface.py": {"safetensors"}, "tokenizer.py": {"tokenizers"}} | {
-    f"ops/kernels/{name}.py": {"triton"} for name in ("activation", "persistent", "plan", "router", "rows")
-}
+MAY_IMPORT = {
+    "models/huggingface.py": {"safetensors"},
+    "tokenizer.py": {"tokenizers"},
+    "parallel/backends/deepep.py": {"deep_ep"},
+} | {f"ops/kernels/{name}.py": {"triton"} for name in ("activation", "persistent", "plan", "router", "rows")}
 
 
 def rank(module: str) -> int:

@@ -165,7 +165,7 @@ def _on_mesh(
         mesh,
         in_specs=(have, *where),
         out_specs=out_specs(where[0]),
-        backends=choose(backend, mesh),
+        backends=choose(backend, mesh, params.embedding),
         local_results=not is_dtensor(inputs[0]),
     )(params, *inputs)
 

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..errors import argument_error
 from ..ops.axes import axis_names, present
 from ..ops.balance import MoEStats, moe_stats
-from ..ops.combine import combine
+from ..ops.combine import combine, combine_start, join
 from ..ops.dispatch import dispatch
 from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
 from ..ops.route import RouterConfig, RouterParams, Routing, route
@@ -159,7 +159,8 @@ def moe_forward(
     mesh                       ``None``: this device alone. Else experts lie along its axis ``ep``, slices of
                                their hidden dimension along ``tp``, and tokens along ``dp`` and ``ep``
     router                     how tokens choose experts
-    backend                    ``"auto"``, ``"local"`` or ``"all_to_all"``: what carries tokens along ``ep``
+    backend                    what carries tokens along ``ep``: ``"auto"``, or ``"local"``, ``"all_to_all"``,
+                               ``"deepep"``
     -> y          (..., D)     dtype of ``x``; with ``return_stats``, ``(y, MoEStats)``, over all tokens
     ============  ===========  ===============================================================
 
@@ -201,7 +202,7 @@ def moe_forward(
         mesh,
         in_specs=(have, x_spec),
         out_specs=(x_spec, P()) if return_stats else x_spec,
-        backends=choose(backend, mesh),
+        backends=choose(backend, mesh, x),
         local_results=not is_dtensor(x),
     )(params, x)
 
@@ -212,9 +213,10 @@ def moe_layer(params: MoEParams, x: torch.Tensor, router: RouterConfig) -> tuple
     routing = route(params.router, x_TD, router)
     x_SD, plan = dispatch(x_TD, routing, axis="ep" if present("ep") else None)
     y_SD = experts_grouped_mm(params.experts, x_SD, plan)
-    y_TD = combine(y_SD, plan)
-    if params.shared:
-        y_TD = y_TD + mlp_forward(params.shared, x_TD)
+    if params.shared:  # while rows are on their way back
+        y_TD = join(combine_start(y_SD, plan), plan, mlp_forward(params.shared, x_TD))
+    else:
+        y_TD = combine(y_SD, plan)
     return psum(y_TD, present("tp")).reshape(x.shape), routing
 
 

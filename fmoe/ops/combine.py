@@ -10,6 +10,7 @@ from .derive import Tensors, pullback
 from .dispatch import Plan, check_rows, plan_example, rows_of_slots
 from .primitive import Operator, declare
 from .tape import checkpoint
+from .transport import InFlight
 
 COMBINE = checkpoint("combine", save=True)
 REDUCE = checkpoint("reduce", save=False)
@@ -28,6 +29,25 @@ def combine(y_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
     """
     check_rows("combine", "y_SD", y_SD, plan.weights_SK.shape[0])
     return y_SD if plan.transport is None else plan.transport.combine(y_SD, plan)
+
+
+def combine_start(y_SD: torch.Tensor, plan: Plan) -> InFlight:
+    """Begin to :func:`combine`, and go on meanwhile with what doesn't need the result; :func:`join` gets it.
+
+    Raises ``ValueError`` if ``y_SD`` hasn't one row per dispatched row.
+    """
+    check_rows("combine_start", "y_SD", y_SD, plan.weights_SK.shape[0])
+    return InFlight(y_SD) if plan.transport is None else plan.transport.combine_start(y_SD, plan)
+
+
+def join(coming: InFlight, plan: Plan, plus: torch.Tensor | None = None) -> torch.Tensor:
+    """Wait for what :func:`combine_start` began, and add ``plus`` (T, D) to it, as shared experts' outputs.
+
+    ``join(combine_start(y_SD, plan), plan)`` is ``combine(y_SD, plan)``.
+    """
+    if plan.transport is not None:
+        return plan.transport.join(coming, plan, plus)
+    return coming.y_TD if plus is None else coming.y_TD + plus
 
 
 def reduce(y_RD: torch.Tensor, plan: Plan) -> torch.Tensor:

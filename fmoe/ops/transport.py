@@ -1,13 +1,20 @@
 """What carries tokens to the devices that hold their experts: the interface that backends implement."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
 from .axes import Axes, Group, axis_names, binding, group_of, resolve
+
+
+class InFlight(NamedTuple):
+    """Rows on their way back. Until joined nothing may read them, or write to what is held for them."""
+
+    y_TD: torch.Tensor
+    held: tuple[torch.Tensor, ...] = ()
 
 
 class Transport(Protocol):
@@ -21,6 +28,10 @@ class Transport(Protocol):
     def dispatch(self, x_TD: torch.Tensor, routing: Any) -> tuple[torch.Tensor, Any]: ...
 
     def combine(self, y_SD: torch.Tensor, plan: Any) -> torch.Tensor: ...
+
+    def combine_start(self, y_SD: torch.Tensor, plan: Any) -> InFlight: ...
+
+    def join(self, coming: InFlight, plan: Any, plus: torch.Tensor | None) -> torch.Tensor: ...
 
 
 # How to carry tokens along a group that nothing was bound to; fmoe.parallel sets it.
@@ -59,3 +70,14 @@ def _group_of_line(function: str, mesh: DeviceMesh) -> Group:
             remedy='Pass mesh["ep"].',
         )
     return group_of(mesh, axis_names(mesh))
+
+
+def check_experts_divide(num_experts: int, size: int) -> None:
+    if num_experts % size:
+        raise argument_error(
+            "dispatch",
+            "routing.counts_E",
+            got=f"{num_experts} experts for {size} devices",
+            expected="a multiple of the devices along the axis",
+            remedy="Choose a number of experts, or an axis, that divides.",
+        )

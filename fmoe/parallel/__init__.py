@@ -1,6 +1,7 @@
 """Many devices: meshes, partition specs, ``shard_map``, collectives, and backends for ``dispatch``."""
 
 from .backends.all_to_all import AllToAll
+from .backends.deepep_transport import DeepEP, deepep
 from .collectives import (
     all_gather,
     all_to_all,
@@ -19,10 +20,12 @@ from .spec import distribute, placements, spec_of
 
 __all__ = [
     "AllToAll",
+    "DeepEP",
     "all_gather",
     "all_to_all",
     "axis_index",
     "axis_size",
+    "deepep",
     "distribute",
     "gather_params",
     "make_mesh",

@@ -47,7 +47,8 @@ def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -
         )
     if not dist.is_initialized():
         if device_type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            # Several processes may share a device; NCCL says so where it mustn't.
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         if launched:
             dist.init_process_group(backend)

@@ -8,17 +8,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from ...errors import argument_error
 from ...ops.axes import Group, axis_names, group_of
 from ...ops.transport import Transport
+from . import deepep_buffers
 from .all_to_all import AllToAll
+from .deepep_transport import DeepEP
 
-NAMES = ("auto", "local", "all_to_all")
+NAMES = ("auto", "local", "all_to_all", "deepep")
 _LOG = logging.getLogger("fmoe")
 _SAID: set[str] = set()
 
 
-def choose(name: str, mesh: DeviceMesh | None) -> dict[str, Transport]:
+def choose(name: str, mesh: DeviceMesh | None, like: torch.Tensor | None = None) -> dict[str, Transport]:
     """What carries tokens along ``ep``, as :func:`fmoe.shard_map` takes it.
 
-    ``"auto"`` says in the log what it chose. Raises ``ValueError`` for what can't be met.
+    ``"auto"`` says in the log what it chose and why; ``like`` is a tensor of the rows' device, dtype and
+    last dimension. Raises ``ValueError`` for what can't be met.
     """
     if name not in NAMES:
         raise argument_error(
@@ -37,8 +40,19 @@ def choose(name: str, mesh: DeviceMesh | None) -> dict[str, Transport]:
     if group.size == 1:
         return {}
     if name == "auto":
-        _say(f"backend all_to_all along ep={group.size}: tokens move by torch.distributed")
+        device_type = mesh.device_type if mesh is not None else ""
+        kind = (device_type, like.dtype, int(like.shape[-1])) if like is not None else (device_type, None, 0)
+        name, why = _best(group.name, *kind)
+        _say(f"backend {name} along ep={group.size}: {why}")
+    if name == "deepep":
+        return {"ep": DeepEP(group, deepep_buffers.kept(group.name))}
     return {"ep": AllToAll(group)}
+
+
+@torch.compiler.assume_constant_result  # devices talk to each other, and Dynamo needn't see that
+def _best(group: str, device_type: str, dtype: torch.dtype | None, dim: int) -> tuple[str, str]:
+    reason, can = deepep_buffers.supports(group, device_type, dtype, dim)
+    return ("deepep", reason) if can else ("all_to_all", f"by torch.distributed; not DeepEP, as {reason}")
 
 
 @torch.compiler.assume_constant_result  # said while Dynamo traces, too

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...errors import argument_error
 from ...ops.axes import Group
 from ...ops.bases import gather_kernel, random
 from ...ops.combine import COMBINE, weighted_sum_kernel
@@ -22,7 +21,7 @@ from ...ops.dispatch import DISPATCH, Plan, check_ids, layout_kernel, layout_pla
 from ...ops.primitive import Fold, Operator, declare
 from ...ops.refuse import Unsupported
 from ...ops.route import Routing
-from ...ops.transport import set_default
+from ...ops.transport import InFlight, check_experts_divide, set_default
 from ..collectives import group_alone
 from .wire import swap_rows
 
@@ -44,21 +43,16 @@ class AllToAll(NamedTuple):
     def combine(self, y_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
         return send_back(y_SD, *plan.sent, self.group.name)
 
+    def combine_start(self, y_SD: torch.Tensor, plan: Plan) -> InFlight:
+        return InFlight(self.combine(y_SD, plan))
+
+    def join(self, coming: InFlight, plan: Plan, plus: torch.Tensor | None) -> torch.Tensor:
+        return coming.y_TD if plus is None else coming.y_TD + plus
+
 
 def rows_sent(plan: Plan) -> torch.Tensor:
     """How many rows this device sent to each device of the axis, itself included: int64 (n,), on the host."""
     return plan.sent[-1][0]
-
-
-def check_experts_divide(num_experts: int, size: int) -> None:
-    if num_experts % size:
-        raise argument_error(
-            "dispatch",
-            "routing.counts_E",
-            got=f"{num_experts} experts for {size} devices",
-            expected="a multiple of the devices along the axis",
-            remedy="Choose a number of experts, or an axis, that divides.",
-        )
 
 
 # ---- kernels -----------------------------------------------------------------------------------

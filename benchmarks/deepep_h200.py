@@ -1,0 +1,212 @@
+"""The laws of every backend on DeepEP's own kernels, by processes that share one GPU; what a call costs.
+
+``python benchmarks/deepep_h200.py`` needs a CUDA device and DeepEP (docs/deepep.md says how to install it).
+It starts 2 and then 4 processes on the one GPU, connected by gloo and NCCL, runs every law of
+``tests/transport_laws.py`` in bfloat16, and measures a layer's forward and backward. Kernels of the processes
+take turns on the GPU, so that what is measured is the host, not bandwidth. A table comes last; the exit
+status is 1 if a law was broken.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import queue
+import sys
+import time
+import traceback
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+
+import transport_laws as laws
+from rich.console import Console
+from rich.table import Table
+
+import fmoe
+from fmoe.doctor import diagnose, report
+from fmoe.introspect import raw_calls
+
+NAMES = [law.__name__ for law in laws.LAWS]
+
+
+def connect(rank: int, size: int, port: int, args: argparse.Namespace) -> None:
+    backend = "gloo"
+    if args.device == "cuda":
+        torch.cuda.set_device(0)
+        # all_to_all goes by NCCL, which takes ranks on one GPU only if they seem to be on hosts apart.
+        os.environ |= {"NCCL_HOSTID": f"rank {rank}", "NCCL_SOCKET_IFNAME": "lo"}
+        os.environ |= dict.fromkeys(("NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE"), "1")
+        backend = "cpu:gloo,cuda:nccl"
+    else:  # on DeepEP's stand-in, to try this script
+        import deep_ep_double
+
+        deep_ep_double.install(2 if "elastic" in args.backend else 1)
+        torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=args.patience)
+    )
+
+
+def obey(rank: int, size: int, port: int, args: argparse.Namespace, names: list[str], found: Any) -> None:
+    connect(rank, size, port, args)
+    for name in names:
+        torch.manual_seed(args.seed)
+        more = {"rounds": args.forwards} if name == "law_no_leak" else {}
+        began = time.monotonic()
+        try:
+            getattr(laws, name)(args.device, f"ep={size}", args.backend, torch.bfloat16, **more)
+            found.put((rank, name, f"holds, {time.monotonic() - began:.1f} s"))
+        except Exception:
+            found.put((rank, name, traceback.format_exc()))
+            time.sleep(1)  # until it has been read
+            return
+    if rank == 0:
+        found.put((rank, "done", ""))
+    dist.barrier()
+
+
+def measure(rank: int, size: int, port: int, args: argparse.Namespace, names: list[str], found: Any) -> None:
+    connect(rank, size, port, args)
+    for backend in names:
+        torch.manual_seed(args.seed)
+        with laws.setting(args.device, f"ep={size}", backend, tokens=args.tokens) as (mesh, transport):
+            case = laws.Case(args.device, mesh, torch.bfloat16, [args.tokens] * size)
+            loss = fmoe.value_and_grad(case.loss(transport), (0, 1))
+            for _ in range(3):
+                loss(case.own, case.x)
+            host, whole = times(lambda: loss(case.own, case.x), args)  # noqa: B023
+            with raw_calls() as calls:
+                syncs = host_syncs(lambda: loss(case.own, case.x), args)  # noqa: B023
+        # DeepEP's own wait for what is to come isn't one that PyTorch sees.
+        syncs += calls.get("deepep_dispatch", 0)
+        found.put((rank, backend, (host, whole, syncs)))
+        dist.barrier()
+    found.put((rank, "done", ""))
+    dist.barrier()
+
+
+def times(call: Any, args: argparse.Namespace) -> tuple[float, float]:
+    """Median milliseconds until a call returns, and until its work is done."""
+    each = []
+    for _ in range(args.calls):
+        dist.barrier()
+        began = time.perf_counter()
+        call()
+        returned = time.perf_counter()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        each.append((1e3 * (returned - began), 1e3 * (time.perf_counter() - began)))
+    host, whole = torch.tensor(each).median(0).values.tolist()
+    return host, whole
+
+
+def host_syncs(call: Any, args: argparse.Namespace) -> int:
+    if args.device != "cuda":
+        call()
+        return 0
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        call()
+    torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(w.message) for w in said)
+
+
+def together(work: Any, size: int, args: argparse.Namespace, names: list[str]) -> list[tuple[int, str, Any]]:
+    """What ``size`` processes report, until they are done, or one has failed or is silent too long."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = mp.get_context("spawn")
+    found = context.Queue()
+    processes = [
+        context.Process(target=work, args=(rank, size, store.port, args, names, found), daemon=True)
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    came = []
+    try:
+        while sum(name == "done" for _, name, _ in came) < (size if work is measure else 1):
+            came.append(found.get(timeout=args.patience))
+            if isinstance(came[-1][2], str) and "Traceback" in came[-1][2]:
+                break
+    except queue.Empty:
+        came.append((-1, "silent", f"Traceback: no answer in {args.patience} s"))
+    for process in processes:
+        process.join(5)
+        process.kill()
+    return [item for item in came if item[1] != "done"]
+
+
+def hold_all(size: int, args: argparse.Namespace) -> dict[str, str]:
+    """What became of every law; after one that is broken the others have fresh processes."""
+    told: dict[str, str] = {}
+    while waiting := [name for name in args.laws if name not in told]:
+        came = together(obey, size, args, waiting)
+        broken = [text for *_, text in came if "Traceback" in text]
+        for name in waiting:
+            held = [text for _, n, text in came if n == name and "Traceback" not in text]
+            if len(held) == size or (held and not broken):
+                told[name] = held[0]
+        left = [name for name in waiting if name not in told]
+        if left:
+            told[left[0]] = "BROKEN: " + (broken[0].strip().splitlines()[-1] if broken else "no answer")
+            print(f"{size} ranks, {left[0]}:\n{broken[0] if broken else ''}", file=sys.stderr)
+    return told
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cpu: on the tests' stand-in for DeepEP")
+    parser.add_argument("--backend", default="deepep", choices=["deepep", "deepep elastic", "all_to_all"])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--laws", nargs="*", default=NAMES, choices=NAMES)
+    parser.add_argument("--forwards", type=int, default=1000, help="in the law that nothing is left behind")
+    parser.add_argument("--tokens", type=int, default=512, help="per rank, in what is measured")
+    parser.add_argument("--calls", type=int, default=20)
+    parser.add_argument("--patience", type=float, default=150, help="seconds for a law")
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31, help="fresh by default")
+    parser.add_argument("--json", metavar="FILE", help="write all of it")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    here = diagnose()
+    print(f"{datetime.date.today()}, seed {args.seed}\n{report(here)}\n")
+    results: dict[str, Any] = {
+        "date": str(datetime.date.today()),
+        "seed": args.seed,
+        "here": here,
+        "ranks": {},
+    }
+    table = Table("", *(f"{size} ranks" for size in args.ranks))
+    costs: dict[str, list[str]] = {}
+    for size in args.ranks:
+        told = hold_all(size, args)
+        backends = list(dict.fromkeys([args.backend, "all_to_all"]))
+        measured = {name: value for rank, name, value in together(measure, size, args, backends) if rank == 0}
+        results["ranks"][size] = {"laws": told, "measured": measured}
+        for backend in backends:
+            found = measured.get(backend)
+            text = "{:.1f} / {:.1f} / {}".format(*found) if found else "failed"
+            costs.setdefault(backend, []).append(text)
+    for name in args.laws:
+        table.add_row(name, *(results["ranks"][size]["laws"][name] for size in args.ranks))
+    for backend, texts in costs.items():
+        table.add_row(f"{backend}: host ms / all ms / host syncs", *texts)
+    if args.json:
+        pathlib.Path(args.json).write_text(json.dumps(results, indent=2))
+    Console(width=150).print(table)
+    sys.exit(any("BROKEN" in text for size in args.ranks for text in results["ranks"][size]["laws"].values()))
+
+
+if __name__ == "__main__":
+    main()
