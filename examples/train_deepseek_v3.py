@@ -141,6 +141,9 @@ def start(args: argparse.Namespace, state: Any, run: Any) -> checkpoint.Loaded:
     """The state to begin with: with ``--resume`` that of the newest checkpoint."""
     newest = checkpoint.latest(args.out)
     named = max(args.out.glob("step-" + "[0-9]" * 8), default=None)
+    check_alike(
+        "train_deepseek_v3", {"run": run, "checkpoints": [str(newest), str(named)]}
+    )  # --out is shared
     if args.resume and named:
         if newest and newest != named:
             print(f"{named} is damaged; going on from {newest}")

@@ -30,6 +30,7 @@ def accumulate(value_and_grad_fn: Callable[..., Any], num_micro_batches: int) ->
     -> function         the same function of the whole batch, within summation order
     ==================  =======================================================================
 
+    Parts weigh equally: a mean over what is counted equals the batch's where each part counts as much.
     Values and gradients are averaged in float32 or wider whatever their dtype, and returned in it. In ``aux``
     every :class:`fmoe.MoEStats` is merged, token counts summed; other tensors are averaged, integers summed.
 

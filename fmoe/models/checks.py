@@ -1,13 +1,17 @@
 """Whether what a layer is given fits together."""
 
+import math
 from typing import Any
 
+import optree
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
-from ..parallel.boundary import is_dtensor
-from ..parallel.spec import named_axes
-from ..tree import P, check_tensors, dotted_names
+from ..ops.axes import axis_sizes, describe
+from ..parallel.boundary import is_dtensor, unwrapped
+from ..parallel.spec import axes_by_dim, named_axes
+from ..tree import P, check_tensors, dotted_names, is_spec
 
 
 def check_token_spec(function: str, argument: str, x: torch.Tensor, spec: P, *, whole_dims: int = 1) -> None:
@@ -55,3 +59,26 @@ def check_layer(params: Any, x: torch.Tensor) -> None:
             raise error(
                 f"params.{name}", leaf.dtype, f"{x.dtype}, as x", "Convert one of the two with .to()."
             )
+
+
+def check_params(params: Any, specs: Any, wanted: Any, mesh: DeviceMesh) -> None:
+    """Raise ``ValueError`` unless DTensors have the specs' shapes, and plain params this device's part."""
+    sizes, wrong = axis_sizes(mesh), []
+    described = optree.tree_leaves(specs, is_leaf=is_spec)
+    leaves = check_tensors("forward", "params", params)
+    for name, leaf, spec, place in zip(dotted_names(params), leaves, described, optree.tree_leaves(wanted)):
+        parts = [math.prod([sizes.get(a, 1) for a in axes]) for axes in axes_by_dim(place)]
+        parts += [1] * (len(spec.shape) - len(parts))
+        plain = not is_dtensor(leaf)
+        expected = tuple(n // part if plain else n for n, part in zip(spec.shape, parts))
+        found = tuple(leaf.shape if plain else unwrapped(leaf).shape)
+        if found != expected:
+            wrong.append(f"{name} {'a plain tensor' if plain else 'a DTensor'} of {found}, not {expected}")
+    if wrong or len(leaves) != len(described):
+        raise argument_error(
+            "forward",
+            "params",
+            got="; ".join(wrong) or f"{len(leaves)} tensors",
+            expected=f"{len(described)} tensors of config, on {describe(mesh)}",
+            remedy="Place them with fmoe.shard_params(params, mesh, deepseek_v3.specs(config)).",
+        )

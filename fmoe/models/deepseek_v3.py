@@ -13,7 +13,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
-from ..ops.axes import axis_names, present
+from ..ops.axes import axis_names, axis_sizes, present
 from ..ops.balance import MoEStats, moe_stats, update_expert_bias
 from ..ops.experts import ExpertParams
 from ..parallel.backends import choose
@@ -24,7 +24,7 @@ from ..parallel.shard_map import shard_map
 from ..parallel.spec import named_axes
 from ..tree import P, partition_specs
 from .attention import Rope, attention_forward, rms_norm, rope_table
-from .checks import check_token_spec
+from .checks import check_params, check_token_spec
 from .config import DeepSeekV3Config as DeepSeekV3Config  # re-exported
 from .config import preset as preset
 from .counts import flops_per_token as flops_per_token
@@ -116,9 +116,9 @@ def loss(
 ) -> tuple[torch.Tensor, Stats]:
     """Mean cross entropy in nats, float32 or wider, and the statistics of every MoE layer.
 
-    ``tokens`` and ``targets`` are int64 (B, L); the rest is as for :func:`forward`. On a mesh the mean is
-    over all devices' tokens, the same number on each; logits are never gathered. A training loop
-    differentiates it with ``fmoe.value_and_grad(loss, has_aux=True)``.
+    ``tokens`` and ``targets`` are int64 (B, L); a target of -100 isn't counted. The rest is as for
+    :func:`forward`. On a mesh the mean is over all devices' tokens, the same number on each; logits are never
+    gathered. A training loop differentiates it with ``fmoe.value_and_grad(loss, has_aux=True)``.
 
     >>> config = preset("debug")
     >>> tokens = torch.randint(256, (2, 16))
@@ -128,13 +128,14 @@ def loss(
     """
     check_tokens("loss", "tokens", tokens, config)
     check_tokens("loss", "targets", targets, config)
+    check_same("of shape", "targets", tuple(targets.shape), tuple(tokens.shape))
 
     def run(how: ModelParams, along: tuple[str, ...], params: ModelParams, *batch: torch.Tensor) -> Any:
         tokens, targets = batch
         x, stats = _hidden(params, tokens, config, how, along, per_layer)
         total, count = summed_cross_entropy(x @ _head(params, how).mT, targets)
         total, count = psum(torch.stack([total, count.to(total.dtype)]), along).unbind()
-        return total / count, stats
+        return total / count.clamp_min(1), stats
 
     return _on_mesh(run, params, (tokens, targets), config, mesh, backend, lambda where: (P(), P()))
 
@@ -153,11 +154,15 @@ def _on_mesh(
         choose(backend, None)
         how = ModelParams._make([(), [()] * len(params.layers), (), ()])
         return run(how, (), params, *inputs)
-    wanted = optree.tree_map(computing, partition_specs(specs(config)))
+    described = specs(config)
+    wanted = optree.tree_map(computing, partition_specs(described))
+    check_params(params, described, wanted, mesh)
+    check_heads(config, mesh)
     of_tokens = [P(token_axes(mesh))] * len(inputs)
     have, *where = where_placed((params, *inputs), (wanted, *of_tokens), mesh)
     for name, value, spec in zip(("tokens", "targets"), inputs, where):
         check_token_spec("forward", name, value, spec)
+        check_same("placed by", name, spec, where[0])
     along = tuple(axis for axis in axis_names(mesh) if axis in named_axes(where[0]))
     how = _moves(params, have, wanted, mesh)
     return shard_map(
@@ -260,4 +265,27 @@ def check_tokens(function: str, argument: str, tokens: torch.Tensor, config: Dee
             got=f"{tokens.shape[1]} positions",
             expected=f"at most max_seq_len={config.max_seq_len}",
             remedy="Cut the sequences, or raise max_seq_len.",
+        )
+
+
+def check_same(what: str, argument: str, found: Any, of_tokens: Any) -> None:
+    if found != of_tokens:
+        raise argument_error(
+            "loss",
+            argument,
+            got=f"{argument} {what} {found}",
+            expected=f"{of_tokens}, as tokens",
+            remedy="Give every token one target, in the same place.",
+        )
+
+
+def check_heads(config: DeepSeekV3Config, mesh: DeviceMesh) -> None:
+    tp = axis_sizes(mesh).get("tp", 1)
+    if config.num_heads % tp:
+        raise argument_error(
+            "forward",
+            "mesh",
+            got=f"tp={tp} for {config.num_heads} heads",
+            expected="a tp that divides the heads",
+            remedy="Choose another mesh.",
         )

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal, NamedTuple, overload
 
+import optree
 import torch
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,10 +17,10 @@ from ..ops.route import RouterConfig, RouterParams, Routing, route
 from ..parallel.backends import choose
 from ..parallel.boundary import is_dtensor
 from ..parallel.collectives import psum
-from ..parallel.placement import init_on, moved, moves, token_axes, where_placed
+from ..parallel.placement import computing, init_on, moved, moves, token_axes, where_placed
 from ..parallel.shard_map import shard_map
 from ..parallel.spec import distribute, named_axes
-from ..tree import P, param
+from ..tree import P, is_spec, param
 from .checks import check_layer, check_token_spec
 
 
@@ -47,21 +48,19 @@ def moe_specs(*, dim: int, hidden_dim: int, num_experts: int, num_shared_experts
     )
 
 
-# Where a layer computes: each device along ep holds whole experts, each along tp a slice of every F.
-_COMPUTING = MoEParams._make(
-    [
-        RouterParams._make([P(), P()]),
-        ExpertParams._make([P("ep", None, "tp")] * 2),
-        ExpertParams._make([P(None, "tp")] * 2),
-    ]
-)
-
-
 def mlp_specs(dim: int, hidden_dim: int, fsdp: tuple[str, ...]) -> ExpertParams:
     """A SwiGLU every token goes through, as the shared experts and the dense layers are."""
     return ExpertParams(
         param((2, hidden_dim, dim), P(None, "tp", fsdp)), param((dim, hidden_dim), P(fsdp, "tp"))
     )
+
+
+# Where a layer computes: each device along ep holds whole experts, each along tp a slice of every F.
+_COMPUTING = optree.tree_map(
+    lambda spec: computing(spec.partition),
+    moe_specs(dim=1, hidden_dim=1, num_experts=1, num_shared_experts=1),
+    is_leaf=is_spec,
+)
 
 
 def moe_init(
@@ -167,7 +166,8 @@ def moe_forward(
     On a mesh ``x`` decides: a DTensor gives a DTensor of equal placement, a plain tensor is this device's own
     tokens, as many as it likes, and gives theirs. Params are DTensors, wherever they lie (what is cut along
     more axes than computing wants is gathered), or plain tensors, which are then this device's own piece:
-    E / ep experts, and of each F / tp.
+    E / ep experts, and of each F / tp; whole experts would be summed ``tp`` times. A loss of plain ``y`` is
+    this device's own, and what is differentiated is their sum over the devices that tokens lie on.
 
     Works under every ``torch.func`` transform and under ``torch.compile(fullgraph=True)``. On a mesh
     ``jvp`` wants plain tensors, and ``vmap`` over tokens raises.
@@ -213,7 +213,7 @@ def moe_layer(params: MoEParams, x: torch.Tensor, router: RouterConfig) -> tuple
     routing = route(params.router, x_TD, router)
     x_SD, plan = dispatch(x_TD, routing, axis="ep" if present("ep") else None)
     y_SD = experts_grouped_mm(params.experts, x_SD, plan)
-    if params.shared:  # while rows are on their way back
+    if params.shared:  # meanwhile rows may be on their way back
         y_TD = join(combine_start(y_SD, plan), plan, mlp_forward(params.shared, x_TD))
     else:
         y_TD = combine(y_SD, plan)

@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ..errors import argument_error
-from ..tree import map_local
+from ..tree import local, map_local
 from .route import Routing
 
 
@@ -78,6 +79,14 @@ def update_expert_bias(params: Any, counts_E: torch.Tensor, rate: float) -> Any:
             expected=f"{tuple(params.bias_E.shape)}, one count per expert",
             remedy="Pass MoEStats.tokens_per_expert of this layer.",
         )
-    counts = counts_E.double()
+    if isinstance(params.bias_E, DTensor) and not all(p.is_replicate() for p in params.bias_E.placements):
+        raise argument_error(
+            "update_expert_bias",
+            "params.bias_E",
+            got=f"a DTensor placed by {params.bias_E.placements}",
+            expected="one that is whole on every device",
+            remedy="Place it with fmoe.shard_params.",
+        )
+    counts = local(counts_E).double()
     step = (rate * (counts.mean() - counts).sign()).to(params.bias_E.dtype)
     return params._replace(bias_E=map_local(lambda bias: bias + step, params.bias_E))

@@ -7,7 +7,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
-from .axes import Axes, Group, axis_names, binding, group_of, resolve
+from .axes import Axes, Group, axis_names, binding, group_of, names_of, resolve
 
 
 class InFlight(NamedTuple):
@@ -52,7 +52,7 @@ def transport_along(function: str, axis: Axes | DeviceMesh | None) -> Transport 
     else:
         group = resolve(function, axis)
         for name, backend in binding().backends:
-            if name == axis:
+            if (name,) == names_of(axis):
                 return backend
     if group.size == 1:
         return None
@@ -61,12 +61,12 @@ def transport_along(function: str, axis: Axes | DeviceMesh | None) -> Transport 
 
 
 def _group_of_line(function: str, mesh: DeviceMesh) -> Group:
-    if mesh.ndim != 1:
+    if mesh.ndim != 1 or not axis_names(mesh):
         raise argument_error(
             function,
             "axis",
-            got=f"a mesh of {mesh.ndim} dimensions",
-            expected="the name of a bound axis, or a mesh of one dimension",
+            got=f"a mesh of {mesh.ndim} dimensions, named {axis_names(mesh)}",
+            expected="the name of a bound axis, or a mesh of one dimension that has a name",
             remedy='Pass mesh["ep"].',
         )
     return group_of(mesh, axis_names(mesh))

@@ -17,7 +17,17 @@ from ..ops.axes import axis_names, axis_sizes
 from ..tree import P, dotted_names, init_params, is_spec
 from .boundary import is_dtensor, unwrapped
 from .collectives import axis_index, axis_size, gather_params
-from .spec import as_dtensor, axes_by_dim, broadcast, fitting_specs, known_axes, local_piece, spec_of
+from .spec import (
+    as_dtensor,
+    axes_by_dim,
+    broadcast,
+    fitting_specs,
+    known_axes,
+    local_piece,
+    raise_misfits,
+    size_problems,
+    spec_of,
+)
 
 Move = tuple[str, int, tuple[str, ...]]
 Moves = tuple[tuple[Move, ...], ...]
@@ -80,10 +90,19 @@ def token_axes(mesh: DeviceMesh) -> tuple[str, ...]:
 def moves(tree: Any, have: Any, wanted: Any, mesh: DeviceMesh) -> Moves:
     """How to bring every leaf from where it is to where it is wanted.
 
-    Raises ``ValueError`` where an axis would have to change its dimension.
+    Raises ``ValueError`` where an axis would have to change its dimension, and where one doesn't divide.
     """
-    pairs = zip(broadcast("moves", "have", have, tree), broadcast("moves", "wanted", wanted, tree))
-    return tuple(_moves(name, *pair, mesh) for name, pair in zip(dotted_names(tree), pairs))
+    names, leaves = dotted_names(tree), optree.tree_leaves(tree)
+    specs = [known_axes(spec, mesh) for spec in broadcast("moves", "wanted", wanted, tree)]
+    misfits = [
+        (name, spec, leaf, problem)
+        for name, spec, leaf in zip(names, specs, leaves)
+        if is_dtensor(leaf)
+        for problem in size_problems(spec, unwrapped(leaf), mesh)
+    ]
+    raise_misfits("moe_forward", "params", mesh, misfits)
+    trios = zip(names, broadcast("moves", "have", have, tree), specs)
+    return tuple(_moves(*trio, mesh) for trio in trios)
 
 
 def _moves(name: str, have: P, wanted: P, mesh: DeviceMesh) -> tuple[Move, ...]:

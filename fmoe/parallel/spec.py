@@ -82,10 +82,15 @@ def distribute(tree: Any, specs: Any, mesh: DeviceMesh) -> Any:
     leaves, treedef = optree.tree_flatten(tree)
     flat = fitting_specs("distribute", "tree", specs, tree, mesh)
     placed = [
-        as_dtensor(leaf.detach()[local_piece(spec, leaf.shape, mesh)].contiguous(), mesh, spec)
+        as_dtensor(_copied(leaf.detach()[local_piece(spec, leaf.shape, mesh)]), mesh, spec)
         for spec, leaf in zip(flat, leaves)
     ]
     return optree.tree_unflatten(treedef, placed)
+
+
+def _copied(piece: torch.Tensor) -> torch.Tensor:
+    """A view would keep all of the tensor in memory."""
+    return piece.clone(memory_format=torch.contiguous_format)
 
 
 def as_dtensor(local: torch.Tensor, mesh: DeviceMesh, spec: P) -> DTensor:

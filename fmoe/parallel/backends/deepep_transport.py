@@ -16,8 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ...ops.axes import Group
 from ...ops.dispatch import Plan
 from ...ops.route import Routing
-from ...ops.transport import InFlight
-from .all_to_all import check_experts_divide
+from ...ops.transport import InFlight, check_experts_divide
 from .deepep import Sizes
 from .deepep_buffers import opened
 from .deepep_ops import deepep_combine, deepep_dispatch, deepep_join
