@@ -488,7 +488,7 @@ ERRORS = {
     ),
     "backend": (
         lambda: fmoe.moe_forward(layer_with(), torch.randn(3, 8), backend="nccl"),
-        "moe_forward: backend: got 'nccl', expected one of ('auto', 'local', 'all_to_all', 'deepep'). Use 'auto'.",
+        "moe_forward: backend: got 'nccl', expected one of ('auto', 'local', 'all_to_all', 'deepep').",
     ),
     "size": (
         lambda: fmoe.moe_init(0, dim=0, hidden_dim=4, num_experts=2),

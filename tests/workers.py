@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from helpers import fresh_seed
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 GRACE = 3.0  # seconds for the other ranks, once one has failed
 
@@ -113,6 +114,7 @@ def _serve(rank: int, pipe: Connection, port: int) -> None:
             if wanted != world:
                 if dist.is_initialized():
                     dist.destroy_process_group()
+                _clear_sharding_prop_cache()  # DTensor would go on with an equal mesh of the world before
                 prefixed = dist.PrefixStore(f"world {wanted}", store)
                 dist.init_process_group(
                     backend, store=prefixed, rank=rank, world_size=size, timeout=timedelta(seconds=30)
