@@ -76,20 +76,6 @@ def second(loss: Callable[..., Any]) -> Callable[..., Any]:
     return torch.func.grad(lambda p, x: dot(first(p, x), first(p, x)), (0, 1))
 
 
-def total_over_tokens(tree: Any, mesh: Any) -> Any:
-    """Plain tensors that each device along dp and ep has a share of, summed."""
-    group = group_of(mesh, token_axes(mesh))
-    if group.size == 1:
-        return tree
-    return optree.tree_map(lambda t: psum_raw(t, group.name), tree)
-
-
-def psum_raw(t: torch.Tensor, group: str) -> torch.Tensor:
-    from fmoe.parallel.collectives import psum_op
-
-    return psum_op.raw(t.contiguous(), group)
-
-
 # ---- laws 1 and 2: the oracle, on any mesh ---------------------------------------------------------
 
 
