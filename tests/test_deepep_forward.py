@@ -13,12 +13,14 @@ import torch
 import torch.distributed as dist
 from devices import bare_mesh
 from helpers import error, random_layer
-from transport_laws import CONFIG, DIM, Case
+from test_deepep import DIM
 
 import fmoe
 from fmoe.parallel import AllToAll, DeepEP, backends
 from fmoe.parallel.backends import deepep as adapter
 from fmoe.parallel.backends import deepep_buffers
+
+CONFIG = fmoe.RouterConfig(top_k=3, num_groups=4, top_groups=2)
 
 
 def kept_buffers(generation, size):
@@ -111,10 +113,11 @@ def compiled_with_a_kept_buffer():
     deep_ep_double.install(1, payloads=(torch.bfloat16, torch.float32))
     torch._dynamo.reset()
     mesh = bare_mesh("ep=2")
-    case = Case("cpu", mesh, torch.float32)
+    params = fmoe.shard_params(random_layer(DIM, 16, 8, 1, dtype=torch.float32, scale=4.0), mesh)
+    x = torch.randn(5 + dist.get_rank(), DIM)
     call = lambda p, x: fmoe.moe_forward(p, x, mesh, router=CONFIG, backend="deepep")  # noqa: E731
-    got = torch.compile(call, fullgraph=True, backend="aot_eager")(case.own, case.x)
-    wrong = error(got, call(case.own, case.x))
+    got = torch.compile(call, fullgraph=True, backend="aot_eager")(params, x)
+    wrong = error(got, call(params, x))
     deepep_buffers.free_kept()
     return wrong
 

@@ -56,7 +56,7 @@ def mlp_specs(dim: int, hidden_dim: int, fsdp: tuple[str, ...]) -> ExpertParams:
 
 
 # Where a layer computes: each device along ep holds whole experts, each along tp a slice of every F.
-_COMPUTING = optree.tree_map(
+COMPUTING = optree.tree_map(
     lambda spec: computing(spec.partition),
     moe_specs(dim=1, hidden_dim=1, num_experts=1, num_shared_experts=1),
     is_leaf=is_spec,
@@ -187,7 +187,7 @@ def moe_forward(
         choose(backend, None)
         y, routing = moe_layer(params, x, router)
         return (y, moe_stats(routing)) if return_stats else y
-    wanted = _COMPUTING if params.shared else _COMPUTING._replace(shared=())
+    wanted = COMPUTING if params.shared else COMPUTING._replace(shared=())
     have, x_spec = where_placed((params, x), (wanted, P(token_axes(mesh))), mesh)
     how = moves(params, have, wanted, mesh)
     check_token_spec("moe_forward", "x", x, x_spec)
