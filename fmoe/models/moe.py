@@ -15,7 +15,7 @@ from ..ops.dispatch import dispatch
 from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
 from ..ops.route import RouterConfig, RouterParams, Routing, route
 from ..parallel.backends import choose
-from ..parallel.boundary import is_dtensor
+from ..parallel.boundary import dtensor_beneath
 from ..parallel.collectives import psum
 from ..parallel.placement import computing, init_on, moved, moves, token_axes, where_placed
 from ..parallel.shard_map import shard_map
@@ -203,7 +203,7 @@ def moe_forward(
         in_specs=(have, x_spec),
         out_specs=(x_spec, P()) if return_stats else x_spec,
         backends=choose(backend, mesh, x),
-        local_results=not is_dtensor(x),
+        local_results=not dtensor_beneath(x),
     )(params, x)
 
 
