@@ -225,6 +225,7 @@ def check_backend(
             "check_backend", "dtype", got=dtype, expected=f"one of {list(TOLERANCE)}", remedy="Change it."
         )
     setting = Setting(mesh, backend, dtype, tokens, dim, num_experts, top_k, any_order, forwards)
-    name = "torch.distributed's all-to-all" if backend is None else type(backend).__name__
+    default = "torch.distributed's all-to-all" if devices > 1 else "no backend"
+    name = default if backend is None else type(backend).__name__
     title = f"{name} on {describe(mesh)}, {mesh.device_type}, {str(dtype).removeprefix('torch.')}"
     return hold("check_backend", title, LAWS, setting, laws, seed)

@@ -66,7 +66,14 @@ class Report(NamedTuple):
 
 
 class LawBroken(AssertionError):
-    """Something doesn't do what fmoe promises; the text says what, and how to see it again."""
+    """Something doesn't do what fmoe promises; the text says what, and how to see it again.
+
+    ``report`` is what was found, up to an exception if it was that.
+    """
+
+    def __init__(self, text: str, report: Report) -> None:
+        super().__init__(text)
+        self.report = report
 
 
 def hold(
@@ -98,13 +105,12 @@ def hold(
                 found = list(laws[name](subject))
             except Exception as error:
                 text = f"{function}: {title}: {name} met {type(error).__name__}: {error}"
-                raise LawBroken(
-                    f"{text}\n  The law: {_stated(laws[name])}\n  {_again(name, seed)}"
-                ) from error
+                text = "\n  ".join([text, _stated(laws[name]), _again(name, seed)])
+                raise LawBroken(text, report) from error
             report.laws[name] = [max(same, key=lambda f: f.share) for same in zip(*from_all(found))]
             report.seconds[name] = time.monotonic() - began
     if report.broken:
-        raise LawBroken(_told(function, report, laws))
+        raise LawBroken(_told(function, report, laws), report)
     return report
 
 
