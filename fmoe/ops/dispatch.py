@@ -180,6 +180,13 @@ def _layout_fake(ids: torch.Tensor, num_experts: int, num_rows: int) -> Tensors:
     )
 
 
+def received_fake(x: Any, weights: Any, ids: Any, num_experts: int) -> Tensors:
+    """What comes of a dispatch that moves: rows, weights and their layout over the experts held here."""
+    num_received, num_rows = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
+    rows, weights_SK, ids_SK = (t.new_empty(num_received, t.shape[1]) for t in (x, weights, ids))
+    return rows, weights_SK, *_layout_fake(ids_SK, num_experts, num_rows)
+
+
 def _layout_vmap(size: int, dims: Dims, ids: torch.Tensor, num_experts: int, num_rows: int) -> Tensors:
     """One sort for the whole batch; each example has its own experts and one more for dropped pairs."""
     if not is_functorch_wrapped_tensor(ids):

@@ -17,7 +17,7 @@ from ...ops.axes import Group
 from ...ops.bases import gather_kernel, random
 from ...ops.combine import COMBINE, weighted_sum_kernel
 from ...ops.derive import Dims, Tensors
-from ...ops.dispatch import DISPATCH, Plan, check_ids, layout_kernel, layout_plain
+from ...ops.dispatch import DISPATCH, Plan, check_ids, layout_kernel, layout_plain, received_fake
 from ...ops.primitive import Fold, Operator, declare
 from ...ops.refuse import Unsupported
 from ...ops.route import Routing
@@ -116,17 +116,10 @@ def _exchange_kernel(
 
 
 def _exchange_fake(x: Any, weights: Any, ids: Any, num_experts: int, size: int, *group: Any) -> Tensors:
-    context = torch.library.get_ctx()
-    num_sent, num_received, num_rows = (context.new_dynamic_size() for _ in range(3))
-    index = ids.new_empty
     return (
-        x.new_empty(num_received, x.shape[1]),
-        weights.new_empty(num_received, weights.shape[1]),
-        index(num_rows, dtype=torch.int64),
-        index(num_received, ids.shape[1], dtype=torch.int64),
-        index(num_experts // size, dtype=torch.int32),
-        index(num_sent, dtype=torch.int64),
-        index(ids.shape[0], size, dtype=torch.int64),
+        *received_fake(x, weights, ids, num_experts // size),
+        ids.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64),
+        ids.new_empty(ids.shape[0], size, dtype=torch.int64),
         torch.empty(2, size, dtype=torch.int64, device="cpu"),
     )
 

@@ -7,7 +7,7 @@ import torch
 from ...ops.bases import random
 from ...ops.combine import COMBINE
 from ...ops.derive import Dims, Tensors
-from ...ops.dispatch import DISPATCH, check_ids, layout_kernel, layout_plain
+from ...ops.dispatch import DISPATCH, check_ids, layout_kernel, layout_plain, received_fake
 from ...ops.primitive import Operator, declare
 from ...ops.refuse import Unsupported
 from ...ops.tape import checkpoint
@@ -33,16 +33,8 @@ def _dispatch_kernel(x: Any, weights: Any, ids: Any, num_experts: int, size: int
 
 def _dispatch_fake(x: Any, weights: Any, ids: Any, num_experts: int, size: int, buffer: str) -> Tensors:
     dynamic = torch.library.get_ctx().new_dynamic_size
-    num_received, num_rows = dynamic(), dynamic()
-    index = ids.new_empty
-    return (
-        x.new_empty(num_received, x.shape[1]),
-        weights.new_empty(num_received, weights.shape[1]),
-        index(num_rows, dtype=torch.int64),
-        index(num_received, ids.shape[1], dtype=torch.int64),
-        index(num_experts // size, dtype=torch.int32),
-        *sent_fake(x, ids.shape[0], dynamic),
-    )
+    received = received_fake(x, weights, ids, num_experts // size)
+    return *received, *sent_fake(x, ids.shape[0], dynamic)
 
 
 def _send_kernel(x: torch.Tensor, *how: Any) -> torch.Tensor:
