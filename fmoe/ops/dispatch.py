@@ -171,7 +171,7 @@ def layout_kernel(ids_SK: torch.Tensor, num_experts: int, num_rows: int) -> Tens
     return torch.where(here, order, -1)[:num_rows], row.view(ids_SK.shape), offsets
 
 
-def _layout_fake(ids: torch.Tensor, num_experts: int, num_rows: int) -> Tensors:
+def _layout_fake(ids: torch.Tensor, num_experts: int, num_rows: Any) -> Tensors:
     index = ids.new_empty
     return (
         index(num_rows, dtype=torch.int64),
