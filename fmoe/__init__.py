@@ -1,15 +1,20 @@
 """Mixture-of-experts training as pure functions on PyTorch."""
 
-from .models.moe import MoEParams, moe_forward, moe_init, shard_params
-from .ops.balance import MoEStats, update_expert_bias
-from .ops.combine import combine, reduce
-from .ops.dispatch import Plan, dispatch, expand
-from .ops.experts import ExpertParams, experts_grouped_mm
-from .ops.route import RouterConfig, RouterParams, Routing, route
-from .parallel.mesh import make_mesh
-from .parallel.shard_map import shard_map
-from .transforms import remat, save, save_everything, save_nothing, value_and_grad
-from .tree import P
+import warnings
+
+with warnings.catch_warnings():
+    # PyTorch says so where numpy isn't installed, once; nothing here needs it.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    from .models.moe import MoEParams, moe_forward, moe_init, shard_params
+    from .ops.balance import MoEStats, update_expert_bias
+    from .ops.combine import combine, reduce
+    from .ops.dispatch import Plan, dispatch, expand
+    from .ops.experts import ExpertParams, experts_grouped_mm
+    from .ops.route import RouterConfig, RouterParams, Routing, route
+    from .parallel.mesh import make_mesh
+    from .parallel.shard_map import shard_map
+    from .transforms import remat, save, save_everything, save_nothing, value_and_grad
+    from .tree import P
 
 __version__ = "0.1.0"
 

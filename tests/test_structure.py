@@ -5,13 +5,25 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 import fmoe
 
 ROOT = pathlib.Path(fmoe.__file__).parent
 ORDER = ["errors", "tree", "ops", "recompute", "transforms", "parallel", "models"]
-OPTIONAL = {"deep_ep", "triton", "transformers", "matplotlib", "tokenizers", "safetensors", "numpy"}
+OPTIONAL = {
+    "cloudpickle",
+    "deep_ep",
+    "matplotlib",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "transformers",
+    "triton",
+}
 MAY_IMPORT = {
     "models/huggingface.py": {"safetensors"},
+    "plot.py": {"matplotlib"},
     "tokenizer.py": {"tokenizers"},
     "parallel/backends/deepep.py": {"deep_ep"},
 } | {f"ops/kernels/{name}.py": {"triton"} for name in ("activation", "persistent", "plan", "router", "rows")}
@@ -56,17 +68,10 @@ def test_public_names():
         assert getattr(fmoe, name).__doc__, name
 
 
-def test_importing_is_silent():
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "error",
-            "-c",
-            "import fmoe, sys; assert 'safetensors' not in sys.modules",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+@pytest.mark.parametrize("absent", [(), ("numpy", "matplotlib", "safetensors")])
+def test_importing_is_silent(absent):
+    script = f"import sys; sys.modules |= dict.fromkeys({absent}); import fmoe, fmoe.plot, fmoe.tokenizer"
+    loaded = "assert not any(sys.modules.get(name) for name in ('safetensors', 'matplotlib', 'cloudpickle'))"
+    command = [sys.executable, "-W", "error", "-c", f"{script}; {loaded}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
