@@ -23,6 +23,7 @@ OPTIONAL = {
 }
 MAY_IMPORT = {
     "models/huggingface.py": {"safetensors"},
+    "parallel/processes.py": {"cloudpickle"},
     "plot.py": {"matplotlib"},
     "tokenizer.py": {"tokenizers"},
     "parallel/backends/deepep.py": {"deep_ep"},
