@@ -4,10 +4,10 @@
 
     torchrun --nproc-per-node 4 examples/train_deepseek_v3.py --mesh dp=2,ep=2
 
-With the defaults it takes about two minutes on two CPU cores, and leaves metrics (JSONL) and a picture
-of the loss curve (SVG) in ``runs/debug``. With ``--save-every 100`` it also leaves checkpoints there, and
-the same command with ``--resume`` goes on from the newest, to the same bits as if nothing had happened; on
-another mesh, to the same numbers within rounding.
+With the defaults it takes about two minutes on two CPU cores, and leaves metrics (JSONL) and, where
+matplotlib is installed, pictures of the loss and of the experts' load (SVG) in ``runs/debug``. With
+``--save-every 100`` it also leaves checkpoints there, and the same command with ``--resume`` goes on from the
+newest, to the same bits as if nothing had happened; on another mesh, to the same numbers within rounding.
 """
 
 import argparse
@@ -162,6 +162,16 @@ def say_what_moves_tokens(console: Console) -> None:
     logger.setLevel(logging.INFO)
 
 
+def draw(out: Path, records: list[dict[str, Any]], reference: dict[str, float]) -> str:
+    """Pictures of the run, and where they are in words."""
+    try:
+        plot.save_figure(plot.plot_loss({out.name: records}, reference=reference), out / "loss.svg")
+        plot.save_figure(plot.plot_load(records), out / "load.svg")
+    except ImportError:
+        return f"\nfor pictures: pip install -e '.[plots]' && python -m fmoe plot {out / 'metrics.jsonl'}"
+    return f", {out / 'loss.svg'} and {out / 'load.svg'}"
+
+
 @torch.no_grad()
 def mean_loss(loss_of: Callable[..., Any], params: Any, batches: list[data.Batch]) -> float:
     losses = [loss_of(params, *(t.to(params.embedding.device) for t in batch))[0].item() for batch in batches]
@@ -234,15 +244,16 @@ def main() -> None:
     seconds = time.perf_counter() - start_time
     if first_rank:
         records = metrics.read_metrics(path)
-        plot.plot_loss(records, args.out / "loss.svg", reference={"unigram entropy": entropy})
+        pictures = draw(args.out, records, {"unigram entropy": entropy})
         ends = [record["loss"] for record in records[-20:]]
         where = f"{device}" if mesh is None else f"{devices} devices ({args.mesh})"
         console.print(
             f"final loss {sum(ends) / len(ends):.3f} nats a {unit} (mean of the last {len(ends)} steps), "
             f"unigram entropy {entropy:.3f}\n{seconds:.0f} s, "
             f"{(args.steps - first) * args.batch_size * args.seq_len / seconds:,.0f} tokens/s on {where}; "
-            f"see {path} and {args.out / 'loss.svg'}",
+            f"see {path}{pictures}",
             soft_wrap=True,
+            markup=False,
         )
     if args.sample is not None:
         prompt = torch.tensor([[*tokenizer.encode(args.sample.encode())]], device=device)

@@ -1,5 +1,11 @@
 """Mixture-of-experts training as pure functions on PyTorch."""
 
+import warnings
+
+with warnings.catch_warnings():  # where numpy is absent PyTorch warns once, and does without
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    import torch  # noqa: F401
+
 from .models.moe import MoEParams, moe_forward, moe_init, shard_params
 from .ops.balance import MoEStats, update_expert_bias
 from .ops.combine import combine, reduce

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from . import plot
 from .bench.layers import ROUTINGS, SHAPES, Shape
 from .bench.measure import bench_layer, report, write_json
 from .doctor import diagnose, self_test
@@ -73,6 +74,9 @@ def arguments() -> argparse.ArgumentParser:
     checks.add_argument("--json", action="store_true")
     checks.add_argument("--no-test", action="store_true", help="don't check the laws, which takes 10 s")
     checks.set_defaults(run=doctor)
+    pictures = commands.add_parser("plot", help="pictures of runs, and of what a layer keeps in memory")
+    plot.add_arguments(pictures)
+    pictures.set_defaults(run=plot.draw)
     layer = (
         commands.add_parser("bench", help="measure here")
         .add_subparsers(dest="what", required=True)

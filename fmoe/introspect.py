@@ -118,9 +118,9 @@ def kept_bytes(fn: Callable[..., Any], *args: Any) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
         out = fn(*args)  # holds the graph, which holds the boxes
     storages = [box.tensor.untyped_storage() for box in held]
-    given = {t.untyped_storage().data_ptr() for t in optree.tree_leaves(args) if isinstance(t, torch.Tensor)}
+    given = {t.untyped_storage()._cdata for t in optree.tree_leaves(args) if isinstance(t, torch.Tensor)}
     del out
-    return sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in given}.values())
+    return sum({s._cdata: s.nbytes() for s in storages if s._cdata not in given}.values())
 
 
 class _Held:

@@ -1,95 +1,282 @@
-"""The loss of a run as an SVG picture."""
+"""Pictures of runs and of what layers keep, drawn by matplotlib (extra ``plots``).
 
+Each function takes plain values and returns a matplotlib ``Figure``, which a notebook shows and
+:func:`save_figure` writes. ``python -m fmoe plot`` draws them from files.
+"""
+
+import argparse
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
-from xml.sax.saxutils import escape
+from typing import TYPE_CHECKING, Any
 
+import optree
+import torch
+
+from .bench.layers import SHAPES, Shape, config_for
 from .errors import argument_error
+from .introspect import kept_bytes, saved_bytes
+from .metrics import read_metrics
+from .models.moe import moe_forward, moe_specs
+from .transforms import save, save_everything, save_nothing
+from .tree import is_spec
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Records = Sequence[Mapping[str, Any]]
+MOST_MARKS, MOST_COLUMNS = 1000, 300  # on the x axis; more would show nothing that these don't
 
 
-def plot_loss(
-    records: Sequence[Mapping[str, Any]], path: str | Path, *, reference: Mapping[str, float] = {}
-) -> None:
-    """Write the loss of each step as an SVG picture: points, a moving average, dashed reference lines.
+def plot_loss(runs: Mapping[str, Records], *, reference: Mapping[str, float] = {}) -> "Figure":
+    """Loss by step of one or several runs: points, moving averages, held-out losses, reference lines.
 
-    ``records`` are those of :func:`fmoe.metrics.read_metrics`; losses that are not finite are left out.
-    ``reference`` maps labels to losses, such as the entropy of single bytes. Raises ``ValueError`` without
-    a loss.
+    ``runs`` maps labels to records of :func:`fmoe.metrics.read_metrics`; losses that are not finite are left
+    out. ``reference`` maps labels to losses, such as the entropy of single bytes. Raises ``ValueError`` for
+    a run without a loss, and ``ImportError`` without matplotlib.
+
+    >>> figure = plot_loss({"debug": [{"step": 0, "loss": 5.5}]}, reference={"uniform": 5.545})
+    >>> [line.get_label() for line in figure.axes[0].lines if not line.get_label().startswith("_")]
+    ['debug', 'uniform, 5.54']
+    """
+    if not runs:
+        raise _nothing("plot_loss", "runs", "no run", "at least one")
+    figure = _figure("plot_loss", 8, 4.4)
+    ax = figure.subplots()
+    ax.set(xlabel="step", ylabel="loss (nats per token)")
+    for number, (label, records) in enumerate(runs.items()):
+        steps, losses = _finite(records, "loss")
+        if not steps:
+            raise _nothing("plot_loss", f"runs[{label!r}]", "no finite loss", "at least one")
+        color, every = f"C{number}", math.ceil(len(steps) / MOST_MARKS)
+        size = 3 if len(steps) > 100 else 6
+        # As pixels: a thousand points are as heavy as the rest of an SVG picture ten times over.
+        marks: dict[str, Any] = dict(marker="o", linestyle="", markeredgewidth=0, rasterized=True)
+        ax.plot(steps[::every], losses[::every], **marks, markersize=size, color=color, alpha=0.3)
+        ax.plot(steps[::every], _moving_average(losses)[::every], color=color, label=label)
+        held_out = _finite(records, "held_out_loss")
+        if held_out[0]:
+            ax.plot(*held_out, "D--", color=color, markersize=4, linewidth=0.8, label=f"{label}, held out")
+    for label, loss in reference.items():
+        ax.axhline(loss, color="0.4", linewidth=1, linestyle="--", label=f"{label}, {loss:.2f}")
+    ax.legend()
+    return figure
+
+
+def plot_load(records: Records) -> "Figure":
+    """Tokens of every expert over time, in fair shares: a panel for each MoE layer, a row for each expert.
+
+    ``records`` are those of :func:`fmoe.metrics.read_metrics`; neighbouring steps are averaged where they are
+    many. A fair share is what every expert would get were they loaded evenly. Raises ``ValueError`` for
+    records without ``tokens_per_expert`` or whose layers and experts change, and ``ImportError``
+    without matplotlib.
+
+    >>> figure = plot_load([{"step": i, "tokens_per_expert": [[3, 1], [2, 2]]} for i in range(4)])
+    >>> [ax.get_title() for ax in figure.axes]
+    ['MoE layer 0', 'MoE layer 1', '']
+    """
+    known = [record for record in records if record.get("tokens_per_expert")]
+    if not known:
+        raise _nothing("plot_load", "records", "no tokens_per_expert", "counts by layer and expert")
+    shapes = {tuple(map(len, record["tokens_per_expert"])) for record in known}
+    if len(shapes) > 1 or len(set(next(iter(shapes)))) > 1:
+        raise argument_error(
+            "plot_load",
+            "records",
+            got=f"{len(shapes)} kinds of layers",
+            expected="layers of as many experts in every record",
+            remedy="Draw the records of one model.",
+        )
+    share_NLE = torch.tensor([record["tokens_per_expert"] for record in known], dtype=torch.float64)
+    share_NLE = share_NLE / share_NLE.mean(-1, keepdim=True).clamp_min(1e-20)
+    each = math.ceil(len(known) / MOST_COLUMNS)
+    share_NLE = torch.stack([part.mean(0) for part in share_NLE.split(each)])
+
+    _, layers, experts = share_NLE.shape
+    columns = math.ceil(math.sqrt(layers / 4))
+    rows = math.ceil(layers / columns)
+    figure = _figure("plot_load", 8, 1.0 + 1.5 * rows)
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    first, last = known[0]["step"], known[-1]["step"] + 1
+    for layer, ax in enumerate(axes[:layers]):
+        image = ax.imshow(
+            share_NLE[:, layer].T.tolist(),
+            extent=(first, last, experts - 0.5, -0.5),
+            aspect="auto",
+            interpolation="nearest",
+            cmap="RdBu_r",
+            vmin=0,
+            vmax=2,
+        )
+        ax.set_title(f"MoE layer {layer}", fontsize="medium")
+        ax.yaxis.get_major_locator().set_params(integer=True)
+    for ax in axes[layers:]:
+        figure.delaxes(ax)
+    figure.supxlabel("step", fontsize="medium")
+    figure.supylabel("expert", fontsize="medium")
+    figure.colorbar(image, ax=list(axes[:layers]), extend="max", label="tokens, in fair shares")
+    return figure
+
+
+def plot_memory(kept: Mapping[str, Mapping[str, int]]) -> "Figure":
+    """Bytes kept between forward and backward: a bar for each policy, a part for each operator.
+
+    ``kept`` maps names of policies to bytes by checkpoint name, as :func:`fmoe.introspect.saved_bytes` gives
+    them. Raises ``ValueError`` if it is empty, and ``ImportError`` without matplotlib.
+
+    >>> figure = plot_memory({"save_nothing": {}, "default": {"topk": 2**20, "dispatch": 2**21}})
+    >>> [text.get_text() for text in figure.axes[0].texts]
+    ['0.00 MiB', '3.00 MiB']
+    """
+    if not kept:
+        raise _nothing("plot_memory", "kept", "no policy", "at least one")
+    figure = _figure("plot_memory", 8, 1.2 + 0.45 * len(kept))
+    ax = figure.subplots()
+    left = [0.0] * len(kept)
+    for name in dict.fromkeys(name for parts in kept.values() for name in parts):
+        part = [parts.get(name, 0) / 2**20 for parts in kept.values()]
+        bars = ax.barh([*kept], part, left=left, label=name)
+        left = [a + b for a, b in zip(left, part)]
+    if not any(kept.values()):
+        bars = ax.barh([*kept], left)
+    ax.bar_label(bars, [f"{total:.2f} MiB" for total in left], padding=4)
+    ax.set(xlabel="MiB kept between forward and backward")
+    ax.margins(x=0.2)
+    ax.invert_yaxis()
+    if any(kept.values()):
+        ax.legend()
+    return figure
+
+
+def save_figure(figure: "Figure", path: str | Path) -> None:
+    """Write a figure, in the format its ending names (``.svg``, ``.png``); equal figures give equal files.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     plot_loss([{"step": 0, "loss": 5.5}], Path(folder, "loss.svg"), reference={"uniform": 5.545})
+    ...     save_figure(plot_memory({"default": {"topk": 2**20}}), Path(folder, "memory.png"))
     """
-    points = [(r["step"], r["loss"]) for r in records if math.isfinite(r["loss"])]
-    if not points:
-        raise argument_error(
-            "plot_loss", "records", got="no finite loss", expected="at least one", remedy="Train for a step."
-        )
-    # A thousand marks show all there is to see; more would only slow the browser down.
-    every = math.ceil(len(points) / 1000)
-    points, means = points[::every], _moving_average(points)[::every]
-    losses = [loss for _, loss in points] + list(reference.values())
-    first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
-    margin = 0.05 * (max(losses) - min(losses)) or 0.5
-    low, high = min(losses) - margin, max(losses) + margin
-    x_ticks, y_ticks = [t for t in _ticks(first, last) if t.is_integer()], _ticks(low, high)
-    left, right, top, bottom = 64, 776, 16, 384  # the plotting area, in a picture of 800 x 440
-    radius = 1.8 if len(points) > 100 else 3
+    import matplotlib
 
-    def x(step: float) -> str:
-        return f"{left + (step - first) / (last - first) * (right - left):.1f}"
+    with matplotlib.rc_context({"svg.hashsalt": "fmoe", "svg.fonttype": "none"}):
+        undated = {"Date": None} if Path(path).suffix == ".svg" else None
+        figure.savefig(path, dpi=150, metadata=undated)
 
-    def y(loss: float) -> str:
-        return f"{bottom - (loss - low) / (high - low) * (bottom - top):.1f}"
 
-    lines = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 440">',
-        '<rect width="800" height="440" fill="white"/>',
-        '<g font-family="sans-serif" font-size="13" fill="#555">',
-        *(f'<path d="M{left} {y(t)}H{right}" stroke="#e6e6e6"/>' for t in y_ticks),
-        *(f'<text x="{left - 8}" y="{y(t)}" dy="4" text-anchor="end">{t:g}</text>' for t in y_ticks),
-        *(f'<path d="M{x(t)} {bottom}v5" stroke="#888"/>' for t in x_ticks),
-        *(f'<text x="{x(t)}" y="{bottom + 20}" text-anchor="middle">{t:,g}</text>' for t in x_ticks),
-        f'<path d="M{left} {bottom}H{right}" stroke="#888"/>',
-        '<text x="420" y="428" text-anchor="middle">step</text>',
-        '<text transform="translate(18 200) rotate(-90)" text-anchor="middle">loss (nats per token)</text>',
-        "</g>",
-        '<g fill="#1f6fb4" fill-opacity="0.3">',
-        *(f'<circle cx="{x(step)}" cy="{y(loss)}" r="{radius}"/>' for step, loss in points),
-        "</g>",
-        f'<polyline points="{" ".join(f"{x(step)},{y(loss)}" for step, loss in means)}"',
-        ' fill="none" stroke="#1f6fb4" stroke-width="2" stroke-linejoin="round"/>',
+def _figure(function: str, width: float, height: float) -> "Figure":
+    """An empty one; not pyplot's, which would keep it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"{function} needs matplotlib: pip install -e '.[plots]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _nothing(function: str, argument: str, got: str, expected: str) -> ValueError:
+    return argument_error(
+        function, argument, got=got, expected=expected, remedy="Pass what there is to draw."
+    )
+
+
+def _finite(records: Records, name: str) -> tuple[list[int], list[float]]:
+    found = [
+        (record["step"], record[name]) for record in records if math.isfinite(record.get(name, math.nan))
     ]
-    lines += [
-        '<g font-family="sans-serif" font-size="13" text-anchor="end" fill="#c2410c"',
-        ' style="paint-order: stroke" stroke="white" stroke-width="4">',
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _moving_average(losses: Sequence[float]) -> list[float]:
+    """Means over a fiftieth of the losses, centred: narrower at the start, cut off at the end."""
+    total = [0.0, *accumulate(losses)]
+    spans = [min(len(losses) // 100, i) for i in range(len(losses))]
+    ends = [min(i + span + 1, len(losses)) for i, span in enumerate(spans)]
+    return [
+        (total[end] - total[i - span]) / (end - i + span) for i, (span, end) in enumerate(zip(spans, ends))
     ]
-    for label, loss in reference.items():
-        lines += [
-            f'<path d="M{left} {y(loss)}H{right}" stroke="#c2410c" stroke-width="1" stroke-dasharray="6 4"/>',
-            f'<text x="{right - 4}" y="{y(loss)}" dy="-6">{escape(label)}, {loss:.2f}</text>',
-        ]
-    Path(path).write_text("\n".join([*lines, "</g>", "</svg>", ""]), encoding="utf-8")
 
 
-def _moving_average(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Means over a fiftieth of the points, centred, narrower at both ends."""
-    reach, total = len(points) // 100, [0.0, *accumulate(loss for _, loss in points)]
-    spans = [min(reach, i, len(points) - 1 - i) for i in range(len(points))]
-    sums = [total[i + span + 1] - total[i - span] for i, span in enumerate(spans)]
-    return [(step, sum_ / (2 * span + 1)) for (step, _), sum_, span in zip(points, sums, spans)]
+# ---- python -m fmoe plot -------------------------------------------------------------------------
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to eight round numbers between two.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of ``python -m fmoe plot``."""
+    add = parser.add_argument
+    add("metrics", nargs="*", type=Path, help="metrics.jsonl of a run, or of several to compare")
+    add(
+        "--what", choices=["loss", "load", "memory"], default=None,
+        help="loss: curves, of all runs in one picture; load: of experts over time, a picture for each run; "
+        "memory: what a layer keeps under remat's policies. Default: loss and load",
+    )  # fmt: skip
+    add("--out", type=Path, help="file of the one picture; default: WHAT.svg beside the metrics")
+    add(
+        "--reference", action="append", type=_labelled, default=[], metavar="LABEL=LOSS",
+        help="a line among the losses",
+    )  # fmt: skip
+    add(
+        "--sizes", nargs=5, type=int, metavar=tuple("TDFEK"), default=SHAPES["small"],
+        help="with memory: tokens, dimension, hidden dimension, experts, top-k of a bfloat16 layer",
+    )  # fmt: skip
 
-    >>> _ticks(1.3, 5.5)
-    [2.0, 3.0, 4.0, 5.0]
+
+def draw(args: argparse.Namespace) -> None:
+    """Draw what ``python -m fmoe plot`` was asked for, and say where it is."""
+    if (args.what == "memory") == bool(args.metrics):
+        raise SystemExit("plot: name the metrics.jsonl of a run, or --what memory")
+    runs = {path: read_metrics(path) for path in args.metrics}
+    pictures: list[tuple[Path, Callable[[], Figure]]] = []
+    if args.what in ("loss", None):
+        labels = _labels(args.metrics)
+        losses = {labels[path]: records for path, records in runs.items()}
+        draw_loss = functools.partial(plot_loss, losses, reference=dict(args.reference))
+        pictures.append((args.metrics[0].with_name("loss.svg"), draw_loss))
+    if args.what in ("load", None):
+        pictures += [(path.with_name("load.svg"), functools.partial(plot_load, runs[path])) for path in runs]
+    if args.what == "memory":
+        pictures.append((Path("memory.svg"), lambda: plot_memory(layer_memory(Shape(*args.sizes)))))
+    if args.out and len(pictures) > 1:
+        raise SystemExit(f"--out: got one file for {len(pictures)} pictures. Choose one with --what.")
+    for path, picture in pictures:
+        save_figure(picture(), args.out or path)
+        print(args.out or path)
+
+
+def layer_memory(shape: Shape) -> dict[str, dict[str, int]]:
+    """What one bfloat16 layer keeps, as :func:`plot_memory` takes it; computes nothing, so any size will do.
+
+    >>> list(layer_memory(Shape(512, 128, 64, 16, 4)))
+    ['no remat', 'save_everything', 'save("experts_grouped_mm")', 'save("topk")', 'default', 'save_nothing']
     """
-    least = (high - low) / 8
-    power = 10.0 ** math.floor(math.log10(least))
-    gap = next(m * power for m in (1, 2, 5, 10) if m * power >= least)
-    return [round(i * gap, 12) for i in range(math.ceil(low / gap), math.floor(high / gap) + 1)]
+    config = config_for(shape, "random")
+    specs = moe_specs(dim=shape.dim, hidden_dim=shape.hidden, num_experts=shape.experts)
+
+    def empty(spec: Any) -> torch.Tensor:
+        dtype = spec.dtype or torch.bfloat16
+        return torch.empty(spec.shape, dtype=dtype, device="meta", requires_grad=True)
+
+    params = optree.tree_map(empty, specs, is_leaf=is_spec)
+    x = torch.empty(shape.tokens, shape.dim, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    policies = {
+        "save_everything": save_everything,
+        'save("experts_grouped_mm")': save("experts_grouped_mm"),
+        'save("topk")': save("topk"),
+        "default": None,
+        "save_nothing": save_nothing,
+    }
+
+    def layer(params: Any, x: torch.Tensor) -> torch.Tensor:
+        return moe_forward(params, x, router=config)
+
+    plain = {"no remat": {"autograd": kept_bytes(layer, params, x)}}
+    return plain | {name: saved_bytes(layer, params, x, policy=policy) for name, policy in policies.items()}
+
+
+def _labels(paths: Sequence[Path]) -> dict[Path, str]:
+    """A run is called what its folder is, or by the whole path where that isn't enough."""
+    names = [path.resolve().parent.name for path in paths]
+    return {path: name if names.count(name) == 1 else str(path) for path, name in zip(paths, names)}
+
+
+def _labelled(text: str) -> tuple[str, float]:
+    label, _, loss = text.rpartition("=")
+    return label, float(loss)

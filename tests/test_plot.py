@@ -1,50 +1,193 @@
-import re
+"""Pictures hold what they were given; ``python -m fmoe plot`` draws them from files."""
+
+import json
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import optree
 import pytest
+import torch
 
-from fmoe.plot import plot_loss
+import fmoe
+from fmoe import __main__ as commands
+from fmoe.bench.layers import Shape, config_for
+from fmoe.introspect import kept_bytes
+from fmoe.plot import layer_memory, plot_load, plot_loss, plot_memory, save_figure
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def drawn(path: Path) -> tuple[ET.Element, list[str]]:
-    root = ET.parse(path).getroot()
-    return root, [element.text or "" for element in root.iter(f"{SVG}text")]
+def texts(path: Path) -> set[str]:
+    return {"".join(element.itertext()) for element in ET.parse(path).getroot().iter(f"{SVG}text")}
 
 
-def test_the_picture_holds_points_axes_and_references(tmp_path: Path) -> None:
-    path = tmp_path / "loss.svg"
-    records = [{"step": i, "loss": 6.0 - i / 50} for i in range(201)] + [{"step": 201, "loss": float("nan")}]
-    plot_loss(records, path, reference={"uniform": 5.545, "bytes < 256 & more": 3.2})
-    root, texts = drawn(path)
-    assert root.find(f"{SVG}rect").get("fill") == "white"
-    circles = list(root.iter(f"{SVG}circle"))
-    assert len(circles) == 201
-    xs, ys = [float(c.get("cx")) for c in circles], [float(c.get("cy")) for c in circles]
-    assert xs == sorted(xs)
-    assert ys == sorted(ys), "a falling loss falls in the picture"
-    curve = [float(number) for number in re.split("[ ,]", root.find(f"{SVG}polyline").get("points"))]
-    assert curve[0::2] == xs
-    assert curve[1::2] == pytest.approx(ys, abs=0.11), "averages of a straight line are on it"
-    assert {"step", "loss (nats per token)", "0", "100", "200", "2", "4", "6"} <= set(texts)
-    assert {"uniform, 5.54", "bytes < 256 & more, 3.20"} <= set(texts)
-    dashed = [p for p in root.iter(f"{SVG}path") if p.get("stroke-dasharray")]
-    assert len(dashed) == 2
+def random_records(steps, layers=2, experts=5):
+    counts = torch.randint(0, 50, (steps, layers, experts)) + 1
+    losses = torch.rand(steps) + 2
+    pairs = enumerate(zip(losses.tolist(), counts.tolist()))
+    return [{"step": 3 + i, "loss": loss, "tokens_per_expert": c} for i, (loss, c) in pairs], counts
 
 
-def test_a_long_run_stays_a_small_picture(tmp_path: Path) -> None:
-    path = tmp_path / "loss.svg"
-    plot_loss([{"step": i, "loss": 2.0 + i % 2} for i in range(5500)], path)
-    root, _ = drawn(path)
-    assert len(list(root.iter(f"{SVG}circle"))) <= 1000
-    assert path.stat().st_size < 100_000
+# ---- losses -----------------------------------------------------------------------------------------
 
 
-def test_one_step_is_a_picture_and_none_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "loss.svg"
-    plot_loss([{"step": 3, "loss": 2.0}], path)
-    assert "2" in drawn(path)[1]
-    with pytest.raises(ValueError, match="plot_loss: records: got no finite loss"):
-        plot_loss([{"step": 0, "loss": float("inf")}], path)
+def test_runs_are_points_and_averages_and_references_are_lines():
+    falling = [{"step": i, "loss": 6.0 - i / 50} for i in range(201)] + [{"step": 201, "loss": float("nan")}]
+    noisy, _ = random_records(50)
+    noisy[9] |= {"held_out_loss": 2.5}
+    figure = plot_loss({"falling": falling, "noisy": noisy}, reference={"uniform": 5.545})
+    points, means, others, _, held_out, line = figure.axes[0].lines
+    assert [*points.get_ydata()] == [r["loss"] for r in falling[:-1]]
+    assert [*points.get_xdata()] == [*means.get_xdata()] == [*range(201)]
+    assert [*means.get_ydata()[:-2]] == pytest.approx([*points.get_ydata()[:-2]]), "a straight line stays one"
+    assert [*others.get_xdata()] == [*range(3, 53)]
+    assert (held_out.get_xydata() == [[12, 2.5]]).all()
+    assert {*line.get_ydata()} == {5.545}
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["falling", "noisy", "noisy, held out", "uniform, 5.54"]
+
+
+def test_averages_are_of_a_fiftieth_of_the_steps():
+    losses = torch.randn(250).tolist()
+    figure = plot_loss({"run": [{"step": i, "loss": loss} for i, loss in enumerate(losses)]})
+    means = figure.axes[0].lines[1].get_ydata()
+    assert means[100] == pytest.approx(sum(losses[98:103]) / 5)
+    assert [means[0], means[1]] == pytest.approx([losses[0], sum(losses[:3]) / 3])
+    assert means[-1] == pytest.approx(sum(losses[-3:]) / 3)
+
+
+def test_a_long_run_stays_a_small_picture_and_equal_figures_are_equal_files(tmp_path):
+    records = [{"step": i, "loss": 2.0 + i % 2} for i in range(5500)]
+    paths = [tmp_path / "a.svg", tmp_path / "b.svg"]
+    for path in paths:
+        figure = plot_loss({"<long & plain>": records})
+        assert len(figure.axes[0].lines[0].get_xdata()) <= 1000
+        save_figure(figure, path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert paths[0].stat().st_size < 100_000
+    assert {"step", "loss (nats per token)", "<long & plain>", "0", "5000"} <= texts(paths[0])
+
+
+@pytest.mark.parametrize(
+    ("draw", "text"),
+    [
+        (lambda: plot_loss({}), "plot_loss: runs: got no run"),
+        (
+            lambda: plot_loss({"a": [{"step": 0, "loss": float("inf")}]}),
+            r"plot_loss: runs\['a'\]: got no finite",
+        ),
+        (lambda: plot_load([{"step": 0, "loss": 1.0}]), "plot_load: records: got no tokens_per_expert"),
+        (
+            lambda: plot_load([{"step": i, "tokens_per_expert": [[1] * (2 + i)]} for i in range(2)]),
+            "plot_load: records: got 2 kinds of layers",
+        ),
+        (
+            lambda: plot_load([{"step": 0, "tokens_per_expert": [[1], [2, 3]]}]),
+            "plot_load: records: got 1 kind",
+        ),
+        (lambda: plot_memory({}), "plot_memory: kept: got no policy"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(draw, text):
+    with pytest.raises(ValueError, match=text):
+        draw()
+
+
+# ---- load and memory ------------------------------------------------------------------------------------
+
+
+def test_load_is_in_fair_shares():
+    records, counts = random_records(40, layers=3)
+    *panels, bar = plot_load(records).axes
+    assert bar.get_ylabel() == "tokens, in fair shares"
+    for layer, ax in enumerate(panels):
+        shares = torch.tensor(ax.images[0].get_array().tolist(), dtype=torch.float64)
+        expected = counts[:, layer].T / counts[:, layer].double().mean(1)
+        assert torch.allclose(shares, expected)
+        assert ax.images[0].get_extent() == [3, 43, 4.5, -0.5]
+
+
+def test_many_steps_are_averaged_and_steps_without_counts_left_out():
+    records, counts = random_records(2500, layers=1)
+    (ax, _) = plot_load([{"step": 0, "loss": 1.0}, *records]).axes
+    shares = torch.tensor(ax.images[0].get_array().tolist(), dtype=torch.float64)
+    fair = counts[:, 0].double() / counts[:, 0].double().mean(1, keepdim=True)
+    assert shares.shape[1] <= 300
+    assert torch.allclose(shares[:, 7], fair[63:72].mean(0))
+
+
+def test_memory_has_a_bar_for_each_policy_and_a_part_for_each_operator(tmp_path):
+    kept = {"none": {}, "some": {"topk": 2**20}, "more": {"dispatch": 2**19, "topk": 2**21}}
+    figure = plot_memory(kept)
+    topk, dispatch = figure.axes[0].containers
+    assert [topk.get_label(), dispatch.get_label()] == ["topk", "dispatch"]
+    assert [bar.get_width() for bar in topk] == [0, 1, 2]
+    assert [(bar.get_x(), bar.get_width()) for bar in dispatch] == [(0, 0), (1, 0), (2, 0.5)]
+    save_figure(figure, tmp_path / "memory.png")
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_memory_predicted_without_computing_is_what_a_layer_keeps():
+    shape = Shape(tokens=48, dim=16, hidden=8, experts=6, top_k=2)
+    params = fmoe.moe_init(0, dim=16, hidden_dim=8, num_experts=6, dtype=torch.bfloat16)
+    args = optree.tree_map(lambda t: t.requires_grad_(), (params, torch.randn(48, 16).bfloat16()))
+
+    def layer(params, x):
+        return fmoe.moe_forward(params, x, router=config_for(shape, "random"))
+
+    predicted = {name: sum(parts.values()) for name, parts in layer_memory(shape).items()}
+    assert predicted["no remat"] == kept_bytes(layer, *args)
+    policies = {"default": None, 'save("topk")': fmoe.save("topk"), "save_nothing": fmoe.save_nothing}
+    for name, policy in policies.items():
+        assert predicted[name] == kept_bytes(fmoe.remat(layer, policy), *args), name
+
+
+# ---- the command ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plot(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fmoe", "plot", *map(str, arguments)])
+        commands.main()
+        return [Path(line) for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+@pytest.fixture
+def files(tmp_path):
+    paths = [tmp_path / name / "metrics.jsonl" for name in ("one", "other")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("".join(json.dumps(record) + "\n" for record in random_records(4)[0]))
+    return paths
+
+
+def test_pictures_lie_beside_the_metrics(plot, files):
+    one, other = files
+    assert plot(one) == [one.parent / "loss.svg", one.parent / "load.svg"]
+    made = plot("--reference", "uniform=5.545", "--reference", "a = b=3", one, other)
+    assert made == [one.parent / "loss.svg", one.parent / "load.svg", other.parent / "load.svg"]
+    assert {"one", "other", "uniform, 5.54", "a = b, 3.00"} <= texts(made[0])
+    assert {"MoE layer 0", "MoE layer 1", "expert"} <= texts(made[1])
+
+
+def test_one_picture_has_the_name_it_is_given(plot, files, tmp_path):
+    out = tmp_path / "memory.svg"
+    assert plot("--what", "memory", "--out", out, "--sizes", 16384, 7168, 2048, 256, 8) == [out]
+    assert {"no remat", "default", "topk", "experts_grouped_mm"} <= texts(out)
+    assert plot("--what", "load", files[0]) == [files[0].with_name("load.svg")]
+    for arguments, text in (
+        (("--what", "loss"), "name the metrics.jsonl"),
+        ((files[0], "--out", out), "2 pictures"),
+    ):
+        with pytest.raises(SystemExit, match=text):
+            plot(*arguments)
+
+
+def test_without_matplotlib_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"plot_loss needs matplotlib: pip install -e '.\[plots\]'"):
+        plot_loss({"run": [{"step": 0, "loss": 1.0}]})

@@ -45,7 +45,17 @@ def test_it_runs_as_a_command(tmp_path):
     assert "final loss" in done.stdout
     assert "unigram entropy" in done.stdout
     assert "\x1b" not in done.stdout
-    xml.etree.ElementTree.parse(tmp_path / "loss.svg")
+    for picture in ("loss.svg", "load.svg"):
+        assert str(tmp_path / picture) in done.stdout
+        xml.etree.ElementTree.parse(tmp_path / picture)
+
+
+def test_without_matplotlib_it_says_how_to_get_pictures(train, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert len(train()) == 3
+    remedy = f"for pictures: pip install -e '.[plots]' && python -m fmoe plot {tmp_path / 'metrics.jsonl'}\n"
+    assert remedy in capsys.readouterr().out
+    assert not [*tmp_path.glob("*.svg")]
 
 
 def test_it_learns_repeatably_and_recomputation_changes_nothing(train):

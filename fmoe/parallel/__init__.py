@@ -15,12 +15,15 @@ from .collectives import (
     reduce_scatter,
 )
 from .mesh import make_mesh
+from .processes import Processes, RankError
 from .shard_map import shard_map
 from .spec import distribute, placements, spec_of
 
 __all__ = [
     "AllToAll",
     "DeepEP",
+    "Processes",
+    "RankError",
     "all_gather",
     "all_to_all",
     "axis_index",

@@ -1,0 +1,241 @@
+"""Processes of this machine that run a function on every rank of a world: for notebooks, and for tests.
+
+Starting a process takes seconds, so they stay. A world of ``n`` ranks is the first ``n`` of them, and is
+set up again only when ``n`` changes. Nothing can hang: what isn't done in time is killed, and the next call
+starts anew.
+"""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from importlib.util import find_spec
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from ..errors import argument_error
+
+GRACE = 3.0  # seconds for the other ranks, once one has failed
+
+
+class RankError(RuntimeError):
+    """What went wrong on which rank, with its traceback."""
+
+
+class Processes:
+    """A context manager of as many processes as there are devices, with gloo and, where there are GPUs, NCCL.
+
+    ===========  =====================================================================
+    number       how many; they start with the first :meth:`run`. Where GPUs are fewer, processes share them
+    timeout      seconds a call of :meth:`run` may take, unless it says otherwise
+    ===========  =====================================================================
+
+    They end with the ``with`` statement, with :meth:`stop`, or with this process.
+
+    >>> import fmoe
+    >>> def tokens_here(seed):
+    ...     mesh = fmoe.make_mesh("ep=2", device_type="cpu")
+    ...     params = fmoe.moe_init(seed, dim=8, hidden_dim=16, num_experts=16, mesh=mesh)
+    ...     x = torch.randn(3 + mesh.get_rank(), 8)          # each its own tokens
+    ...     return tuple(fmoe.moe_forward(params, x, mesh).shape)
+    >>> with fmoe.parallel.Processes(2) as devices:
+    ...     devices.run(tokens_here, 0)
+    [(3, 8), (4, 8)]
+    """
+
+    def __init__(self, number: int, *, timeout: float = 120.0) -> None:
+        if not isinstance(number, int) or number < 1:
+            raise argument_error(
+                "Processes",
+                "number",
+                got=repr(number),
+                expected="an integer of at least 1",
+                remedy="Correct it.",
+            )
+        self.number, self.timeout = number, timeout
+        self._store: dist.TCPStore | None = None
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+        self._world = self._size = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def run(
+        self, function: Callable[..., Any], *args: Any, ranks: int | None = None, timeout: float | None = None
+    ) -> list[Any]:
+        """What ``function(*args)`` returns on each rank, in order.
+
+        ===========  =====================================================================
+        function     finds its rank by :func:`fmoe.make_mesh` or ``torch.distributed``. May be one of a
+                     notebook, with what it uses of it, where ``cloudpickle`` is installed
+        args         the same for all ranks; they and the results are pickled
+        ranks        how many; ``None``: all processes
+        timeout      seconds; ``None``: that of the processes
+        ===========  =====================================================================
+
+        Raises :class:`RankError` with the tracebacks of the ranks that failed, died or weren't done in time.
+        """
+        ranks = self.number if ranks is None else ranks
+        if not 1 <= ranks <= self.number:
+            raise argument_error(
+                "Processes.run",
+                "ranks",
+                got=ranks,
+                expected=f"1 to {self.number}",
+                remedy="Start more processes.",
+            )
+        timeout = self.timeout if timeout is None else timeout
+        job = self._job(function, args)
+        if self._size not in (0, ranks) and torch.cuda.is_available():
+            self.stop(patience=0)  # NCCL hangs in a process that was alone before
+        if not all(process.is_alive() for process in self._processes):
+            self.stop(patience=0)
+        if not self._processes:
+            self._start()
+        if ranks != self._size:
+            self._world, self._size = self._world + 1, ranks
+        try:
+            for pipe in self._pipes[:ranks]:
+                pipe.send_bytes(pickle.dumps((self._world, ranks, timeout, job)))
+            results, failures = self._collect(ranks, time.monotonic() + timeout)
+        except BaseException:  # such as an interrupt; their answers would be taken for those of the next call
+            self.stop(patience=0)
+            raise
+        if len(results) < ranks:
+            self._size = 0  # collectives may be half done: the next call sets up a new world
+            silent = {*range(ranks)} - {*results} - {*failures}
+            if silent:
+                self.stop(patience=0)
+            failures |= dict.fromkeys(silent, "died, or no answer in time")
+            raise RankError("\n".join(f"rank {rank}: {text}" for rank, text in failures.items()))
+        return [results[rank] for rank in range(ranks)]
+
+    def stop(self, patience: float = 5.0) -> None:
+        """End the processes, by force after ``patience`` seconds; :meth:`run` starts new ones."""
+        for pipe in self._pipes:
+            pipe.close()  # a process that waits for work ends
+        deadline = time.monotonic() + patience
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.join()
+        self._processes, self._pipes, self._size = [], [], 0
+
+    @staticmethod
+    def _job(function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
+        if getattr(function, "__module__", None) == "__main__" and not find_spec("cloudpickle"):
+            raise ImportError(
+                f"Processes.run: other processes can't import {function.__qualname__!r} from here. Install "
+                "cloudpickle, as pip install -e '.[examples]' does, or put the function into a module."
+            )
+        return _pickled((function, args))
+
+    def _start(self) -> None:
+        if self._store is None:
+            self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        context = multiprocessing.get_context("spawn")
+        resource_tracker.ensure_running()  # else the first process would start it, which unblocks signals
+        # They inherit the mask: an interrupt is this process's, which then ends what is unfinished.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for rank in range(self.number):
+                here, there = context.Pipe()
+                args = rank, self.number, there, self._store.port
+                process = context.Process(target=_serve, args=args, daemon=True)
+                process.start()
+                there.close()  # so that a death is noticed here
+                self._processes.append(process)
+                self._pipes.append(here)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _collect(self, ranks: int, deadline: float) -> tuple[dict[int, Any], dict[int, str]]:
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        waiting = dict(zip(self._pipes[:ranks], range(ranks)))
+        while waiting and (ready := wait([*waiting], max(0.0, deadline - time.monotonic()))):
+            for pipe in [pipe for pipe in waiting if pipe in ready]:
+                rank = waiting.pop(pipe)
+                with suppress(EOFError, ConnectionError):
+                    good, answer = pickle.loads(pipe.recv_bytes())
+                    (results if good else failures)[rank] = answer
+            if failures:
+                deadline = min(deadline, time.monotonic() + GRACE)
+        return results, failures
+
+
+def _pickled(value: Any) -> bytes:
+    """By ``cloudpickle``, if it is there: it takes what a notebook defines and others can't import."""
+    try:
+        import cloudpickle
+    except ImportError:
+        return pickle.dumps(value)
+    return cloudpickle.dumps(value)
+
+
+# ---- in the processes --------------------------------------------------------------------------
+
+
+def _serve(rank: int, number: int, pipe: Connection, port: int) -> None:
+    """Do jobs until this process's parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the parent's, which ends what is unfinished
+    torch.set_num_threads(1)
+    backend = _prepare(rank, number)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    world = 0
+    while True:
+        try:
+            message = pipe.recv_bytes()
+        except EOFError:
+            os._exit(0)  # nothing to tidy up, and it is faster
+        try:
+            wanted, ranks, timeout, job = pickle.loads(message)
+            if wanted != world:
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+                _forget_meshes()
+                prefixed, limit = dist.PrefixStore(f"world {wanted}", store), timedelta(seconds=timeout)
+                dist.init_process_group(backend, store=prefixed, rank=rank, world_size=ranks, timeout=limit)
+                world = wanted
+            function, args = pickle.loads(job)
+            answer = _pickled((True, function(*args)))
+        except BaseException:
+            answer = pickle.dumps((False, traceback.format_exc()))
+        with suppress(ConnectionError):
+            pipe.send_bytes(answer)
+
+
+def _prepare(rank: int, number: int) -> str:
+    """Set up what has to be before a process group is; its backend."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    if not torch.cuda.is_available():
+        return "gloo"
+    devices = torch.cuda.device_count()
+    torch.cuda.set_device(rank % devices)
+    if number > devices:
+        # NCCL refuses two ranks on one GPU unless they seem to be on two hosts that only sockets connect.
+        os.environ |= {"NCCL_HOSTID": f"rank {rank}", "NCCL_SOCKET_IFNAME": "lo"}
+        os.environ |= dict.fromkeys(("NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE"), "1")
+    return "cpu:gloo,cuda:nccl"
+
+
+def _forget_meshes() -> None:
+    """DTensor would go on with an equal mesh of the world before. (PyTorch's function for it wants numpy.)"""
+    from torch.distributed.tensor import DTensor
+
+    DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
+    torch._C._clear_DTensor_sharding_propagator_cache()
