@@ -65,6 +65,34 @@ def _support(op: Operator) -> Support:
     )
 
 
+# What an operator's name begins with, behind its namespace, for each class; the first that fits.
+_CLASSES = {
+    "attention": ("attention",),
+    "loss": ("cross_entropy",),
+    "experts": ("experts", "grouped", "_grouped_mm", "weighted_sum"),
+    "communication": ("exchange", "send", "psum", "all_", "reduce_scatter", "gather_params", "ppermute",
+                      "wait_tensor", "combine", "join", "deepep"),
+    "routing": ("product", "topk", "layout", "gather", "scatter"),
+    "matrix products": ("mm", "bmm", "addmm", "baddbmm", "linear", "matmul"),
+    "embedding": ("embedding",),
+}  # fmt: skip
+
+
+def operator_class(name: str) -> str:
+    """What kind of work an operator does, from its name: ``"elementwise"`` if nothing else.
+
+    >>> operator_class("fmoe::experts_up"), operator_class("aten::mm"), operator_class("aten::mul")
+    ('experts', 'matrix products', 'elementwise')
+    """
+    space, _, short = name.partition("::")
+    if space in ("c10d", "_c10d_functional") or "nccl" in name:
+        return "communication"
+    for kind, starts in _CLASSES.items():
+        if short.startswith(starts) and (space == NAMESPACE or kind not in ("routing", "attention")):
+            return kind
+    return "elementwise"
+
+
 def saved_bytes(
     fn: Callable[..., Any], *args: Any, policy: Policy | None = None, **kwargs: Any
 ) -> dict[str, int]:

@@ -15,7 +15,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..errors import argument_error
 from ..ops.axes import axis_names, axis_sizes, present
 from ..ops.balance import MoEStats, moe_stats, update_expert_bias
-from ..ops.cross_entropy import LOGITS_BYTES
 from ..ops.experts import ExpertParams
 from ..parallel.backends import choose
 from ..parallel.boundary import dtensor_beneath
@@ -34,7 +33,7 @@ from .moe import MoEParams, mlp_forward, moe_layer
 from .params import LayerParams as LayerParams
 from .params import ModelParams as ModelParams
 from .params import specs as specs
-from .vocabulary import embed, summed_cross_entropy
+from .vocabulary import LOGITS_BYTES, embed, summed_cross_entropy
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 Stats = tuple[MoEStats, ...]

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from ..ops.axes import present
-from ..ops.cross_entropy import LOGITS_BYTES, cross_entropy_terms
+from ..ops.cross_entropy import LOGITS_BYTES as LOGITS_BYTES
+from ..ops.cross_entropy import cross_entropy_terms
 from ..parallel.collectives import all_gather, axis_index, axis_size, psum
 
 IGNORED = -100
