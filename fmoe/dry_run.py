@@ -1,7 +1,7 @@
 """Running without computing: what is allocated when, and what is sent, on fake tensors.
 
-The library's own functions run, so what they keep, free and send is what it is. Only what a kernel holds while it
-runs is stated here, for CUDA.
+The library's own functions run, so what they keep, free and send follows from them. Only what a kernel holds
+while it runs is stated here, for CUDA.
 """
 
 import weakref
@@ -216,7 +216,7 @@ WORKSPACES: dict[str, Callable[[Any, Any], int]] = {
 }
 
 
-# ---- bytes a device sends: rings for collectives, and to every other device alike for tokens ----------------
+# ---- bytes a device sends: rings for collectives, and to every other device alike for tokens --------------
 
 
 def _others(size: int, nbytes: int) -> int:

@@ -87,14 +87,13 @@ def dry_run_stage(job: Job, dense: int, sparse: int, first: bool, last: bool) ->
     run = DryRun(rows=job.rows, on_cuda=job.on_cuda)
     with FakeTensorMode(), bound(Binding(job.mesh)), run:
         params = optree.tree_map(lambda spec: _local(spec, job), tree, is_leaf=is_spec)
-        targets = torch.zeros(rows, job.batch[1], dtype=torch.int64)
-        inputs = targets if first else torch.empty(*targets.shape, job.config.dim, dtype=job.compute_dtype)
+        tokens = torch.zeros(rows, job.batch[1], dtype=torch.int64)
         state = job.optimizer.init(params)
         owned = {"parameters": run.numbers(params), "optimizer": run.numbers(state)}
         run.mark("start")
-        loss = computing_in(functools.partial(_stage_loss, job, tree, run), job.compute_dtype)
+        loss = computing_in(functools.partial(_stage_loss, job, tree, run, first), job.compute_dtype)
         value_and_grads = accumulate(value_and_grad(loss, has_aux=True), parts)
-        out, grads = value_and_grads(params, inputs, targets)
+        out, grads = value_and_grads(params, tokens)  # held, as a training loop does
         run.mark("differentiated")
         owned["gradients"] = run.numbers(grads)
         if job.max_norm is not None:
@@ -104,6 +103,7 @@ def dry_run_stage(job: Job, dense: int, sparse: int, first: bool, last: bool) ->
         gradients = run.size(run.numbers(grads))
         job.optimizer.update(params, grads, state, 1e-3, donate=True)
         run.mark("done")
+        del out
     return _described(run, owned, gradients, job.micro_batches / parts)
 
 
@@ -138,9 +138,9 @@ _PURPOSE = dict.fromkeys(("exchange", "send", "send_back", "send_both_back"), "t
 
 
 def _stage_loss(
-    job: Job, tree: ModelParams, run: DryRun, params: ModelParams, x: torch.Tensor, targets: torch.Tensor
+    job: Job, tree: ModelParams, run: DryRun, first: bool, params: ModelParams, tokens: torch.Tensor
 ) -> Any:
-    """The stage's part of ``deepseek_v3.loss`` on this device, of what it holds."""
+    """The stage's part of ``deepseek_v3.loss`` on this device; any tokens will do, also as targets."""
     run.mark("entered")
     have = optree.tree_map(lambda spec: known_axes(spec, job.mesh), tree, is_leaf=is_spec)
     wanted = optree.tree_map(lambda spec: computing(spec.partition), tree, is_leaf=is_spec)
@@ -150,11 +150,11 @@ def _stage_loss(
         return moved(part, moves(part, have, wanted, job.mesh))
 
     along = token_axes(job.mesh)
-    rope = rope_table(job.config, x.shape[1], x.device)
-    if x.is_floating_point():
-        x.requires_grad_()
-    else:
-        x = embed(x, fetched(params.embedding, have.embedding, wanted.embedding))
+    rope = rope_table(job.config, tokens.shape[1], tokens.device)
+    if first:
+        x = embed(tokens, fetched(params.embedding, have.embedding, wanted.embedding))
+    else:  # what the stage before sends
+        x = torch.empty(*tokens.shape, job.config.dim, dtype=job.compute_dtype, requires_grad=True)
     layer, stats = job.per_layer(deepseek_v3._layer), []
     for held, here, there in zip(params.layers, have.layers, wanted.layers):
         x, found = layer(held, x, rope, job.config, moves(held, here, there, job.mesh), along)
@@ -163,7 +163,7 @@ def _stage_loss(
         x = deepseek_v3.rms_norm(x, params.norm, job.config.norm_eps)
         head = "head" if not isinstance(tree.head, tuple) else "embedding"
         weight = fetched(*(getattr(t, head) for t in (params, have, wanted)))
-        total, count = summed_cross_entropy(x, weight, targets, logits_bytes=job.logits_bytes)
+        total, count = summed_cross_entropy(x, weight, tokens, logits_bytes=job.logits_bytes)
         total, count = psum(torch.stack([total, count.to(total.dtype)]), along).unbind()
         x = total / count.clamp_min(1)
     value = x.sum()

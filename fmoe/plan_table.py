@@ -16,8 +16,8 @@ def report(plan: Plan, console: Console, title: str = "") -> None:
     notes = [f"{plan.tokens_per_device:,} tokens a device and step"]
     if plan.rows:
         notes.append(
-            f"a token goes to {plan.copies_per_token:.2f} of {plan.mesh['ep']} devices along ep; the busiest one "
-            f"gets {plan.rows.received:,} rows a dispatch, {plan.rows.expanded:,} for its experts"
+            f"a token goes to {plan.copies_per_token:.2f} of {plan.mesh['ep']} devices along ep; the busiest "
+            f"one gets {plan.rows.received:,} rows a dispatch, {plan.rows.expanded:,} for its experts"
         )
     if pp > 1:
         notes.append(f"layers divided over pp={pp}, micro-batches in flight as in 1F1B; not trained yet")
@@ -27,7 +27,6 @@ def report(plan: Plan, console: Console, title: str = "") -> None:
         return f"{nbytes / size:,.2f}"
 
     table = Table(f"{unit} a device", title=title or None, caption=". ".join(notes))
-
     table.columns[0].no_wrap = True
     for group in columns:
         table.add_column(_layers(group), justify="right")

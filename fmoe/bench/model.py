@@ -110,7 +110,8 @@ def bench_model(
     return dict(
         layers=config.num_layers, dense_layers=config.num_dense_layers, batch_size=batch_size,
         seq_len=seq_len, steps=steps, remat=remat, compiled=compiled, dtype=str(dtype),
-        compute_dtype=str(compute_dtype), balanced=balanced, data=data or "random tokens", device=name, torch=torch.__version__, seed=seed,
+        compute_dtype=str(compute_dtype), balanced=balanced, data=data or "random tokens", device=name,
+        torch=torch.__version__, seed=seed,
         num_params=deepseek_v3.num_params(config)[0], first_ms=first_ms, first_loss=first_loss,
         last_loss=last_loss, ms=median, spread=(high - low) / median, host_ms=statistics.median(host_ms),
         device_ms=device_ms, syncs=waits, tokens_per_second=batch_size * seq_len / median * 1e3,
