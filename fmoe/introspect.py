@@ -39,7 +39,7 @@ class Support(NamedTuple):
 
 
 def operator_support() -> list[Support]:
-    """Every operator of fmoe, from the declarations.
+    """Every operator of fmoe, by name, from the declarations.
 
     >>> [s for s in operator_support() if s.operator == "topk"][0].kept
     True
@@ -47,7 +47,7 @@ def operator_support() -> list[Support]:
     for package in (ops, parallel):
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
-    return [_support(op) for op in operators().values()]
+    return [_support(op) for _, op in sorted(operators().items())]
 
 
 def _support(op: Operator) -> Support:

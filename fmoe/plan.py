@@ -1,7 +1,7 @@
 """What training takes before anything runs: memory by part on each device, and what devices send each other.
 
-A step of the library's own code runs on fake tensors of one device's sizes, so a plan follows the code. It needs
-no GPU, no process group and no memory.
+A step of the library's own code runs on fake tensors of one device's sizes, so a plan follows the code. It
+needs no GPU, no process group and no memory.
 """
 
 import functools

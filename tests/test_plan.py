@@ -215,7 +215,8 @@ def command(monkeypatch, capsys, *words):
 
 
 def test_the_command_prints_a_table_or_json(monkeypatch, capsys):
-    words = "plan --model debug --layers 3 --mesh dp=2,ep=2,pp=2 --batch-size 8 --seq-len 32".split()
+    sizes = "--layers 3 --mesh dp=2,ep=2,pp=2 --batch-size 8 --seq-len 32"
+    words = ["plan", "--model", "debug", *sizes.split()]
     found = json.loads(command(monkeypatch, capsys, *words, "--json"))
     assert found["mesh"] == {"pp": 2, "dp": 2, "ep": 2, "tp": 1}
     assert found["peak"] == max(stage["peak"] for stage in found["stages"])
