@@ -15,6 +15,7 @@ from laws import ranks_of
 
 import fmoe
 from fmoe import __main__, dry_run, gradients, optim
+from fmoe.bench.model import bench_model, cut
 from fmoe.introspect import kept_bytes, wire_bytes
 from fmoe.models import deepseek_v3
 from fmoe.models.config import preset
@@ -243,3 +244,20 @@ def test_the_command_prints_a_table_or_json(monkeypatch, capsys):
 def test_what_cannot_be_planned_is_named(mesh, options, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         plan(dataclasses.replace(SMALL, **options), mesh, batch_size=4, seq_len=32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's allocator is what is planned")
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(batch_size=4, seq_len=2048),
+        dict(batch_size=8, seq_len=2048, remat="default"),
+        dict(batch_size=8, seq_len=1024, remat="full", dtype=FLOAT32, compute_dtype=BFLOAT16),
+        dict(batch_size=2, seq_len=4096, remat="save:topk,experts_grouped_mm", balanced=True),
+    ],
+    ids=["nothing recomputed", "defaults", "float32 weights, all recomputed", "experts kept"],
+)
+def test_the_peak_is_within_a_twentieth_of_what_the_allocator_says(how):
+    result = bench_model(cut(preset("16B"), 3), steps=2, **how)
+    assert result["planned_over_peak"] == pytest.approx(1, abs=0.05), result["planned"]

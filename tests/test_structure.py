@@ -14,7 +14,10 @@ MAY_IMPORT = {
     "models/huggingface.py": {"safetensors"},
     "tokenizer.py": {"tokenizers"},
     "parallel/backends/deepep.py": {"deep_ep"},
-} | {f"ops/kernels/{name}.py": {"triton"} for name in ("activation", "persistent", "plan", "router", "rows")}
+} | {
+    f"ops/kernels/{name}.py": {"triton"}
+    for name in ("activation", "logits", "persistent", "plan", "router", "rows")
+}
 
 
 def rank(module: str) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from . import kernels
 from .bases import accumulator, gather, random
 from .derive import Tensors, pullback
 from .primitive import Operator, declare
@@ -55,18 +56,40 @@ def _kernel(x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, block_by
     rows = x if x.is_cuda else x.to(out.dtype)
     for block in _blocks(x, weight, block_bytes):
         logits = _wide_product(rows, weight[block].mT)
-        here, place = _in_block(index, block)
-        chosen += torch.where(here, logits.gather(1, place[:, None]).squeeze(1), 0)
-        top = logits.amax(1)
-        torch.logaddexp(total, logits.sub_(top[:, None]).exp_().sum(1).log_() + top, out=total)
+        add_sums(logits, index, block.start, total, chosen)
         del logits  # before the next block's
     return out
 
 
-def _in_block(index: torch.Tensor, block: slice) -> Tensors:
+def add_sums(logits: Any, index: Any, start: int, total: Any, chosen: Any) -> None:
+    """Take a block of logits, which begins at entry ``start``, into both terms of each token, in place."""
+    if kernels.fused(logits):
+        from .kernels import logits as fused
+
+        return fused.add_sums(logits, index, start, total, chosen)
+    here, place = _in_block(index, start, logits.shape[1])
+    chosen += torch.where(here, logits.gather(1, place[:, None]).squeeze(1), 0)
+    top = logits.amax(1)
+    torch.logaddexp(total, logits.sub_(top[:, None]).exp_().sum(1).log_() + top, out=total)
+
+
+def cotangents(logits: Any, index: Any, start: int, total: Any, g: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The cotangent of a block of logits, which it writes over."""
+    if kernels.fused(logits):
+        from .kernels import logits as fused
+
+        return fused.cotangents(logits, index, start, total, g, dtype)
+    g_total, g_chosen = g[:, :, None]
+    here, place = _in_block(index, start, logits.shape[1])
+    g_logits = logits.sub_(total[:, None]).exp_().mul_(g_total)
+    g_logits.scatter_add_(1, place[:, None], torch.where(here[:, None], g_chosen, 0))
+    return g_logits.to(dtype)
+
+
+def _in_block(index: torch.Tensor, start: int, columns: int) -> Tensors:
     """Which tokens' entries are in a block, and their columns there."""
-    here = (index >= block.start) & (index < block.stop)
-    return here, torch.where(here, index - block.start, 0)
+    here = (index >= start) & (index < start + columns)
+    return here, torch.where(here, index - start, 0)
 
 
 def _backward_kernel(
@@ -77,15 +100,14 @@ def _backward_kernel(
     block_bytes: int,
     out: torch.Tensor,
 ) -> Tensors:
-    g_total, g_chosen = g.to(out.dtype)[:, :, None]
+    g = g.to(out.dtype)
     rows = x if x.is_cuda else x.to(out.dtype)
     g_x = torch.zeros_like(x, dtype=out.dtype, memory_format=torch.contiguous_format)
     g_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     for block in _blocks(x, weight, block_bytes):
-        g_logits = _wide_product(rows, weight[block].mT).sub_(out[0, :, None]).exp_().mul_(g_total)
-        here, place = _in_block(index, block)
-        g_logits.scatter_add_(1, place[:, None], torch.where(here[:, None], g_chosen, 0))
-        g_logits = g_logits.to(rows.dtype)
+        logits = _wide_product(rows, weight[block].mT)
+        g_logits = cotangents(logits, index, block.start, out[0], g, rows.dtype)
+        del logits
         g_x += _wide_product(g_logits, weight[block])
         g_weight[block] = g_logits.mT @ rows
         del g_logits  # before the next block's
