@@ -132,9 +132,9 @@ def _rows(config: DeepSeekV3Config, tokens: int, copies: float, imbalance: float
 def _in_flight(stage: StagePlan, count: int) -> StagePlan:
     """The stage with so many micro-batches between their forward and backward."""
     more = (count - 1) * sum(stage.activations.values())
-    peaks = {p: n + more * (p in ("forward", "backward")) for p, n in stage.peaks.items()}
-    at_peak = stage.at_peak
-    if stage.peaks[max(peaks, key=peaks.__getitem__)] == stage.peak:
-        at_peak = {**at_peak, "activations": at_peak["activations"] + more}
+    phases = {
+        phase: {**parts, "activations": parts["activations"] + more * (phase in ("forward", "backward"))}
+        for phase, parts in stage.phases.items()
+    }
     kept = {kind: count * n for kind, n in stage.activations.items()}
-    return stage._replace(activations=kept, in_flight=count, peaks=peaks, at_peak=at_peak)
+    return stage._replace(activations=kept, in_flight=count, phases=phases)

@@ -42,7 +42,7 @@ class StagePlan(NamedTuple):
     ``optimizer``   its state
     ``activations`` between forward and backward, by kind of operator, of all micro-batches in flight
     ``in_flight``   how many those are
-    ``peaks``       the most at once in each phase of a step; ``at_peak``: the parts of the largest
+    ``phases``      the parts of the most there is at once, for each phase of a step
     ``sent``        bytes sent in a step, by purpose
     """
 
@@ -53,14 +53,22 @@ class StagePlan(NamedTuple):
     optimizer: int
     activations: dict[str, int]
     in_flight: int
-    peaks: dict[str, int]
-    at_peak: dict[str, int]
+    phases: dict[str, dict[str, int]]
     sent: dict[str, int]
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
 
     @property
     def peak(self) -> int:
         """What ``torch.cuda.max_memory_allocated`` should say."""
         return max(self.peaks.values())
+
+    @property
+    def at_peak(self) -> dict[str, int]:
+        """The parts of the peak."""
+        return max(self.phases.values(), key=lambda parts: sum(parts.values()))
 
 
 class Job(NamedTuple):
@@ -108,27 +116,28 @@ def dry_run_stage(job: Job, dense: int, sparse: int, first: bool, last: bool) ->
 
 
 def _described(run: DryRun, owned: dict[str, set[int]], gradients: int, steps: float) -> StagePlan:
-    marks, extra = run.marks, CUBLAS * run.on_cuda
-    places = [marks[name] for name in ("start", "forward", "differentiated", "clipped", "done")]
-    found = {p: run.peak(*ends) for p, ends in zip(PHASES, itertools.pairwise(places))}
-    peaks = {phase: most + extra for phase, (most, _) in found.items()}
-    before = run.alive(marks["entered"])
-    owned["converted"] = before - run.alive(marks["start"]) - set().union(*owned.values())
+    marks = run.marks
+    before, start = run.alive(marks["entered"]), run.alive(marks["start"])
+    owned["converted"] = before - start - set().union(*owned.values())
     kept = run.alive(marks["forward"]) - before
     owned["activations"] = kept - owned["gradients"]
     activations: Counter[str] = Counter()
     for number in kept:
         activations[operator_class(run.maker[number])] += run.bytes_of[number]
-    at = run.alive(found[max(peaks, key=peaks.__getitem__)][1])
-    at_peak = {part: run.size(at & owned[part]) for part in PARTS[:-1]}
-    at_peak["workspace"] = max(peaks.values()) - sum(at_peak.values())
+    places = [marks[name] for name in ("start", "forward", "differentiated", "clipped", "done")]
+    phases = {}
+    for phase, ends in zip(PHASES, itertools.pairwise(places)):
+        most, where = run.peak(*ends)
+        at = run.alive(where)
+        parts = {part: run.size(at & owned[part]) for part in PARTS[:-1]}
+        phases[phase] = {**parts, "workspace": most - sum(parts.values()) + CUBLAS * run.on_cuda}
     sent: Counter[str] = Counter()
     for name, nbytes in run.sent.items():
         if nbytes:
             sent[_PURPOSE.get(name.removeprefix("fmoe::"), "sums")] += round(nbytes * steps)
     return StagePlan(
         (0, 0), run.size(owned["parameters"]), run.size(owned["converted"]), gradients,
-        run.size(owned["optimizer"]), dict(activations.most_common()), 1, peaks, at_peak, dict(sent),
+        run.size(owned["optimizer"]), dict(activations.most_common()), 1, phases, dict(sent),
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def _add_sums(logits, index, total, chosen, start, num_cols, BLOCK: tl.constexpr
 def add_sums(
     logits: torch.Tensor, index: torch.Tensor, start: int, total: torch.Tensor, chosen: torch.Tensor
 ) -> None:
-    """Take a block (N, v) of logits, beginning at entry ``start``, into both terms of each token, in place."""
+    """Take a block (N, v) of logits, beginning at entry ``start``, into each token's terms, in place."""
     if logits.numel():
         _add_sums[(logits.shape[0],)](
             logits, index.contiguous(), total, chosen, start, logits.shape[1], BLOCK
