@@ -53,8 +53,10 @@ class DryRun(TorchDispatchMode):
         else:
             out = func(*args, **(kwargs or {}))
         outputs = [t for t in optree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        # A copy that only lays out anew is whatever it copies: a gathered parameter, say.
+        maker = self.maker[self.number(args[0])] if name == "aten::clone" else name
         for tensor in outputs:
-            self.number(tensor, name)
+            self.number(tensor, name if maker == "given" else maker)
         held = WORKSPACES.get(name, lambda *_: 0)(args, outputs) if self.on_cuda else 0
         if held > 0:
             number = self._new(held, name)

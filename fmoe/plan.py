@@ -116,10 +116,11 @@ def copies_per_token(config: DeepSeekV3Config, ep: int) -> float:
     >>> 3.9 < copies_per_token(preset("671B"), 8) <= 4.0      # a group of experts to a device, 4 of 8 groups
     True
     """
-    c, generator = config.router, torch.Generator().manual_seed(0)
-    scores = torch.rand(SAMPLED_TOKENS, config.num_experts, generator=generator)
+    c, generator = config.router, torch.Generator("cpu").manual_seed(0)
+    with torch.device("cpu"):
+        scores = torch.rand(SAMPLED_TOKENS, config.num_experts, generator=generator)
+        reached = torch.zeros(SAMPLED_TOKENS, ep, dtype=torch.bool)
     ids = topk(scores, c.num_groups, c.top_groups, c.group_best, c.top_k)
-    reached = torch.zeros(SAMPLED_TOKENS, ep, dtype=torch.bool)
     reached.scatter_(1, ids // (config.num_experts // ep), True)
     return reached.sum().item() / SAMPLED_TOKENS
 

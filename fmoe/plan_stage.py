@@ -43,6 +43,7 @@ class StagePlan(NamedTuple):
     ``activations`` between forward and backward, by kind of operator, of all micro-batches in flight
     ``in_flight``   how many those are
     ``phases``      the parts of the most there is at once, for each phase of a step
+    ``workspaces``  of those parts the workspace, by kind of operator
     ``sent``        bytes sent in a step, by purpose
     """
 
@@ -54,6 +55,7 @@ class StagePlan(NamedTuple):
     activations: dict[str, int]
     in_flight: int
     phases: dict[str, dict[str, int]]
+    workspaces: dict[str, dict[str, int]]
     sent: dict[str, int]
 
     @property
@@ -93,7 +95,8 @@ def dry_run_stage(job: Job, dense: int, sparse: int, first: bool, last: bool) ->
     parts = min(job.micro_batches, 2)  # the third is as the second
     rows = job.batch[0] * parts
     run = DryRun(rows=job.rows, on_cuda=job.on_cuda)
-    with FakeTensorMode(), bound(Binding(job.mesh)), run:
+    # On the CPU whatever the default: its backward runs in this thread, which the dry run watches.
+    with torch.device("cpu"), FakeTensorMode(), bound(Binding(job.mesh)), run:
         params = optree.tree_map(lambda spec: _local(spec, job), tree, is_leaf=is_spec)
         tokens = torch.zeros(rows, job.batch[1], dtype=torch.int64)
         state = job.optimizer.init(params)
@@ -121,24 +124,28 @@ def _described(run: DryRun, owned: dict[str, set[int]], gradients: int, steps: f
     owned["converted"] = before - start - set().union(*owned.values())
     kept = run.alive(marks["forward"]) - before
     owned["activations"] = kept - owned["gradients"]
-    activations: Counter[str] = Counter()
-    for number in kept:
-        activations[operator_class(run.maker[number])] += run.bytes_of[number]
     places = [marks[name] for name in ("start", "forward", "differentiated", "clipped", "done")]
-    phases = {}
+    phases, workspaces = {}, {}
     for phase, ends in zip(PHASES, itertools.pairwise(places)):
-        most, where = run.peak(*ends)
-        at = run.alive(where)
+        at = run.alive(run.peak(*ends)[1])
         parts = {part: run.size(at & owned[part]) for part in PARTS[:-1]}
-        phases[phase] = {**parts, "workspace": most - sum(parts.values()) + CUBLAS * run.on_cuda}
+        others = _by_kind(run, at - set().union(*owned.values())) | {"cuBLAS": CUBLAS * run.on_cuda}
+        phases[phase], workspaces[phase] = {**parts, "workspace": sum(others.values())}, others
     sent: Counter[str] = Counter()
     for name, nbytes in run.sent.items():
         if nbytes:
             sent[_PURPOSE.get(name.removeprefix("fmoe::"), "sums")] += round(nbytes * steps)
     return StagePlan(
         (0, 0), run.size(owned["parameters"]), run.size(owned["converted"]), gradients,
-        run.size(owned["optimizer"]), dict(activations.most_common()), 1, phases, dict(sent),
+        run.size(owned["optimizer"]), _by_kind(run, kept), 1, phases, workspaces, dict(sent),
     )  # fmt: skip
+
+
+def _by_kind(run: DryRun, numbers: set[int]) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for number in numbers:
+        found[operator_class(run.maker[number])] += run.bytes_of[number]
+    return dict(found.most_common())
 
 
 _PURPOSE = dict.fromkeys(("exchange", "send", "send_back", "send_both_back"), "tokens") | dict.fromkeys(

@@ -50,10 +50,18 @@ def report(plan: Plan, console: Console, title: str = "") -> None:
     for part in PARTS:
         if any(s.at_peak[part] for s in stages):
             row(f"  {_NAMES.get(part, part)}", *(shown(s.at_peak[part]) for s in stages))
+    for kind in dict.fromkeys(k for s in stages for k in _workspace(s)):
+        row(f"    {kind}", *(shown(_workspace(s).get(kind, 0)) for s in stages))
     for purpose in ("tokens", "parameters", "sums"):
         if any(s.sent.get(purpose) for s in stages):
             row(f"sent a step: {purpose}", *(shown(s.sent.get(purpose, 0)) for s in stages))
     console.print(table)
+
+
+def _workspace(stage: StagePlan) -> dict[str, int]:
+    """Of the peak, by kind of operator; kinds below a hundredth of the peak are left out."""
+    found = stage.workspaces[max(stage.peaks, key=stage.peaks.__getitem__)]
+    return {kind: n for kind, n in found.items() if n > stage.peak / 100}
 
 
 _NAMES = {"converted": "params to compute with", "activations": "saved activations"}

@@ -126,6 +126,13 @@ def test_traffic_per_token_is_what_was_simulated_and_measured():
     assert copies_per_token(config, 32) == pytest.approx(6.86, abs=0.03)
 
 
+def test_the_default_device_is_no_matter():
+    how = dict(batch_size=2, seq_len=32)
+    with torch.device("meta"):
+        elsewhere = plan(SMALL, "ep=2", **how)
+    assert elsewhere == plan(SMALL, "ep=2", **how)
+
+
 def test_an_uneven_router_is_planned_for_its_busiest_device():
     even, busy = (
         plan(SMALL, "ep=4", batch_size=4, seq_len=64, dtype=BFLOAT16, imbalance=i) for i in (1.0, 2.0)
@@ -223,6 +230,8 @@ def test_the_command_prints_a_table_or_json(monkeypatch, capsys):
     assert found["peak"] == max(stage["peak"] for stage in found["stages"])
     for stage in found["stages"]:
         assert stage["peak"] == max(sum(parts.values()) for parts in stage["phases"].values())
+        for phase, parts in stage["phases"].items():
+            assert parts["workspace"] == sum(stage["workspaces"][phase].values())
     shown = command(monkeypatch, capsys, *words)
     parts = "parameters", "gradients", "optimizer", "saved activations", "attention", "experts", "peak"
     assert all(part in shown for part in parts)
