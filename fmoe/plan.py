@@ -7,7 +7,7 @@ needs no GPU, no process group and no memory.
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ class Plan(NamedTuple):
 
 def plan(
     config: DeepSeekV3Config,
-    mesh: str = "",
+    mesh: str | Mapping[str, int] = "",
     *,
     batch_size: int,
     seq_len: int,
@@ -58,8 +58,8 @@ def plan(
     """Memory and traffic of a training step on each device, without any.
 
     =============  =======================================================================
-    mesh           axes and sizes, as ``"dp=2,ep=4"``; ``pp`` divides the layers, which can be planned
-                   though not yet trained
+    mesh           axes and sizes, as ``"dp=2,ep=4"`` or a dict; ``pp`` divides the layers, which can be
+                   planned though not yet trained
     batch_size     sequences a step, over all devices; ``seq_len`` tokens each
     micro_batches  parts a step's batch is computed in
     dtype          of parameters; ``compute_dtype``: of the model's arithmetic, ``None`` for the same
@@ -80,7 +80,8 @@ def plan(
     >>> found.stages[0].parameters == 4 * num_params(preset("debug"))[0]
     True
     """
-    sizes = dict(zip(AXES, parse_axes("plan", mesh)))
+    words, named = (mesh, {}) if isinstance(mesh, str) else ("", mesh)
+    sizes = dict(zip(AXES, parse_axes("plan", words, named)))
     pp, here = sizes["pp"], _without_pp(sizes)
     devices = math.prod(axis_sizes(here)[axis] for axis in token_axes(here))
     check_divides("batch_size", batch_size, devices * micro_batches, "dp * ep * micro_batches")

@@ -126,10 +126,10 @@ def test_traffic_per_token_is_what_was_simulated_and_measured():
     assert copies_per_token(config, 32) == pytest.approx(6.86, abs=0.03)
 
 
-def test_the_default_device_is_no_matter():
+def test_the_default_device_is_no_matter_nor_how_the_mesh_is_written():
     how = dict(batch_size=2, seq_len=32)
     with torch.device("meta"):
-        elsewhere = plan(SMALL, "ep=2", **how)
+        elsewhere = plan(SMALL, {"ep": 2}, **how)
     assert elsewhere == plan(SMALL, "ep=2", **how)
 
 
