@@ -29,6 +29,7 @@ def dense(x, weight, targets):
     return cross_entropy(logits, targets.flatten(), reduction="sum")
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("columns", [64, 448, 2000])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 5e-3)]
