@@ -36,6 +36,7 @@ from fmoe.parallel import backends
 from fmoe.parallel.placement import token_axes
 from fmoe.parallel.together import check_alike
 from fmoe.tokenizer import BYTES, Tokenizer, load_tokenizer
+from fmoe.transforms import per_layer
 
 DTYPES = ["float32", "bfloat16", "float64"]
 HELD_OUT_BATCHES = 8
@@ -94,22 +95,6 @@ def parse() -> argparse.Namespace:
         )
     args.out = args.out or Path("runs", args.preset)
     return args
-
-
-def per_layer(args: argparse.Namespace) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """How the function of one layer is wrapped, by ``--remat`` and ``--compile``."""
-    wrappers: list[Callable[..., Any]] = []
-    kind, _, names = args.remat.partition(":")
-    policies = {"full": fmoe.save_nothing, "default": None}
-    if kind == "save":
-        policies["save"] = fmoe.save(*names.split(","))
-    if kind in policies:
-        wrappers.append(functools.partial(fmoe.remat, policy=policies[kind]))
-    elif kind != "none":
-        raise SystemExit(f"--remat: got {args.remat!r}, expected none, full, default or save:NAME,NAME")
-    if args.compile:
-        wrappers.append(functools.partial(torch.compile, fullgraph=True))
-    return lambda layer: functools.reduce(lambda f, wrap: wrap(f), wrappers, layer)
 
 
 def join(args: argparse.Namespace) -> tuple[DeviceMesh | None, tuple[int, int]]:
@@ -207,7 +192,12 @@ def main() -> None:
     )
 
     low = functools.partial(gradients.computing_in, dtype=getattr(torch, args.compute_dtype or args.dtype))
-    options = dict(config=config, mesh=mesh, backend=args.ep_backend, per_layer=per_layer(args))
+    options = dict(
+        config=config,
+        mesh=mesh,
+        backend=args.ep_backend,
+        per_layer=per_layer(args.remat, compiled=args.compile),
+    )
     loss_of = low(functools.partial(deepseek_v3.loss, **options))
     step_of = gradients.accumulate(fmoe.value_and_grad(loss_of, has_aux=True), args.micro_batches)
     rate, flops = schedule(args), deepseek_v3.flops_per_token(config, args.seq_len)

@@ -8,13 +8,22 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from . import plan as planning
 from . import plot
 from .bench.layers import ROUTINGS, SHAPES, Shape
 from .bench.measure import bench_layer, report, write_json
+from .bench.model import bench_model, cut
+from .bench.model import report as model_report
 from .doctor import diagnose, self_test
 from .doctor import report as diagnosis
 from .introspect import Support, operator_support
+from .models import deepseek_v3
+from .models.config import PRESETS
 from .parallel.together import this_rank
+from .plan_table import report as planned
+from .transforms import per_layer
+
+DTYPES = ("bfloat16", "float32", "float64")
 
 
 def operator_rows() -> list[list[str]]:
@@ -53,6 +62,32 @@ def bench(args: argparse.Namespace) -> None:
         write_json(results, args.json)
 
 
+def model(args: argparse.Namespace) -> None:
+    result = bench_model(
+        cut(deepseek_v3.preset(args.model), args.layers), batch_size=args.batch_size, seq_len=args.seq_len,
+        steps=args.steps, remat=args.remat, compiled=args.compile, dtype=getattr(torch, args.dtype),
+        compute_dtype=getattr(torch, args.compute_dtype or args.dtype), balanced=args.balanced,
+        data=args.data, device=args.device, trace=args.trace, seed=args.seed,
+    )  # fmt: skip
+    result["model"] = args.model
+    model_report(result, Console(width=None if Console().is_terminal else 150))
+    if args.json:
+        write_json(result, args.json)
+
+
+def model_arguments(parser: argparse.ArgumentParser) -> None:
+    _sizes_of_a_step(parser)
+    parser.add_argument("--steps", type=int, default=20, help="timed, after three that aren't")
+    parser.add_argument("--compile", action="store_true", help="each layer with torch.compile")
+    parser.add_argument("--balanced", action="store_true", help="experts round robin, whatever the scores")
+    parser.add_argument("--data", default=None, metavar="FILE", help="text, as bytes; default: random tokens")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=None, help="fresh by default")
+    parser.add_argument("--trace", default=None, metavar="FILE", help="a profile of one step, for a browser")
+    parser.add_argument("--json", metavar="FILE", help="write what was measured")
+    parser.set_defaults(run=model)
+
+
 def doctor(args: argparse.Namespace) -> None:
     found = diagnose()
     if not args.no_test:
@@ -60,6 +95,32 @@ def doctor(args: argparse.Namespace) -> None:
     if this_rank() == 0:
         print(json.dumps(found, indent=2) if args.json else diagnosis(found))
     sys.exit(int(any(test["broken"] for test in found.get("self_test", {}).values())))
+
+
+def plan(args: argparse.Namespace) -> None:
+    config = cut(deepseek_v3.preset(args.model), args.layers)
+    found = planning.plan(
+        config, args.mesh, batch_size=args.batch_size, seq_len=args.seq_len, micro_batches=args.micro_batches,
+        dtype=getattr(torch, args.dtype), compute_dtype=getattr(torch, args.compute_dtype or args.dtype),
+        per_layer=per_layer(args.remat), imbalance=args.imbalance,
+    )  # fmt: skip
+    if args.json:
+        stages = [{**stage._asdict(), "peak": stage.peak} for stage in found.stages]
+        print(json.dumps({**found._asdict(), "stages": stages, "peak": found.peak}, indent=1))
+        return
+    title = f"{args.model}, {config.num_layers} layers, {args.mesh or 'one device'}, remat {args.remat}"
+    planned(found, Console(width=None if Console().is_terminal else 150), title)
+
+
+def _sizes_of_a_step(parser: argparse.ArgumentParser) -> None:
+    """What a plan and a benchmark of a model have in common."""
+    parser.add_argument("--model", default="16B", choices=PRESETS)
+    parser.add_argument("--layers", type=int, default=None, help="only so many, one of them dense")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences a step, over all devices")
+    parser.add_argument("--seq-len", type=int, default=4096)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of parameters and optimizer")
+    parser.add_argument("--compute-dtype", choices=DTYPES, default=None, help="default: --dtype")
+    parser.add_argument("--remat", default="none", help="none, full, default or save:NAME,NAME")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -77,11 +138,16 @@ def arguments() -> argparse.ArgumentParser:
     pictures = commands.add_parser("plot", help="pictures of runs, and of what a layer keeps in memory")
     plot.add_arguments(pictures)
     pictures.set_defaults(run=plot.draw)
-    layer = (
-        commands.add_parser("bench", help="measure here")
-        .add_subparsers(dest="what", required=True)
-        .add_parser("layer", help="one MoE layer, beside plain PyTorch and installed peers")
-    )
+    ahead = commands.add_parser("plan", help="a step's memory and traffic on each device, before it runs")
+    _sizes_of_a_step(ahead)
+    ahead.add_argument("--mesh", default="", help='as "dp=2,ep=32,pp=8"')
+    ahead.add_argument("--micro-batches", type=int, default=1)
+    ahead.add_argument("--imbalance", type=float, default=1.0, help="the busiest device's rows over the mean")
+    ahead.add_argument("--json", action="store_true")
+    ahead.set_defaults(run=plan)
+    benches = commands.add_parser("bench", help="measure here").add_subparsers(dest="what", required=True)
+    model_arguments(benches.add_parser("model", help="training steps of a model"))
+    layer = benches.add_parser("layer", help="one MoE layer, beside plain PyTorch and installed peers")
     on_cuda = torch.cuda.is_available()
     layer.add_argument("--shape", nargs="+", choices=SHAPES, default=["16B" if on_cuda else "small"])
     layer.add_argument("--sizes", nargs=5, type=int, metavar=tuple("TDFEK"), help="instead of a named shape")

@@ -39,7 +39,7 @@ class Support(NamedTuple):
 
 
 def operator_support() -> list[Support]:
-    """Every operator of fmoe, from the declarations.
+    """Every operator of fmoe, by name, from the declarations.
 
     >>> [s for s in operator_support() if s.operator == "topk"][0].kept
     True
@@ -47,7 +47,7 @@ def operator_support() -> list[Support]:
     for package in (ops, parallel):
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
-    return [_support(op) for op in operators().values()]
+    return [_support(op) for _, op in sorted(operators().items())]
 
 
 def _support(op: Operator) -> Support:
@@ -63,6 +63,34 @@ def _support(op: Operator) -> Support:
     return Support(
         op.name, op.checkpoint, checkpoint_names()[op.checkpoint], vjp, jvp, vmap, vjp != "derived"
     )
+
+
+# What an operator's name begins with, behind its namespace, for each class; the first that fits.
+_CLASSES = {
+    "attention": ("attention",),
+    "loss": ("cross_entropy",),
+    "experts": ("experts", "grouped", "_grouped_mm", "weighted_sum"),
+    "communication": ("exchange", "send", "psum", "all_", "reduce_scatter", "gather_params", "ppermute",
+                      "wait_tensor", "combine", "join", "deepep"),
+    "routing": ("product", "topk", "layout", "gather", "scatter"),
+    "matrix products": ("mm", "bmm", "addmm", "baddbmm", "linear", "matmul"),
+    "embedding": ("embedding",),
+}  # fmt: skip
+
+
+def operator_class(name: str) -> str:
+    """What kind of work an operator does, from its name: ``"elementwise"`` if nothing else.
+
+    >>> operator_class("fmoe::experts_up"), operator_class("aten::mm"), operator_class("aten::mul")
+    ('experts', 'matrix products', 'elementwise')
+    """
+    space, _, short = name.partition("::")
+    if space in ("c10d", "_c10d_functional") or "nccl" in name:
+        return "communication"
+    for kind, starts in _CLASSES.items():
+        if short.startswith(starts) and (space == NAMESPACE or kind not in ("routing", "attention")):
+            return kind
+    return "elementwise"
 
 
 def saved_bytes(

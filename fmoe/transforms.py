@@ -110,6 +110,37 @@ def remat(fn: Callable[..., Any], policy: Policy | None = None) -> Callable[...,
     return call
 
 
+def per_layer(remat_policy: str = "none", *, compiled: bool = False) -> Callable[..., Any]:
+    """How to wrap the function of a model's layer, from words as a command line has them.
+
+    ``remat_policy`` is ``"none"``, ``"full"`` (recompute everything), ``"default"`` (each operator's own
+    declaration) or ``"save:NAME,NAME"``; ``compiled`` compiles each layer whole.
+
+    Raises ``ValueError`` for other words.
+
+    >>> per_layer("save:topk,dispatch")(lambda x: x.sin())(torch.zeros(2))
+    tensor([0., 0.])
+    """
+    kind, _, names = remat_policy.partition(":")
+    policies: dict[str, Policy | None] = {"full": save_nothing, "default": None}
+    if kind == "save":
+        policies["save"] = save(*names.split(","))
+    if kind not in ("none", *policies):
+        raise argument_error(
+            "per_layer",
+            "remat_policy",
+            got=repr(remat_policy),
+            expected="none, full, default or save:NAME,NAME",
+            remedy="Correct it.",
+        )
+
+    def wrap(layer: Callable[..., Any]) -> Callable[..., Any]:
+        layer = remat(layer, policies[kind]) if kind in policies else layer
+        return torch.compile(layer, fullgraph=True) if compiled else layer
+
+    return wrap
+
+
 def _selective_contexts(policy: Policy) -> Any:
     decide = functools.partial(_selective_policy, policy)
     return torch_checkpoint.create_selective_checkpoint_contexts(decide)

@@ -8,9 +8,13 @@ import pytest
 import torch
 
 import fmoe
+from fmoe import __main__
 from fmoe.bench import measure
 from fmoe.bench.layers import ROUTINGS, SHAPES, Shape, config_for, layers, plain_layer, random_params, skewed
+from fmoe.bench.model import bench_model, cut
+from fmoe.models import deepseek_v3
 from fmoe.ops.reference import moe_reference
+from fmoe.plan import plan
 
 TINY = Shape(tokens=48, dim=16, hidden=8, experts=8, top_k=2)
 
@@ -73,3 +77,58 @@ def test_routings_spread_tokens_as_they_say(routing):
             counts[0] > 0.9 * shape.tokens
         )  # 1 / i of 4 choices: more than one for the first, so all tokens
         assert 1.5 < counts[3] / counts[7] < 2.7
+
+
+def model_command(monkeypatch, capsys, tmp_path, *words):
+    file = tmp_path / "model.json"
+    sizes = "--model debug --layers 2 --batch-size 2 --seq-len 32 --steps 4"
+    sizes = [*sizes.split(), "--device", "cpu", "--dtype", "float32"]
+    argv = ["fmoe", "bench", "model", *sizes, "--json", str(file), *words]
+    monkeypatch.setattr(sys, "argv", argv)
+    __main__.main()
+    return json.loads(file.read_text()), capsys.readouterr().out
+
+
+def test_the_model_command_measures_training_steps(monkeypatch, capsys, tmp_path):
+    trace = tmp_path / "trace.json"
+    result, shown = model_command(monkeypatch, capsys, tmp_path, "--remat", "full", "--trace", str(trace))
+    assert (result["layers"], result["dense_layers"]) == (2, 1)
+    assert 0.9 * 5.545 < result["first_loss"] < 1.1 * 5.545  # log(256)
+    config = cut(deepseek_v3.preset("debug"), 2)
+    rate = deepseek_v3.flops_per_token(config, 32) * result["tokens_per_second"] / 1e12
+    assert result["tflops_per_second"] == pytest.approx(rate)
+    assert result["tokens_per_second"] == pytest.approx(2 * 32 / result["ms"] * 1e3)
+    assert result["mfu_of_matmul"] == pytest.approx(rate / result["matmul_tflops"])
+    assert result["mfu"] is result["peak_bytes"] is result["syncs"] is result["planned_over_peak"] is None
+    assert sum(result["shares"].values()) == pytest.approx(1)
+    kinds = {"attention", "experts", "loss", "matrix products", "optimizer", "elementwise", "routing"}
+    assert kinds <= result["shares"].keys()
+    options = dict(batch_size=2, seq_len=32, per_layer=fmoe.transforms.per_layer("full"), device_type="cpu")
+    assert result["planned_bytes"] == plan(config, **options).peak
+    assert {"fmoe::experts_up", "fmoe::optimizer"} <= {
+        e["name"] for e in json.loads(trace.read_text())["traceEvents"]
+    }
+    for text in ("tokens/s", "of the vendor's peak (MFU)", "planned GiB", *kinds):
+        assert text in shown
+
+
+def test_the_model_command_trains_on_text_with_balanced_experts_compiled(monkeypatch, capsys, tmp_path):
+    text = tmp_path / "words.txt"
+    text.write_text("the same words again and again, " * 200)
+    how = "--data", str(text), "--balanced", "--compile", "--compute-dtype", "bfloat16", "--steps", "6"
+    result, shown = model_command(monkeypatch, capsys, tmp_path, *how)
+    assert result["last_loss"] < result["first_loss"]
+    assert result["balanced"] and result["compiled"]
+    assert result["first_ms"] > 5 * result["ms"]  # it compiles
+    assert "experts balanced" in " ".join(shown.split())
+
+
+def test_a_model_whose_loss_is_wrong_is_not_timed(monkeypatch):
+    loss = deepseek_v3.loss
+    monkeypatch.setattr(
+        deepseek_v3, "loss", lambda *args, **how: (2 * (found := loss(*args, **how))[0], found[1])
+    )
+    with pytest.raises(RuntimeError, match=r"the first loss is 11\.\d+, of an untrained model 5\.545"):
+        bench_model(
+            cut(deepseek_v3.preset("debug"), 2), batch_size=2, seq_len=16, device="cpu", dtype=torch.float32
+        )

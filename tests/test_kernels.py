@@ -196,6 +196,39 @@ def test_the_experts_put_together(ids, score_before, monkeypatch):
     assert error(run(params, x, weights, cotangent), run(*exact)) < ROUNDED[dtype]
 
 
+@ON_KERNELS
+@pytest.mark.parametrize("columns", [1, 70, 2048, 2500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_logits_of_two_blocks(columns, dtype, monkeypatch):
+    from fmoe.ops import cross_entropy
+    from fmoe.ops.kernels import logits as fused
+
+    tokens = 9
+    blocks = [(torch.randn(tokens, columns) * 8).sub_(40 * i) for i in range(2)]
+    index = torch.randint(-1, 2 * columns, (tokens,))
+    index[:3] = torch.tensor([-1, columns - 1, columns])
+    want = torch.full((2, tokens), -torch.inf)
+    want[1] = 0
+    got, g = want.to(DEVICE, copy=True), torch.randn(2, tokens)
+    for i, block in enumerate(blocks):
+        fused.add_sums(block.to(DEVICE), index.to(DEVICE), i * columns, *got)
+    monkeypatch.setattr(kernels, "fused", lambda *rows: False)
+    for i, block in enumerate(blocks):
+        cross_entropy.add_sums(block.clone(), index, i * columns, *want)
+    together = torch.cat(blocks, 1)
+    exact = torch.stack(
+        [together.logsumexp(1), torch.where(index < 0, 0, together[range(tokens), index.clamp_min(0)])]
+    )
+    assert error(got.cpu(), exact) < 1e-6 and error(want, exact) < 1e-6
+    for i, block in enumerate(blocks):
+        how = index, i * columns, exact[0], g
+        want = cross_entropy.cotangents(block.clone(), *how, dtype)
+        how = (t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in how)
+        found = fused.cotangents(block.to(DEVICE, copy=True), *how, dtype)
+        assert found.dtype == dtype
+        assert error(found.cpu(), want) < ROUNDED[dtype]
+
+
 TOPK = {  # experts, groups, top groups, best of a group, k
     "all": (13, 1, 1, 1, 4),
     "groups": (24, 4, 2, 2, 5),

@@ -27,7 +27,10 @@ MAY_IMPORT = {
     "plot.py": {"matplotlib"},
     "tokenizer.py": {"tokenizers"},
     "parallel/backends/deepep.py": {"deep_ep"},
-} | {f"ops/kernels/{name}.py": {"triton"} for name in ("activation", "persistent", "plan", "router", "rows")}
+} | {
+    f"ops/kernels/{name}.py": {"triton"}
+    for name in ("activation", "logits", "persistent", "plan", "router", "rows")
+}
 
 
 def rank(module: str) -> int:

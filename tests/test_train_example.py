@@ -73,7 +73,10 @@ def test_it_learns_repeatably_and_recomputation_changes_nothing(train):
     ("options", "text"),
     [
         (["--preset", "17B"], "preset: name: got '17B', expected one of ['16B', '236B', '671B', 'debug']"),
-        (["--remat", "some"], "--remat: got 'some', expected none, full, default or save:NAME,NAME"),
+        (
+            ["--remat", "some"],
+            "per_layer: remat_policy: got 'some', expected none, full, default or save:NAME,NAME",
+        ),
         (["--remat", "save:nope"], "save: names: got 'nope', expected names of"),
         (["--data", "/nowhere"], "/nowhere"),
         (["--top-k", "0"], "--top-k: got 0, expected at least 1"),

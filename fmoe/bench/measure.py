@@ -154,23 +154,26 @@ def _costs(run: Run, layer: Layer) -> tuple[float, float | None, int | None, int
     grads = torch.autograd.grad(edge, run.leaves(), run.cotangent)
     peak = torch.cuda.max_memory_allocated() - before
     del edge, grads
+    return saved / 2**20, peak / 2**20, launches(lambda: run.step(layer)), syncs(lambda: run.step(layer))
+
+
+def syncs(call: Callable[[], Any]) -> int:
+    """How often the host waits for the CUDA device in a call."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        run.step(layer)
+        call()
         torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(w.message) and "prototype" not in str(w.message) for w in caught)
+
+
+def launches(call: Callable[[], Any]) -> int:
+    """How many kernels a call starts on the CUDA device."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
-        run.step(layer)
+        call()
         torch.cuda.synchronize()
-    on_device = torch.autograd.DeviceType.CUDA
-    launches = sum(event.device_type == on_device for event in profile.events())
-    return (
-        saved / 2**20,
-        peak / 2**20,
-        launches,
-        sum("synchroniz" in str(w.message) and "prototype" not in str(w.message) for w in caught),
-    )
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
 def _times(

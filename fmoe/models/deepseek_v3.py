@@ -33,7 +33,7 @@ from .moe import MoEParams, mlp_forward, moe_layer
 from .params import LayerParams as LayerParams
 from .params import ModelParams as ModelParams
 from .params import specs as specs
-from .vocabulary import embed, summed_cross_entropy
+from .vocabulary import LOGITS_BYTES, embed, summed_cross_entropy
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 Stats = tuple[MoEStats, ...]
@@ -113,12 +113,14 @@ def loss(
     *,
     backend: str = "auto",
     per_layer: Wrap = lambda layer: layer,
+    logits_bytes: int = LOGITS_BYTES,
 ) -> tuple[torch.Tensor, Stats]:
     """Mean cross entropy in nats, float32 or wider, and the statistics of every MoE layer.
 
     ``tokens`` and ``targets`` are int64 (B, L); a target of -100 isn't counted. The rest is as for
     :func:`forward`. On a mesh the mean is over all devices' tokens, the same number on each; logits are never
-    gathered. A training loop differentiates it with ``fmoe.value_and_grad(loss, has_aux=True)``.
+    gathered, and no more than ``logits_bytes`` of them, in float32, exist at once. A training loop
+    differentiates it with ``fmoe.value_and_grad(loss, has_aux=True)``.
 
     >>> config = preset("debug")
     >>> tokens = torch.randint(256, (2, 16))
@@ -133,7 +135,7 @@ def loss(
     def run(how: ModelParams, along: tuple[str, ...], params: ModelParams, *batch: torch.Tensor) -> Any:
         tokens, targets = batch
         x, stats = _hidden(params, tokens, config, how, along, per_layer)
-        total, count = summed_cross_entropy(x @ _head(params, how).mT, targets)
+        total, count = summed_cross_entropy(x, _head(params, how), targets, logits_bytes=logits_bytes)
         total, count = psum(torch.stack([total, count.to(total.dtype)]), along).unbind()
         return total / count.clamp_min(1), stats
 

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from ..ops.axes import present
+from ..ops.cross_entropy import LOGITS_BYTES as LOGITS_BYTES
+from ..ops.cross_entropy import cross_entropy_terms
 from ..parallel.collectives import all_gather, axis_index, axis_size, psum
 
 IGNORED = -100
@@ -18,22 +20,31 @@ def embed(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return psum(torch.where(here[..., None], F.embedding(index, weight), 0), axes)
 
 
-def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cross entropies' sum, float32 or wider, and how many there are; a target of -100 has none.
+def summed_cross_entropy(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, logits_bytes: int = LOGITS_BYTES
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of the cross entropies of ``x @ weight.mT``, float32 or wider, and how many there are.
 
-    ``logits`` is (..., vocab), ``targets`` int64 (...); each device along ``tp`` holds its part of the
-    vocabulary.
+    ============  ==========  ==============================================================
+    x             (..., D)    hidden states
+    weight        (vocab, D)  of which each device along ``tp`` holds its part
+    targets       (...)       int64; one of -100 has no cross entropy
+    logits_bytes              how many bytes of float32 logits there are at once, at most; never fewer than
+                              64 columns
+    ============  ==========  ==============================================================
+
+    Between forward and backward it keeps ``x`` and a number per token; logits are computed again.
     """
-    wide, axes = logits.to(torch.promote_types(logits.dtype, torch.float32)), present("tp")
-    counted = targets != IGNORED
-    if axis_size(axes) == 1:
-        total = F.cross_entropy(wide.flatten(0, -2), targets.flatten(), reduction="sum")
-        return total, counted.sum()
-    index, here = _mine(torch.where(counted, targets, 0), wide.shape[-1], axes)
-    top = all_gather(wide.detach().amax(-1)[None], axes).amax(0)
-    spread = psum((wide - top[..., None]).exp().sum(-1), axes).log() + top
-    chosen = psum(torch.where(here, wide.gather(-1, index[..., None]).squeeze(-1), 0), axes)
-    return torch.where(counted, spread - chosen, 0).sum(), counted.sum()
+    axes, counted, rows = present("tp"), targets != IGNORED, x.flatten(0, -2)
+    index = torch.where(counted, targets, -1).flatten()
+    if axis_size(axes) > 1:
+        local, here = _mine(torch.where(counted, targets, 0).flatten(), weight.shape[0], axes)
+        index = torch.where(here & (index >= 0), local, -1)
+    total, chosen = cross_entropy_terms(rows, weight, index, logits_bytes).unbind()
+    if axis_size(axes) > 1:
+        top = all_gather(total.detach()[None], axes).amax(0)
+        total, chosen = psum((total - top).exp(), axes).log() + top, psum(chosen, axes)
+    return torch.where(counted.flatten(), total - chosen, 0).sum(), counted.sum()
 
 
 def _mine(ids: torch.Tensor, rows: int, axes: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ Collectives resolve axis names when they are called and keep group names and siz
 so their derivatives need no binding; whatever runs a function again later binds the same again.
 """
 
+import math
 import threading
 import weakref
 from collections.abc import Iterator
@@ -36,6 +37,17 @@ class Binding(NamedTuple):
 
     mesh: DeviceMesh | None = None
     backends: tuple[tuple[str, Any], ...] = ()
+
+
+class MeshOfSizes:
+    """The axes and sizes of a mesh without its devices: what it is bound for runs on fake tensors."""
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        self.mesh_dim_names = tuple(sizes)
+        self._sizes = tuple(sizes.values())
+
+    def size(self, dim: int | None = None) -> int:
+        return math.prod(self._sizes) if dim is None else self._sizes[dim]
 
 
 class _Bound(threading.local):
@@ -99,6 +111,9 @@ def _group(mesh: DeviceMesh, axes: tuple[str, ...]) -> tuple[str, int, int]:
     axes = tuple(a for a in axes if sizes[a] > 1)
     if not axes:
         return "", 1, 0
+    if isinstance(mesh, MeshOfSizes):
+        size = math.prod(sizes[a] for a in axes)
+        return str(size), size, 0
     known = _GROUPS.setdefault(dist.group.WORLD, {})
     if (mesh, axes) not in known:
         line = mesh[axes]._flatten() if len(axes) > 1 else mesh[axes[0]]

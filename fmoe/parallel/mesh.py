@@ -1,9 +1,12 @@
 """Meshes of devices with the axes ``pp``, ``dp``, ``ep``, ``tp``."""
 
+import functools
 import itertools
 import math
 import os
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -64,21 +67,27 @@ def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -
 
 
 def _shape(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:
-    found: list[tuple[str, int]] = list(sizes.items())
-    for item in filter(None, axes.replace(" ", "").split(",")):
-        if not re.fullmatch(r"\w+=\d+", item):
-            raise _error(repr(axes), 'axes and sizes like "dp=2,ep=4"', "Correct it.")
-        name, _, size = item.partition("=")
-        found.append((name, int(size)))
-    names = [name for name, _ in found]
-    bad = [f"{n}={s}" for n, s in found if n not in AXES or type(s) is not int or s < 1 or names.count(n) > 1]
-    if bad:
-        raise _error(", ".join(bad), f"each of {AXES} at most once, of size at least 1", "Correct it.")
-    shape = tuple(dict(found).get(name, 1) for name in AXES)
+    shape = parse_axes("make_mesh", axes, sizes)
     if shape[0] > 1:
         raise _error(f"pp={shape[0]}", "pp=1", "There are no pipelines yet; use dp, ep and tp.")
     return shape
 
 
-def _error(got: str, expected: str, remedy: str) -> ValueError:
-    return argument_error("make_mesh", "axes", got=got, expected=expected, remedy=remedy)
+def parse_axes(function: str, axes: str, sizes: Mapping[str, int] = MappingProxyType({})) -> tuple[int, ...]:
+    """The size of each of ``AXES``. Raises ``ValueError`` for axes it doesn't know, and sizes below one."""
+    found: list[tuple[str, int]] = list(sizes.items())
+    error = functools.partial(_error, function=function)
+    for item in filter(None, axes.replace(" ", "").split(",")):
+        if not re.fullmatch(r"\w+=\d+", item):
+            raise error(repr(axes), 'axes and sizes like "dp=2,ep=4"', "Correct it.")
+        name, _, size = item.partition("=")
+        found.append((name, int(size)))
+    names = [name for name, _ in found]
+    bad = [f"{n}={s}" for n, s in found if n not in AXES or type(s) is not int or s < 1 or names.count(n) > 1]
+    if bad:
+        raise error(", ".join(bad), f"each of {AXES} at most once, of size at least 1", "Correct it.")
+    return tuple(dict(found).get(name, 1) for name in AXES)
+
+
+def _error(got: str, expected: str, remedy: str, function: str = "make_mesh") -> ValueError:
+    return argument_error(function, "axes", got=got, expected=expected, remedy=remedy)

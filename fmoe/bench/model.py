@@ -1,0 +1,254 @@
+"""Training steps of a model: speed, memory beside what was planned, and where the time goes."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from .. import data as text
+from ..documents import read_documents
+from ..gradients import computing_in
+from ..introspect import operator_class
+from ..metrics import PEAK_FLOPS
+from ..models import deepseek_v3
+from ..models.config import DeepSeekV3Config
+from ..optim import adamw, clip_by_global_norm
+from ..plan import plan
+from ..transforms import per_layer, value_and_grad
+from .measure import matmul_rate, syncs
+
+WARM_UP = 3
+OPTIMIZER = "fmoe::optimizer"  # a range of the profiler, which makes all in it one class
+BIAS_RATE, LEARNING_RATE = 1e-3, 1e-4
+
+
+def cut(config: DeepSeekV3Config, layers: int | None) -> DeepSeekV3Config:
+    """A model of so many layers, one of them dense where it has such; ``None``: as it is.
+
+    >>> cut(deepseek_v3.preset("671B"), 4).num_dense_layers
+    1
+    """
+    if layers is None:
+        return config
+    return dataclasses.replace(config, num_layers=layers, num_dense_layers=min(1, config.num_dense_layers))
+
+
+def bench_model(
+    config: DeepSeekV3Config,
+    *,
+    batch_size: int,
+    seq_len: int,
+    steps: int = 20,
+    remat: str = "none",
+    compiled: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    compute_dtype: torch.dtype | None = None,
+    balanced: bool = False,
+    data: str | None = None,
+    device: str = "cuda",
+    trace: str | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """Train for a few steps on one device and measure them.
+
+    =========  ===============================================================
+    steps      timed, after a few that aren't
+    remat      words of ``transforms.per_layer``
+    balanced   choose experts round robin, whatever their scores
+    data       a file of text, read as bytes; ``None``: random tokens
+    trace      where to write a profile of one step
+    -> dict    what JSON can hold: ms, bytes, FLOP/s, shares of a step's time
+    =========  ===============================================================
+
+    Raises ``RuntimeError`` if the first loss isn't that of an untrained model, or the last isn't finite.
+    """
+    seed = time.time_ns() % 2**31 if seed is None else seed
+    config = dataclasses.replace(config, router=dataclasses.replace(config.router, force_balance=balanced))
+    compute_dtype, wrap = compute_dtype or dtype, per_layer(remat, compiled=compiled)
+    planned = plan(
+        config, batch_size=batch_size, seq_len=seq_len, dtype=dtype, compute_dtype=compute_dtype,
+        per_layer=per_layer(remat), device_type=torch.device(device).type,
+    ).stages[0]  # fmt: skip
+    on_cuda = torch.device(device).type == "cuda"
+    run = _Training(config, dtype, compute_dtype, wrap, device, seed)
+    batches = (batch for batch in _batches(config, batch_size, seq_len, data, device, seed))
+
+    start = time.perf_counter()
+    first_loss = run.step(next(batches)).item()
+    first_ms = (time.perf_counter() - start) * 1e3
+    uniform = math.log(config.vocab_size)
+    if not abs(first_loss - uniform) < 0.1 * uniform:
+        raise RuntimeError(
+            f"bench model: the first loss is {first_loss:.3f}, of an untrained model {uniform:.3f}."
+        )
+    for _ in range(WARM_UP - 1):
+        run.step(next(batches))
+    if on_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    ms, host_ms, last_loss = _times(run.step, [next(batches) for _ in range(steps)], on_cuda)
+    peak = torch.cuda.max_memory_allocated() if on_cuda else None
+    if not math.isfinite(last_loss):
+        raise RuntimeError(f"bench model: the last loss is {last_loss}.")
+    shares, device_ms = _breakdown(functools.partial(run.step, next(batches)), on_cuda, trace)
+    waits = syncs(functools.partial(run.step, next(batches))) if on_cuda else None
+    name = torch.cuda.get_device_name() if on_cuda else "CPU"
+    median = statistics.median(ms)
+    low, _, high = statistics.quantiles(ms, n=4)
+    rate = deepseek_v3.flops_per_token(config, seq_len) * batch_size * seq_len / median * 1e3
+    matmul = matmul_rate(compute_dtype, device)
+    return dict(
+        layers=config.num_layers, dense_layers=config.num_dense_layers, batch_size=batch_size,
+        seq_len=seq_len, steps=steps, remat=remat, compiled=compiled, dtype=str(dtype),
+        compute_dtype=str(compute_dtype), balanced=balanced, data=data or "random tokens", device=name,
+        torch=torch.__version__, seed=seed,
+        num_params=deepseek_v3.num_params(config)[0], first_ms=first_ms, first_loss=first_loss,
+        last_loss=last_loss, ms=median, spread=(high - low) / median, host_ms=statistics.median(host_ms),
+        device_ms=device_ms, syncs=waits, tokens_per_second=batch_size * seq_len / median * 1e3,
+        tflops_per_second=rate / 1e12, mfu=rate / PEAK_FLOPS[name] if name in PEAK_FLOPS else None,
+        matmul_tflops=matmul, mfu_of_matmul=rate / 1e12 / matmul, peak_bytes=peak,
+        planned_bytes=planned.peak, planned=planned._asdict(),
+        planned_over_peak=planned.peak / peak if peak else None, shares=shares,
+    )  # fmt: skip
+
+
+class _Training:
+    """A model, its optimizer, and a step of both; what a loop does but for reading the loss."""
+
+    def __init__(
+        self,
+        config: DeepSeekV3Config,
+        dtype: torch.dtype,
+        compute_dtype: torch.dtype,
+        wrap: Callable[..., Any],
+        device: str,
+        seed: int,
+    ) -> None:
+        loss = functools.partial(deepseek_v3.loss, config=config, per_layer=wrap)
+        self.gradient = value_and_grad(computing_in(loss, compute_dtype), has_aux=True)
+        self.optimizer = adamw()
+        self.params = deepseek_v3.init(config, seed, dtype=dtype, device=device)
+        self.state = self.optimizer.init(self.params)
+
+    def step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        loss: torch.Tensor
+        (loss, stats), grads = self.gradient(self.params, *batch)
+        with record_function(OPTIMIZER):
+            grads, _ = clip_by_global_norm(grads, 1.0)
+            update = self.optimizer.update
+            params, self.state = update(self.params, grads, self.state, LEARNING_RATE, donate=True)
+            self.params = deepseek_v3.update_biases(params, stats, BIAS_RATE)
+        return loss
+
+
+def _batches(
+    config: DeepSeekV3Config, batch_size: int, seq_len: int, data: str | None, device: str, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    if data is None:
+        generator = torch.Generator().manual_seed(seed)
+        stream = torch.randint(config.vocab_size, (2**20,), generator=generator)
+    else:
+        stream = text.pack(read_documents([data]))
+        text.check_vocabulary(stream, config.vocab_size)
+    for tokens, targets in text.batches(stream, batch_size=batch_size, seq_len=seq_len, seed=seed):
+        yield tokens.to(device), targets.to(device)
+
+
+def _times(
+    step: Callable[[Any], torch.Tensor], batches: list[Any], on_cuda: bool
+) -> tuple[list[float], list[float], float]:
+    """Milliseconds of each step, of the host in it, and the last loss; nothing waits between steps."""
+    ms, host, loss = [], [], torch.zeros(())
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(batches) + 1)] if on_cuda else []
+    if on_cuda:
+        events[0].record()
+    for i, batch in enumerate(batches):
+        start = time.perf_counter()
+        loss = step(batch)
+        host.append((time.perf_counter() - start) * 1e3)
+        if on_cuda:
+            events[i + 1].record()
+    last = loss.item()
+    if on_cuda:
+        ms = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+    return ms or host, host, last
+
+
+def _breakdown(
+    step: Callable[[], Any], on_cuda: bool, trace: str | None
+) -> tuple[dict[str, float], float | None]:
+    """Which share of a step's time each kind of operator takes, and how long the device is at work, in ms."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
+    with profile(activities=activities, acc_events=True) as run:
+        step()
+        if on_cuda:
+            torch.cuda.synchronize()
+    if trace:
+        run.export_chrome_trace(trace)
+    spent: Counter[str] = Counter()
+    for event in run.events():
+        if event.device_type == torch.autograd.DeviceType.CPU:
+            spent[_kind(event)] += event.self_device_time_total if on_cuda else event.self_cpu_time_total
+    total = sum(spent.values())
+    shares = {kind: time / total for kind, time in spent.most_common() if time}
+    return shares, total / 1e3 if on_cuda else None
+
+
+def _kind(event: Any) -> str:
+    """The class of the range or operator of ours that an event is in, or else its own."""
+    kind, above = operator_class(event.name), event
+    known = "::" in event.name or "triton" in event.name
+    while above is not None:
+        if above.name == OPTIMIZER:
+            return "optimizer"
+        if above.name.startswith("fmoe::"):
+            kind, known = operator_class(above.name), True
+        above = above.cpu_parent
+    return kind if known else "other"
+
+
+def report(result: dict[str, Any], console: Console) -> None:
+    """Tables of one result."""
+    r = result
+    console.print(
+        f"{r['model']}: {r['layers']} layers ({r['dense_layers']} dense), {r['num_params'] / 1e9:.3g}B "
+        f"parameters {r['dtype']}, computing in {r['compute_dtype']}; "
+        f"batch {r['batch_size']} x {r['seq_len']} of {r['data']}"
+        f"{', experts balanced' if r['balanced'] else ''}; remat {r['remat']}"
+        f"{', compiled' if r['compiled'] else ''}; {r['device']}, torch {r['torch']}, seed {r['seed']}"
+    )
+    rows = {
+        "tokens/s": f"{r['tokens_per_second']:,.0f}",
+        "ms a step (spread)": f"{r['ms']:.2f} ({r['spread']:.1%})",
+        "host ms, device at work ms": f"{r['host_ms']:.2f}, {_or_dash(r['device_ms'], '.2f')}",
+        "first step ms": f"{r['first_ms']:,.0f}",
+        "host waits a step": _or_dash(r["syncs"], "d"),
+        "model TFLOP/s": f"{r['tflops_per_second']:.3g}",
+        "of the vendor's peak (MFU)": _or_dash(r["mfu"], ".1%"),
+        "of a matrix product here": f"{r['mfu_of_matmul']:.1%} of {r['matmul_tflops']:.1f} TFLOP/s",
+        "peak memory GiB": _or_dash(r["peak_bytes"] and r["peak_bytes"] / 2**30, ".2f"),
+        "planned GiB (planned / peak)": f"{r['planned_bytes'] / 2**30:.2f} "
+        f"({_or_dash(r['planned_over_peak'], '.3f')})",
+        "loss, first and last": f"{r['first_loss']:.3f}, {r['last_loss']:.3f}",
+    }
+    table, times = Table("a training step", ""), Table("of its time", "")
+    for row in rows.items():
+        table.add_row(*row)
+    for kind, share in r["shares"].items():
+        times.add_row(kind, f"{share:.1%}")
+    console.print(table)
+    console.print(times)
+
+
+def _or_dash(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)

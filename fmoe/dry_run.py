@@ -1,0 +1,252 @@
+"""Running without computing: what is allocated when, and what is sent, on fake tensors.
+
+The library's own functions run, so what they keep, free and send follows from them. Only what a kernel holds
+while it runs is stated here, for CUDA.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .ops.cross_entropy import block_columns
+
+GRANULE = 512  # CUDA's allocator rounds up to it
+CUBLAS = 2 * 32 * 2**20  # its workspace on Hopper, once for each thread that launches: forward, backward
+
+
+class Rows(NamedTuple):
+    """Rows of one dispatch along ``ep``: how many a device sends, receives, and has for its experts."""
+
+    sent: int
+    received: int
+    expanded: int
+
+
+class DryRun(TorchDispatchMode):
+    """Follows every storage from its first tensor to its last, and counts bytes sent by each operator.
+
+    ``timeline`` has a storage's number, and whether it came or went; ``marks`` are places in it by name.
+    Enter it inside a ``FakeTensorMode``.
+    """
+
+    def __init__(self, *, rows: Rows | None = None, on_cuda: bool = True) -> None:
+        super().__init__()
+        self.rows, self.on_cuda = rows, on_cuda
+        self.bytes_of: list[int] = []
+        self.maker: list[str] = []
+        self.timeline: list[tuple[int, bool]] = []
+        self.marks: dict[str, int] = {}
+        self.sent: Counter[str] = Counter()
+        self._numbers: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition(".")[0]
+        if name == "aten::equal":  # remat asks whether random numbers were drawn; none are
+            return True
+        if name == "fmoe::exchange" and self.rows is not None:
+            out = exchanged(self.rows, *args)
+        else:
+            out = func(*args, **(kwargs or {}))
+        outputs = [t for t in optree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        # A copy that only lays out anew is whatever it copies: a gathered parameter, say.
+        maker = self.maker[self.number(args[0])] if name == "aten::clone" else name
+        for tensor in outputs:
+            self.number(tensor, name if maker == "given" else maker)
+        held = WORKSPACES.get(name, lambda *_: 0)(args, outputs) if self.on_cuda else 0
+        if held > 0:
+            number = self._new(held, name)
+            self.timeline.append((number, False))
+        self.sent[name] += SENT.get(name, lambda *_: 0)(args, outputs)
+        return out
+
+    def mark(self, name: str) -> None:
+        self.marks[name] = len(self.timeline)
+
+    def number(self, tensor: torch.Tensor, maker: str = "given") -> int:
+        """The number of a tensor's storage."""
+        storage = tensor.untyped_storage()
+        where = storage._cdata
+        if where not in self._numbers:
+            self._numbers[where] = self._new(storage.nbytes(), maker)
+            weakref.finalize(storage, self._gone, where).atexit = False
+        return self._numbers[where]
+
+    def numbers(self, tree: Any) -> set[int]:
+        return {self.number(t) for t in optree.tree_leaves(tree) if isinstance(t, torch.Tensor)}
+
+    def alive(self, at: int) -> set[int]:
+        """What was there at a place of the timeline."""
+        found: set[int] = set()
+        for number, came in self.timeline[:at]:
+            (found.add if came else found.discard)(number)
+        return found
+
+    def size(self, numbers: Iterable[int]) -> int:
+        return sum(self.bytes_of[n] for n in numbers)
+
+    def peak(self, start: int, stop: int) -> tuple[int, int]:
+        """The most bytes between two places of the timeline, and the place."""
+        live = self.size(self.alive(start))
+        most, where = live, start
+        for at in range(start, stop):
+            number, came = self.timeline[at]
+            live += self.bytes_of[number] if came else -self.bytes_of[number]
+            if live > most:
+                most, where = live, at + 1
+        return most, where
+
+    def _new(self, nbytes: int, maker: str) -> int:
+        self.bytes_of.append(-(-nbytes // GRANULE) * GRANULE if self.on_cuda else nbytes)
+        self.maker.append(maker)
+        self.timeline.append((len(self.maker) - 1, True))
+        return len(self.maker) - 1
+
+    def _gone(self, where: int) -> None:
+        self.timeline.append((self._numbers.pop(where), False))
+
+
+def exchanged(rows: Rows, x: Any, weights: Any, ids: Any, num_experts: int, size: int, *_: Any) -> Any:
+    """The outputs of the operator ``exchange`` for so many rows."""
+    index = ids.new_empty
+    return (
+        x.new_empty(rows.received, x.shape[1]),
+        weights.new_empty(rows.received, weights.shape[1]),
+        index(rows.expanded),
+        index(rows.received, ids.shape[1]),
+        index(num_experts // size, dtype=torch.int32),
+        index(rows.sent),
+        index(ids.shape[0], size),
+        torch.empty(2, size, dtype=torch.int64, device="cpu"),
+    )
+
+
+# ---- what kernels hold on CUDA beyond arguments and results, in bytes --------------------------------------
+
+
+def _experts_up(args: Any, outs: Any) -> int:
+    x, slot = args[0], args[3]
+    return slot.shape[0] * x.shape[1] * x.element_size()  # the expanded rows
+
+
+def _experts_up_backward(args: Any, outs: Any) -> int:
+    return _experts_up(args[1:], outs)
+
+
+def _experts_down(args: Any, outs: Any) -> int:
+    h, w_out = args[0], args[1]
+    return h.shape[0] * (h.shape[2] + w_out.shape[1]) * h.element_size()  # activation, rows before their sum
+
+
+def _experts_down_backward(args: Any, outs: Any) -> int:
+    h, dim = args[1], args[2].shape[1]
+    hidden = h.shape[2]
+    # Twice one (R, F); first beside the expanded cotangents, when g_h (R, 2, F) isn't there yet.
+    return h.shape[0] * max(hidden, dim - hidden) * h.element_size()
+
+
+def _wide(*tensors: torch.Tensor) -> int:
+    """What float32 copies take."""
+    return sum(4 * t.numel() for t in tensors if t.element_size() < 4)
+
+
+def _scores(q: torch.Tensor) -> int:
+    return 4 * q.shape[0] * q.shape[2] * q.shape[1] ** 2
+
+
+def plain_attention(args: Any, outs: Any) -> int:
+    return 2 * _scores(args[0]) + _wide(*args[:3])
+
+
+def plain_attention_backward(args: Any, outs: Any) -> int:
+    g, q, k, v, _, y, _ = args
+    return 3 * _scores(q) + _wide(g, q, k, v, y)
+
+
+def _attention(args: Any, outs: Any) -> int:
+    """Only float64 goes by products that hold all scores, if the kernels of a GPU prove right there."""
+    return plain_attention(args, outs) if args[0].dtype == torch.float64 else 0
+
+
+def _attention_backward(args: Any, outs: Any) -> int:
+    q = args[1]
+    # The cotangent of q is summed in float32.
+    return plain_attention_backward(args, outs) if q.dtype == torch.float64 else _wide(q)
+
+
+def _block(x: torch.Tensor, weight: torch.Tensor, block_bytes: int) -> int:
+    return x.shape[0] * min(block_columns(x.shape[0], block_bytes), weight.shape[0])
+
+
+def _cross_entropy(args: Any, outs: Any) -> int:
+    x, weight, _, block_bytes = args
+    return 4 * _block(x, weight, block_bytes)
+
+
+def _cross_entropy_backward(args: Any, outs: Any) -> int:
+    _, x, weight, _, block_bytes, _ = args
+    narrow = x.element_size() if x.element_size() < 4 else 0
+    # A block's logits while they become their cotangents; its product beside what is summed so far.
+    block = _block(x, weight, block_bytes)
+    return 4 * x.numel() + max((4 + narrow) * block, (narrow or 4) * block + 4 * x.numel())
+
+
+def _rows(t: torch.Tensor, rows: int) -> int:
+    return rows * t.shape[1:].numel() * t.element_size()
+
+
+def _exchange(args: Any, outs: Any) -> int:
+    sent, received = outs[5].shape[0], outs[0].shape[0]
+    return sum(2 * _rows(t, sent) + _rows(t, received) for t in args[:3])
+
+
+def _send_back(args: Any, outs: Any) -> int:
+    return _rows(args[0], args[1].shape[0])
+
+
+def _send_both_back(args: Any, outs: Any) -> int:
+    y, slot = args[0], args[2]
+    return _rows(y, y.shape[0]) + 2 * _rows(y, slot.shape[0])
+
+
+WORKSPACES: dict[str, Callable[[Any, Any], int]] = {
+    "fmoe::experts_up": _experts_up,
+    "fmoe::experts_up_backward": _experts_up_backward,
+    "fmoe::experts_down": _experts_down,
+    "fmoe::experts_down_backward": _experts_down_backward,
+    "fmoe::attention": _attention,
+    "fmoe::attention_backward": _attention_backward,
+    "fmoe::cross_entropy_terms": _cross_entropy,
+    "fmoe::cross_entropy_terms_backward": _cross_entropy_backward,
+    "fmoe::exchange": _exchange,
+    "fmoe::send": _send_back,
+    "fmoe::send_back": _send_back,
+    "fmoe::send_both_back": _send_both_back,
+}
+
+
+# ---- bytes a device sends: rings for collectives, and to every other device alike for tokens --------------
+
+
+def _others(size: int, nbytes: int) -> int:
+    return nbytes * (size - 1) // size
+
+
+def _sent_rows(args: Any, rows: int, size: int, tensors: int) -> int:
+    return _others(size, sum(_rows(t, rows) for t in args[:tensors]))
+
+
+SENT: dict[str, Callable[[Any, Any], int]] = {
+    "fmoe::psum": lambda args, outs: 2 * _others(int(args[1]), args[0].nbytes),
+    "fmoe::all_gather": lambda args, outs: (args[1] - 1) * args[0].nbytes,
+    "fmoe::gather_params": lambda args, outs: (args[1] - 1) * args[0].nbytes,
+    "fmoe::reduce_scatter": lambda args, outs: _others(args[1], args[0].nbytes),
+    "fmoe::exchange": lambda args, outs: _sent_rows(args, outs[5].shape[0], args[4], 3) + 16 * (args[4] - 1),
+    "fmoe::send": lambda args, outs: _sent_rows(args, args[1].shape[0], int(args[5]), 1),
+    "fmoe::send_back": lambda args, outs: _sent_rows(args, args[0].shape[0], int(args[4]), 1),
+    "fmoe::send_both_back": lambda args, outs: _sent_rows(args, args[0].shape[0], int(args[5]), 2),
+}

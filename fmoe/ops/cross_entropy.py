@@ -1,0 +1,143 @@
+"""What a cross entropy needs of its logits, without holding them: one operator, a block of them at a time.
+
+N tokens, V entries of the vocabulary. Logits are computed block by block in float32, forward and again
+backward, and what is kept of them is each token's log of the sum of exponentials. Blocks run over the
+vocabulary, not over tokens: each row of the weight's gradient is one product over all tokens, rounded once.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from . import kernels
+from .bases import accumulator, gather, random
+from .derive import Tensors, pullback
+from .primitive import Operator, declare
+from .route import product
+from .tape import checkpoint
+
+LOSS = checkpoint("loss", save=False)
+LOGITS_BYTES = 2**28
+STEP = 64  # a block's columns are a multiple of it
+
+
+def block_columns(num_tokens: int, block_bytes: int) -> int:
+    """How many entries of the vocabulary have their float32 logits at once."""
+    return max(STEP, block_bytes // (4 * max(1, num_tokens)) // STEP * STEP)
+
+
+def _blocks(x: torch.Tensor, weight: torch.Tensor, block_bytes: int) -> Iterator[slice]:
+    columns = block_columns(x.shape[0], block_bytes)
+    for start in range(0, weight.shape[0], columns):
+        yield slice(start, min(start + columns, weight.shape[0]))
+
+
+def _reference(x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, block_bytes: int) -> torch.Tensor:
+    logits = product(x, weight.mT, accumulator(x.dtype))
+    start_N = torch.arange(index.shape[0], device=index.device) * weight.shape[0]
+    chosen = gather(logits.reshape(-1), torch.where(index < 0, -1, index + start_N))
+    return torch.stack([logits.logsumexp(-1), chosen])
+
+
+def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b`` in float32 or wider; neither is rounded on the way."""
+    wide = accumulator(a.dtype)
+    if a.dtype == b.dtype == wide:
+        return a @ b
+    return torch.mm(a, b, out_dtype=wide) if a.is_cuda and a.dtype == b.dtype else a.to(wide) @ b.to(wide)
+
+
+def _kernel(x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, block_bytes: int) -> torch.Tensor:
+    inside = ((index >= -1) & (index < weight.shape[0])).all()
+    torch._assert_async(inside, "cross_entropy_terms: a target outside the vocabulary")
+    out = x.new_full((2, x.shape[0]), -torch.inf, dtype=accumulator(x.dtype))
+    total, chosen = out[0], out[1].zero_()
+    rows = x if x.is_cuda else x.to(out.dtype)
+    for block in _blocks(x, weight, block_bytes):
+        logits = _wide_product(rows, weight[block].mT)
+        add_sums(logits, index, block.start, total, chosen)
+        del logits  # before the next block's
+    return out
+
+
+def add_sums(logits: Any, index: Any, start: int, total: Any, chosen: Any) -> None:
+    """Take a block of logits, which begins at entry ``start``, into both terms of each token, in place."""
+    if kernels.fused(logits):
+        from .kernels import logits as fused
+
+        return fused.add_sums(logits, index, start, total, chosen)
+    here, place = _in_block(index, start, logits.shape[1])
+    chosen += torch.where(here, logits.gather(1, place[:, None]).squeeze(1), 0)
+    top = logits.amax(1)
+    torch.logaddexp(total, logits.sub_(top[:, None]).exp_().sum(1).log_() + top, out=total)
+
+
+def cotangents(logits: Any, index: Any, start: int, total: Any, g: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The cotangent of a block of logits, which it writes over."""
+    if kernels.fused(logits):
+        from .kernels import logits as fused
+
+        return fused.cotangents(logits, index, start, total, g, dtype)
+    g_total, g_chosen = g[:, :, None]
+    here, place = _in_block(index, start, logits.shape[1])
+    g_logits = logits.sub_(total[:, None]).exp_().mul_(g_total)
+    g_logits.scatter_add_(1, place[:, None], torch.where(here[:, None], g_chosen, 0))
+    return g_logits.to(dtype)
+
+
+def _in_block(index: torch.Tensor, start: int, columns: int) -> Tensors:
+    """Which tokens' entries are in a block, and their columns there."""
+    here = (index >= start) & (index < start + columns)
+    return here, torch.where(here, index - start, 0)
+
+
+def _backward_kernel(
+    g: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    index: torch.Tensor,
+    block_bytes: int,
+    out: torch.Tensor,
+) -> Tensors:
+    g = g.to(out.dtype)
+    rows = x if x.is_cuda else x.to(out.dtype)
+    g_x = torch.zeros_like(x, dtype=out.dtype, memory_format=torch.contiguous_format)
+    g_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for block in _blocks(x, weight, block_bytes):
+        logits = _wide_product(rows, weight[block].mT)
+        g_logits = cotangents(logits, index, block.start, out[0], g, rows.dtype)
+        del logits
+        g_x += _wide_product(g_logits, weight[block])
+        g_weight[block] = g_logits.mT @ rows
+        del g_logits  # before the next block's
+    return g_x.to(x.dtype), g_weight
+
+
+def _example() -> tuple[Any, ...]:
+    return random(4, 3), random(150, 3), torch.randint(-1, 150, (4,)), 4 * 4 * STEP
+
+
+cross_entropy_terms_backward: Operator = declare(
+    "cross_entropy_terms_backward(Tensor g, Tensor x, Tensor weight, Tensor index, int block_bytes, "
+    "Tensor out) -> (Tensor, Tensor)",
+    impl=_backward_kernel,
+    fake=lambda g, x, weight, *rest: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+    checkpoint=LOSS,
+    reference=pullback(_reference),
+    example=lambda: (random(2, 4), *_example()),
+    dependent=lambda g, *inputs: cross_entropy_terms.outputs(*inputs),
+)
+
+# x (N, D), weight (V, D), index (N,) -> (2, N), float32 or wider: of each token's logits the log of the sum
+# of exponentials, and the one at its index, or 0 for the index -1.
+cross_entropy_terms: Operator = declare(
+    "cross_entropy_terms(Tensor x, Tensor weight, Tensor index, int block_bytes) -> Tensor",
+    impl=_kernel,
+    fake=lambda x, weight, index, block_bytes: x.new_empty(2, x.shape[0], dtype=accumulator(x.dtype)),
+    checkpoint=LOSS,
+    residuals=lambda inputs, outputs: (*inputs, *outputs),
+    vjp=lambda res, needs, g: (*cross_entropy_terms_backward(g, *res), None, None),
+    reference=_reference,
+    example=_example,
+)

@@ -1,0 +1,142 @@
+"""What training takes before anything runs: memory by part on each device, and what devices send each other.
+
+A step of the library's own code runs on fake tensors of one device's sizes, so a plan follows the code. It
+needs no GPU, no process group and no memory.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from .dry_run import Rows
+from .models.config import DeepSeekV3Config
+from .ops.axes import MeshOfSizes, axis_sizes
+from .ops.cross_entropy import LOGITS_BYTES
+from .ops.route import topk
+from .optim import Optimizer, adamw
+from .parallel.mesh import AXES, parse_axes
+from .parallel.placement import token_axes
+from .plan_stage import Job, StagePlan, check_divides, dry_run_stage, plan_error
+
+SAMPLED_TOKENS = 8192
+
+
+class Plan(NamedTuple):
+    """Stages in order; one where there is no pipeline. ``rows`` is a dispatch's, ``None`` along ``ep=1``."""
+
+    mesh: dict[str, int]
+    tokens_per_device: int
+    stages: tuple[StagePlan, ...]
+    rows: Rows | None
+    copies_per_token: float
+
+    @property
+    def peak(self) -> int:
+        return max(stage.peak for stage in self.stages)
+
+
+def plan(
+    config: DeepSeekV3Config,
+    mesh: str | Mapping[str, int] = "",
+    *,
+    batch_size: int,
+    seq_len: int,
+    micro_batches: int = 1,
+    dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype | None = None,
+    per_layer: Callable[..., Any] = lambda layer: layer,
+    optimizer: Optimizer | None = None,
+    max_norm: float | None = 1.0,
+    imbalance: float = 1.0,
+    logits_bytes: int = LOGITS_BYTES,
+    device_type: str = "cuda",
+) -> Plan:
+    """Memory and traffic of a training step on each device, without any.
+
+    =============  =======================================================================
+    mesh           axes and sizes, as ``"dp=2,ep=4"`` or a dict; ``pp`` divides the layers, which can be
+                   planned though not yet trained
+    batch_size     sequences a step, over all devices; ``seq_len`` tokens each
+    micro_batches  parts a step's batch is computed in
+    dtype          of parameters; ``compute_dtype``: of the model's arithmetic, ``None`` for the same
+    per_layer      as for ``deepseek_v3.loss``: ``fmoe.remat``, say. ``torch.compile`` is left out: it can
+                   keep less than is planned
+    optimizer      its ``init`` and ``update`` run, too; ``None``: ``adamw()``
+    max_norm       gradients are clipped, which copies them; ``None``: they aren't
+    imbalance      how many times its fair share of rows the busiest device along ``ep`` gets
+    device_type    ``"cuda"``: sizes as its allocator rounds them, and what kernels hold while they run;
+                   ``"cpu"``: tensors only
+    -> Plan
+    =============  =======================================================================
+
+    Raises ``ValueError`` for sizes that the mesh doesn't divide.
+
+    >>> from fmoe.models.deepseek_v3 import num_params, preset
+    >>> found = plan(preset("debug"), batch_size=4, seq_len=64, device_type="cpu")
+    >>> found.stages[0].parameters == 4 * num_params(preset("debug"))[0]
+    True
+    """
+    words, named = (mesh, {}) if isinstance(mesh, str) else ("", mesh)
+    sizes = dict(zip(AXES, parse_axes("plan", words, named)))
+    pp, here = sizes["pp"], _without_pp(sizes)
+    devices = math.prod(axis_sizes(here)[axis] for axis in token_axes(here))
+    check_divides("batch_size", batch_size, devices * micro_batches, "dp * ep * micro_batches")
+    check_divides("config.num_experts", config.num_experts, sizes["ep"], "ep")
+    check_divides("config.num_heads", config.num_heads, sizes["tp"], "tp")
+    if not 1 <= pp <= config.num_layers:
+        raise plan_error("mesh", f"pp={pp}", f"at most num_layers={config.num_layers}")
+    batch = batch_size // devices // micro_batches, seq_len
+    copies = copies_per_token(config, sizes["ep"])
+    rows = _rows(config, math.prod(batch), copies, imbalance) if sizes["ep"] > 1 else None
+    job = Job(
+        config, here, batch, micro_batches, dtype, compute_dtype or dtype, per_layer, optimizer or adamw(),
+        max_norm, logits_bytes, rows, device_type == "cuda",
+    )  # fmt: skip
+    run = functools.cache(lambda *shape: dry_run_stage(job, *shape))
+    stages, cuts = [], [round(i * config.num_layers / pp) for i in range(pp + 1)]
+    for i, (a, b) in enumerate(itertools.pairwise(cuts)):
+        dense = max(0, min(b, config.num_dense_layers) - a)
+        found = run(dense, b - a - dense, i == 0, i == pp - 1)
+        in_flight = min(micro_batches, pp - i)  # as in a 1F1B schedule
+        stages.append(_in_flight(found._replace(layers=(a, b)), in_flight))
+    return Plan(sizes, math.prod(batch) * micro_batches, tuple(stages), rows, copies)
+
+
+def _without_pp(sizes: dict[str, int]) -> Any:
+    return MeshOfSizes({axis: n for axis, n in sizes.items() if axis != "pp"})
+
+
+def copies_per_token(config: DeepSeekV3Config, ep: int) -> float:
+    """To how many devices along ``ep`` a token goes, itself included, if every expert is equally likely.
+
+    >>> from fmoe.models.deepseek_v3 import preset
+    >>> 3.9 < copies_per_token(preset("671B"), 8) <= 4.0      # a group of experts to a device, 4 of 8 groups
+    True
+    """
+    c, generator = config.router, torch.Generator("cpu").manual_seed(0)
+    with torch.device("cpu"):
+        scores = torch.rand(SAMPLED_TOKENS, config.num_experts, generator=generator)
+        reached = torch.zeros(SAMPLED_TOKENS, ep, dtype=torch.bool)
+    ids = topk(scores, c.num_groups, c.top_groups, c.group_best, c.top_k)
+    reached.scatter_(1, ids // (config.num_experts // ep), True)
+    return reached.sum().item() / SAMPLED_TOKENS
+
+
+def _rows(config: DeepSeekV3Config, tokens: int, copies: float, imbalance: float) -> Rows:
+    busiest = math.ceil(tokens * copies * imbalance)
+    return Rows(math.ceil(tokens * copies), busiest, math.ceil(tokens * config.router.top_k * imbalance))
+
+
+def _in_flight(stage: StagePlan, count: int) -> StagePlan:
+    """The stage with so many micro-batches between their forward and backward."""
+    more = (count - 1) * sum(stage.activations.values())
+    phases = {
+        phase: {**parts, "activations": parts["activations"] + more * (phase in ("forward", "backward"))}
+        for phase, parts in stage.phases.items()
+    }
+    kept = {kind: count * n for kind, n in stage.activations.items()}
+    return stage._replace(activations=kept, in_flight=count, phases=phases)

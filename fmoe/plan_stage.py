@@ -1,0 +1,220 @@
+"""One step of one device of a pipeline stage, run on fake tensors and described."""
+
+import functools
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .dry_run import CUBLAS, DryRun, Rows
+from .errors import argument_error
+from .gradients import accumulate, computing_in
+from .introspect import operator_class
+from .models import deepseek_v3
+from .models.attention import rope_table
+from .models.config import DeepSeekV3Config
+from .models.params import ModelParams, specs
+from .models.vocabulary import embed, summed_cross_entropy
+from .ops.axes import Binding, axis_sizes, bound
+from .optim import Optimizer, clip_by_global_norm
+from .parallel.boundary import enter
+from .parallel.collectives import psum
+from .parallel.placement import computing, moved, moves, token_axes
+from .parallel.spec import axes_by_dim, known_axes
+from .transforms import value_and_grad
+from .tree import is_spec
+
+PHASES = ("forward", "backward", "clip", "update")
+PARTS = ("parameters", "converted", "gradients", "optimizer", "activations", "workspace")
+
+
+class StagePlan(NamedTuple):
+    """One device of a pipeline stage, in bytes; all devices of a stage are alike.
+
+    ``layers``      first layer and the one after the last
+    ``parameters``  in the dtype they are kept in; ``converted``: copies in the dtype computed in
+    ``gradients``   as the optimizer gets them
+    ``optimizer``   its state
+    ``activations`` between forward and backward, by kind of operator, of all micro-batches in flight
+    ``in_flight``   how many those are
+    ``phases``      the parts of the most there is at once, for each phase of a step
+    ``workspaces``  of those parts the workspace, by kind of operator
+    ``sent``        bytes sent in a step, by purpose
+    """
+
+    layers: tuple[int, int]
+    parameters: int
+    converted: int
+    gradients: int
+    optimizer: int
+    activations: dict[str, int]
+    in_flight: int
+    phases: dict[str, dict[str, int]]
+    workspaces: dict[str, dict[str, int]]
+    sent: dict[str, int]
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
+
+    @property
+    def peak(self) -> int:
+        """What ``torch.cuda.max_memory_allocated`` should say."""
+        return max(self.peaks.values())
+
+    @property
+    def at_peak(self) -> dict[str, int]:
+        """The parts of the peak."""
+        return max(self.phases.values(), key=lambda parts: sum(parts.values()))
+
+
+class Job(NamedTuple):
+    """What all stages have in common."""
+
+    config: DeepSeekV3Config
+    mesh: Any
+    batch: tuple[int, int]
+    micro_batches: int
+    dtype: torch.dtype
+    compute_dtype: torch.dtype
+    per_layer: Callable[..., Any]
+    optimizer: Optimizer
+    max_norm: float | None
+    logits_bytes: int
+    rows: Rows | None
+    on_cuda: bool
+
+
+def dry_run_stage(job: Job, dense: int, sparse: int, first: bool, last: bool) -> StagePlan:
+    tree = _stage_specs(job.config, dense, sparse, first, last)
+    parts = min(job.micro_batches, 2)  # the third is as the second
+    rows = job.batch[0] * parts
+    run = DryRun(rows=job.rows, on_cuda=job.on_cuda)
+    # On the CPU whatever the default: its backward runs in this thread, which the dry run watches.
+    with torch.device("cpu"), FakeTensorMode(), bound(Binding(job.mesh)), run:
+        params = optree.tree_map(lambda spec: _local(spec, job), tree, is_leaf=is_spec)
+        tokens = torch.zeros(rows, job.batch[1], dtype=torch.int64)
+        state = job.optimizer.init(params)
+        owned = {"parameters": run.numbers(params), "optimizer": run.numbers(state)}
+        run.mark("start")
+        loss = computing_in(functools.partial(_stage_loss, job, tree, run, first), job.compute_dtype)
+        value_and_grads = accumulate(value_and_grad(loss, has_aux=True), parts)
+        out, grads = value_and_grads(params, tokens)  # held, as a training loop does
+        run.mark("differentiated")
+        owned["gradients"] = run.numbers(grads)
+        if job.max_norm is not None:
+            grads, _ = clip_by_global_norm(grads, job.max_norm)
+            owned["gradients"] |= run.numbers(grads)
+        run.mark("clipped")
+        gradients = run.size(run.numbers(grads))
+        job.optimizer.update(params, grads, state, 1e-3, donate=True)
+        run.mark("done")
+        del out
+    return _described(run, owned, gradients, job.micro_batches / parts)
+
+
+def _described(run: DryRun, owned: dict[str, set[int]], gradients: int, steps: float) -> StagePlan:
+    marks = run.marks
+    before, start = run.alive(marks["entered"]), run.alive(marks["start"])
+    owned["converted"] = before - start - set().union(*owned.values())
+    kept = run.alive(marks["forward"]) - before
+    owned["activations"] = kept - owned["gradients"]
+    places = [marks[name] for name in ("start", "forward", "differentiated", "clipped", "done")]
+    phases, workspaces = {}, {}
+    for phase, ends in zip(PHASES, itertools.pairwise(places)):
+        at = run.alive(run.peak(*ends)[1])
+        parts = {part: run.size(at & owned[part]) for part in PARTS[:-1]}
+        others = _by_kind(run, at - set().union(*owned.values())) | {"cuBLAS": CUBLAS * run.on_cuda}
+        phases[phase], workspaces[phase] = {**parts, "workspace": sum(others.values())}, others
+    sent: Counter[str] = Counter()
+    for name, nbytes in run.sent.items():
+        if nbytes:
+            sent[_PURPOSE.get(name.removeprefix("fmoe::"), "sums")] += round(nbytes * steps)
+    return StagePlan(
+        (0, 0), run.size(owned["parameters"]), run.size(owned["converted"]), gradients,
+        run.size(owned["optimizer"]), _by_kind(run, kept), 1, phases, workspaces, dict(sent),
+    )  # fmt: skip
+
+
+def _by_kind(run: DryRun, numbers: set[int]) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for number in numbers:
+        found[operator_class(run.maker[number])] += run.bytes_of[number]
+    return dict(found.most_common())
+
+
+_PURPOSE = dict.fromkeys(("exchange", "send", "send_back", "send_both_back"), "tokens") | dict.fromkeys(
+    ("gather_params", "reduce_scatter"), "parameters"
+)
+
+
+def _stage_loss(
+    job: Job, tree: ModelParams, run: DryRun, first: bool, params: ModelParams, tokens: torch.Tensor
+) -> Any:
+    """The stage's part of ``deepseek_v3.loss`` on this device; any tokens will do, also as targets."""
+    run.mark("entered")
+    have = optree.tree_map(lambda spec: known_axes(spec, job.mesh), tree, is_leaf=is_spec)
+    wanted = optree.tree_map(lambda spec: computing(spec.partition), tree, is_leaf=is_spec)
+    params = optree.tree_map(lambda leaf, spec: enter(leaf, job.mesh, spec), params, have)
+
+    def fetched(part: Any, have: Any, wanted: Any) -> Any:
+        return moved(part, moves(part, have, wanted, job.mesh))
+
+    along = token_axes(job.mesh)
+    rope = rope_table(job.config, tokens.shape[1], tokens.device)
+    if first:
+        x = embed(tokens, fetched(params.embedding, have.embedding, wanted.embedding))
+    else:  # what the stage before sends
+        x = torch.empty(*tokens.shape, job.config.dim, dtype=job.compute_dtype, requires_grad=True)
+    layer, stats = job.per_layer(deepseek_v3._layer), []
+    for held, here, there in zip(params.layers, have.layers, wanted.layers):
+        x, found = layer(held, x, rope, job.config, moves(held, here, there, job.mesh), along)
+        stats += found
+    if not isinstance(tree.norm, tuple):
+        x = deepseek_v3.rms_norm(x, params.norm, job.config.norm_eps)
+        head = "head" if not isinstance(tree.head, tuple) else "embedding"
+        weight = fetched(*(getattr(t, head) for t in (params, have, wanted)))
+        total, count = summed_cross_entropy(x, weight, tokens, logits_bytes=job.logits_bytes)
+        total, count = psum(torch.stack([total, count.to(total.dtype)]), along).unbind()
+        x = total / count.clamp_min(1)
+    value = x.sum()
+    run.mark("forward")
+    return value, tuple(stats)
+
+
+def _stage_specs(config: DeepSeekV3Config, dense: int, sparse: int, first: bool, last: bool) -> ModelParams:
+    whole = specs(config)
+    c = config.num_dense_layers
+    layers = whole.layers[:dense] + whole.layers[c : c + sparse]
+    lookup = first or (last and config.tied_head)
+    absent: Any = ()
+    return ModelParams(
+        whole.embedding if lookup else absent,
+        layers,
+        whole.norm if last else absent,
+        whole.head if last else absent,
+    )
+
+
+def _local(spec: Any, job: Job) -> torch.Tensor:
+    """This device's piece of a parameter."""
+    sizes, shape = axis_sizes(job.mesh), []
+    for size, axes in zip(spec.shape, axes_by_dim(spec.partition)):
+        pieces = math.prod(sizes[axis] for axis in axes)
+        check_divides(f"a dimension of a parameter of shape {spec.shape}", size, pieces, "*".join(axes))
+        shape.append(size // pieces)
+    return torch.empty(shape, dtype=spec.dtype or job.dtype)
+
+
+def check_divides(name: str, size: int, pieces: int, of: str) -> None:
+    if size < 1 or size % pieces:
+        raise plan_error(name, size, f"a multiple of {of}={pieces}")
+
+
+def plan_error(argument: str, got: Any, expected: str) -> ValueError:
+    return argument_error("plan", argument, got=got, expected=expected, remedy="Choose other sizes.")

@@ -1,0 +1,119 @@
+"""Embedding and loss: exact values and gradients, and logits that never exist all at once."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import allocated_at_once, error
+from torch.nn.functional import cross_entropy
+
+import fmoe
+from fmoe.introspect import kept_bytes
+from fmoe.models import deepseek_v3
+from fmoe.models.vocabulary import summed_cross_entropy
+from fmoe.ops.cross_entropy import block_columns
+
+VOCAB, DIM, SHAPE = 1000, 24, (3, 37)
+TOKENS = SHAPE[0] * SHAPE[1]
+
+
+def example(dtype):
+    x, weight = torch.randn(*SHAPE, DIM).to(dtype), (torch.randn(VOCAB, DIM) * 0.5).to(dtype)
+    targets = torch.randint(VOCAB, SHAPE)
+    targets[torch.rand(SHAPE) < 0.2] = -100
+    return x, weight, targets
+
+
+def dense(x, weight, targets):
+    logits = (x @ weight.mT).flatten(0, 1)
+    return cross_entropy(logits, targets.flatten(), reduction="sum")
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("columns", [64, 448, 2000])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 5e-3)]
+)
+def test_value_and_gradients_are_those_of_dense_float64_logits(dtype, tolerance, columns):
+    x, weight, targets = example(dtype)
+
+    def loss(x, weight):
+        return summed_cross_entropy(x, weight, targets, logits_bytes=4 * TOKENS * columns)[0]
+
+    want, want_grads = fmoe.value_and_grad(dense, (0, 1))(x.double(), weight.double(), targets)
+    got, got_grads = fmoe.value_and_grad(loss, (0, 1))(x, weight)
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    assert abs(got.double() - want) < 1e-5 * want  # logits aren't rounded, whatever the dtype
+    assert error(got_grads, want_grads) < tolerance
+    assert summed_cross_entropy(x, weight, targets)[1] == (targets != -100).sum()
+
+
+def test_rows_that_are_hard_to_sum_stay_finite():
+    x = torch.tensor([[300.0], [-300.0], [0.0]], dtype=torch.float64)
+    weight = torch.linspace(-3, 3, 200, dtype=torch.float64)[:, None]
+    targets = torch.tensor([199, 199, 5])
+    for block_bytes in (1, 2**20):
+        loss = lambda x, w, b=block_bytes: summed_cross_entropy(x[None], w, targets[None], logits_bytes=b)[0]  # noqa: E731
+        got = fmoe.value_and_grad(loss, (0, 1))(x, weight)
+        want = fmoe.value_and_grad(dense, (0, 1))(x[None], weight, targets[None])
+        assert error(got, (want[0], (want[1][0][0], want[1][1]))) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_more_than_a_block_of_logits_exists(dtype):
+    tokens, vocab, dim = 512, 8192, 16
+    x, weight = torch.randn(1, tokens, dim).to(dtype), torch.randn(vocab, dim).to(dtype)
+    targets = torch.randint(vocab, (1, tokens))
+    peaks = {}
+    for columns in (256, 2048):
+        step = fmoe.value_and_grad(
+            lambda x, w, c=columns: summed_cross_entropy(x, w, targets, logits_bytes=4 * tokens * c)[0],
+            (0, 1),
+        )
+        peaks[columns] = allocated_at_once(lambda step=step: step(x, weight))[0]
+    block = 4 * tokens * 2048
+    others = 4 * (4 * tokens * dim) + 4 * vocab * dim + 6 * 8 * tokens
+    assert block <= peaks[2048] <= 1.1 * block + others + (2048 * dim * 4)
+    wider = 4 * (2048 - 256) * (tokens + (dim if dtype == torch.bfloat16 else 0) + dim)
+    assert abs(peaks[2048] - peaks[256]) <= 1.05 * wider
+    everything = allocated_at_once(lambda: fmoe.value_and_grad(dense, (0, 1))(x, weight, targets))[0]
+    assert everything > 2 * vocab * tokens * x.element_size()  # logits and their gradient: many blocks
+
+
+def test_a_number_per_token_is_kept():
+    x, weight, targets = example(torch.bfloat16)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    kept = kept_bytes(lambda x, w: summed_cross_entropy(x, w, targets)[0], x, weight)
+    assert kept <= TOKENS * (2 * 4 + 8 + 3 * 1)  # two terms, the index, masks
+
+
+def test_blocks_are_at_least_one_step_and_at_most_what_was_asked_for():
+    assert block_columns(16384, 2**28) == 4096
+    assert block_columns(10**9, 2**28) == 64
+    for tokens in (1, 7, 1000, 12345):
+        assert block_columns(tokens, 2**28) * tokens * 4 <= 2**28
+
+
+def test_a_target_outside_the_vocabulary_is_an_error():
+    x, weight, targets = example(torch.float32)
+    for wrong in (VOCAB, -2):
+        targets[1, 1] = wrong
+        with pytest.raises(RuntimeError, match="a target outside the vocabulary"):
+            summed_cross_entropy(x, weight, targets)
+
+
+def test_the_models_loss_is_its_logits_cross_entropy_tied_or_not():
+    for tied in (False, True):
+        config = dataclasses.replace(deepseek_v3.preset("debug"), tied_head=tied, vocab_size=300)
+        params = deepseek_v3.init(config, 0, dtype=torch.float64)
+        tokens, targets = torch.randint(300, (2, 2, 9)).unbind()
+        targets[0, 3] = -100
+
+        def by_logits(p):
+            logits, _ = deepseek_v3.forward(p, tokens, config)  # noqa: B023
+            return cross_entropy(logits.flatten(0, 1), targets.flatten())  # noqa: B023
+
+        def loss(p):
+            return deepseek_v3.loss(p, tokens, targets, config, logits_bytes=18 * 4 * 64)[0]  # noqa: B023
+
+        assert error(fmoe.value_and_grad(loss)(params), fmoe.value_and_grad(by_logits)(params)) < 1e-12
