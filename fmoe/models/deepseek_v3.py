@@ -50,7 +50,7 @@ def init(
     """Random parameters: normal of deviation ``config.init_std``, norms one, biases zero.
 
     With a mesh they are DTensors placed by :func:`specs`, and every device draws only its own pieces; the
-    numbers are the same on every mesh.
+    numbers are the same on every mesh. Raises ``ValueError`` listing what doesn't divide by the mesh.
 
     >>> params = init(preset("debug"), 0)
     >>> len(params.layers), params.embedding.shape
@@ -119,6 +119,8 @@ def loss(
     ``tokens`` and ``targets`` are int64 (B, L); a target of -100 isn't counted. The rest is as for
     :func:`forward`. On a mesh the mean is over all devices' tokens, the same number on each; logits are never
     gathered. A training loop differentiates it with ``fmoe.value_and_grad(loss, has_aux=True)``.
+
+    Raises ``ValueError`` for tokens and targets of a wrong dtype or of different shapes.
 
     >>> config = preset("debug")
     >>> tokens = torch.randint(256, (2, 16))
@@ -229,7 +231,13 @@ def _layer(
 
 
 def update_biases(params: ModelParams, stats: tuple[MoEStats, ...], rate: float) -> ModelParams:
-    """New params whose routers lean towards the experts that got too few tokens in ``stats``."""
+    """:func:`fmoe.update_expert_bias` of every MoE layer, by the ``stats`` that :func:`loss` gave for the step.
+
+    >>> params = init(preset("debug"), 0)
+    >>> _, stats = forward(params, torch.randint(256, (2, 16)), preset("debug"))
+    >>> update_biases(params, stats, 0.001).layers[1].mlp.router.bias_E.abs().max()
+    tensor(0.0010)
+    """
     rest = iter(stats)
     layers = tuple(
         layer._replace(mlp=update_expert_bias(layer.mlp, next(rest).tokens_per_expert, rate))

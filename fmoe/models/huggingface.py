@@ -111,7 +111,7 @@ def save(
     rank is then raised on all.
 
     Raises ``ValueError`` for parameters that don't belong to ``config``, all of them by name, and for
-    configurations that transformers can't express.
+    configurations that transformers can't express. :func:`load` has an example of both.
     """
     path = Path(path)
     shared = any(isinstance(leaf, DTensor) for leaf in optree.tree_leaves(params))
