@@ -34,7 +34,7 @@ PEAK_FLOPS = {
 
 
 def speed(flops_per_second: float, device: torch.device) -> dict[str, float]:
-    """``tflops_per_second`` and, on a device of :data:`PEAK_FLOPS`, ``mfu``: as :class:`Step` takes them.
+    """``tflops_per_second`` and, on a device of ``PEAK_FLOPS``, ``mfu``: as :class:`Step` takes them.
 
     >>> speed(5e12, torch.device("cpu"))
     {'tflops_per_second': 5.0}

@@ -79,7 +79,7 @@ def forward(
     per_layer                   wraps the function of one layer: ``fmoe.remat``, ``torch.compile``
     -> logits   (B, L, vocab)   dtype of the parameters; for plain tokens this device's part, with
                                 ``tp`` also of the vocabulary
-    -> stats                    one :class:`MoEStats` for each MoE layer, over all tokens
+    -> stats                    one :class:`fmoe.MoEStats` for each MoE layer, over all tokens
     ==========  ==============  =============================================================
 
     Raises ``ValueError`` for tokens of a wrong dtype or shape.
@@ -231,7 +231,7 @@ def _layer(
 
 
 def update_biases(params: ModelParams, stats: tuple[MoEStats, ...], rate: float) -> ModelParams:
-    """:func:`fmoe.update_expert_bias` of every MoE layer, by the ``stats`` that :func:`loss` gave for the step.
+    """:func:`fmoe.update_expert_bias` of every MoE layer, by the ``stats`` of :func:`loss` for the step.
 
     >>> params = init(preset("debug"), 0)
     >>> _, stats = forward(params, torch.randint(256, (2, 16)), preset("debug"))

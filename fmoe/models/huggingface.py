@@ -49,7 +49,7 @@ def load(
                 file or in shards, its experts apart (as published) or fused
     dtype       of the parameters but the selection biases; ``None``: that of the embedding
     device      ``None``: the mesh's, or PyTorch's default device
-    mesh        place them on it by :func:`fmoe.models.params.specs`, as DTensors
+    mesh        place them on it by :func:`fmoe.models.deepseek_v3.specs`, as DTensors
     -> config   what ``config.json`` describes
     -> params   for :func:`fmoe.models.deepseek_v3.forward`
     ==========  ===============================================================================

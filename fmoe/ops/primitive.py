@@ -127,7 +127,7 @@ def declare(
     schema            ``"gather(Tensor x, Tensor index) -> Tensor"``
     impl              the kernel, on any device; never sees autograd
     fake              output shapes and dtypes from input shapes and dtypes
-    checkpoint        a name declared with :func:`checkpoint`
+    checkpoint        a name declared with :func:`fmoe.ops.tape.checkpoint`
     example           random arguments in float64, of the same shapes each time
     plain             the same function in plain PyTorch, the oracle; not needed with a ``reference``
     dependent         the example's last arguments, where they follow from the others: what a forward
@@ -142,7 +142,7 @@ def declare(
     ================  ========================================
 
     An operator without floating-point outputs needs no ``vjp`` and no ``jvp``. Where a rule can't
-    exist, :class:`Unsupported` takes its place.
+    exist, :class:`~fmoe.ops.refuse.Unsupported` takes its place.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

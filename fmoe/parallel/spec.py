@@ -73,7 +73,7 @@ def distribute(tree: Any, specs: Any, mesh: DeviceMesh) -> Any:
 
     =======  ======================================================================
     tree     tensors
-    specs    a tree prefix of it, of :class:`P` or ``ParamSpec``; axes the mesh lacks are ignored
+    specs    a tree prefix of it, of :class:`fmoe.P` or ``ParamSpec``; axes the mesh lacks are ignored
     -> tree  DTensors; every device keeps its own piece, and nothing is sent
     =======  ======================================================================
 

@@ -1,0 +1,154 @@
+"""The documentation: its programs run, its links lead somewhere, and it has every public name."""
+
+import doctest
+import functools
+import importlib
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+import transport_laws
+from pages import DOCS, run_page
+from torch.distributed.device_mesh import init_device_mesh
+
+import fmoe
+from fmoe.ops.axes import group_of
+
+ROOT = DOCS.parent
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+# ---- programs ------------------------------------------------------------------------------------------
+
+
+def test_the_page_on_operators_runs():
+    """In a process of its own, as what it declares stays declared."""
+    program = [sys.executable, "-W", "error", str(ROOT / "tests/pages.py"), "operators.md"]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_page_on_backends_runs():
+    run_page("backends.md")
+
+
+@functools.cache
+def backend_of_page():
+    return run_page("backends.md", sessions=False)["GatherAll"]
+
+
+@contextmanager
+def gathering(device, axes, backend, tokens=16):
+    sizes = {name: int(size) for name, size in (item.split("=") for item in axes.split(","))}
+    mesh = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    yield mesh, backend_of_page()(group_of(mesh, ("ep",)), tokens)
+
+
+def law_on_page(law):
+    """One of the laws of backends, on the backend that the page writes."""
+    original, transport_laws.setting = transport_laws.setting, gathering
+    try:
+        getattr(transport_laws, law)("cpu", "ep=2", "", torch.float32)
+    finally:
+        transport_laws.setting = original
+
+
+def batched_on_page():
+    """What the page says of ``vmap`` over tokens."""
+    with gathering("cpu", "ep=2", "") as (mesh, transport):
+        case = transport_laws.Case("cpu", mesh, torch.float32, [5, 5])
+        layer, examples = case.layer(transport), torch.randn(3, 5, transport_laws.DIM)
+        got = torch.vmap(layer, (None, 0))(case.own, examples)
+        case.check(got, torch.stack([layer(case.own, x) for x in examples]), "vmap")
+
+
+LAWS = ["law_oracle", "law_second_derivatives", "law_adjoint", "law_plans", "law_compile"]
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_the_backend_of_the_page_keeps_the_laws(pool, law):
+    pool.run(2, law_on_page, law, timeout=240.0)
+
+
+def test_the_backend_of_the_page_under_vmap(pool):
+    pool.run(2, batched_on_page)
+
+
+# ---- names ---------------------------------------------------------------------------------------------
+
+PUBLIC = [f"fmoe.{name}" for name in fmoe.__all__]
+PUBLIC += [f"fmoe.parallel.{name}" for name in fmoe.parallel.__all__]
+# Names of functions that have another one, by which they are documented.
+ALIASES = {
+    "fmoe.parallel.make_mesh": "fmoe.make_mesh",
+    "fmoe.parallel.shard_map": "fmoe.shard_map",
+    "fmoe.parallel.psum_scatter": "fmoe.parallel.reduce_scatter",
+}
+DOCUMENTED = re.findall(
+    r"^\.\. auto\w+:: (\S+)", "\n".join(p.read_text() for p in (DOCS / "api").glob("*.md")), re.MULTILINE
+)
+
+
+def named(path):
+    parts = path.split(".")
+    for i in range(len(parts) - 1, 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:i]))
+        except ModuleNotFoundError:
+            continue
+        return functools.reduce(getattr, parts[i:], found)
+    raise AssertionError(path)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_in_the_reference_with_an_example(name):
+    """A docstring whose example doctest finds, so that the run of docstrings has it."""
+    assert ALIASES.get(name, name) in DOCUMENTED
+    value = named(name)
+    assert value is named(ALIASES.get(name, name))
+    home = importlib.import_module(value.__module__)
+    found = doctest.DocTestFinder(recurse=False).find(value, value.__name__, module=home)
+    assert [test for test in found if test.examples], f"{name} has no example"
+
+
+def test_the_reference_names_each_thing_once_and_it_is_documented():
+    assert len(DOCUMENTED) == len(set(DOCUMENTED))
+    assert [name for name in DOCUMENTED if not (named(name).__doc__ or "").strip()] == []
+
+
+# ---- links ---------------------------------------------------------------------------------------------
+
+
+def anchors(text):
+    """The names that GitHub, and Sphinx here, give a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert ROOT in target.parents, link
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_two_clicks_from_the_readme():
+    """To train on one's own text, to load DeepSeek's weights, to write a backend."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", readme)
+    for page, words in (
+        ("docs/tutorial.md", "--data"),
+        ("docs/tutorial.md", "huggingface.load"),
+        ("docs/backends.md", "class GatherAll"),
+    ):
+        assert any(link.partition("#")[0] == page for link in links), page
+        assert words in (ROOT / page).read_text(encoding="utf-8")
