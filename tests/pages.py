@@ -10,10 +10,13 @@ from typing import Any
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 
 
-def blocks(page: str, language: str) -> list[str]:
-    """The fenced blocks of a language, in order."""
+def blocks(page: str, language: str) -> list[tuple[str, str]]:
+    """The fenced blocks of a language, in order, and of those that don't run why not."""
     text = (DOCS / page).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    found = re.findall(
+        rf"^(?:<!-- not run: (.*?) -->\n)?```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL
+    )
+    return [(block, why_not) for why_not, block in found]
 
 
 def run_page(page: str, *, sessions: bool = True) -> dict[str, Any]:
@@ -25,7 +28,9 @@ def run_page(page: str, *, sessions: bool = True) -> dict[str, Any]:
     sys.modules[module.__name__] = module  # where Dynamo looks for a function's globals
     names = vars(module)
     runner = doctest.DocTestRunner(verbose=False)
-    for i, block in enumerate(blocks(page, "python")):
+    for i, (block, why_not) in enumerate(blocks(page, "python")):
+        if why_not:
+            continue
         if not block.startswith(">>>"):
             exec(compile(block, f"{page}, block {i}", "exec"), names)
         elif sessions:

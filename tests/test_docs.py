@@ -3,6 +3,8 @@
 import doctest
 import functools
 import importlib
+import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import transport_laws
-from pages import DOCS, run_page
+from pages import DOCS, blocks, run_page
 from torch.distributed.device_mesh import init_device_mesh
 
 import fmoe
@@ -23,15 +25,31 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 # ---- programs ------------------------------------------------------------------------------------------
 
 
-def test_the_page_on_operators_runs():
-    """In a process of its own, as what it declares stays declared."""
-    program = [sys.executable, str(ROOT / "tests/pages.py"), "operators.md"]
+@pytest.mark.parametrize("page", ["tutorial.md", "operators.md", "backends.md"])
+def test_a_page_runs(page):
+    """In a process of its own, as what is declared stays declared, and what is compiled stays compiled."""
+    program = [sys.executable, str(ROOT / "tests/pages.py"), page]
     done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_page_on_backends_runs():
-    run_page("backends.md")
+def test_the_commands_of_the_tutorial_run(tmp_path):
+    """In order, in a folder that looks like a checkout; those that aren't run say why."""
+    for name in ("README.md", "docs", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    commands = blocks("tutorial.md", "bash")
+    runnable = [command for command, why_not in commands if not why_not]
+    assert len(runnable) == 3
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    for command in runnable:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", command],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, command + done.stdout + done.stderr
 
 
 @functools.cache
