@@ -1,7 +1,7 @@
 """Every text that an error of fmoe can have, read off the source.
 
-A text is a template: what is only known when it is raised is ``…``. Functions that only make an error (``refuse``,
-``_error``) are seen through, as are names that stand for a few constants.
+A text is a template: what is only known when it is raised is ``…``. Functions that only make an error
+(``refuse``, ``_error``) are seen through, as are names that stand for a few constants.
 """
 
 import ast
@@ -9,7 +9,7 @@ import importlib
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import fmoe
 
@@ -68,9 +68,7 @@ class _Reader:
 
     def __init__(self, module: str, makers: dict[str, ast.FunctionDef]) -> None:
         self.module, self.makers = module, makers
-        self.globals: dict[str, Any] = (
-            vars(importlib.import_module(module)) if "__main__" not in module else {}
-        )
+        self.globals = {} if "__main__" in module else vars(importlib.import_module(module))
 
     def read(self, tree: ast.Module) -> Iterator[tuple[int, str]]:
         # A module's own makers hide those of the same name elsewhere.

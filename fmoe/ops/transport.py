@@ -31,8 +31,8 @@ class Transport(Protocol):
     def dispatch(self, x_TD: torch.Tensor, routing: Any) -> tuple[torch.Tensor, Any]:
         """Tokens (T, D) -> rows for the experts held here (S, D), and the :class:`fmoe.Plan` of them.
 
-        Device ``i`` of ``n`` holds experts ``i * E/n`` up to ``(i+1) * E/n``. A token comes once to each device
-        that holds one of its experts. The plan carries this transport.
+        Device ``i`` of ``n`` holds experts ``i * E/n`` up to ``(i+1) * E/n``; a token comes once to each one
+        that holds an expert of its. The plan carries this transport.
         """
 
     def combine(self, y_SD: torch.Tensor, plan: Any) -> torch.Tensor:
@@ -50,6 +50,7 @@ _default: Callable[[Group], Transport] | None = None
 
 
 def set_default(make: Callable[[Group], Transport]) -> None:
+    """Make ``make(group)`` what carries tokens along an axis that no backend is bound to."""
     global _default
     _default = make
 
