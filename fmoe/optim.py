@@ -195,7 +195,11 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, torch.Tensor]
 
 
 def is_trained(name: str) -> bool:
-    """Whether a leaf of this dotted name is the optimiser's to move; load balancing moves ``bias_E``."""
+    """Whether a leaf of this dotted name is the optimiser's to move; load balancing moves ``bias_E``.
+
+    >>> is_trained("layers.1.mlp.router.weight_ED"), is_trained("layers.1.mlp.router.bias_E")
+    (True, False)
+    """
     return name.split(".")[-1] != "bias_E"
 
 

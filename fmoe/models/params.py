@@ -23,7 +23,15 @@ class LayerParams(NamedTuple):
 
 
 class ModelParams(NamedTuple):
-    """``embedding`` (vocab, D), ``layers``, ``norm`` (D,), ``head`` (vocab, D) or ``()`` if tied."""
+    """A model's parameters, as :func:`fmoe.models.deepseek_v3.init` makes them.
+
+    =========  ==========  ========================================
+    embedding  (vocab, D)
+    layers                 a tuple of :class:`LayerParams`
+    norm       (D,)        of the last layer's output
+    head       (vocab, D)  ``()`` where the embedding is the head, too
+    =========  ==========  ========================================
+    """
 
     embedding: torch.Tensor
     layers: tuple[LayerParams, ...]

@@ -142,7 +142,9 @@ def declare(
     ================  ========================================
 
     An operator without floating-point outputs needs no ``vjp`` and no ``jvp``. Where a rule can't
-    exist, :class:`~fmoe.ops.refuse.Unsupported` takes its place.
+    exist, :class:`~fmoe.ops.refuse.Unsupported` takes its place. ``docs/operators.md`` declares two.
+
+    Raises ``TypeError`` with neither ``plain`` nor ``reference``.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -166,7 +168,12 @@ def declare(
 
 
 def operators() -> dict[str, Operator]:
-    """Every operator declared so far, by name."""
+    """Every operator declared so far, by name.
+
+    >>> import fmoe
+    >>> operators()["gather"].checkpoint
+    'gather'
+    """
     return dict(_REGISTRY)
 
 
