@@ -20,6 +20,7 @@ import fmoe
 from fmoe.ops.axes import group_of
 
 ROOT = DOCS.parent
+ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}  # as in CI, also where there is a GPU
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 # ---- programs ------------------------------------------------------------------------------------------
@@ -29,7 +30,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 def test_a_page_runs(page):
     """In a process of its own, as what is declared stays declared, and what is compiled stays compiled."""
     program = [sys.executable, str(ROOT / "tests/pages.py"), page]
-    done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, env=os.environ | ON_CPU)
     assert done.returncode == 0, done.stderr
 
 
@@ -47,7 +48,7 @@ def test_the_commands_of_the_tutorial_run(tmp_path):
             capture_output=True,
             text=True,
             cwd=tmp_path,
-            env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
+            env=os.environ | ON_CPU | {"PATH": path, "OMP_NUM_THREADS": "1"},
         )
         assert done.returncode == 0, command + done.stdout + done.stderr
 
