@@ -1,13 +1,14 @@
 """The laws of every backend on DeepEP's own kernels, by processes that share one GPU; what a call costs.
 
 ``python benchmarks/deepep_h200.py`` needs a CUDA device and DeepEP (docs/deepep.md says how to install it).
-It starts 2 and then 4 processes on the one GPU, connected by gloo and NCCL, runs every law of
-``tests/transport_laws.py`` in bfloat16, and measures a layer's forward and backward. Kernels of the processes
-take turns on the GPU, so that what is measured is the host, not bandwidth. A table comes last; the exit
-status is 1 if a law was broken.
+It starts 2 and then 4 processes on the one GPU, connected by gloo and NCCL, checks every law of
+``fmoe.testing.check_backend`` in bfloat16, and measures a layer's forward and backward. Kernels of the
+processes take turns on the GPU, so that what is measured is the host, not bandwidth. A table comes last; the
+exit status is 1 if a law was broken.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -22,18 +23,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
-
-import transport_laws as laws
 from rich.console import Console
 from rich.table import Table
 
 import fmoe
 from fmoe.doctor import diagnose, report
 from fmoe.introspect import raw_calls
+from fmoe.parallel import deepep
+from fmoe.testing import check_backend
+from fmoe.testing.backend import LAWS
+from fmoe.testing.setting import Setting, case_of
 
-NAMES = [law.__name__ for law in laws.LAWS]
+# Of the model that laws are tried with: what DeepEP takes.
+SIZES = dict(dim=256, top_k=3, num_experts=8)
+NAMES = [*LAWS, "oracle, no overlap", "plans, no overlap"]
 
 
 def connect(rank: int, size: int, port: int, args: argparse.Namespace) -> None:
@@ -45,6 +48,7 @@ def connect(rank: int, size: int, port: int, args: argparse.Namespace) -> None:
         os.environ |= dict.fromkeys(("NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE"), "1")
         backend = "cpu:gloo,cuda:nccl"
     else:  # on DeepEP's stand-in, to try this script
+        sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
         import deep_ep_double
 
         deep_ep_double.install(2 if "elastic" in args.backend else 1)
@@ -55,14 +59,27 @@ def connect(rank: int, size: int, port: int, args: argparse.Namespace) -> None:
     )
 
 
+@contextlib.contextmanager
+def bound(name: str, size: int, args: argparse.Namespace, **how: Any) -> Any:
+    """A mesh of all processes, and the backend of this name along it."""
+    mesh = fmoe.make_mesh(f"ep={size}", device_type=args.device)
+    if name == "all_to_all":
+        yield mesh, None
+        return
+    kind, tokens = "elastic" if "elastic" in name else "buffer", max(args.tokens, 16)
+    with deepep(mesh["ep"], max_tokens_per_rank=tokens, kind=kind, **SIZES, **how) as backend:
+        yield mesh, backend
+
+
 def obey(rank: int, size: int, port: int, args: argparse.Namespace, names: list[str], found: Any) -> None:
     connect(rank, size, port, args)
     for name in names:
-        torch.manual_seed(args.seed)
-        more = {"rounds": args.forwards} if name == "law_no_leak" else {}
         began = time.monotonic()
+        law, _, apart = name.partition(", ")
         try:
-            getattr(laws, name)(args.device, f"ep={size}", args.backend, torch.bfloat16, **more)
+            with bound(args.backend, size, args, overlap=not apart) as (mesh, backend):
+                how = dict(any_order=args.backend == "deepep elastic", forwards=args.forwards, seed=args.seed)
+                check_backend(backend, mesh, dtype=torch.bfloat16, laws=[law], **SIZES, **how)
             found.put((rank, name, f"holds, {time.monotonic() - began:.1f} s"))
         except Exception:
             found.put((rank, name, traceback.format_exc()))
@@ -77,14 +94,15 @@ def measure(rank: int, size: int, port: int, args: argparse.Namespace, names: li
     connect(rank, size, port, args)
     for backend in names:
         torch.manual_seed(args.seed)
-        with laws.setting(args.device, f"ep={size}", backend, tokens=args.tokens) as (mesh, transport):
-            case = laws.Case(args.device, mesh, torch.bfloat16, [args.tokens] * size)
-            loss = fmoe.value_and_grad(case.loss(transport), (0, 1))
+        with bound(backend, size, args) as (mesh, transport):
+            setting = Setting(mesh, transport, torch.bfloat16, args.tokens, **SIZES)
+            case = case_of(setting, [args.tokens] * size)
+            mine, loss = case.mine(), fmoe.value_and_grad(case.loss(), (0, 1))
             for _ in range(3):
-                loss(case.own, case.x)
-            host, whole = times(lambda: loss(case.own, case.x), args)  # noqa: B023
+                loss(*mine)
+            host, whole = times(lambda: loss(*mine), args)  # noqa: B023
             with raw_calls() as calls:
-                syncs = host_syncs(lambda: loss(case.own, case.x), args)  # noqa: B023
+                syncs = host_syncs(lambda: loss(*mine), args)  # noqa: B023
         # DeepEP's own wait for what is to come isn't one that PyTorch sees.
         syncs += calls.get("deepep_dispatch", 0)
         found.put((rank, backend, (host, whole, syncs)))

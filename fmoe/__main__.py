@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 import torch
 from rich.console import Console
@@ -9,9 +10,10 @@ from rich.table import Table
 
 from .bench.layers import ROUTINGS, SHAPES, Shape
 from .bench.measure import bench_layer, report, write_json
-from .doctor import diagnose
+from .doctor import diagnose, self_test
 from .doctor import report as diagnosis
 from .introspect import Support, operator_support
+from .parallel.together import this_rank
 
 
 def operator_rows() -> list[list[str]]:
@@ -52,7 +54,11 @@ def bench(args: argparse.Namespace) -> None:
 
 def doctor(args: argparse.Namespace) -> None:
     found = diagnose()
-    print(json.dumps(found, indent=2) if args.json else diagnosis(found))
+    if not args.no_test:
+        found["self_test"] = self_test()
+    if this_rank() == 0:
+        print(json.dumps(found, indent=2) if args.json else diagnosis(found))
+    sys.exit(int(any(test["broken"] for test in found.get("self_test", {}).values())))
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -61,8 +67,11 @@ def arguments() -> argparse.ArgumentParser:
     operators = commands.add_parser("operators", help="every operator and the transforms it supports")
     operators.add_argument("--markdown", action="store_true", help="as in docs/transforms.md")
     operators.set_defaults(run=show_operators)
-    checks = commands.add_parser("doctor", help="versions, what this machine can do, and backend 'auto'")
+    checks = commands.add_parser(
+        "doctor", help="versions, what this machine can do, backend 'auto', and whether the laws hold here"
+    )
     checks.add_argument("--json", action="store_true")
+    checks.add_argument("--no-test", action="store_true", help="don't check the laws, which takes 10 s")
     checks.set_defaults(run=doctor)
     layer = (
         commands.add_parser("bench", help="measure here")

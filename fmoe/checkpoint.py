@@ -17,13 +17,12 @@ import optree
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.tensor import DTensor
 
 from . import checkpoint_folder as folders
 from .checkpoint_reader import PlainReader
 from .errors import argument_error
 from .parallel.together import check_alike, differences, from_all, num_ranks, this_rank, together
-from .tree import check_tensors, dotted_names
+from .tree import check_tensors, dotted_names, is_dtensor
 
 
 class Loaded(NamedTuple):
@@ -184,8 +183,10 @@ def _named(function: str, state: Any) -> dict[str, torch.Tensor]:
 
 
 def _empty_like(leaf: torch.Tensor) -> torch.Tensor:
-    if not isinstance(leaf, DTensor):
+    if not is_dtensor(leaf):
         return torch.empty_like(leaf)
+    from torch.distributed.tensor import DTensor
+
     local = torch.empty_like(leaf.to_local())
     placed = leaf.device_mesh, leaf.placements
     return DTensor.from_local(local, *placed, run_check=False, shape=leaf.shape, stride=leaf.stride())

@@ -1,13 +1,23 @@
 """What this machine has, and what fmoe can do with it."""
 
 import importlib.metadata
+import os
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .parallel.backends import deepep
+from .models.moe import moe_init
+from .ops.experts import experts_grouped_mm
+from .ops.reference import swiglu_reference
+from .ops.route import RouterConfig, RouterParams, Routing, route
+from .parallel.backends import choose, deepep
+from .parallel.backends.deepep_transport import DeepEP
+from .parallel.mesh import make_mesh
+from .testing import LawBroken, Report, check_backend, check_experts, check_router
+from .testing.backend import LAWS
 
 _BY_FACT = ("python", "torch", "cuda", "nccl", "triton", "deep_ep", "devices")
 
@@ -64,6 +74,47 @@ def _version(package: str) -> str | None:
         return None
 
 
+def self_test() -> dict[str, Any]:
+    """Check the laws of the experts, the router and each backend here; under ``torchrun`` on all processes.
+
+    In bfloat16 on CUDA and float32 on a CPU, without compiling, which takes longer than all else. Gives, for
+    each check, its ``report`` in words, and what is ``broken``, in words, or ``None``.
+    """
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    mesh = make_mesh(f"ep={size}", device_type=device)
+    params = moe_init(0, dim=64, hidden_dim=32, num_experts=8, dtype=dtype, device=device)
+    params = params._replace(experts=type(params.experts)(*(8 * w for w in params.experts)))
+    config = RouterConfig(top_k=2, num_groups=4, top_groups=2)
+
+    def backend(name: str) -> Callable[[], Report]:
+        bound = choose(name, mesh, torch.empty(0, 256, dtype=dtype, device=device)).get("ep")
+        laws = [law for law in LAWS if law != "compilation"]
+        return lambda: check_backend(bound, mesh, dtype=dtype, dim=256, laws=laws)
+
+    def router(params: RouterParams, x: torch.Tensor) -> Routing:
+        return route(params, x, config)
+
+    laws = ["oracle", "invariance", "second", "transforms", "recomputation"]
+    checks: dict[str, Callable[[], Report]] = {
+        "router": lambda: check_router(router, params.router, dim=64),
+        "experts": lambda: check_experts(
+            experts_grouped_mm, params.experts, swiglu_reference, dim=64, laws=laws
+        ),
+        "all_to_all" if size > 1 else "local": backend("all_to_all"),
+    }
+    if size > 1 and type(choose("auto", mesh, torch.empty(0, 256, dtype=dtype)).get("ep")) is DeepEP:
+        checks["deepep"] = backend("deepep")
+    return {name: _tried(check) for name, check in checks.items()}
+
+
+def _tried(check: Callable[[], Report]) -> dict[str, Any]:
+    try:
+        return {"report": str(check()), "broken": None}
+    except LawBroken as error:
+        return {"report": str(error.report), "broken": str(error)}
+
+
 def report(found: dict[str, Any]) -> str:
     """What :func:`diagnose` found, a fact a line: what ``python -m fmoe doctor`` prints.
 
@@ -77,4 +128,5 @@ def report(found: dict[str, Any]) -> str:
     lines = [(name, said(found[name])) for name in _BY_FACT]
     lines += [(f"can: {name}", said(value)) for name, value in found["can"].items()]
     lines += [('backend="auto"', f"{found['auto']}: {found['why']}")]
+    lines += [("self-test", test["broken"] or test["report"]) for test in found.get("self_test", {}).values()]
     return "\n".join(f"{name:16} {value}" for name, value in lines)

@@ -11,7 +11,7 @@ import torch
 from .errors import argument_error
 from .ops.balance import MoEStats, merge_stats
 from .optim import global_norm, is_trained
-from .parallel.boundary import is_dtensor, unwrapped
+from .parallel.boundary import dtensor_beneath, unwrapped
 from .parallel.shard_map import shard_map
 from .parallel.spec import spec_of
 from .tree import check_tensors, dotted_names, local, map_local
@@ -108,7 +108,7 @@ def computing_in(fn: Callable[..., Any], dtype: torch.dtype) -> Callable[..., An
 
 
 def _converted(leaf: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if not is_dtensor(leaf):
+    if not dtensor_beneath(leaf):
         return leaf.to(dtype)
     inner = unwrapped(leaf)
     spec = spec_of(inner)

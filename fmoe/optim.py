@@ -7,11 +7,10 @@ from typing import Any, NamedTuple, Protocol
 import optree
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.adamw import adamw as torch_adamw
 
 from .errors import argument_error
-from .tree import check_tensors, dotted_names, local, map_local
+from .tree import check_tensors, dotted_names, is_dtensor, local, map_local
 
 
 class AdamWState(NamedTuple):
@@ -149,7 +148,9 @@ def global_norm(grads: Any) -> torch.Tensor:
     squares: dict[Any, list[torch.Tensor]] = defaultdict(list)
     for leaf in leaves:
         groups: tuple[Any, ...] = ()
-        if isinstance(leaf, DTensor):
+        if is_dtensor(leaf):
+            from torch.distributed.tensor import Replicate
+
             summed = [Replicate() if p.is_partial() else p for p in leaf.placements]
             if summed != list(leaf.placements):
                 leaf = leaf.redistribute(placements=summed)
@@ -222,7 +223,7 @@ def _layout(leaf: Any) -> tuple[Any, ...]:
     if not isinstance(leaf, torch.Tensor):
         return (type(leaf).__name__,)
     plain = leaf.dtype, tuple(leaf.shape), leaf.device
-    return (*plain, leaf.placements, leaf.device_mesh) if isinstance(leaf, DTensor) else plain
+    return (*plain, leaf.placements, leaf.device_mesh) if is_dtensor(leaf) else plain
 
 
 def _checked(params: Any, names: list[str], argument: str, tree: Any) -> list[torch.Tensor]:

@@ -22,6 +22,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from .errors import argument_error
 from .ops.capture import Guard, check_captured
+from .ops.dynamo import hidden_from_dynamo
 from .ops.modes import Modes, Rng
 from .ops.primitive import front, primal
 from .ops.refuse import refusing_nested_forward_mode
@@ -35,7 +36,7 @@ def _nothing(name: str) -> bool:
     return False
 
 
-@torch.compiler.disable  # Dynamo has its own way; here it would only look into the tape's functions
+@hidden_from_dynamo  # Dynamo has its own way; here it would only look into the tape's functions
 def recomputing(fn: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) -> Any:
     """``fn(*args, **kwargs)``, whose derivatives run it again with what ``policy`` kept handed back."""
     outer = current_tape()

@@ -7,15 +7,18 @@ specs, so the three cannot drift apart.
 import dataclasses
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar, dataclass_transform
 
 import optree
 import torch
 import torch.utils._pytree as torch_pytree
-from torch.distributed.tensor import DTensor
 
 from .errors import argument_error
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # optree wants a namespace for every registration but its own; this is the name of "none".
 _EVERYWHERE = getattr(optree.registry, "__GLOBAL_NAMESPACE")
@@ -196,9 +199,18 @@ def dotted_names(tree: Any, *, is_leaf: Any = None, none_is_leaf: bool = False) 
     return [".".join(str(getattr(e, "field", None) or e.entry) for e in a) for a in accessors]
 
 
+def is_dtensor(value: Any) -> "TypeGuard[DTensor]":
+    """Whether it is one; nothing is before PyTorch's module, which takes half a second, has been imported."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This device's piece of a DTensor; a plain tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def map_local(fn: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
@@ -206,8 +218,10 @@ def map_local(fn: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) 
 
     On a mesh of many axes DTensor itself takes a second for every new operation and shape.
     """
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return fn(tensor)
+    from torch.distributed.tensor import DTensor
+
     piece = fn(tensor.to_local())
     whole = torch.empty(tensor.shape, device="meta")
     stride = whole.stride() if piece.is_contiguous() else tensor.stride()

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fmoe
 from fmoe.ops.primitive import Operator
+from fmoe.testing.samples import dot, error  # noqa: F401
 
 Scalar = Callable[..., torch.Tensor]
 
@@ -47,23 +48,6 @@ def random_layer(
     )
     params = optree.tree_map(lambda t: t * scale, params)
     return params._replace(router=params.router._replace(bias_E=torch.randn(experts) * 0.1))
-
-
-def error(a: Any, b: Any) -> float:
-    """The largest difference between two trees, relative to one plus the largest value; NaN is infinite."""
-    worst = 0.0
-    left, right = optree.tree_leaves(a), optree.tree_leaves(b)
-    assert len(left) == len(right)
-    for x, y in zip(left, right):
-        assert x.shape == y.shape
-        if x.numel():
-            e = ((x.double() - y.double()).abs().max() / (1 + y.double().abs().max())).item()
-            worst = max(worst, float("inf") if e != e else e)
-    return worst
-
-
-def dot(a: Any, b: Any) -> torch.Tensor:
-    return sum((x * y).sum() for x, y in zip(optree.tree_leaves(a), optree.tree_leaves(b)))
 
 
 def squared(fn: Callable[..., torch.Tensor]) -> Scalar:

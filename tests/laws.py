@@ -1,16 +1,15 @@
-"""The laws of expert parallelism, each a function that every rank of a mesh runs: for any backend and device.
+"""The laws of ``moe_forward`` and the model on a mesh, each a function that every rank runs: for any backend.
 
 A law builds the same random layer and tokens on every rank (the pool seeds them alike), takes this rank's
-part, and returns the errors it found, by name; the test says how large they may be.
+part, and returns the errors it found, by name; the test says how large they may be. What backends promise by
+themselves is in ``fmoe.testing``.
 """
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import optree
-import pytest
 import torch
 from devices import bare_mesh, sizes_of
 from helpers import CONFIGS, dot, error, random_layer
@@ -18,13 +17,15 @@ from torch.distributed.tensor import DTensor
 
 import fmoe
 from fmoe import P, data, optim
-from fmoe.errors import TransformError
 from fmoe.introspect import raw_calls
 from fmoe.models import deepseek_v3
 from fmoe.ops.axes import Group, group_of
 from fmoe.ops.reference import moe_reference
-from fmoe.parallel import distribute, psum
+from fmoe.parallel import distribute
+from fmoe.parallel.backends import choose
 from fmoe.parallel.placement import token_axes
+from fmoe.testing import check_backend
+from fmoe.testing.samples import same_bits
 
 DIM = 8
 
@@ -134,183 +135,27 @@ def plain_tokens(where: Where, counts: list[int]) -> dict[str, float]:
     return found
 
 
-# ---- laws 3, 5 and 6: dispatch and combine themselves ----------------------------------------------
-
-
-def by_hand(ids: torch.Tensor, num_experts: int, dtype: torch.dtype) -> fmoe.Routing:
-    weights = torch.rand(ids.shape, dtype=torch.promote_types(dtype, torch.float32))
-    counts = torch.bincount(ids[ids >= 0].reshape(-1), minlength=num_experts)
-    return fmoe.Routing(ids, weights, counts, torch.rand(ids.shape[0], num_experts))
-
-
-def _random(tokens: int, num_experts: int) -> torch.Tensor:
-    return torch.rand(tokens, num_experts).argsort(1)[:, :3]
-
-
-# Of each rank of n, with four experts on each.
-ROUTES: dict[str, Callable[[int, int], torch.Tensor]] = {
-    "random": lambda rank, n: _random(6, 4 * n),
-    "some dropped": lambda rank, n: torch.where(torch.rand(6, 3) < 0.4, -1, _random(6, 4 * n)),
-    "all dropped": lambda rank, n: torch.full((6, 3), -1),
-    "one expert": lambda rank, n: torch.tensor([[4 * n - 1, -1, -1]]).expand(6, 3),
-    "one device": lambda rank, n: _random(6, 4),
-    "a device without tokens": lambda rank, n: _random(0 if rank == 0 else 5, 4 * n),
-    "no tokens at all": lambda rank, n: _random(0, 4 * n),
-    "odd": lambda rank, n: _random(2 * rank + 1, 4 * n),
-}
-
-
-def in_shard_map(where: Where, mesh: Any, body: Callable[..., Any]) -> Any:
-    from fmoe.parallel.backends import choose
-
-    backends = choose(where.backend, mesh)
-    return fmoe.shard_map(body, mesh, in_specs=P("ep"), out_specs=P("ep"), backends=backends)
-
-
-def adjoint(where: Where, route_name: str) -> dict[str, float]:
-    """``<combine(y), x> == <y, dispatch(x)>`` over all devices; and what each gives is right."""
-    mesh = where.mesh()
-    n, rank = mesh["ep"].size(), mesh.get_local_rank("ep")
-    torch.manual_seed(torch.initial_seed() + rank)
-    routing = by_hand(ROUTES[route_name](rank, n), 4 * n, where.dtype)
-    x = torch.randn(routing.expert_ids_TK.shape[0], DIM, dtype=where.dtype)
-
-    def body(x: torch.Tensor) -> Any:
-        x_SD, plan = fmoe.dispatch(x, routing, axis="ep")
-        y_SD = torch.randn_like(x_SD)
-        y_TD = fmoe.combine(y_SD, plan)
-        inner = torch.stack([(y_TD * x).sum(), (y_SD * x_SD).sum()])
-        # Every copy back, summed: as often as a token has devices.
-        home = torch.where(routing.expert_ids_TK < 0, n, routing.expert_ids_TK // 4)
-        copies = (
-            torch.stack([(home == d).any(1) for d in range(n)], 1).sum(1) if n > 1 else torch.ones(len(x))
-        )
-        back = error(fmoe.combine(x_SD, plan), x * copies[:, None])
-        twice = error(fmoe.combine(y_SD, plan), y_TD)
-        expanded = fmoe.reduce(fmoe.expand(x_SD, plan), plan)
-        weights = torch.where(routing.expert_ids_TK < 0, 0, routing.weights_TK).sum(1)
-        weighed = error(fmoe.combine(expanded, plan), x * weights[:, None].to(x.dtype))
-        assert int(plan.offsets_e[-1]) == int((plan.row_SK >= 0).sum())
-        return psum(inner, "ep"), torch.tensor([back, twice, weighed])
-
-    products, others = in_shard_map(where, mesh, body)(x)
-    names = "copies back", "combined twice", "weighed"
-    left, right = products.tolist()
-    return {"adjoint": abs(left - right) / (1 + abs(left)), **dict(zip(names, others.tolist()))}
-
-
-def rows_that_hold_nan(where: Where) -> dict[str, float]:
-    """Rows without an expert here may hold anything."""
-    mesh, config, params = where.mesh(), CONFIGS["sigmoid, groups"], where.layer(shared=0)
-    n, rank = mesh["ep"].size(), mesh.get_local_rank("ep")
-    x = torch.randn(6 * n, DIM, dtype=where.dtype)
-    mine = slice(6 * rank, 6 * rank + 6)
-
-    def body(x: torch.Tensor) -> Any:
-        routing = fmoe.route(params.router, x, config)
-        x_SD, plan = fmoe.dispatch(x, routing, axis="ep")
-        y_RD = fmoe.expand(x_SD, plan) * 2
-        past = torch.arange(y_RD.shape[0]) >= plan.offsets_e[-1]
-        return fmoe.combine(fmoe.reduce(y_RD.masked_fill(past[:, None], torch.nan), plan), plan)
-
-    y = in_shard_map(where, mesh, body)(x[mine])
-    weights = fmoe.route(params.router, x, config).weights_TK.sum(1)
-    return {"value": error(y, (2 * x * weights[:, None].to(x.dtype))[mine])}
-
-
-def two_in_flight(where: Where) -> dict[str, float]:
-    """Plans are values: two are combined in the other order, and evaluating between leaves them alone."""
-    mesh, config, params = where.mesh(), CONFIGS["sigmoid, groups"], where.layer(shared=0)
-    a, b = (torch.randn(5, DIM, dtype=where.dtype) for _ in range(2))
-
-    def once(x: torch.Tensor) -> torch.Tensor:
-        x_SD, plan = fmoe.dispatch(x, fmoe.route(params.router, x, config), axis="ep")
-        return fmoe.combine(x_SD, plan)
-
-    def both(x: torch.Tensor) -> Any:
-        routes = [fmoe.route(params.router, t, config) for t in (x, b)]
-        (x_SD, plan), (b_SD, other) = (fmoe.dispatch(t, r, axis="ep") for t, r in zip((x, b), routes))
-        late = fmoe.combine(b_SD, other)
-        with torch.no_grad():
-            once(x)
-        return fmoe.combine(x_SD, plan), late
-
-    first, late = in_shard_map(where, mesh, both)(a)
-    alone_a, alone_b = (in_shard_map(where, mesh, once)(t) for t in (a, b))
-    return {"first": error(first, alone_a), "late": error(late, alone_b)}
-
-
-def leaves_nothing_behind(where: Where) -> dict[str, float]:
-    """Forwards without gradients keep no tensor alive."""
-    mesh, config, params = where.mesh(), CONFIGS["sigmoid, groups"], where.layer()
-    spread, x = fmoe.shard_params(params, mesh), torch.randn(3, DIM, dtype=where.dtype)
-    fn = where.forward(mesh, config)
-
-    def living() -> int:
-        gc.collect()
-        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
-
-    with torch.no_grad():
-        fn(spread, x)
-        before = living()
-        for _ in range(30):
-            fn(spread, x)
-    return {"tensors": float(living() - before)}
-
-
 # ---- transforms, recomputation, compilation ---------------------------------------------------------
 
 
-def transforms(where: Where) -> dict[str, float]:
-    """Forward mode and Jacobians of plain tensors are right; a batch of tokens is loud."""
-    mesh, config, params = where.mesh(), CONFIGS["sigmoid, groups"], where.layer()
-    x, t = (torch.randn(mesh["ep"].size() * 2, DIM, dtype=where.dtype) for _ in range(2))
-    specs = fmoe.MoEParams(P(), P("ep", None, "tp"), P(None, "tp"))
-    local = optree.tree_map(lambda t: t.to_local(), distribute(params, specs, mesh))
-    fn, ref = where.forward(mesh, config), alone(config)
-    mine, moving = own(x, mesh), own(t, mesh)
-    expected = torch.func.jvp(lambda x: ref(params, x), (x,), (t,))
-    got = torch.func.jvp(lambda x: fn(local, x), (mine,), (moving,))
-    found = {"jvp": error(got, tuple(own(e, mesh) for e in expected))}
-    weigh = torch.randn_like(x)
-    gradient = torch.func.grad(loss_of(ref, weigh), 1)
-    along = torch.func.jvp(lambda x: gradient(params, x), (x,), (t,))[1]
-    mine_of = torch.func.grad(loss_of(fn, own(weigh, mesh)), 1)
-    got = torch.func.jvp(lambda x: mine_of(local, x), (mine,), (moving,))[1]
-    found["jvp(grad)"] = error(got, own(along, mesh))
-    if mesh["ep"].size() > 1:
-        with pytest.raises(TransformError, match=r"cannot run under torch\.func\.vmap"):
-            torch.vmap(lambda x: fn(local, x))(mine[None])
-    return found
+def backend(where: Where, names: list[str]) -> None:
+    """What ``fmoe.testing`` says of a backend."""
+    mesh = where.mesh()
+    bound = choose(where.backend, mesh).get("ep")
+    check_backend(bound, mesh, dtype=where.dtype, dim=16, laws=names)
 
 
-def recomputation(where: Where) -> dict[str, float]:
-    """The same bits; what is kept runs once; tokens move once each way in each direction."""
+def gathering(where: Where) -> dict[str, float]:
+    """Parameters gathered for a layer are gathered again in the backward under remat, and not kept."""
     mesh, config, params = where.mesh(), CONFIGS["sigmoid, groups"], where.layer()
     spread, x = fmoe.shard_params(params, mesh), torch.randn(4, DIM, dtype=where.dtype)
-    fn = where.forward(mesh, config)
-    layers = {"none": fn, "declared": fmoe.remat(fn), "nothing": fmoe.remat(fn, fmoe.save_nothing)}
-    calls, grads = {}, {}
-    for name, layer in layers.items():
+    fn, calls, grads = where.forward(mesh, config), [], []
+    for layer in (fn, fmoe.remat(fn)):
         with raw_calls() as counted:
-            grads[name] = fmoe.value_and_grad(loss_of(layer, 1.0), (0, 1))(spread, x)
-        calls[name] = counted
-    moving = [name for name in calls["none"] if name in MOVING[where.backend]]
-    assert moving
-    for name in moving:
-        assert calls["declared"][name] == calls["none"][name] == 1, (name, calls["declared"])
-    assert calls["nothing"][moving[0]] == 2
-    gathers = calls["declared"].get("gather_params", 0)
-    assert gathers == 2 * calls["none"].get("gather_params", 0)
-    return {name: 0.0 if same(grads[name], grads["none"]) else 1.0 for name in ("declared", "nothing")}
-
-
-# The raw operators that move tokens, for each backend, dispatch first.
-MOVING = {"all_to_all": ("exchange", "send_back", "send", "send_both_back")}
-
-
-def same(a: Any, b: Any) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(optree.tree_leaves(whole(a)), optree.tree_leaves(whole(b))))
+            grads.append(fmoe.value_and_grad(loss_of(layer, 1.0), (0, 1))(spread, x))
+        calls.append(counted.get("gather_params", 0))
+    assert calls[1] == 2 * calls[0] > 0
+    return {"bits": same_bits(*map(whole, grads))}
 
 
 def compilation(where: Where, backend: str = "aot_eager") -> dict[str, float]:

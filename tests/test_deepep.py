@@ -1,54 +1,92 @@
-"""The DeepEP backend, on a stand-in for DeepEP: the laws, its errors, what ``auto`` chooses."""
+"""The DeepEP backend keeps the laws, on a stand-in for DeepEP."""
+
+import contextlib
 
 import deep_ep_double
 import pytest
 import torch
-import transport_laws
-from transport_laws import LAWS, law_no_leak
+from devices import bare_mesh
 
-GENERATIONS = {"deepep": 1, "deepep elastic": 2}
+from fmoe.parallel import deepep
+from fmoe.testing import check_backend
+from fmoe.testing.backend import LAWS
+from fmoe.testing.samples import error
+from fmoe.testing.setting import Setting, case_of
+
+DIM, EXPERTS, TOP_K = 256, 8, 3
+SIZES = dict(dim=DIM, top_k=TOP_K, num_experts=EXPERTS)
+GENERATIONS = {"buffer": 1, "elastic": 2}
+MOST = [name for name in LAWS if name not in ("compilation", "no_leak")]
 
 
-def obey(law, axes, backend, dtype, peers=8, **more):
-    deep_ep_double.install(GENERATIONS[backend], payloads=(torch.bfloat16, torch.float32), peers=peers)
-    live = deep_ep_double.Settings.live
-    getattr(transport_laws, law)("cpu", axes, backend, dtype, **more)
+@contextlib.contextmanager
+def opened(axes, kind, *, peers=8, tokens=8, payloads=(torch.bfloat16, torch.float32), **how):
+    """A mesh, and DeepEP's stand-in along ``ep``; afterwards no buffer is left."""
+    deep_ep_double.install(GENERATIONS[kind], payloads=payloads, peers=peers)
+    live, mesh = deep_ep_double.Settings.live, bare_mesh(axes)
+    with deepep(mesh["ep"], max_tokens_per_rank=tokens, kind=kind, **SIZES, **how) as backend:
+        yield mesh, backend
     assert deep_ep_double.Settings.live == live, "a buffer wasn't freed"
 
 
-@pytest.mark.parametrize("axes", ["ep=2", "ep=4"])
-@pytest.mark.parametrize("backend", GENERATIONS)
-@pytest.mark.parametrize("law", [law.__name__ for law in LAWS if law is not law_no_leak])
-def test_law(pool, law, axes, backend):
-    """In float32, which the double permits, and on two ranks in bfloat16 too."""
-    size = int(axes[-1])
-    for dtype in [torch.float32, torch.bfloat16][: 3 - size // 2]:
-        pool.run(size, obey, law, axes, backend, dtype)
+def obey(axes, kind, dtype, laws, how=()):
+    with opened(axes, kind, **dict(how)) as (mesh, backend):
+        check_backend(backend, mesh, dtype=dtype, any_order=kind == "elastic", laws=laws, **SIZES)
 
 
-@pytest.mark.parametrize("backend", GENERATIONS)
-def test_a_thousand_forwards_leave_nothing_behind(pool, backend):
-    pool.run(2, obey, "law_no_leak", "ep=2", backend, torch.bfloat16)
+@pytest.mark.parametrize("axes", ["ep=1", "ep=2", "ep=4"])
+@pytest.mark.parametrize("kind", GENERATIONS)
+def test_it_keeps_the_laws(pool, axes, kind):
+    """In float32, which the stand-in permits."""
+    pool.run(int(axes[-1]), obey, axes, kind, torch.float32, MOST)
 
 
-@pytest.mark.parametrize("law", ["law_oracle", "law_second_derivatives", "law_adjoint", "law_plans"])
-def test_law_across_nodes(pool, law):
+@pytest.mark.parametrize("kind", GENERATIONS)
+def test_it_keeps_the_laws_in_bfloat16(pool, kind):
+    pool.run(2, obey, "ep=2", kind, torch.bfloat16, MOST)
+
+
+@pytest.mark.parametrize("kind", GENERATIONS)
+def test_it_compiles(pool, kind):
+    pool.run(2, obey, "ep=2", kind, torch.float32, ["compilation"])
+
+
+def test_it_keeps_the_laws_across_nodes(pool):
     """Of two devices each, by Buffer's kernels for that."""
-    pool.run(4, obey, law, "ep=4", "deepep", torch.float32, 2)
+    laws = ["oracle", "degenerate", "second", "adjoint", "plans"]
+    pool.run(4, obey, "ep=4", "buffer", torch.float32, laws, {"peers": 2})
 
 
-@pytest.mark.parametrize("law", ["law_oracle", "law_adjoint", "law_remat"])
-def test_law_beside_data_parallelism(pool, law):
-    pool.run(4, obey, law, "dp=2,ep=2", "deepep", torch.float32)
+def test_it_keeps_the_laws_beside_data_parallelism(pool):
+    pool.run(4, obey, "dp=2,ep=2", "buffer", torch.float32, ["oracle", "adjoint", "recomputation"])
 
 
-@pytest.mark.parametrize("law", [law.__name__ for law in LAWS if law is not law_no_leak])
-def test_law_on_one_device(pool, law):
-    """Where nothing moves, and DeepEP isn't asked."""
-    pool.run(1, obey, law, "ep=1", "deepep", torch.float32)
+def with_and_without_overlap(kind):
+    """The layer's output and gradients."""
+    case, found = None, []
+    for overlap in (True, False):
+        with opened("ep=2", kind, overlap=overlap) as (mesh, backend):
+            s = Setting(mesh, backend, torch.bfloat16, 8, DIM, EXPERTS, TOP_K)
+            case = (case or case_of(s))._replace(setting=s)
+            found.append((s.forward(*case.mine()), torch.func.grad(case.loss(), (0, 1))(*case.mine())))
+    return error(*found)
 
 
-@pytest.mark.parametrize("law", ["law_oracle", "law_adjoint", "law_plans", "law_remat"])
-def test_law_of_the_other_backend(pool, law):
-    """The laws aren't about DeepEP, and what combine begins is there at once."""
-    pool.run(2, getattr(transport_laws, law), "cpu", "ep=2", "all_to_all", torch.float32)
+@pytest.mark.parametrize("kind", GENERATIONS)
+def test_overlap_changes_nothing(pool, kind):
+    """Not a bit where rows come in the same order."""
+    assert max(pool.run(2, with_and_without_overlap, kind)) <= (0 if kind == "buffer" else 1e-2)
+
+
+def test_it_keeps_the_laws_without_overlap(pool):
+    pool.run(2, obey, "ep=2", "buffer", torch.float32, ["oracle", "plans"], {"overlap": False})
+
+
+def a_thousand_forwards(kind):
+    with opened("ep=2", kind) as (mesh, backend):
+        check_backend(backend, mesh, dtype=torch.bfloat16, forwards=1000, laws=["no_leak"], **SIZES)
+
+
+@pytest.mark.parametrize("kind", GENERATIONS)
+def test_a_thousand_forwards_leave_nothing_behind(pool, kind):
+    pool.run(2, a_thousand_forwards, kind)

@@ -10,14 +10,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from devices import bare_mesh
-from transport_laws import DIM, random_routing, setting
+from test_deepep import DIM, EXPERTS, opened
 
 from fmoe.errors import TransformError
 from fmoe.parallel import deepep
 from fmoe.parallel.backends import deepep as adapter
 from fmoe.parallel.backends import deepep_buffers
+from fmoe.testing.samples import routing_of
 
 SIZES = dict(max_tokens_per_rank=8, dim=DIM, top_k=3, num_experts=8)
+
+
+def random_routing(tokens):
+    ids = torch.rand(tokens, EXPERTS).argsort(1)[:, :3]
+    return routing_of(ids, EXPERTS, dtype=torch.bfloat16, device="cpu")
 
 
 def said(call):
@@ -174,19 +180,20 @@ def test_the_kind_of_buffer(size, kind, generation, chosen):
 
 
 def refusals_of_dispatch(generation):
-    deep_ep_double.install(generation)
-    kind = "deepep" if generation == 1 else "deepep elastic"
     found = {}
-    with setting("cpu", "ep=2", kind, tokens=8) as (_, transport):
+    with opened("ep=2", "buffer" if generation == 1 else "elastic", payloads=(torch.bfloat16,)) as (
+        _,
+        transport,
+    ):
         x = torch.randn(4, DIM, dtype=torch.bfloat16)
-        send = lambda x: transport.dispatch(x, random_routing(len(x), "cpu"))  # noqa: E731
+        send = lambda x: transport.dispatch(x, random_routing(len(x)))  # noqa: E731
         found["tokens"] = said(lambda: send(torch.randn(9, DIM, dtype=torch.bfloat16)))
         found["dtype"] = said(lambda: send(x.float()))
         found["dim"] = said(lambda: send(torch.randn(4, 24, dtype=torch.bfloat16)))
         found["larger dim"] = said(lambda: send(torch.randn(4, 2 * DIM, dtype=torch.bfloat16)))
         with patched(adapter, "DEVICES", ("cuda",)):
             found["cpu"] = said(lambda: send(x))
-        routing = random_routing(4, "cpu")
+        routing = random_routing(4)
         with pytest.raises(TransformError) as caught:
             torch.vmap(lambda x: transport.dispatch(x, routing)[0])(x[None])
         found["vmap"] = str(caught.value)

@@ -9,14 +9,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
 from ..ops.axes import axis_sizes, describe
-from ..parallel.boundary import is_dtensor, unwrapped
+from ..parallel.boundary import dtensor_beneath, unwrapped
 from ..parallel.spec import axes_by_dim, named_axes
 from ..tree import P, check_tensors, dotted_names, is_spec
 
 
 def check_token_spec(function: str, argument: str, x: torch.Tensor, spec: P, *, whole_dims: int = 1) -> None:
     """Raise ``ValueError`` unless tokens, whose last dimensions are whole, lie along the axes for tokens."""
-    if named_axes(spec) - {"dp", "ep"} or (is_dtensor(x) and any(spec[x.dim() - whole_dims :])):
+    if named_axes(spec) - {"dp", "ep"} or (dtensor_beneath(x) and any(spec[x.dim() - whole_dims :])):
         raise argument_error(
             function,
             argument,
@@ -69,7 +69,7 @@ def check_params(params: Any, specs: Any, wanted: Any, mesh: DeviceMesh) -> None
     for name, leaf, spec, place in zip(dotted_names(params), leaves, described, optree.tree_leaves(wanted)):
         parts = [math.prod([sizes.get(a, 1) for a in axes]) for axes in axes_by_dim(place)]
         parts += [1] * (len(spec.shape) - len(parts))
-        plain = not is_dtensor(leaf)
+        plain = not dtensor_beneath(leaf)
         expected = tuple(n // part if plain else n for n, part in zip(spec.shape, parts))
         found = tuple(leaf.shape if plain else unwrapped(leaf).shape)
         if found != expected:

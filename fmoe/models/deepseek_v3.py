@@ -17,7 +17,7 @@ from ..ops.axes import axis_names, axis_sizes, present
 from ..ops.balance import MoEStats, moe_stats, update_expert_bias
 from ..ops.experts import ExpertParams
 from ..parallel.backends import choose
-from ..parallel.boundary import is_dtensor
+from ..parallel.boundary import dtensor_beneath
 from ..parallel.collectives import psum
 from ..parallel.placement import Moves, computing, init_on, moved, moves, token_axes, where_placed
 from ..parallel.shard_map import shard_map
@@ -173,7 +173,7 @@ def _on_mesh(
         in_specs=(have, *where),
         out_specs=out_specs(where[0]),
         backends=choose(backend, mesh, params.embedding),
-        local_results=not is_dtensor(inputs[0]),
+        local_results=not dtensor_beneath(inputs[0]),
     )(params, *inputs)
 
 

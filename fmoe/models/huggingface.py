@@ -14,13 +14,12 @@ from typing import Any
 import optree
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from ..errors import argument_error
 from ..parallel.placement import held_pieces
 from ..parallel.spec import as_dtensor, size_problems, spec_of
 from ..parallel.together import this_rank, together
-from ..tree import check_tensors, dotted_names, is_spec
+from ..tree import check_tensors, dotted_names, is_dtensor, is_spec
 from .config import DeepSeekV3Config
 from .params import ModelParams, specs
 from .published import export_config, import_config
@@ -114,7 +113,7 @@ def save(
     configurations that transformers can't express. :func:`load` has an example of both.
     """
     path = Path(path)
-    shared = any(isinstance(leaf, DTensor) for leaf in optree.tree_leaves(params))
+    shared = any(is_dtensor(leaf) for leaf in optree.tree_leaves(params))
     step: Callable[[], AbstractContextManager[None]] = together if shared else nullcontext
     writes = not shared or this_rank() == 0
     with step():
@@ -284,9 +283,9 @@ def _checked(leaves: list[Leaf], params: ModelParams) -> list[torch.Tensor]:
             wrong.append(f"{name} missing")
         elif (tuple(value.shape), value.dtype) != wanted:
             wrong.append(f"{name} {tuple(value.shape)} {value.dtype}, not {wanted[0]} {wanted[1]}")
-        elif isinstance(value, DTensor) and (odd := size_problems(spec_of(value), value, value.device_mesh)):
+        elif is_dtensor(value) and (odd := size_problems(spec_of(value), value, value.device_mesh)):
             wrong += [f"{name}, whose {problem}" for problem in odd]
-        elif not parts and (value.to_local() if isinstance(value, DTensor) else value).any():
+        elif not parts and (value.to_local() if is_dtensor(value) else value).any():
             wrong.append(f"{name} not zero, which DeepSeek-V2 can't express")
     if wrong:
         raise argument_error(

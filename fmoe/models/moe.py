@@ -15,7 +15,7 @@ from ..ops.dispatch import dispatch
 from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
 from ..ops.route import RouterConfig, RouterParams, Routing, route
 from ..parallel.backends import choose
-from ..parallel.boundary import is_dtensor
+from ..parallel.boundary import dtensor_beneath
 from ..parallel.collectives import psum
 from ..parallel.placement import computing, init_on, moved, moves, token_axes, where_placed
 from ..parallel.shard_map import shard_map
@@ -69,7 +69,7 @@ def mlp_specs(dim: int, hidden_dim: int, fsdp: tuple[str, ...]) -> ExpertParams:
 
 
 # Where a layer computes: each device along ep holds whole experts, each along tp a slice of every F.
-_COMPUTING = optree.tree_map(
+COMPUTING = optree.tree_map(
     lambda spec: computing(spec.partition),
     moe_specs(dim=1, hidden_dim=1, num_experts=1, num_shared_experts=1),
     is_leaf=is_spec,
@@ -200,7 +200,7 @@ def moe_forward(
         choose(backend, None)
         y, routing = moe_layer(params, x, router)
         return (y, moe_stats(routing)) if return_stats else y
-    wanted = _COMPUTING if params.shared else _COMPUTING._replace(shared=())
+    wanted = COMPUTING if params.shared else COMPUTING._replace(shared=())
     have, x_spec = where_placed((params, x), (wanted, P(token_axes(mesh))), mesh)
     how = moves(params, have, wanted, mesh)
     check_token_spec("moe_forward", "x", x, x_spec)
@@ -216,7 +216,7 @@ def moe_forward(
         in_specs=(have, x_spec),
         out_specs=(x_spec, P()) if return_stats else x_spec,
         backends=choose(backend, mesh, x),
-        local_results=not is_dtensor(x),
+        local_results=not dtensor_beneath(x),
     )(params, x)
 
 

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import optree
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from ..ops.axes import axis_names
 from ..parallel.spec import local_piece, named_axes, spec_of
-from ..tree import ParamSpec, dotted_names, is_spec
+from ..tree import ParamSpec, dotted_names, is_dtensor, is_spec
 from .config import DeepSeekV3Config
 from .params import specs
 
@@ -168,7 +167,7 @@ def gathered(value: torch.Tensor, at: tuple[int, ...]) -> torch.Tensor:
 
     Every rank calls this for a DTensor; what the others get is of no use.
     """
-    if not isinstance(value, DTensor):
+    if not is_dtensor(value):
         return value[at]
     spec, mesh = spec_of(value), value.device_mesh
     piece = _whole(local_piece(spec, value.shape, mesh), value.shape)

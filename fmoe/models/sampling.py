@@ -2,11 +2,10 @@
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from ..errors import argument_error
 from ..parallel.spec import distribute
-from ..tree import P
+from ..tree import P, is_dtensor
 from .config import DeepSeekV3Config
 from .deepseek_v3 import ModelParams, forward
 
@@ -58,7 +57,7 @@ def sample(
         if mesh is not None:
             seen = distribute(seen, P(), mesh)
         logits, _ = forward(params, seen, config, mesh)
-        last = (logits.full_tensor() if isinstance(logits, DTensor) else logits)[:, -1].float()
+        last = (logits.full_tensor() if is_dtensor(logits) else logits)[:, -1].float()
         if top_k is not None and top_k < last.shape[-1]:
             least = last.topk(top_k).values[:, -1:]
             last = last.masked_fill(last < least, -torch.inf)

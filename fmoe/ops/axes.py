@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
+from .dynamo import constant_to_dynamo
 
 Axes = str | tuple[str, ...]
 
@@ -93,7 +93,7 @@ def group_of(mesh: DeviceMesh, axes: tuple[str, ...]) -> Group:
     return Group(*_group(mesh, axes))
 
 
-@torch.compiler.assume_constant_result
+@constant_to_dynamo
 def _group(mesh: DeviceMesh, axes: tuple[str, ...]) -> tuple[str, int, int]:
     sizes = axis_sizes(mesh)
     axes = tuple(a for a in axes if sizes[a] > 1)

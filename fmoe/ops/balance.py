@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from ..errors import argument_error
-from ..tree import local, map_local
+from ..tree import is_dtensor, local, map_local
 from .route import Routing
 
 
@@ -90,7 +89,7 @@ def update_expert_bias(params: Any, counts_E: torch.Tensor, rate: float) -> Any:
             expected=f"{tuple(params.bias_E.shape)}, one count per expert",
             remedy="Pass MoEStats.tokens_per_expert of this layer.",
         )
-    if isinstance(params.bias_E, DTensor) and not all(p.is_replicate() for p in params.bias_E.placements):
+    if is_dtensor(params.bias_E) and not all(p.is_replicate() for p in params.bias_E.placements):
         raise argument_error(
             "update_expert_bias",
             "params.bias_E",

@@ -35,6 +35,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from ..errors import TransformError
 from .derive import Rules, Tensors, derive, few
+from .dynamo import hidden_from_dynamo
 from .modes import without_autocast
 from .refuse import Unsupported, refuse_transforms_inside_compile, refusing_nested_forward_mode
 from .tape import current_tape, no_tape
@@ -99,7 +100,7 @@ class Operator:
         return out if isinstance(out, tuple) else (out,)
 
 
-@torch.compiler.disable  # in frames it gave up, Dynamo would look into rules and tapes
+@hidden_from_dynamo  # in frames it gave up, Dynamo would look into rules and tapes
 def _eager(op: Operator, args: tuple[Any, ...]) -> Any:
     tape = current_tape()
     return op.function.apply(*args) if tape is None else tape.call(op, args)

@@ -19,11 +19,10 @@ from torch._C import _functorch as functorch
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from ..errors import TransformError
 from ..ops.axes import group_of
-from ..tree import P
+from ..tree import P, is_dtensor
 from .collectives import psum_op
 from .spec import Placements, placements, unnamed_axes
 
@@ -38,14 +37,14 @@ def unwrapped(tensor: torch.Tensor) -> Any:
     return tensor
 
 
-def is_dtensor(tensor: torch.Tensor) -> bool:
-    return isinstance(unwrapped(tensor), DTensor)
+def dtensor_beneath(tensor: torch.Tensor) -> bool:
+    return is_dtensor(unwrapped(tensor))
 
 
 def enter(tensor: torch.Tensor, mesh: DeviceMesh, spec: P) -> torch.Tensor:
     """This device's part of a global value."""
     inner = unwrapped(tensor)
-    if isinstance(inner, DTensor):
+    if is_dtensor(inner):
         return _cross(_Enter, tensor, mesh, spec, inner.placements, True)
     return _cross(_Enter, tensor, mesh, spec, placements(spec, mesh), False)
 
@@ -80,7 +79,7 @@ class _Enter(_Map):
     @staticmethod
     def forward(*args: Any) -> torch.Tensor:
         x, _, where, *_ = args[-_NUM_ARGS:]
-        if isinstance(x, DTensor):
+        if is_dtensor(x):
             if x.placements != where:  # an argument is where its spec says, a cotangent may be anywhere
                 x = x.redistribute(placements=where)
             x = x.to_local()
@@ -116,7 +115,11 @@ class _Leave(_Map):
 
 
 def _as_global(x: torch.Tensor, mesh: DeviceMesh, where: Placements, dtensor: bool) -> torch.Tensor:
-    return DTensor.from_local(x, mesh, where, run_check=False) if dtensor else x.view_as(x)
+    if not dtensor:
+        return x.view_as(x)
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(x, mesh, where, run_check=False)
 
 
 def _apply(cls: Any, *args: Any) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..errors import argument_error
 from ..ops.axes import axis_names, axis_sizes
 from ..tree import P, dotted_names, init_params, is_spec
-from .boundary import is_dtensor, unwrapped
+from .boundary import dtensor_beneath, unwrapped
 from .collectives import axis_index, axis_size, gather_params
 from .spec import (
     as_dtensor,
@@ -76,7 +76,7 @@ def where_placed(tree: Any, wanted: Any, mesh: DeviceMesh) -> Any:
     specs = broadcast("where_placed", "wanted", wanted, tree)
     leaves, structure = optree.tree_flatten(tree)
     found = [
-        spec_of(unwrapped(leaf)) if is_dtensor(leaf) else known_axes(spec, mesh)
+        spec_of(unwrapped(leaf)) if dtensor_beneath(leaf) else known_axes(spec, mesh)
         for leaf, spec in zip(leaves, specs)
     ]
     return optree.tree_unflatten(structure, found)
@@ -97,7 +97,7 @@ def moves(tree: Any, have: Any, wanted: Any, mesh: DeviceMesh) -> Moves:
     misfits = [
         (name, spec, leaf, problem)
         for name, spec, leaf in zip(names, specs, leaves)
-        if is_dtensor(leaf)
+        if dtensor_beneath(leaf)
         for problem in size_problems(spec, unwrapped(leaf), mesh)
     ]
     raise_misfits("moe_forward", "params", mesh, misfits)

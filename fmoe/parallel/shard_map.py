@@ -8,13 +8,12 @@ import optree
 import torch
 from torch._C import _functorch as functorch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from ..errors import argument_error, captured_error
 from ..ops.axes import Binding, Group, axis_names, bound, describe, group_of
 from ..ops.transport import Transport
-from ..tree import P, check_tensors, dotted_names
-from .boundary import dtensor_error, enter, is_dtensor, leave, unwrapped
+from ..tree import P, check_tensors, dotted_names, is_dtensor
+from .boundary import dtensor_beneath, dtensor_error, enter, leave, unwrapped
 from .collectives import all_gather_op, psum_op
 from .spec import (
     broadcast,
@@ -91,7 +90,7 @@ def shard_map(
             _check_captured(entered, values)
             if check_replicated:
                 _check_replicated(out, values, specs, mesh)
-        dtensor = not local_results and any(is_dtensor(leaf) for leaf in leaves)
+        dtensor = not local_results and any(dtensor_beneath(leaf) for leaf in leaves)
         left = [leave(value, mesh, spec, dtensor) for value, spec in zip(values, specs)]
         return optree.tree_unflatten(optree.tree_structure(out), left)
 
@@ -114,10 +113,10 @@ def _check_arguments(args: Any, leaves: Sequence[torch.Tensor], specs: Sequence[
     misfits = []
     for name, leaf, spec in zip(dotted_names(args), leaves, specs):
         inner = unwrapped(leaf)
-        if isinstance(inner, DTensor) and inner.dim() != leaf.dim():
+        if is_dtensor(inner) and inner.dim() != leaf.dim():
             raise dtensor_error("vmap")
         problems = rank_problems(spec, leaf)
-        if isinstance(inner, DTensor) and not problems:
+        if is_dtensor(inner) and not problems:
             problems = [*size_problems(spec, inner, mesh), *placement_problems(spec, inner, mesh)]
         misfits += [(name, spec, leaf, problem) for problem in problems]
     raise_misfits("shard_map", "args", mesh, misfits)
@@ -126,7 +125,7 @@ def _check_arguments(args: Any, leaves: Sequence[torch.Tensor], specs: Sequence[
 def _check_results(out: Any, values: Sequence[torch.Tensor], specs: Sequence[P], mesh: DeviceMesh) -> None:
     misfits = []
     for name, value, spec in zip(dotted_names(out), values, specs):
-        wrapped = ["a DTensor; fn returns plain tensors"] if is_dtensor(value) else []
+        wrapped = ["a DTensor; fn returns plain tensors"] if dtensor_beneath(value) else []
         problems = [*wrapped, *rank_problems(spec, value)]
         misfits += [(name, spec, value, problem) for problem in problems]
     raise_misfits("shard_map", "fn(...)", mesh, misfits)

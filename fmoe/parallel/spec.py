@@ -2,18 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optree
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ..errors import argument_error
 from ..ops.axes import axis_names, axis_sizes, describe, group_of, names_of
+from ..ops.dynamo import constant_to_dynamo
 from ..tree import P, ParamSpec, dotted_names, is_spec
 
-Placements = tuple[Placement, ...]
+if TYPE_CHECKING:  # it takes half a second to import
+    from torch.distributed.tensor import DTensor, Placement
+
+Placements = tuple["Placement", ...]
 
 
 def axes_by_dim(spec: P) -> list[tuple[str, ...]]:
@@ -38,11 +41,13 @@ def placements(spec: P, mesh: DeviceMesh) -> Placements:
     >>> placements(P(None, ("dp", "ep")), fmoe.make_mesh("dp=1"))
     (Replicate(), Shard(dim=1), Shard(dim=1), Replicate())
     """
+    from torch.distributed.tensor import Replicate, Shard
+
     found: dict[str, Placement] = {a: Shard(d) for d, axes in enumerate(axes_by_dim(spec)) for a in axes}
     return tuple(found.get(axis, Replicate()) for axis in axis_names(mesh))
 
 
-def spec_of(tensor: DTensor) -> P:
+def spec_of(tensor: "DTensor") -> P:
     """A DTensor's placements as a spec, over axes of more than one device.
 
     Raises ``ValueError`` for placements no spec describes, as partial sums are.
@@ -51,6 +56,8 @@ def spec_of(tensor: DTensor) -> P:
     >>> spec_of(distribute(torch.ones(4, 2), P("ep"), fmoe.make_mesh()))  # one device along ep: no axis
     P(None, None)
     """
+    from torch.distributed.tensor import Replicate, Shard
+
     mesh = tensor.device_mesh
     axes: list[tuple[str, ...]] = [()] * tensor.dim()
     for axis, placement in zip(axis_names(mesh), tensor.placements):
@@ -97,7 +104,9 @@ def _copied(piece: torch.Tensor) -> torch.Tensor:
     return piece.clone(memory_format=torch.contiguous_format)
 
 
-def as_dtensor(local: torch.Tensor, mesh: DeviceMesh, spec: P) -> DTensor:
+def as_dtensor(local: torch.Tensor, mesh: DeviceMesh, spec: P) -> "DTensor":
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(local, mesh, placements(spec, mesh), run_check=False)
 
 
@@ -199,11 +208,11 @@ def size_problems(spec: P, tensor: torch.Tensor, mesh: DeviceMesh) -> list[str]:
     return found
 
 
-def placement_problems(spec: P, tensor: DTensor, mesh: DeviceMesh) -> tuple[str, ...]:
+def placement_problems(spec: P, tensor: "DTensor", mesh: DeviceMesh) -> tuple[str, ...]:
     return _placement_problems(mesh, placements(spec, mesh), tensor.device_mesh, tensor.placements)
 
 
-@torch.compiler.assume_constant_result
+@constant_to_dynamo
 def _placement_problems(
     mesh: DeviceMesh, wanted: Placements, tensor_mesh: DeviceMesh, have: Placements
 ) -> tuple[str, ...]:

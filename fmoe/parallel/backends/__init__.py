@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ...errors import argument_error
 from ...ops.axes import Group, axis_names, group_of
+from ...ops.dynamo import constant_to_dynamo
 from ...ops.transport import Transport
 from . import deepep_buffers
 from .all_to_all import AllToAll
@@ -49,13 +50,13 @@ def choose(name: str, mesh: DeviceMesh | None, like: torch.Tensor | None = None)
     return {"ep": AllToAll(group)}
 
 
-@torch.compiler.assume_constant_result  # devices talk to each other, and Dynamo needn't see that
+@constant_to_dynamo  # devices talk to each other, and Dynamo needn't see that
 def _best(group: str, device_type: str, dtype: torch.dtype | None, dim: int) -> tuple[str, str]:
     reason, can = deepep_buffers.supports(group, device_type, dtype, dim)
     return ("deepep", reason) if can else ("all_to_all", f"by torch.distributed; not DeepEP, as {reason}")
 
 
-@torch.compiler.assume_constant_result  # said while Dynamo traces, too
+@constant_to_dynamo  # said while Dynamo traces, too
 def _say(text: str) -> bool:
     if text not in _SAID:
         _SAID.add(text)

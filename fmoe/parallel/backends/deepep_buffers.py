@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...ops.axes import Group, axis_names, group_of
+from ...ops.dynamo import constant_to_dynamo
 from . import deepep as adapter
 from .deepep import CLASSES, Alone, Sizes, refuse
 from .deepep_elastic import Elastic
@@ -264,7 +265,7 @@ def check(sizes: Sizes, kind: str | None, group: Group, device_type: str) -> Non
 # ---- buffers kept for a run -------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result  # found while Dynamo traces, too
+@constant_to_dynamo  # found while Dynamo traces, too
 def kept(group_name: str) -> str:
     """The name of the buffer that ``moe_forward`` keeps for a group; made on first use, freed at exit."""
     name = f"deepep kept for {group_name}"

@@ -1,0 +1,237 @@
+"""The laws of experts: what computes between dispatch and combine."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import optree
+import torch
+
+from ..errors import argument_error
+from ..ops.combine import combine
+from ..ops.dispatch import Plan, dispatch
+from ..ops.route import Routing
+from ..transforms import remat, save_nothing, value_and_grad
+from .report import Found, Law, Report, hold
+from .samples import ROUTES, TOLERANCE, dot, error, routing_of, same_bits, widened
+
+Experts = Callable[[Any, torch.Tensor, Plan], torch.Tensor]
+OneExpert = Callable[[Any, torch.Tensor], torch.Tensor]
+
+
+class Subject(NamedTuple):
+    """Experts, the same as one plain function of one expert, and the sizes to try them with."""
+
+    experts: Experts
+    one: OneExpert
+    params: Any
+    tokens: int
+    dim: int
+    top_k: int
+
+    @property
+    def like(self) -> torch.Tensor:
+        leaf: torch.Tensor = optree.tree_leaves(self.params)[0]
+        return leaf
+
+    @property
+    def num_experts(self) -> int:
+        return self.like.shape[0]
+
+    @property
+    def allowed(self) -> float:
+        return TOLERANCE[self.like.dtype]
+
+    def rows(self, count: int | None = None) -> torch.Tensor:
+        return torch.randn(self.tokens if count is None else count, self.dim).to(self.like)
+
+    def routing(self, name: str = "any experts") -> Routing:
+        ids = ROUTES[name](0, self.tokens, self.num_experts, 1, self.top_k)
+        return self.routed(ids)
+
+    def routed(self, ids_TK: torch.Tensor, num_experts: int | None = None) -> Routing:
+        num_experts = self.num_experts if num_experts is None else num_experts
+        return routing_of(ids_TK, num_experts, dtype=self.like.dtype, device=str(self.like.device))
+
+    def layer(self, routing: Routing) -> Callable[..., torch.Tensor]:
+        """A function of params, weights and tokens, with this routing."""
+
+        def layer(params: Any, weights_TK: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+            route = Routing(routing.expert_ids_TK, weights_TK, routing.counts_E, routing.scores_TE)
+            x_SD, plan = dispatch(x_TD, route)
+            return combine(self.experts(params, x_SD, plan), plan)
+
+        return layer
+
+    def dense(self, routing: Routing) -> Callable[..., torch.Tensor]:
+        """The same from the function of one expert, which every token goes through."""
+        ids, one, num_experts = routing.expert_ids_TK, self.one, self.num_experts
+
+        def dense(params: Any, weights_TK: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+            y = torch.zeros_like(x_TD)
+            for e in range(num_experts):
+                mine = optree.tree_map(lambda w: w[e], params)  # noqa: B023
+                y = y + one(mine, x_TD) * (weights_TK * (ids == e)).sum(1, keepdim=True)
+            return y
+
+        return dense
+
+
+def scalar(layer: Callable[..., torch.Tensor], c: torch.Tensor) -> Callable[..., torch.Tensor]:
+    return lambda *args: (layer(*args).double().sin() * c.double()).sum()
+
+
+def oracle(s: Subject) -> Iterator[Found]:
+    """Output and gradients are those of one expert after another, in float64, for any routing."""
+    for name in ROUTES:
+        routing = s.routing(name)
+        x = s.rows(len(routing.expert_ids_TK))
+        args = s.params, routing.weights_TK, x
+        layer, dense, c = s.layer(routing), s.dense(routing), torch.randn(x.shape).to(x)
+        yield Found(f"{name}: the output", error(layer(*args), dense(*widened(args))), s.allowed)
+        got = torch.func.grad(scalar(layer, c), (0, 1, 2))(*args)
+        expected = torch.func.grad(scalar(dense, c), (0, 1, 2))(*widened(args))
+        for part, g, e in zip(("params", "weights", "tokens"), got, expected):
+            yield Found(f"{name}: the gradient by {part}", error(g, e), 2 * s.allowed)
+
+
+def invariance(s: Subject) -> Iterator[Found]:
+    """Experts spread over two devices give outputs whose sum is that of all."""
+    routing, x, half = s.routing(), s.rows(), s.num_experts // 2
+    whole = s.layer(routing)(s.params, routing.weights_TK, x)
+    total = torch.zeros_like(whole)
+    for lo, hi in ((0, half), (half, s.num_experts)):
+        here = (routing.expert_ids_TK >= lo) & (routing.expert_ids_TK < hi)
+        part = s.routed(torch.where(here, routing.expert_ids_TK - lo, -1), hi - lo)
+        params = optree.tree_map(lambda w: w[lo:hi].contiguous(), s.params)  # noqa: B023
+        total = total + s.layer(part)(params, routing.weights_TK, x)
+    yield Found("the output", error(total, whole), s.allowed)
+
+
+def second(s: Subject) -> Iterator[Found]:
+    """Second derivatives are right."""
+    routing, x = s.routing("some pairs dropped"), s.rows()
+    args, c = (s.params, routing.weights_TK, x), torch.randn(x.shape).to(x)
+
+    def of(layer: Callable[..., torch.Tensor], args: Any) -> Any:
+        slope = torch.func.grad(scalar(layer, c), (0, 1, 2))
+        return torch.func.grad(lambda *a: dot(*[widened(slope(*a))] * 2), (0, 1, 2))(*args)
+
+    got, expected = of(s.layer(routing), args), of(s.dense(routing), widened(args))
+    for part, g, e in zip(("params", "weights", "tokens"), got, expected):
+        yield Found(f"the squared gradient's gradient by {part}", error(g, e), 8 * s.allowed)
+
+
+def transforms(s: Subject) -> Iterator[Found]:
+    """Forward mode, batches of tokens and gradients per example are right."""
+    routing, x = s.routing(), s.rows()
+    args, c = (s.params, routing.weights_TK, x), torch.randn(x.shape).to(x)
+    layer, dense = s.layer(routing), s.dense(routing)
+    tangents = optree.tree_map(lambda t: torch.randn(t.shape).to(t), args)
+    got = torch.func.jvp(layer, args, tangents)[1]
+    expected = torch.func.jvp(dense, widened(args), widened(tangents))[1]
+    yield Found("jvp", error(got, expected), 4 * s.allowed)
+    batch = torch.stack([s.rows() for _ in range(3)])
+    by_batch = (None, None, 0)
+    for what, of in (
+        ("vmap", lambda f: f),
+        ("vmap(grad)", lambda f: torch.func.grad(scalar(f, c), (0, 1, 2))),
+    ):
+        got = torch.vmap(of(layer), by_batch)(*args[:2], batch)
+        expected = torch.vmap(of(dense), by_batch)(*widened((*args[:2], batch)))
+        yield Found(what, error(got, expected), s.allowed)
+
+
+def recomputation(s: Subject) -> Iterator[Found]:
+    """remat changes no bit."""
+    routing, x = s.routing(), s.rows()
+    args, c = (s.params, routing.weights_TK, x), torch.randn(x.shape).to(x)
+    layer = s.layer(routing)
+    plain = value_and_grad(scalar(layer, c), (0, 1, 2))(*args)
+    for name, wrapped in (("by default", remat(layer)), ("everything", remat(layer, save_nothing))):
+        again = value_and_grad(scalar(wrapped, c), (0, 1, 2))(*args)
+        yield Found(f"recomputing {name}, the gradient", same_bits(again, plain), 0.0)
+
+
+def compilation(s: Subject) -> Iterator[Found]:
+    """torch.compile(fullgraph=True) gives the same, forward and backward."""
+    torch._dynamo.reset()
+
+    def run(
+        params: Any, x_TD: torch.Tensor, ids: Any, weights: Any, counts: Any, scores: Any
+    ) -> torch.Tensor:
+        x_SD, plan = dispatch(x_TD, Routing(ids, weights, counts, scores))
+        return combine(s.experts(params, x_SD, plan), plan)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for name in ("any experts", "one expert for all"):
+        routing, x = s.routing(name), s.rows()
+        args = routing.expert_ids_TK, routing.weights_TK, routing.counts_E, routing.scores_TE
+        c = torch.randn(x.shape).to(x)
+        got, want = (
+            value_and_grad(lambda p, x: (fn(p, x, *args) * c).sum(), (0, 1))(s.params, x)  # noqa: B023
+            for fn in (compiled, run)
+        )
+        yield Found(f"{name}: the gradient", error(got, want), s.allowed)
+
+
+LAWS: dict[str, Law[Subject]] = {
+    law.__name__: law for law in (oracle, invariance, second, transforms, recomputation, compilation)
+}
+
+
+def check_experts(
+    experts: Experts,
+    params: Any,
+    one_expert: OneExpert,
+    *,
+    dim: int,
+    tokens: int = 12,
+    top_k: int = 2,
+    laws: Sequence[str] | None = None,
+    seed: int | None = None,
+) -> Report:
+    """Check that experts of one's own keep the laws, on one device.
+
+    ===========  =================================================================================
+    experts      ``(params, x_SD, plan) -> y_SD``, as :func:`fmoe.experts_grouped_mm`: every row through its
+                 experts held here, weighed by ``plan.weights_SK`` and summed
+    params       a tree of floating tensors, all with a first dimension of E, two experts or more
+    one_expert   ``(params, x) -> y``: what one expert, whose params lack that dimension, makes of any rows
+                 (N, dim), in plain PyTorch
+    dim          of a token
+    tokens       how many to try
+    top_k        experts per token
+    laws         some of ``oracle``, ``invariance``, ``second``, ``transforms``, ``recomputation``,
+                 ``compilation``; default: all
+    seed         of all that is random; fresh by default, and told
+    -> Report    what each law found; ``print`` it
+    ===========  =================================================================================
+
+    Raises :class:`LawBroken`, saying which comparison of which law is off, by how much, and how to see it
+    again. Raises ``ValueError`` for params without experts.
+
+    >>> import fmoe
+    >>> def experts(w_EDD, x_SD, plan):
+    ...     x_RD = fmoe.expand(x_SD, plan)
+    ...     row_R = torch.arange(x_RD.shape[0])
+    ...     w_RDD = w_EDD[torch.searchsorted(plan.offsets_e, row_R, right=True).clamp_max(w_EDD.shape[0] - 1)]
+    ...     return fmoe.reduce(torch.einsum("rd,rdf->rf", x_RD, w_RDD).tanh(), plan)
+    >>> w_EDD = torch.randn(4, 8, 8, dtype=torch.float64) / 3
+    >>> check_experts(experts, w_EDD, lambda w, x: (x @ w).tanh(), dim=8, laws=["oracle", "second"]).broken
+    []
+    """
+    leaves = optree.tree_leaves(params)
+    firsts = {leaf.shape[:1] for leaf in leaves}
+    dtypes = {leaf.dtype for leaf in leaves}
+    if len(firsts) != 1 or next(iter(firsts)) < (2,) or not dtypes <= TOLERANCE.keys() or len(dtypes) != 1:
+        raise argument_error(
+            "check_experts",
+            "params",
+            got=f"shapes {[tuple(leaf.shape) for leaf in leaves]} of {sorted(map(str, dtypes))}",
+            expected="tensors of one floating dtype whose first dimension is two experts or more",
+            remedy="Stack the experts' parameters.",
+        )
+    subject = Subject(experts, one_expert, params, tokens, dim, top_k)
+    name = getattr(experts, "__name__", type(experts).__name__)
+    title = f"{name}, {subject.num_experts} experts, {str(subject.like.dtype).removeprefix('torch.')}"
+    return hold("check_experts", title, LAWS, subject, laws, seed)

@@ -1,0 +1,133 @@
+"""What laws find, and how that is said."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from ..errors import argument_error
+from ..parallel.together import from_all
+
+T = TypeVar("T")
+
+
+class Found(NamedTuple):
+    """One comparison that a law made: how far off, and how far is allowed; NaN is never allowed."""
+
+    what: str
+    error: float
+    allowed: float
+    rank: int = 0
+
+    @property
+    def holds(self) -> bool:
+        return self.error <= self.allowed
+
+    @property
+    def share(self) -> float:
+        """Of what is allowed, for comparing findings; infinite if the error is NaN."""
+        if self.error != self.error:
+            return float("inf")
+        return self.error / self.allowed if self.allowed else float("inf") if self.error else 0.0
+
+    def __str__(self) -> str:
+        return f"{self.what} is off by {self.error:.1e}, allowed {self.allowed:.1e}"
+
+
+# A law states what must hold in the first line of its docstring, and compares as it goes.
+Law = Callable[[T], Iterator[Found]]
+
+
+class Report(NamedTuple):
+    """What became of every law: the worst that each comparison found on any rank.
+
+    ``str()`` of it is a table with a line for each law.
+    """
+
+    title: str
+    seed: int
+    laws: dict[str, list[Found]]
+    seconds: dict[str, float]
+
+    @property
+    def broken(self) -> list[str]:
+        return [name for name, found in self.laws.items() if not all(f.holds for f in found)]
+
+    def __str__(self) -> str:
+        lines = [f"{self.title}, seed {self.seed}"]
+        for name, found in self.laws.items():
+            worst = max(found, key=lambda f: f.share, default=None)
+            verdict = "BROKEN" if name in self.broken else "holds"
+            how = f"at worst, {worst}" if worst and worst.error else "exactly"
+            lines.append(f"  {name:14} {verdict:6} {self.seconds[name]:5.1f} s  {how}")
+        return "\n".join(lines)
+
+
+class LawBroken(AssertionError):
+    """Something doesn't do what fmoe promises; the text says what, and how to see it again.
+
+    ``report`` is what was found, up to an exception if it was that.
+    """
+
+    def __init__(self, text: str, report: Report) -> None:
+        super().__init__(text)
+        self.report = report
+
+
+def hold(
+    function: str,
+    title: str,
+    laws: Mapping[str, Law[T]],
+    subject: T,
+    names: Sequence[str] | None,
+    seed: int | None,
+) -> Report:
+    """Check that ``subject`` keeps the laws of these names, the same ones on all ranks.
+
+    Every law begins with the same random numbers on every rank, which don't disturb the caller's. Raises
+    :class:`LawBroken` on all ranks, after the last law, if any is broken; an exception ends it at once, on
+    the rank that met it.
+    """
+    unknown = [name for name in names or () if name not in laws]
+    if unknown:
+        raise argument_error(
+            function, "laws", got=f"{unknown}", expected=f"some of {list(laws)}", remedy="Correct the name."
+        )
+    seed = from_all(int.from_bytes(os.urandom(4)) if seed is None else seed)[0]
+    report = Report(title, seed, {}, {})
+    with torch.random.fork_rng():
+        for name in laws if names is None else names:
+            torch.manual_seed(seed)
+            began = time.monotonic()
+            try:
+                found = list(laws[name](subject))
+            except Exception as error:
+                text = f"{function}: {title}: {name} met {type(error).__name__}: {error}"
+                text = "\n  ".join([text, _stated(laws[name]), _again(name, seed)])
+                raise LawBroken(text, report) from error
+            report.laws[name] = [max(same, key=lambda f: f.share) for same in zip(*from_all(found))]
+            report.seconds[name] = time.monotonic() - began
+    if report.broken:
+        raise LawBroken(_told(function, report, laws), report)
+    return report
+
+
+def _told(function: str, report: Report, laws: Mapping[str, Any]) -> str:
+    lines = [f"{function}: {report.title}: {len(report.broken)} of {len(report.laws)} laws are broken."]
+    for name in report.broken:
+        wrong = sorted((f for f in report.laws[name] if not f.holds), key=lambda f: -f.share)
+        lines.append(f"{name}: {_stated(laws[name])}")
+        lines += [f"  {found}, on rank {found.rank}" for found in wrong[:5]]
+        lines += [f"  and {len(wrong) - 5} more"] * (len(wrong) > 5)
+        lines.append(f"  {_again(name, report.seed)}")
+    return "\n".join(lines)
+
+
+def _stated(law: Any) -> str:
+    return (law.__doc__ or "").strip().splitlines()[0]
+
+
+def _again(name: str, seed: int) -> str:
+    return f"Again: laws=[{name!r}], seed={seed}."

@@ -1,0 +1,177 @@
+"""The laws of routers: what chooses experts for tokens."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import optree
+import torch
+
+from ..errors import argument_error
+from ..ops.route import Routing
+from ..transforms import remat, save_nothing, value_and_grad
+from .report import Found, Law, Report, hold
+from .samples import dot, error, same_bits, widened
+
+Router = Callable[[Any, torch.Tensor], Routing]
+STEP = 1e-6  # of finite differences in float64: errors of truncation and rounding are of order 1e-10
+
+
+class Subject(NamedTuple):
+    """A router with its params, and the sizes to try it with."""
+
+    router: Router
+    params: Any
+    tokens: int
+    dim: int
+
+    def rows(self, count: int | None = None) -> torch.Tensor:
+        leaf = optree.tree_leaves(self.params)[0]
+        return torch.randn(self.tokens if count is None else count, self.dim).to(leaf)
+
+    def wide(self) -> tuple[Any, torch.Tensor]:
+        return widened((self.params, self.rows()))
+
+    def weights(self, params: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.router(params, x).weights_TK
+
+
+def _wrong(condition: torch.Tensor) -> float:
+    return float(condition.sum())
+
+
+def form(s: Subject) -> Iterator[Found]:
+    """Each token has K distinct experts or -1, finite weights, and is counted; without tokens, too."""
+    for what, x in (("tokens", s.rows()), ("tokens all zero", 0 * s.rows()), ("no token", s.rows(0))):
+        r = s.router(s.params, x)
+        ids, (t, num_experts) = r.expert_ids_TK, r.scores_TE.shape
+        shapes = (
+            r.weights_TK.shape == ids.shape and t == len(ids) == len(x) and len(r.counts_E) == num_experts
+        )
+        yield Found(f"{what}: the number of shapes that don't fit", float(not shapes), 0.0)
+        kinds = ids.dtype == r.counts_E.dtype == torch.int64 and r.weights_TK.dtype in (
+            torch.float32,
+            torch.float64,
+        )
+        yield Found(f"{what}: the number of dtypes but int64 and float32 or wider", float(not kinds), 0.0)
+        yield Found(f"{what}: ids outside [-1, E)", _wrong((ids < -1) | (ids >= num_experts)), 0.0)
+        pairs = (ids[:, :, None] == ids[:, None, :]) & (ids >= 0)[:, :, None]
+        yield Found(f"{what}: experts chosen twice by a token", _wrong(pairs.sum(2) > 1), 0.0)
+        yield Found(f"{what}: weights that aren't finite", _wrong(~r.weights_TK.isfinite()), 0.0)
+        counts = torch.bincount(ids[ids >= 0].reshape(-1), minlength=num_experts)
+        yield Found(f"{what}: experts counted wrongly", _wrong(counts != r.counts_E), 0.0)
+
+
+def invariance(s: Subject) -> Iterator[Found]:
+    """A token's experts and weights don't depend on the tokens beside it, as these may be elsewhere."""
+    x = s.rows()
+    together = s.router(s.params, x)
+    parts = [s.router(s.params, part) for part in x.split((s.tokens + 1) // 2)]
+    ids = torch.cat([part.expert_ids_TK for part in parts])
+    yield Found("experts chosen otherwise", _wrong(ids != together.expert_ids_TK), 0.0)
+    weights = torch.cat([part.weights_TK for part in parts])
+    yield Found("the weights", error(weights, together.weights_TK), 1e-5)
+    yield Found("the counts", error(sum(part.counts_E for part in parts), together.counts_E), 0.0)
+
+
+def oracle(s: Subject) -> Iterator[Found]:
+    """Gradients of the weights and scores are what finite differences say, in float64."""
+    params, x = s.wide()
+    r = s.router(params, x)
+    c_weights, c_scores = torch.randn_like(r.weights_TK), torch.randn_like(r.scores_TE)
+
+    def loss(params: Any, x: torch.Tensor) -> torch.Tensor:
+        r = s.router(params, x)
+        return (r.weights_TK * c_weights).sum() + (r.scores_TE.to(c_scores) * c_scores).sum()
+
+    slope = torch.func.grad(loss, (0, 1))(params, x)
+    for part, along in (("params", 0), ("tokens", 1)):
+        tangent: Any = optree.tree_map(torch.zeros_like, (params, x))
+        moved = optree.tree_map(torch.randn_like, tangent[along])
+        tangent = (moved, tangent[1]) if along == 0 else (tangent[0], moved)
+        ends = [optree.tree_map(lambda t, d: t + h * d, (params, x), tangent) for h in (-STEP, STEP)]  # noqa: B023
+        if any(not torch.equal(s.router(*end).expert_ids_TK, r.expert_ids_TK) for end in ends):
+            continue  # a choice changes between the two: there is no derivative to compare with
+        by_difference = (loss(*ends[1]) - loss(*ends[0])) / (2 * STEP)
+        yield Found(f"the slope along random {part}", error(dot(slope, tangent), by_difference), 1e-6)
+
+
+def transforms(s: Subject) -> Iterator[Found]:
+    """Forward mode agrees with reverse mode; a batch of tokens is routed as one after another."""
+    params, x = s.wide()
+    tangents = optree.tree_map(torch.randn_like, (params, x))
+    weights, moved, *_ = torch.func.jvp(s.weights, (params, x), tangents)
+    c = torch.randn_like(weights)
+    slope = torch.func.grad(lambda p, x: (s.weights(p, x) * c).sum(), (0, 1))(params, x)
+    yield Found("jvp against vjp", error((moved * c).sum(), dot(slope, tangents)), 1e-9)
+    batch = torch.stack([x, x.flip(0), 2 * x])
+    got = torch.vmap(s.weights, (None, 0))(params, batch)
+    yield Found("vmap", error(got, torch.stack([s.weights(params, x) for x in batch])), 1e-9)
+    by_example = torch.vmap(torch.func.grad(lambda p, x: s.weights(p, x).square().sum()), (None, 0))
+    one = torch.func.grad(lambda p, x: s.weights(p, x).square().sum())
+    each = [one(params, x) for x in batch]
+    stacked = optree.tree_map(lambda *g: torch.stack(g), *each)
+    yield Found("vmap(grad)", error(by_example(params, batch), stacked), 1e-9)
+
+
+def recomputation(s: Subject) -> Iterator[Found]:
+    """The same tokens are routed in the same way again, and remat changes no bit."""
+    x = s.rows()
+    loss = lambda fn: lambda p, x: fn(p, x).square().sum()  # noqa: E731
+    weights = lambda p, x: s.router(p, x).weights_TK  # noqa: E731
+    plain = value_and_grad(loss(weights), (0, 1))(s.params, x)
+    for name, fn in (("once more", weights), ("under remat", remat(weights, save_nothing))):
+        yield Found(
+            f"{name}, the gradient", same_bits(value_and_grad(loss(fn), (0, 1))(s.params, x), plain), 0.0
+        )
+
+
+LAWS: dict[str, Law[Subject]] = {
+    law.__name__: law for law in (form, invariance, oracle, transforms, recomputation)
+}
+
+
+def check_router(
+    router: Router,
+    params: Any,
+    *,
+    dim: int,
+    tokens: int = 12,
+    laws: Sequence[str] | None = None,
+    seed: int | None = None,
+) -> Report:
+    """Check that a router of one's own keeps the laws, on one device.
+
+    ==========  ==================================================================================
+    router      ``(params, x_TD) -> Routing``, as ``lambda p, x: fmoe.route(p, x, config)`` is; also of
+                float64 params and tokens
+    params      a tree of floating tensors
+    dim         of a token
+    tokens      how many to try
+    laws        some of ``form``, ``invariance``, ``oracle``, ``transforms``, ``recomputation``; default: all.
+                A router that looks at all tokens, as expert choice does, breaks ``invariance``
+    seed        of all that is random; fresh by default, and told
+    -> Report   what each law found; ``print`` it
+    ==========  ==================================================================================
+
+    Raises :class:`LawBroken`, saying which comparison of which law is off, by how much, and how to see it
+    again. Raises ``ValueError`` for params without tensors.
+
+    >>> import fmoe
+    >>> config = fmoe.RouterConfig(top_k=2, num_groups=1, top_groups=1)
+    >>> params = fmoe.RouterParams(torch.randn(8, 16), torch.randn(8) / 10)
+    >>> check_router(lambda p, x: fmoe.route(p, x, config), params, dim=16).broken
+    []
+    """
+    leaves = [leaf for leaf in optree.tree_leaves(params) if isinstance(leaf, torch.Tensor)]
+    if not leaves:
+        raise argument_error(
+            "check_router",
+            "params",
+            got="no tensor",
+            expected="a tree of floating tensors",
+            remedy="Pass the router's.",
+        )
+    name = getattr(router, "__name__", type(router).__name__)
+    return hold(
+        "check_router", f"{name}, {leaves[0].dtype}", LAWS, Subject(router, params, tokens, dim), laws, seed
+    )

@@ -1,0 +1,113 @@
+"""Random layers, tokens and routings for the laws, and how far apart two results are."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optree
+import torch
+
+from ..models.moe import MoEParams, moe_specs
+from ..ops.bases import accumulator
+from ..ops.route import RouterConfig, Routing
+from ..tree import is_spec
+
+# How far results may be from float64's, relative to the largest value: a few roundings.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 0.01, torch.bfloat16: 0.06}
+
+
+def error(a: Any, b: Any) -> float:
+    """The largest difference between two trees of tensors, relative to one plus the largest value.
+
+    NaN is infinitely wrong, as is another shape.
+
+    >>> error((torch.ones(2), torch.zeros(1)), (torch.ones(2), torch.tensor([1.0])))
+    0.5
+    """
+    worst = 0.0
+    left, right = optree.tree_leaves(a), optree.tree_leaves(b)
+    if [x.shape for x in left] != [x.shape for x in right]:
+        return float("inf")
+    for x, y in zip(left, right):
+        if x.numel():
+            x, y = x.detach().double().cpu(), y.detach().double().cpu()
+            off = ((x - y).abs().max() / (1 + y.abs().max())).item()
+            worst = max(worst, float("inf") if off != off else off)
+    return worst
+
+
+def same_bits(a: Any, b: Any) -> float:
+    """Zero if two trees of tensors are equal bit for bit; else their :func:`error`, but not zero."""
+    left, right = optree.tree_leaves(a), optree.tree_leaves(b)
+    if len(left) == len(right) and all(map(torch.equal, left, right)):
+        return 0.0
+    return max(error(a, b), 1e-300)
+
+
+def dot(a: Any, b: Any) -> torch.Tensor:
+    """The inner product of two trees of tensors."""
+    pairs = zip(optree.tree_leaves(a), optree.tree_leaves(b))
+    return torch.stack([(x * y).sum() for x, y in pairs]).sum()
+
+
+def widened(tree: Any) -> Any:
+    """In float64."""
+    return optree.tree_map(lambda t: t.double() if t.is_floating_point() else t, tree)
+
+
+def random_layer(
+    *, dim: int, hidden_dim: int, num_experts: int, dtype: torch.dtype, device: str, shared: bool = True
+) -> MoEParams:
+    """A layer with one shared expert, or none, whose outputs and gradients are of order one.
+
+    Its selection bias is large enough to matter. Drawn on the CPU, so that all devices draw the same.
+    """
+    shapes = moe_specs(
+        dim=dim, hidden_dim=hidden_dim, num_experts=num_experts, num_shared_experts=int(shared)
+    )
+
+    def draw(shape: tuple[int, ...]) -> torch.Tensor:
+        return (torch.randn(shape) * shape[-1] ** -0.5 * 1.2).to(device, dtype)
+
+    params: MoEParams = optree.tree_map(lambda spec: draw(spec.shape), shapes, is_leaf=is_spec)
+    bias = torch.randn(num_experts) * 0.1
+    return params._replace(router=params.router._replace(bias_E=bias.to(device)))
+
+
+def router_config(num_experts: int, top_k: int) -> RouterConfig:
+    """Node-limited, if these sizes permit."""
+    groups = next((n for n in (4, 2) if num_experts % n == 0 and top_k <= num_experts // 2), 1)
+    return RouterConfig(top_k=top_k, num_groups=groups, top_groups=max(1, groups // 2))
+
+
+def whole_numbers(shape: Sequence[int], dtype: torch.dtype, *, device: str) -> torch.Tensor:
+    """Few and small enough that sums of them are exact in any dtype."""
+    return torch.randint(-4, 5, tuple(shape)).to(device, dtype)
+
+
+def _distinct(tokens: int, num_experts: int, top_k: int) -> torch.Tensor:
+    ids = torch.rand(tokens, num_experts).argsort(1)[:, :top_k]
+    return torch.nn.functional.pad(ids, (0, top_k - ids.shape[1]), value=-1)
+
+
+# What tokens may choose, at the extremes: (rank, tokens, experts on a device, devices, top-k) -> ids.
+ROUTES: dict[str, Callable[[int, int, int, int, int], torch.Tensor]] = {
+    "any experts": lambda rank, t, e, n, k: _distinct(t, e * n, k),
+    "some pairs dropped": lambda rank, t, e, n, k: torch.where(
+        torch.rand(t, k) < 0.4, -1, _distinct(t, e * n, k)
+    ),
+    "all pairs dropped": lambda rank, t, e, n, k: torch.full((t, k), -1),
+    "one expert for all": lambda rank, t, e, n, k: torch.tensor([e * n - 1] + [-1] * (k - 1)).expand(t, k),
+    "one device for all": lambda rank, t, e, n, k: _distinct(t, e, k),
+    "a device without tokens": lambda rank, t, e, n, k: _distinct(0 if rank == 0 else t, e * n, k),
+    "no tokens at all": lambda rank, t, e, n, k: _distinct(0, e * n, k),
+    "another number on each device": lambda rank, t, e, n, k: _distinct(max(1, t - rank), e * n, k),
+}
+
+
+def routing_of(ids_TK: torch.Tensor, num_experts: int, *, dtype: torch.dtype, device: str) -> Routing:
+    """A routing by hand, with random weights."""
+    weights = torch.rand(ids_TK.shape, dtype=torch.float64).to(accumulator(dtype))
+    counts = torch.bincount(ids_TK[ids_TK >= 0].reshape(-1), minlength=num_experts)
+    scores = torch.rand(ids_TK.shape[0], num_experts)
+    ids, weights, counts, scores = (t.to(device) for t in (ids_TK, weights, counts, scores))
+    return Routing(ids, weights, counts, scores)
