@@ -33,7 +33,7 @@ def sites() -> list[Site]:
     makers = {
         function.name: function
         for tree in modules.values()
-        for function in ast.walk(tree)
+        for function in tree.body
         if isinstance(function, ast.FunctionDef) and _made(function) is not None
     }
     found = []
@@ -71,9 +71,9 @@ class _Reader:
         self.globals = {} if "__main__" in module else vars(importlib.import_module(module))
 
     def read(self, tree: ast.Module) -> Iterator[tuple[int, str]]:
-        # A module's own makers hide those of the same name elsewhere.
-        own = {f.name: f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and f.name in self.makers}
-        self.makers = self.makers | {name: f for name, f in own.items() if _made(f)}
+        # A module has makers within functions, too.
+        own = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and _made(f) is not None]
+        self.makers = self.makers | {function.name: function for function in own}
         yield from self._walk(tree, None, {})
 
     def _walk(self, node: ast.AST, function: ast.FunctionDef | None, env: Env) -> Iterator[tuple[int, str]]:

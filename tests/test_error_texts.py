@@ -36,6 +36,7 @@ from fmoe.ops.primitive import declare
 from fmoe.parallel import placement
 from fmoe.parallel.backends import choose, deepep, deepep_buffers
 from fmoe.parallel.together import check_alike, together
+from fmoe.testing import check_backend
 
 LONG_ENOUGH = 24  # characters in a row, by which a test of a text tells it from others
 
@@ -258,6 +259,13 @@ CASES = {
     ),
     "deepep: sizes: got …, expected at most what the buffer was sized for": lambda: buffer(
         deepep.Sizes(5, 256, 2, 4)
+    ),
+    # ---- laws
+    "check_backend: mesh: got … among … ranks, expected a mesh of all ranks with an axis ep": lambda: (
+        check_backend(None, fmoe.make_mesh()["dp"])
+    ),
+    "check_backend: dtype: got …, expected one of …": lambda: check_backend(
+        None, fmoe.make_mesh(), dtype=torch.int8
     ),
     # ---- text, training
     "batches: seq_len: got …, expected 1 to …, as there are … tokens": lambda: data.batches(
