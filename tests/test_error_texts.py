@@ -261,6 +261,7 @@ CASES = {
         deepep.Sizes(5, 256, 2, 4)
     ),
     # ---- laws
+    "…: laws: got …, expected some of …": lambda: check_backend(None, fmoe.make_mesh(), laws=["murphy's"]),
     "check_backend: mesh: got … among … ranks, expected a mesh of all ranks with an axis ep": lambda: (
         check_backend(None, fmoe.make_mesh()["dp"])
     ),
