@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from workers import Pool, RankError
 
 import fmoe
@@ -148,3 +149,14 @@ def test_what_hangs_is_killed():
     with pytest.raises(RankError, match="rank 0: died, or no answer in time"):
         small.run(1, time.sleep, 600, timeout=0.1)
     assert not process.is_alive() and not small.processes
+
+
+def wanting_another_mesh():
+    with pytest.raises(ValueError, match=r"make_mesh: axes: got ") as caught:
+        fmoe.make_mesh("ep=2" if dist.get_rank() == 0 else "dp=2", device_type="cpu")
+    return str(caught.value)
+
+
+def test_ranks_that_want_different_meshes_are_told(pool):
+    for text in pool.run(2, wanting_another_mesh):
+        assert "on rank 1, beside rank 0: axes.dp is 1, here 2; axes.ep is 2, here 1" in text
