@@ -25,6 +25,7 @@ from fmoe.models.config import Yarn
 from fmoe.models.deepseek_v3 import preset
 from fmoe.models.published_tensors import NAMES
 from fmoe.ops.attention import causal_attention
+from fmoe.ops.kernels import attention as kernels
 from fmoe.ops.tape import plain_operators
 from fmoe.tree import dotted_names, init_params
 
@@ -109,6 +110,82 @@ def test_attention_equals_softmax_attention(dtype, widths, length):
         )
     assert y.dtype == dtype
     assert error((y, pull(g.to(dtype))), (expected, expected_pull(g.double()))) < DTYPES[dtype]
+
+
+# ---- engines ---------------------------------------------------------------------------------------
+
+CPU = kernels.CPU["cpu"]
+
+
+def raises(*args):
+    raise RuntimeError("no engine for this card\nat line 7")
+
+
+WRONG = {
+    "another scale": CPU._replace(forward=lambda q, k, v, scale: CPU.forward(q, k, v, 1.3 * scale)),
+    "another lse": CPU._replace(forward=lambda *args: (CPU.forward(*args)[0], CPU.forward(*args)[1] / 2)),
+    "no backward": CPU._replace(backward=lambda *args: tuple(0 * g for g in CPU.backward(*args))),
+    "NaN": CPU._replace(
+        backward=lambda *args: (*CPU.backward(*args)[:2], CPU.backward(*args)[2] * torch.nan)
+    ),
+    "raises": CPU._replace(backward=raises),
+}
+
+
+@pytest.fixture
+def as_cudnn(monkeypatch):
+    """A stand-in for an engine of a GPU, proven on the CPU."""
+    kernels.proven.cache_clear()
+    yield lambda engine: monkeypatch.setitem(kernels.CUDA, "cudnn", engine)
+    kernels.proven.cache_clear()
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_an_engine_that_is_wrong_here_is_not_used_and_that_is_said(wrong, as_cudnn, caplog):
+    as_cudnn(WRONG[wrong])
+    assert not kernels.proven("cudnn", torch.device("cpu"), torch.bfloat16, 192, 128)
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert said.startswith("attention by cudnn on cpu, torch.bfloat16 heads of 192 and 128: not used, as it ")
+    assert ("raises no engine for this card" if wrong == "raises" else "is off by ") in said
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_engine_that_is_right_is_used(dtype, as_cudnn, caplog):
+    as_cudnn(CPU)
+    assert kernels.proven("cudnn", torch.device("cpu"), dtype, 192, 128)
+    assert not caplog.records
+    assert not kernels.proven("cudnn", torch.device("cpu"), torch.float64, 192, 128)
+
+
+def test_an_engine_can_be_asked_for(monkeypatch):
+    q = torch.randn(1, 4, 2, 8)
+    monkeypatch.setenv("FMOE_ATTENTION", "plain")
+    assert kernels.engine(q, q, q) is kernels.PLAIN
+    monkeypatch.setenv("FMOE_ATTENTION", "cudnn")
+    text = r"causal_attention: FMOE_ATTENTION: got 'cudnn', expected one of \['cpu', 'plain'\], which can do"
+    with pytest.raises(ValueError, match=text):
+        causal_attention(q, q, q, 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["cudnn", "flash", "efficient"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("length", [1, 37, 128, 1000])
+def test_every_engine_of_a_gpu_equals_softmax_attention(name, dtype, length, monkeypatch):
+    device = torch.ones(1, device="cuda").device
+    if not kernels.proven(name, device, dtype, 192, 128):
+        pytest.skip(f"{name} isn't used for {dtype} here")
+    monkeypatch.setenv("FMOE_ATTENTION", name)
+    q, k, v = (torch.randn(2, length, 3, n, device=device).to(dtype) for n in (192, 192, 128))
+    g, scale = torch.randn(2, length, 3, 128, device=device), 192**-0.5
+    y, pull = torch.func.vjp(lambda *qkv: causal_attention(*qkv, scale), q, k, v)
+    with plain_operators():
+        expected, expected_pull = torch.func.vjp(
+            lambda *qkv: causal_attention(*qkv, scale), *(t.double() for t in (q, k, v))
+        )
+    assert error((y, pull(g.to(dtype))), (expected, expected_pull(g.double()))) < 2 * DTYPES[dtype]
 
 
 @pytest.mark.usefixtures("device")

@@ -1,4 +1,4 @@
-"""Causal softmax attention as one operator: PyTorch's flash kernel on CPU, plain products on CUDA.
+"""Causal softmax attention as one operator, by the fastest of PyTorch's kernels that is right here.
 
 B sequences, L positions, H heads; N and V are a head's query and value dimensions. PyTorch's own
 attention kernels have no forward derivative and no second one; here both follow from the reference.
@@ -7,17 +7,15 @@ attention kernels have no forward derivative and no second one; here both follow
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 
 from ..errors import argument_error
 from .bases import accumulator, random, refold_rows, unfold_rows
 from .derive import Dims, Tensors, pullback
+from .kernels import attention as kernels
 from .primitive import Fold, Operator, declare, front
 from .tape import checkpoint
 
 ATTENTION = checkpoint("attention", save=False)
-
-aten = torch.ops.aten
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -48,70 +46,22 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
 
 
 def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Tensors:
-    wide = accumulator(q.dtype)
-    q_BHLN, k_BHLN, v_BHLV = (t.to(wide).transpose(1, 2) for t in (q, k, v))
-    scores = (q_BHLN @ k_BHLN.mT * scale).masked_fill(_later(q), -torch.inf)
-    y = scores.softmax(-1) @ v_BHLV
-    return y.to(q.dtype).transpose(1, 2), scores.logsumexp(-1).transpose(1, 2)
-
-
-def _later(q_BLHN: torch.Tensor) -> torch.Tensor:
-    """(L, L), true where a key comes after its query."""
-    length = q_BLHN.shape[1]
-    return torch.ones(length, length, dtype=torch.bool, device=q_BLHN.device).triu(1)
-
-
-# ---- kernels: each takes and gives (B, H, L, N); lse is (B, H, L) --------------------------------
-
-
-def _cpu_forward(q: Any, k: Any, v: Any, scale: float) -> Tensors:
-    y, lse = aten._scaled_dot_product_flash_attention_for_cpu(*_equally_wide(q, k, v), 0.0, True, scale=scale)
-    return y[..., : v.shape[-1]], lse
-
-
-def _cpu_backward(g: Any, q: Any, k: Any, v: Any, scale: float, y: Any, lse: Any) -> Tensors:
-    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
-    grads = backward(*_equally_wide(g, q, k, v, y), lse, 0.0, True, scale=scale)
-    return tuple(grad[..., : t.shape[-1]] for grad, t in zip(grads, (q, k, v)))
-
-
-def _equally_wide(*tensors: torch.Tensor) -> Tensors:
-    """The same with zeros behind, as the CPU kernel wants them: zeros change no score and no sum."""
-    width = max(t.shape[-1] for t in tensors)
-    return tuple(t if t.shape[-1] == width else pad(t, (0, width - t.shape[-1])) for t in tensors)
-
-
-def _plain_forward(q: Any, k: Any, v: Any, scale: float) -> Tensors:
-    y, lse = _reference(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale)
+    y, lse = kernels.PLAIN.forward(*(t.transpose(1, 2) for t in (q, k, v)), scale)
     return y.transpose(1, 2), lse.transpose(1, 2)
-
-
-def _plain_backward(g: Any, q: Any, k: Any, v: Any, scale: float, y: Any, lse: Any) -> Tensors:
-    wide = accumulator(q.dtype)
-    g, q, k, v, y = (t.to(wide) for t in (g, q, k, v, y))
-    p = (q @ k.mT * scale - lse[..., None]).exp().masked_fill(_later(q.transpose(1, 2)), 0.0)
-    g_scores = p * (g @ v.mT - (g * y).sum(-1, keepdim=True)) * scale
-    return g_scores @ k, g_scores.mT @ q, p.mT @ g
-
-
-def _kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
-    """Forward and backward for inputs like these."""
-    if q.is_cuda or q.numel() == 0:
-        return _plain_forward, _plain_backward
-    return _cpu_forward, _cpu_backward
 
 
 # ---- the operator --------------------------------------------------------------------------------
 
 
 def _forward_kernel(q: Any, k: Any, v: Any, scale: float) -> Tensors:
-    y, lse = _kernels(*(heads := [t.transpose(1, 2) for t in (q, k, v)]))[0](*heads, scale)
+    heads = [t.transpose(1, 2) for t in (q, k, v)]
+    y, lse = kernels.engine(*heads).forward(*heads, scale)
     return y.transpose(1, 2).contiguous(), lse.transpose(1, 2).contiguous()
 
 
 def _backward_kernel(g: Any, q: Any, k: Any, v: Any, scale: float, y: Any, lse: Any) -> Tensors:
     g, q, k, v, y, lse = (t.transpose(1, 2) for t in (g.contiguous(), q, k, v, y, lse))
-    grads = _kernels(q, k, v)[1](g, q, k, v, scale, y, lse)
+    grads = kernels.engine(q, k, v).backward(g, q, k, v, scale, y, lse.contiguous())
     return tuple(grad.to(q.dtype).transpose(1, 2).contiguous() for grad in grads)
 
 

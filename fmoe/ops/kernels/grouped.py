@@ -9,13 +9,12 @@ use instead of the one :func:`engine` would choose.
 """
 
 import functools
-import os
 from itertools import pairwise
 
 import torch
 
-from ...errors import argument_error
 from . import fused
+from .choice import chosen
 
 ENGINES = ("triton", "torch", "loop")
 OVERRIDE = "FMOE_GROUPED_MM"
@@ -67,16 +66,7 @@ def groups(offsets: torch.Tensor) -> list[tuple[int, int]]:
 def engine(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> str:
     """The engine for a product of rows ``a`` with ``b``, into ``out``."""
     able = [name for name in ENGINES if _able(name, a, b, out)]
-    wanted = os.environ.get(OVERRIDE, able[0])
-    if wanted not in able:
-        raise argument_error(
-            "grouped_mm",
-            OVERRIDE,
-            got=repr(wanted),
-            expected=f"one of {able}, which can multiply {a.dtype} of shape {tuple(a.shape)} on {a.device}",
-            remedy=f"Unset {OVERRIDE}.",
-        )
-    return wanted
+    return chosen("grouped_mm", OVERRIDE, able, f"{a.dtype} of shape {tuple(a.shape)} on {a.device}")
 
 
 def _able(name: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> bool:

@@ -1,0 +1,176 @@
+"""Causal attention by PyTorch's own kernels, of which the first that is able and proven here is used.
+
+``cpu``        PyTorch's flash attention for CPUs
+``cudnn``      cuDNN's, for bfloat16 and float16
+``flash``      FlashAttention 2; narrower heads are filled with zeros
+``efficient``  the memory-efficient one, for float32 too
+``plain``      products and a softmax in float32 or wider, which hold all L x L scores
+
+All take and give (B, H, L, N), and ``lse`` is (B, H, L). The environment variable ``FMOE_ATTENTION`` names an
+engine to use instead. What an engine of a GPU computes depends on driver, library and card: before
+its first use for a kind of heads it must agree with the plain products, forward and backward, on a small
+example on this very device; if it doesn't, or raises, a warning says so and the next one is tried.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import pad
+
+from .choice import chosen
+
+OVERRIDE = "FMOE_ATTENTION"
+# How far an engine may be from the plain products in float32, relative to the largest value.
+AGREEMENT = {torch.bfloat16: 0.04, torch.float16: 0.01, torch.float32: 0.003}
+
+Tensors = tuple[torch.Tensor, ...]
+aten = torch.ops.aten
+
+
+class Engine(NamedTuple):
+    """``forward(q, k, v, scale)`` -> y, lse; ``backward(g, q, k, v, scale, y, lse)`` -> three cotangents."""
+
+    forward: Callable[..., Tensors]
+    backward: Callable[..., Tensors]
+
+
+def later(length: int, device: torch.device) -> torch.Tensor:
+    """(L, L), true where a key comes after its query."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+
+
+def _plain_forward(q: Any, k: Any, v: Any, scale: float) -> Tensors:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(wide) @ k.to(wide).mT * scale).masked_fill(later(q.shape[2], q.device), -torch.inf)
+    return (scores.softmax(-1) @ v.to(wide)).to(q.dtype), scores.logsumexp(-1)
+
+
+def _plain_backward(g: Any, q: Any, k: Any, v: Any, scale: float, y: Any, lse: Any) -> Tensors:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    g, q, k, v, y = (t.to(wide) for t in (g, q, k, v, y))
+    p = (q @ k.mT * scale - lse[..., None]).exp().masked_fill(later(q.shape[2], q.device), 0.0)
+    g_scores = p * (g @ v.mT - (g * y).sum(-1, keepdim=True)) * scale
+    return g_scores @ k, g_scores.mT @ q, p.mT @ g
+
+
+def _cpu_forward(q: Any, k: Any, v: Any, scale: float) -> Tensors:
+    y, lse = aten._scaled_dot_product_flash_attention_for_cpu(*_equally_wide(q, k, v), 0.0, True, scale=scale)
+    return y[..., : v.shape[-1]], lse
+
+
+def _cpu_backward(g: Any, q: Any, k: Any, v: Any, scale: float, y: Any, lse: Any) -> Tensors:
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return _cut(backward(*_equally_wide(g, q, k, v, y), lse, 0.0, True, scale=scale), q, k, v)
+
+
+def _cudnn_forward(q: Any, k: Any, v: Any, scale: float) -> Tensors:
+    y, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
+    return y, lse.view(q.shape[:-1])
+
+
+def _cudnn_backward(g: Any, q: Any, k: Any, v: Any, scale: float, y: Any, lse: Any) -> Tensors:
+    unused = torch.zeros(1, dtype=torch.int64, device=q.device)  # the dropout's seed and offset
+    length, rest = q.shape[2], (0.0, True)
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        g, q, k, v, y, lse[..., None], unused, unused, None, None, None, length, length, *rest, scale=scale
+    )
+
+
+def _flash_forward(q: Any, k: Any, v: Any, scale: float) -> Tensors:
+    y, lse, *_ = aten._scaled_dot_product_flash_attention(*_equally_wide(q, k, v), 0.0, True, scale=scale)
+    return y[..., : v.shape[-1]], lse
+
+
+def _flash_backward(g: Any, q: Any, k: Any, v: Any, scale: float, y: Any, lse: Any) -> Tensors:
+    unused = torch.zeros(2, dtype=torch.int64, device=q.device)  # the dropout's seed and offset
+    length, rest = q.shape[2], (0.0, True, unused, unused)
+    backward = aten._scaled_dot_product_flash_attention_backward
+    wide = _equally_wide(g, q, k, v, y)
+    return _cut(backward(*wide, lse, None, None, length, length, *rest, scale=scale), q, k, v)
+
+
+def _efficient_forward(q: Any, k: Any, v: Any, scale: float) -> Tensors:
+    y, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)
+    return y, lse[..., : q.shape[2]]
+
+
+def _efficient_backward(g: Any, q: Any, k: Any, v: Any, scale: float, y: Any, lse: Any) -> Tensors:
+    unused = torch.zeros((), dtype=torch.int64, device=q.device)  # the dropout's seed and offset
+    lse = pad(lse, (0, -lse.shape[-1] % 32)).contiguous()  # rows are laid out in blocks of 32
+    return aten._scaled_dot_product_efficient_attention_backward(
+        g, q, k, v, None, y, lse, unused, unused, 0.0, [True, True, True, False], True, scale=scale
+    )[:3]
+
+
+def _equally_wide(*tensors: torch.Tensor) -> Tensors:
+    """The same with zeros behind, for kernels that want it so: zeros change no score and no sum."""
+    width = max(t.shape[-1] for t in tensors)
+    return tuple(t if t.shape[-1] == width else pad(t, (0, width - t.shape[-1])) for t in tensors)
+
+
+def _cut(grads: Tensors, *like: torch.Tensor) -> Tensors:
+    return tuple(grad[..., : t.shape[-1]] for grad, t in zip(grads, like))
+
+
+PLAIN = Engine(_plain_forward, _plain_backward)
+CPU: dict[str, Engine] = {"cpu": Engine(_cpu_forward, _cpu_backward), "plain": PLAIN}
+CUDA: dict[str, Engine] = {
+    "cudnn": Engine(_cudnn_forward, _cudnn_backward),
+    "flash": Engine(_flash_forward, _flash_backward),
+    "efficient": Engine(_efficient_forward, _efficient_backward),
+    "plain": PLAIN,
+}
+
+
+def engine(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Engine:
+    """The engine for inputs like these."""
+    if q.numel() == 0:
+        return PLAIN
+    engines, heads = CUDA if q.is_cuda else CPU, (q.shape[-1], v.shape[-1])
+    able = [name for name in engines if not q.is_cuda or proven(name, q.device, q.dtype, *heads)]
+    work = f"attention of {q.dtype} heads of {heads[0]} and {heads[1]} on {q.device.type}"
+    return engines[chosen("causal_attention", OVERRIDE, able, work)]
+
+
+@functools.cache
+def proven(name: str, device: torch.device, dtype: torch.dtype, qk_dim: int, v_dim: int) -> bool:
+    """Whether an engine of a GPU agrees with the plain products there, for heads of these widths."""
+    if name == "plain":
+        return True
+    if dtype not in AGREEMENT or (name != "efficient" and dtype == torch.float32):
+        return False
+    # Of no round length, so that blocks end early; as the model lays tensors out.
+    q, k, v, g = (
+        _waves(i, (2, 150, 3, n), device, dtype) for i, n in enumerate((qk_dim, qk_dim, v_dim, v_dim))
+    )
+    try:
+        found = _forward_and_backward(CUDA[name], g, q, k, v)
+    except RuntimeError as error:
+        problem = f"raises {str(error).splitlines()[0]}"
+    else:
+        expected = _forward_and_backward(PLAIN, *(t.float() for t in (g, q, k, v)))
+        pairs = zip(found, expected)
+        off = torch.stack([(a.float() - b).abs().max() / (1 + b.abs().max()) for a, b in pairs]).max().item()
+        if off <= AGREEMENT[dtype]:  # NaN is not
+            return True
+        problem = f"is off by {off:.1e} from plain products"
+    logging.getLogger("fmoe").warning(
+        "attention by %s on %s, %s heads of %d and %d: not used, as it %s",
+        *(name, device, dtype, qk_dim, v_dim, problem),
+    )
+    return False
+
+
+def _forward_and_backward(engine: Engine, g: Any, q: Any, k: Any, v: Any) -> Tensors:
+    scale = q.shape[-1] ** -0.5
+    y, lse = engine.forward(q, k, v, scale)
+    return (y, lse, *engine.backward(g, q, k, v, scale, y, lse.contiguous()))
+
+
+def _waves(number: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """(B, H, L, N) numbers of order one that are alike nowhere, without touching the random ones."""
+    index = torch.arange(torch.Size(shape).numel(), device=device, dtype=torch.float64)
+    return (1.5 * (index * (0.7 + number) ** 0.5).sin()).view(shape).to(dtype).transpose(1, 2)
