@@ -201,7 +201,7 @@ CASES = {
         checkpoint="gather",
         example=lambda: (torch.ones(1),),
     ),
-    "grouped_mm: FMOE_GROUPED_MM: got …, expected one of …, which can multiply … of shape … on …": (
+    "…: …: got …, expected one of …, which can do …": (
         lambda monkeypatch: (
             monkeypatch.setenv("FMOE_GROUPED_MM", "abacus"),
             grouped.engine(torch.ones(2, 2), torch.ones(1, 2, 2), torch.ones(2, 2)),
