@@ -100,7 +100,15 @@ def save(
 
 
 def latest(folder: str | Path) -> Path | None:
-    """The checkpoint of the most steps, or ``None``; those that lack a file or part of one don't count."""
+    """The checkpoint of the most steps, or ``None``; those that lack a file or part of one don't count.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for step in (5, 10):
+    ...         path = save(folder, step, {"w": torch.zeros(3)})
+    ...     latest(folder).name
+    'step-00000010'
+    """
     return next(reversed(folders.whole(folder)), None)
 
 
@@ -124,6 +132,14 @@ def load(
 
     Raises ``ValueError`` for what is no checkpoint, or not all of one, or changed since, and where it differs
     from ``like`` or ``run``, with every difference. What is raised on one rank is raised on all.
+
+    >>> import tempfile
+    >>> params = {"w": torch.randn(3)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save(folder, 10, params)
+    ...     state, step = load(path, {"w": torch.empty(3)})
+    >>> step, torch.equal(state["w"], params["w"])
+    (10, True)
     """
     path, reader = Path(path), PlainReader(path)
     with together():

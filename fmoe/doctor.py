@@ -116,6 +116,12 @@ def _tried(check: Callable[[], Report]) -> dict[str, Any]:
 
 
 def report(found: dict[str, Any]) -> str:
+    """What :func:`diagnose` found, a fact a line: what ``python -m fmoe doctor`` prints.
+
+    >>> print(report(diagnose()))  # doctest: +ELLIPSIS
+    python ...
+    """
+
     def said(value: Any) -> str:
         return (", ".join(value) if isinstance(value, list) else value) or "none"
 

@@ -13,7 +13,11 @@ EXCLUDED_FOLDERS = frozenset({"site-packages", "test", "tests", "idlelib", "__py
 
 
 def python_stdlib() -> Path:
-    """The folder of Python's standard library: some ten million bytes of text that every machine has."""
+    """The folder of Python's standard library: some ten million bytes of text that every machine has.
+
+    >>> (python_stdlib() / "this.py").exists()
+    True
+    """
     return Path(sysconfig.get_path("stdlib"))
 
 

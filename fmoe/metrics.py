@@ -34,7 +34,7 @@ PEAK_FLOPS = {
 
 
 def speed(flops_per_second: float, device: torch.device) -> dict[str, float]:
-    """``tflops_per_second`` and, on a device of :data:`PEAK_FLOPS`, ``mfu``: as :class:`Step` takes them.
+    """``tflops_per_second`` and, on a device of ``PEAK_FLOPS``, ``mfu``: as :class:`Step` takes them.
 
     >>> speed(5e12, torch.device("cpu"))
     {'tflops_per_second': 5.0}
@@ -49,6 +49,9 @@ class Step(NamedTuple):
 
     ``tflops_per_second`` counts what the model needs, not what is recomputed; ``mfu`` is its share of the
     device's peak. What is ``None`` is not known and not recorded.
+
+    >>> Step(0, 5.5, 1.0, 1e-3, 2e4, [[3, 1]]).overload  # the busier of two experts has 1.5 times its share
+    1.5
     """
 
     step: int
@@ -125,7 +128,15 @@ class MetricsFile:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file, in order. Raises ``ValueError``, with the line, for anything else."""
+    """The records of a JSONL file, in order. Raises ``ValueError``, with the line, for anything else.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "metrics.jsonl")
+    ...     size = path.write_text('{"step": 0, "loss": 5.5}')
+    ...     read_metrics(path)
+    [{'step': 0, 'loss': 5.5}]
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

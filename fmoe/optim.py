@@ -30,7 +30,16 @@ class Update(Protocol):
 
 
 class Optimizer(NamedTuple):
-    """Two pure functions: ``init(params) -> state`` and :class:`Update`."""
+    """Two pure functions: ``init(params) -> state`` and :class:`Update`, which :func:`adamw` makes.
+
+    One of your own is two functions:
+
+    >>> def update(params, grads, state, learning_rate, *, donate=False):
+    ...     return optree.tree_map(lambda p, g: p - learning_rate * g, params, grads), state
+    >>> sgd = Optimizer(lambda params: (), update)
+    >>> sgd.update({"w": torch.ones(1)}, {"w": torch.ones(1)}, sgd.init(None), 0.25)
+    ({'w': tensor([0.7500])}, ())
+    """
 
     init: Callable[[Any], Any]
     update: Update
@@ -129,6 +138,8 @@ def global_norm(grads: Any) -> torch.Tensor:
     Leaves may be DTensors; those sharded alike share one collective, and the result is a plain
     tensor with the same bits on every rank. Nothing waits for the device.
 
+    Raises ``ValueError`` for leaves that aren't tensors.
+
     >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])})
     tensor(5.)
     """
@@ -166,6 +177,8 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, torch.Tensor]
     (Pascanu et al., arXiv:1211.5063), but where the norm isn't finite the gradients stay as they are, so
     that one can see which is at fault. Leaves keep their dtype; the norm is :func:`global_norm`.
 
+    Raises ``ValueError`` unless ``max_norm`` is positive.
+
     >>> clip_by_global_norm([torch.tensor([3.0, 4.0])], 1.0)
     ([tensor([0.6000, 0.8000])], tensor(5.))
     """
@@ -183,7 +196,11 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, torch.Tensor]
 
 
 def is_trained(name: str) -> bool:
-    """Whether a leaf of this dotted name is the optimiser's to move; load balancing moves ``bias_E``."""
+    """Whether a leaf of this dotted name is the optimiser's to move; load balancing moves ``bias_E``.
+
+    >>> is_trained("layers.1.mlp.router.weight_ED"), is_trained("layers.1.mlp.router.bias_E")
+    (True, False)
+    """
     return name.split(".")[-1] != "bias_E"
 
 

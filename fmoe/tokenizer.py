@@ -10,7 +10,11 @@ END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>"
 
 
 class Tokenizer(NamedTuple):
-    """Two pure functions, the number of ids, and the id that is put between documents."""
+    """Two pure functions, the number of ids, and the id that is put between documents.
+
+    >>> BYTES.encode(b"ab"), BYTES.decode([104, 105]), BYTES.vocab_size, BYTES.separator
+    (b'ab', 'hi', 256, 10)
+    """
 
     encode: Callable[[bytes], Sequence[int]]
     decode: Callable[[Sequence[int]], str]
@@ -39,6 +43,16 @@ def load_tokenizer(path: str | Path, *, separator: str | None = None) -> Tokeniz
 
     Raises ``ImportError`` without the package, and ``ValueError`` for a file it cannot read or a
     vocabulary without the separator.
+
+    >>> import tempfile, tokenizers
+    >>> words = {"<eos>": 0, "<unk>": 1, "hello": 2, "there": 3}
+    >>> model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    >>> model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model.save(f"{folder}/tokenizer.json")
+    ...     tokenizer = load_tokenizer(f"{folder}/tokenizer.json")
+    >>> tokenizer.encode(b"hello there"), tokenizer.separator, tokenizer.vocab_size
+    ([2, 3], 0, 4)
     """
     try:
         import tokenizers

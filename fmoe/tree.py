@@ -100,6 +100,11 @@ class ParamSpec:
 
     ``init`` is ``"normal"`` (standard deviation ``scale``, cut at three of them), ``"zeros"`` or
     ``"ones"``. ``dtype`` overrides the dtype the tree is initialised with.
+
+    >>> specs = {"w": ParamSpec((4, 2), P("ep", None)), "b": ParamSpec((4,), P("ep"), init="zeros")}
+    >>> params = init_params(specs, 0, dtype=torch.float32)
+    >>> params["b"], partition_specs(specs)["w"], num_params(specs)
+    (tensor([0., 0., 0., 0.]), P('ep', None), 12)
     """
 
     shape: tuple[int, ...]
@@ -134,7 +139,11 @@ class ParamSpec:
 
 
 def param(shape: tuple[int, ...], partition: P, **how: Any) -> Any:
-    """A :class:`ParamSpec`, typed to stand in a tree where a tensor will."""
+    """A :class:`ParamSpec`, typed to stand in a tree where a tensor will.
+
+    >>> param((4,), P("ep"), init="zeros").shape
+    (4,)
+    """
     return ParamSpec(shape, partition, **how)
 
 

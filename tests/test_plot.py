@@ -180,8 +180,8 @@ def test_one_picture_has_the_name_it_is_given(plot, files, tmp_path):
     assert {"no remat", "default", "topk", "experts_grouped_mm"} <= texts(out)
     assert plot("--what", "load", files[0]) == [files[0].with_name("load.svg")]
     for arguments, text in (
-        (("--what", "loss"), "name the metrics.jsonl"),
-        ((files[0], "--out", out), "2 pictures"),
+        (("--what", "loss"), "plot: name the metrics.jsonl of a run, or --what memory"),
+        ((files[0], "--out", out), "--out: got one file for 2 pictures. Choose one with --what"),
     ):
         with pytest.raises(SystemExit, match=text):
             plot(*arguments)

@@ -23,14 +23,16 @@ from .layers import Layer, Shape, config_for, layers, plain_layer, random_params
 class Measured(NamedTuple):
     """One layer.
 
-    ``forward``, ``step``  ms without and with backward, medians of rounds
-    ``spread``             the middle half of the steps over their median
-    ``rate``               TFLOP/s of the experts' products in a step
-    ``share``              of the rate of a large matrix product in the same run
-    ``saved``, ``peak``    MiB beyond the arguments: between forward and backward, and at most
-    ``launches``           kernels started in a step; ``None`` where that can't be known, as ``peak``
-    ``syncs``              times the host waits for the device in a step
-    ``error``              largest relative error of output and gradients against float32
+    =============  ========================================
+    forward, step  ms without and with backward, medians of rounds
+    spread         the middle half of the steps over their median
+    rate           TFLOP/s of the experts' products in a step
+    share          of the rate of a large matrix product in the same run
+    saved, peak    MiB beyond the arguments: between forward and backward, and at most
+    launches       kernels started in a step; ``None`` where that can't be known, as ``peak``
+    syncs          times the host waits for the device in a step
+    error          largest relative error of output and gradients against float32
+    =============  ========================================
     """
 
     layer: str

@@ -11,13 +11,15 @@ from ..ops.route import RouterConfig
 class Yarn:
     """Rotary positions stretched to a context longer than the one trained on (YaRN, arXiv 2309.00071).
 
-    ``factor``                how much longer the context is
-    ``original_max_seq_len``  positions of the original context
-    ``beta_fast``             pairs that turn this often in the original context keep their frequency
-    ``beta_slow``             pairs that turn this seldom are slowed down by ``factor``
-    ``mscale``                cosines and sines are multiplied by ``magnitude(mscale)``
-                              over ``magnitude(mscale_all_dim)``
-    ``mscale_all_dim``        the softmax's scale is multiplied by ``magnitude(mscale_all_dim)`` squared
+    ====================  ========================================
+    factor                how much longer the context is
+    original_max_seq_len  positions of the original context
+    beta_fast             pairs that turn this often in the original context keep their frequency
+    beta_slow             pairs that turn this seldom are slowed down by ``factor``
+    mscale                cosines and sines are multiplied by ``magnitude(mscale)``
+                          over ``magnitude(mscale_all_dim)``
+    mscale_all_dim        the softmax's scale is multiplied by ``magnitude(mscale_all_dim)`` squared
+    ====================  ========================================
 
     Raises ``ValueError`` for numbers out of range. With ``mscale_all_dim`` 0, ``mscale`` must be 1: what
     others mean is not the same in the two published implementations.
@@ -57,7 +59,12 @@ class DeepSeekV3Config:
 
     ``q_lora_rank`` 0 means queries without a bottleneck. ``hidden_dim`` is that of the dense layers,
     ``moe_hidden_dim`` that of one expert. With ``tied_head`` the embedding is also the head.
+
     Raises ``ValueError`` for sizes that don't fit together.
+
+    >>> wider = dataclasses.replace(preset("debug"), dim=256)
+    >>> wider.dim, wider.num_layers
+    (256, 4)
     """
 
     vocab_size: int
@@ -179,6 +186,8 @@ PRESETS = {
 
 def preset(name: str) -> DeepSeekV3Config:
     """A configuration by name: ``debug``, ``16B`` (DeepSeek-V2-Lite), ``236B`` (V2) or ``671B`` (V3).
+
+    Raises ``ValueError`` for any other.
 
     >>> preset("debug").num_experts
     16

@@ -1,8 +1,7 @@
 """DeepSeek-V3: latent attention, dense first layers, mixture-of-experts layers with shared experts.
 
-On a mesh the whole model is one function inside :func:`fmoe.shard_map`: tokens lie along ``dp`` and ``ep``,
-experts along ``ep``, heads, hidden dimensions and the vocabulary along ``tp``, and every other matrix is cut
-along ``dp`` and ``ep`` and gathered in the layer that uses it.
+On a mesh the model is one function inside :func:`fmoe.shard_map`: tokens along ``dp`` and ``ep``, experts along
+``ep``, heads, hidden dimensions and the vocabulary along ``tp``, the rest cut and gathered where it is used.
 """
 
 from collections.abc import Callable
@@ -50,7 +49,7 @@ def init(
     """Random parameters: normal of deviation ``config.init_std``, norms one, biases zero.
 
     With a mesh they are DTensors placed by :func:`specs`, and every device draws only its own pieces; the
-    numbers are the same on every mesh.
+    numbers are the same on every mesh. Raises ``ValueError`` listing what doesn't divide by the mesh.
 
     >>> params = init(preset("debug"), 0)
     >>> len(params.layers), params.embedding.shape
@@ -79,7 +78,7 @@ def forward(
     per_layer                   wraps the function of one layer: ``fmoe.remat``, ``torch.compile``
     -> logits   (B, L, vocab)   dtype of the parameters; for plain tokens this device's part, with
                                 ``tp`` also of the vocabulary
-    -> stats                    one :class:`MoEStats` for each MoE layer, over all tokens
+    -> stats                    one :class:`fmoe.MoEStats` for each MoE layer, over all tokens
     ==========  ==============  =============================================================
 
     Raises ``ValueError`` for tokens of a wrong dtype or shape.
@@ -121,6 +120,8 @@ def loss(
     :func:`forward`. On a mesh the mean is over all devices' tokens, the same number on each; logits are never
     gathered, and no more than ``logits_bytes`` of them, in float32, exist at once. A training loop
     differentiates it with ``fmoe.value_and_grad(loss, has_aux=True)``.
+
+    Raises ``ValueError`` for tokens and targets of a wrong dtype or of different shapes.
 
     >>> config = preset("debug")
     >>> tokens = torch.randint(256, (2, 16))
@@ -231,7 +232,13 @@ def _layer(
 
 
 def update_biases(params: ModelParams, stats: tuple[MoEStats, ...], rate: float) -> ModelParams:
-    """New params whose routers lean towards the experts that got too few tokens in ``stats``."""
+    """:func:`fmoe.update_expert_bias` of every MoE layer, by the ``stats`` of :func:`loss` for the step.
+
+    >>> params = init(preset("debug"), 0)
+    >>> _, stats = forward(params, torch.randint(256, (2, 16)), preset("debug"))
+    >>> update_biases(params, stats, 0.001).layers[1].mlp.router.bias_E.abs().max()
+    tensor(0.0010)
+    """
     rest = iter(stats)
     layers = tuple(
         layer._replace(mlp=update_expert_bias(layer.mlp, next(rest).tokens_per_expert, rate))

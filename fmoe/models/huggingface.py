@@ -48,7 +48,7 @@ def load(
                 file or in shards, its experts apart (as published) or fused
     dtype       of the parameters but the selection biases; ``None``: that of the embedding
     device      ``None``: the mesh's, or PyTorch's default device
-    mesh        place them on it by :func:`fmoe.models.params.specs`, as DTensors
+    mesh        place them on it by :func:`fmoe.models.deepseek_v3.specs`, as DTensors
     -> config   what ``config.json`` describes
     -> params   for :func:`fmoe.models.deepseek_v3.forward`
     ==========  ===============================================================================
@@ -110,7 +110,7 @@ def save(
     rank is then raised on all.
 
     Raises ``ValueError`` for parameters that don't belong to ``config``, all of them by name, and for
-    configurations that transformers can't express.
+    configurations that transformers can't express. :func:`load` has an example of both.
     """
     path = Path(path)
     shared = any(is_dtensor(leaf) for leaf in optree.tree_leaves(params))

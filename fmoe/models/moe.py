@@ -25,7 +25,20 @@ from .checks import check_layer, check_token_spec
 
 
 class MoEParams(NamedTuple):
-    """A layer's parameters. ``shared`` has an expert's two leaves without E, or is ``()``."""
+    """A layer's parameters, from :func:`moe_init` or made by hand: a tree whose leaves are tensors.
+
+    =======  ========================================
+    router   :class:`fmoe.RouterParams`
+    experts  :class:`fmoe.ExpertParams`
+    shared   :class:`fmoe.ExpertParams` of one SwiGLU, without E; ``()`` where there is none
+    =======  ========================================
+
+    >>> import optree
+    >>> params = moe_init(0, dim=8, hidden_dim=16, num_experts=4)
+    >>> doubled = optree.tree_map(lambda leaf: 2 * leaf, params)
+    >>> type(doubled).__name__, params.shared
+    ('MoEParams', ())
+    """
 
     router: RouterParams
     experts: ExpertParams
@@ -87,7 +100,7 @@ def moe_init(
     -> MoEParams        weights drawn from a normal of deviation 0.02, biases zero
     ==================  ===============================================================
 
-    Raises ``ValueError`` for sizes below one and dtypes that aren't floating.
+    Raises ``ValueError`` for sizes below one, or that don't divide by the mesh, and for other dtypes.
 
     >>> params = moe_init(0, dim=8, hidden_dim=16, num_experts=4, num_shared_experts=1)
     >>> params.experts.w_in.shape, params.shared.w_out.shape

@@ -14,7 +14,7 @@ from .moe import MoEParams, mlp_specs, moe_specs
 
 
 class LayerParams(NamedTuple):
-    """One layer; ``mlp`` is :class:`ExpertParams` in a dense layer and :class:`MoEParams` otherwise."""
+    """One layer; ``mlp`` is :class:`fmoe.ExpertParams` where it is dense, else :class:`fmoe.MoEParams`."""
 
     attention_norm: torch.Tensor
     attention: AttentionParams
@@ -23,7 +23,15 @@ class LayerParams(NamedTuple):
 
 
 class ModelParams(NamedTuple):
-    """``embedding`` (vocab, D), ``layers``, ``norm`` (D,), ``head`` (vocab, D) or ``()`` if tied."""
+    """A model's parameters, as :func:`fmoe.models.deepseek_v3.init` makes them.
+
+    =========  ==========  ========================================
+    embedding  (vocab, D)
+    layers                 a tuple of :class:`LayerParams`
+    norm       (D,)        of the last layer's output
+    head       (vocab, D)  ``()`` where the embedding is the head, too
+    =========  ==========  ========================================
+    """
 
     embedding: torch.Tensor
     layers: tuple[LayerParams, ...]
@@ -32,7 +40,13 @@ class ModelParams(NamedTuple):
 
 
 def specs(config: DeepSeekV3Config) -> ModelParams:
-    """Shapes, initial values and placement of every parameter: a tree of ``ParamSpec``."""
+    """Shapes, initial values and placement of every parameter: a tree of :class:`~fmoe.tree.ParamSpec`.
+
+    >>> from fmoe.models.config import preset
+    >>> tree = specs(preset("671B"))  # nothing is allocated
+    >>> tree.layers[3].mlp.experts.w_in.shape, tree.layers[3].mlp.experts.w_in.partition
+    ((256, 2, 2048, 7168), P('ep', None, 'tp', 'dp'))
+    """
     c = config
 
     def norm() -> Any:

@@ -25,17 +25,17 @@ def sample(
 ) -> torch.Tensor:
     """Prompts, and what the model says after them.
 
-    ==================  ===========  =============================================================
-    prompt              (B, L)       int64, at least one token each
-    num_tokens                       how many to add
-    seed_or_generator                the same seed gives the same text
-    temperature                      divides the logits; 0 takes the likeliest token
-    top_k                            only the likeliest so many can be drawn; ``None``: all
-    window                           how many tokens the model sees, the last ones; ``None``:
-                                     ``config.max_seq_len``
-    mesh                             where the params lie; every device is given the same and gets the same
-    -> tokens           (B, L + num_tokens)
-    ==================  ===========  =============================================================
+    ==================  ===================  =============================================================
+    prompt              (B, L)               int64, at least one token each
+    num_tokens                               how many to add
+    seed_or_generator                        the same seed gives the same text
+    temperature                              divides the logits; 0 takes the likeliest token
+    top_k                                    only the likeliest so many can be drawn; ``None``: all
+    window                                   how many tokens the model sees, the last ones; ``None``:
+                                             ``config.max_seq_len``
+    mesh                                     where the params lie; all devices are given and get the same
+    -> tokens           (B, L + num_tokens)  int64, the prompts first
+    ==================  ===================  =============================================================
 
     Keeps no keys and values: each token costs a forward of the window, positions counted from its start.
 

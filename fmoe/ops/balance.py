@@ -13,10 +13,19 @@ from .route import Routing
 class MoEStats(NamedTuple):
     """How tokens were spread; tensors, so that reading them is the caller's choice of when to wait.
 
-    ``tokens_per_expert``  int64 (E,)
-    ``overload``           float32, the most loaded expert's tokens over the mean; 1 is perfect balance
-    ``empty_experts``      int64, experts without a token
-    ``router_entropy``     float32, nats, of the router's normalised scores, mean over tokens
+    =================  ========================================
+    tokens_per_expert  int64 (E,)
+    overload           float32, the most loaded expert's tokens over the mean; 1 is perfect balance
+    empty_experts      int64, experts without a token
+    router_entropy     float32, nats, of the router's normalised scores, mean over tokens
+    =================  ========================================
+
+    >>> import fmoe
+    >>> params = fmoe.moe_init(0, dim=8, hidden_dim=16, num_experts=16)
+    >>> even = fmoe.RouterConfig(top_k=2, num_groups=1, top_groups=1, force_balance=True)
+    >>> _, stats = fmoe.moe_forward(params, torch.randn(8, 8), router=even, return_stats=True)
+    >>> stats.tokens_per_expert.tolist(), stats.overload, stats.empty_experts
+    ([1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], tensor(1.), tensor(0))
     """
 
     tokens_per_expert: torch.Tensor
@@ -60,6 +69,8 @@ def update_expert_bias(params: Any, counts_E: torch.Tensor, rate: float) -> Any:
     rate                       how far a bias moves; DeepSeek-V3 uses 0.001
     -> params                  the same structure; nothing passed in is modified
     ===========  ============  =============================================================
+
+    Raises ``ValueError`` unless there is one count per expert, and for a bias that is cut over devices.
 
     Source: auxiliary-loss-free balancing, arXiv 2408.15664: ``b += rate * sign(mean - counts)``.
 

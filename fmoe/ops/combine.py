@@ -26,15 +26,29 @@ def combine(y_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
     =========  ==========  ===================================================================
 
     Raises ``ValueError`` if ``y_SD`` hasn't one row per dispatched row.
+
+    >>> import fmoe
+    >>> params = fmoe.moe_init(0, dim=4, hidden_dim=8, num_experts=16)
+    >>> x_SD, plan = fmoe.dispatch(x := torch.randn(3, 4), fmoe.route(params.router, x, fmoe.RouterConfig()))
+    >>> torch.equal(fmoe.combine(x_SD, plan), x)  # with one device nothing moves
+    True
     """
     check_rows("combine", "y_SD", y_SD, plan.weights_SK.shape[0])
     return y_SD if plan.transport is None else plan.transport.combine(y_SD, plan)
 
 
 def combine_start(y_SD: torch.Tensor, plan: Plan) -> InFlight:
-    """Begin to :func:`combine`, and go on meanwhile with what doesn't need the result; :func:`join` gets it.
+    """Begin to :func:`fmoe.combine`, and go on with what doesn't need the result; :func:`join` gets it.
 
-    Raises ``ValueError`` if ``y_SD`` hasn't one row per dispatched row.
+    Takes what :func:`fmoe.combine` takes, and raises what it raises.
+
+    >>> import fmoe
+    >>> params = fmoe.moe_init(0, dim=4, hidden_dim=8, num_experts=16)
+    >>> x_SD, plan = fmoe.dispatch(x := torch.randn(3, 4), fmoe.route(params.router, x, fmoe.RouterConfig()))
+    >>> coming = combine_start(x_SD, plan)
+    >>> meanwhile = torch.ones(3, 4)  # the shared experts, say
+    >>> torch.equal(join(coming, plan, meanwhile), x + 1)
+    True
     """
     check_rows("combine_start", "y_SD", y_SD, plan.weights_SK.shape[0])
     return InFlight(y_SD) if plan.transport is None else plan.transport.combine_start(y_SD, plan)
@@ -43,7 +57,7 @@ def combine_start(y_SD: torch.Tensor, plan: Plan) -> InFlight:
 def join(coming: InFlight, plan: Plan, plus: torch.Tensor | None = None) -> torch.Tensor:
     """Wait for what :func:`combine_start` began, and add ``plus`` (T, D) to it, as shared experts' outputs.
 
-    ``join(combine_start(y_SD, plan), plan)`` is ``combine(y_SD, plan)``.
+    ``join(combine_start(y_SD, plan), plan)`` is ``combine(y_SD, plan)``; the result is (T, D) in its dtype.
     """
     if plan.transport is not None:
         return plan.transport.join(coming, plan, plus)
@@ -62,6 +76,13 @@ def reduce(y_RD: torch.Tensor, plan: Plan) -> torch.Tensor:
     Sums are held in float32. Rows past the last offset may hold anything, NaN included.
 
     Raises ``ValueError`` if ``y_RD`` hasn't one row per expanded row.
+
+    >>> import fmoe
+    >>> params = fmoe.moe_init(0, dim=4, hidden_dim=8, num_experts=16)
+    >>> x_SD, plan = fmoe.dispatch(x := torch.randn(3, 4), fmoe.route(params.router, x, fmoe.RouterConfig()))
+    >>> scale = fmoe.RouterConfig().scale  # what the weights of a token sum to
+    >>> torch.allclose(fmoe.reduce(fmoe.expand(x_SD, plan), plan), scale * x, rtol=1e-4)
+    True
     """
     check_rows("reduce", "y_RD", y_RD, plan.slot_R.shape[0])
     weights = plan.weights_SK

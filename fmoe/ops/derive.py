@@ -67,6 +67,9 @@ def pullback(reference: Callable[..., Any]) -> Callable[..., Tensors]:
     """``(cotangent, *inputs)`` -> cotangents of the floating-point inputs of ``reference``'s first output.
 
     It is the reference of a fused operator's backward.
+
+    >>> pullback(lambda x, y: x * y)(torch.tensor(2.0), torch.tensor(3.0), torch.tensor(5.0))
+    (tensor(10.), tensor(6.))
     """
 
     def call(cotangent: torch.Tensor, *inputs: Any) -> Tensors:

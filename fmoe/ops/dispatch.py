@@ -24,12 +24,21 @@ DISPATCH = checkpoint("dispatch", save=True)
 class Plan:
     """Where every dispatched row goes and comes from; a value, made by :func:`dispatch`.
 
-    ``weights_SK``  how much each expert counts for each row; differentiable
-    ``slot_R``      int64, the (row, choice) pair each expanded row holds, ``s * K + k``; -1 for none
-    ``row_SK``      int64, the expanded row of each (row, choice) pair; -1 for an expert held elsewhere
-    ``offsets_e``   int32, where each expert's rows end
-    ``sent``        what the backend that moved the rows needs to move them back; empty if none moved
-    ``transport``   that backend
+    ==========  ========================================
+    weights_SK  how much each expert counts for each row; differentiable
+    slot_R      int64, the (row, choice) pair each expanded row holds, ``s * K + k``; -1 for none
+    row_SK      int64, the expanded row of each (row, choice) pair; -1 for an expert held elsewhere
+    offsets_e   int32, where each expert's rows end
+    sent        what the backend that moved the rows needs to move them back; empty if none moved
+    transport   that backend
+    ==========  ========================================
+
+    >>> import fmoe
+    >>> router = fmoe.RouterParams(torch.eye(2), torch.zeros(2))
+    >>> x = torch.tensor([[1.0, 3.0], [3.0, 1.0]])
+    >>> _, plan = fmoe.dispatch(x, fmoe.route(router, x, fmoe.RouterConfig(1, num_groups=1, top_groups=1)))
+    >>> plan.slot_R, plan.row_SK.T  # expert 0 has the second token, expert 1 the first
+    (tensor([1, 0]), tensor([[1, 0]]))
     """
 
     weights_SK: torch.Tensor
@@ -102,6 +111,8 @@ def expand(x_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
     plan                   its plan; expert ``i``'s rows end at ``plan.offsets_e[i]``
     -> x_RD    (R, D)      rows past the last offset are zeros
     =========  ==========  ===================================================================
+
+    Raises ``ValueError`` if ``x_SD`` hasn't one row per dispatched row.
 
     >>> import fmoe, torch
     >>> params = fmoe.moe_init(0, dim=4, hidden_dim=8, num_experts=2)

@@ -23,7 +23,18 @@ EXPERTS = checkpoint("experts_grouped_mm", save=False)
 
 
 class ExpertParams(NamedTuple):
-    """``w_in`` (E, 2, F, D), gate then up; ``w_out`` (E, D, F)."""
+    """The weights of experts, or without E of one SwiGLU that every token goes through.
+
+    =====  ============  ========================================
+    w_in   (E, 2, F, D)  gate, then up; any floating dtype
+    w_out  (E, D, F)     the same dtype
+    =====  ============  ========================================
+
+    >>> import fmoe
+    >>> experts = fmoe.moe_init(0, dim=8, hidden_dim=16, num_experts=4).experts
+    >>> experts.w_in.shape, experts.w_out.shape
+    (torch.Size([4, 2, 16, 8]), torch.Size([4, 8, 16]))
+    """
 
     w_in: torch.Tensor
     w_out: torch.Tensor

@@ -124,24 +124,28 @@ def declare(
 ) -> Operator:
     """Declare an operator and register it.
 
-    ``schema``            ``"gather(Tensor x, Tensor index) -> Tensor"``
-    ``impl``              the kernel, on any device; never sees autograd
-    ``fake``              output shapes and dtypes from input shapes and dtypes
-    ``checkpoint``        a name declared with :func:`checkpoint`
-    ``example``           random arguments in float64, of the same shapes each time
-    ``plain``             the same function in plain PyTorch, the oracle; not needed with a ``reference``
-    ``dependent``         the example's last arguments, where they follow from the others: what a forward
-                          hands to its backward
-    ``residual_outputs``  how many trailing outputs exist for the backward only; callers don't see them
-    ``residuals``         ``(inputs, outputs)`` -> what the rules need; nothing else is kept
-    ``vjp``               ``(residuals, needs, *cotangents)``; ``needs`` says which inputs want one
-    ``jvp``               ``(residuals, *tangents)``, ``None`` where there is none
-    ``vmap``              ``(batch_size, dims, *inputs)``, ``dims`` 0 or ``None`` -> :class:`Fold`, or the
-                          outputs with the batch in front
-    ``reference``         the same function of base operators; gives each rule that isn't stated
+    ================  ========================================
+    schema            ``"gather(Tensor x, Tensor index) -> Tensor"``
+    impl              the kernel, on any device; never sees autograd
+    fake              output shapes and dtypes from input shapes and dtypes
+    checkpoint        a name declared with :func:`fmoe.ops.tape.checkpoint`
+    example           random arguments in float64, of the same shapes each time
+    plain             the same function in plain PyTorch, the oracle; not needed with a ``reference``
+    dependent         the example's last arguments, where they follow from the others: what a forward
+                      hands to its backward
+    residual_outputs  how many trailing outputs exist for the backward only; callers don't see them
+    residuals         ``(inputs, outputs)`` -> what the rules need; nothing else is kept
+    vjp               ``(residuals, needs, *cotangents)``; ``needs`` says which inputs want one
+    jvp               ``(residuals, *tangents)``, ``None`` where there is none
+    vmap              ``(batch_size, dims, *inputs)``, ``dims`` 0 or ``None`` -> :class:`Fold`, or the
+                      outputs with the batch in front
+    reference         the same function of base operators; gives each rule that isn't stated
+    ================  ========================================
 
     An operator without floating-point outputs needs no ``vjp`` and no ``jvp``. Where a rule can't
-    exist, :class:`Unsupported` takes its place.
+    exist, :class:`~fmoe.ops.refuse.Unsupported` takes its place. ``docs/operators.md`` declares two.
+
+    Raises ``TypeError`` with neither ``plain`` nor ``reference``.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -165,7 +169,12 @@ def declare(
 
 
 def operators() -> dict[str, Operator]:
-    """Every operator declared so far, by name."""
+    """Every operator declared so far, by name.
+
+    >>> import fmoe
+    >>> operators()["gather"].checkpoint
+    'gather'
+    """
     return dict(_REGISTRY)
 
 

@@ -18,7 +18,18 @@ ROUTER = checkpoint("router", save=False)
 
 
 class RouterParams(NamedTuple):
-    """``weight_ED`` scores experts; ``bias_E`` (float32) is added for the choice only, never to weights."""
+    """A router's parameters, made by :func:`fmoe.moe_init`.
+
+    =========  ======  ===================================================================
+    weight_ED  (E, D)  scores experts, in the dtype of the other parameters
+    bias_E     (E,)    float32; added for the choice only, never to weights, so its gradient is zero
+    =========  ======  ===================================================================
+
+    >>> import fmoe
+    >>> router = fmoe.moe_init(0, dim=8, hidden_dim=16, num_experts=4, dtype=torch.bfloat16).router
+    >>> router.weight_ED.shape, router.bias_E.dtype
+    (torch.Size([4, 8]), torch.float32)
+    """
 
     weight_ED: torch.Tensor
     bias_E: torch.Tensor
@@ -28,15 +39,17 @@ class RouterParams(NamedTuple):
 class RouterConfig:
     """How tokens choose experts; the default is DeepSeek-V3's.
 
-    ``top_k``                 experts per token
-    ``score_func``            ``"sigmoid"`` or ``"softmax"`` of the router's logits
-    ``num_groups``            experts form this many groups of equal size, e.g. one per node
-    ``top_groups``            a token uses only its best groups
-    ``group_best``            a group's score is the sum of this many of its best experts: 1 in DeepSeek-V2
-    ``normalize``             a token's weights sum to one before scaling
-    ``scale``                 what weights are multiplied by
-    ``score_before_experts``  weigh an expert's input instead of its output
-    ``force_balance``         choose round robin, whatever the scores: for benchmarks
+    ====================  ========================================
+    top_k                 experts per token
+    score_func            ``"sigmoid"`` or ``"softmax"`` of the router's logits
+    num_groups            experts form this many groups of equal size, e.g. one per node
+    top_groups            a token uses only its best groups
+    group_best            a group's score is the sum of this many of its best experts: 1 in DeepSeek-V2
+    normalize             a token's weights sum to one before scaling
+    scale                 what weights are multiplied by
+    score_before_experts  weigh an expert's input instead of its output
+    force_balance         choose round robin, whatever the scores: for benchmarks
+    ====================  ========================================
 
     Source: DeepSeek-V3, arXiv 2412.19437, equations 12 to 16, and its published configuration.
 
@@ -102,10 +115,18 @@ class RouterConfig:
 class Routing:
     """Which experts each token goes to; a value, made by :func:`route` or by hand.
 
-    ``expert_ids_TK``  int64; -1 drops the pair
-    ``weights_TK``     float32 or wider; differentiable
-    ``counts_E``       int64, tokens per expert, of this device's tokens
-    ``scores_TE``      every expert's score, for statistics and auxiliary losses; differentiable
+    =============  ========================================
+    expert_ids_TK  int64; -1 drops the pair
+    weights_TK     float32 or wider; differentiable
+    counts_E       int64, tokens per expert, of this device's tokens
+    scores_TE      every expert's score, for statistics and auxiliary losses; differentiable
+    =============  ========================================
+
+    >>> ids = torch.tensor([[0, 2], [2, -1]])  # the second token goes to one expert only
+    >>> routing = Routing(ids, torch.ones(2, 2), torch.tensor([1, 0, 2]), torch.ones(2, 3))
+    >>> import fmoe
+    >>> fmoe.dispatch(torch.randn(2, 4), routing)[1].offsets_e  # where the rows of each of 3 experts end
+    tensor([1, 1, 3], dtype=torch.int32)
     """
 
     expert_ids_TK: torch.Tensor

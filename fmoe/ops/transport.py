@@ -11,7 +11,10 @@ from .axes import Axes, Group, axis_names, binding, group_of, names_of, resolve
 
 
 class InFlight(NamedTuple):
-    """Rows on their way back. Until joined nothing may read them, or write to what is held for them."""
+    """Rows on their way back, from :func:`~fmoe.ops.combine.combine_start`.
+
+    Until joined nothing may read ``y_TD``, or write to what is ``held`` for it.
+    """
 
     y_TD: torch.Tensor
     held: tuple[torch.Tensor, ...] = ()
@@ -22,16 +25,24 @@ class Transport(Protocol):
 
     It is an immutable value that compares by what it stands for, as it is part of a plan's structure.
     Its functions keep the promises of :func:`fmoe.dispatch` and :func:`fmoe.combine`: they are linear in the
-    rows, each other's transpose, and built of declared operators.
+    rows, each other's transpose, and built of declared operators. ``docs/backends.md`` writes one.
     """
 
-    def dispatch(self, x_TD: torch.Tensor, routing: Any) -> tuple[torch.Tensor, Any]: ...
+    def dispatch(self, x_TD: torch.Tensor, routing: Any) -> tuple[torch.Tensor, Any]:
+        """Tokens (T, D) -> rows for the experts held here (S, D), and the :class:`fmoe.Plan` of them.
 
-    def combine(self, y_SD: torch.Tensor, plan: Any) -> torch.Tensor: ...
+        Device ``i`` of ``n`` holds experts ``i * E/n`` up to ``(i+1) * E/n``; a token comes once to each one
+        that holds an expert of its. The plan carries this transport.
+        """
 
-    def combine_start(self, y_SD: torch.Tensor, plan: Any) -> InFlight: ...
+    def combine(self, y_SD: torch.Tensor, plan: Any) -> torch.Tensor:
+        """Rows (S, D) back to where their tokens came from, summed there: (T, D)."""
 
-    def join(self, coming: InFlight, plan: Any, plus: torch.Tensor | None) -> torch.Tensor: ...
+    def combine_start(self, y_SD: torch.Tensor, plan: Any) -> InFlight:
+        """Begin :meth:`combine`; a backend that can't wait later does all of it here."""
+
+    def join(self, coming: InFlight, plan: Any, plus: torch.Tensor | None) -> torch.Tensor:
+        """Wait for what :meth:`combine_start` began, and add ``plus`` (T, D) to it, if there is any."""
 
 
 # How to carry tokens along a group that nothing was bound to; fmoe.parallel sets it.
@@ -39,6 +50,7 @@ _default: Callable[[Group], Transport] | None = None
 
 
 def set_default(make: Callable[[Group], Transport]) -> None:
+    """Make ``make(group)`` what carries tokens along an axis that no backend is bound to."""
     global _default
     _default = make
 

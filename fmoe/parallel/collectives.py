@@ -2,155 +2,53 @@
 
 They are called inside a function given to :func:`fmoe.shard_map`. ``axis`` is an axis's name or a tuple of
 names in the mesh's order, which stand for all their devices, the last varying fastest. Along an axis
-of one device nothing moves. Every operator works on blocks along dimension 0; the functions bring the
-dimension asked for there.
+of one device nothing moves. The operators they are made of work on blocks along dimension 0; the functions
+bring the dimension asked for there.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from ..errors import argument_error
 from ..ops.axes import Axes, Group, resolve
-from ..ops.bases import random
-from ..ops.derive import Dims, Tensors
-from ..ops.primitive import Fold, Operator, declare
-from ..ops.tape import checkpoint
-from .mesh import make_mesh
-
-_c10d = torch.ops._c10d_functional
-_wait = _c10d.wait_tensor
-
-
-def _collective(
-    schema: str,
-    *,
-    impl: Callable[..., torch.Tensor],
-    fake: Callable[..., torch.Tensor],
-    adjoint: Callable[..., torch.Tensor],
-    alone: Callable[[], tuple[Any, ...]] = lambda: (1, group_alone()),
-    blocks: bool = True,
-    save: bool = True,
-) -> Operator:
-    """An operator linear in its first argument; the others are static.
-
-    Its example is that of a device alone, on which nothing moves. Tests of many devices compare with devices
-    simulated in one tensor. ``alone`` gives the static arguments then.
-    ``adjoint(cotangent, *statics)`` is its transpose. ``blocks`` says that dimension 0 is special: a batch
-    goes behind it.
-    """
-    name = schema.partition("(")[0]
-
-    def swap(outs: Tensors) -> Tensors:
-        return tuple(o.movedim(0, 1) if blocks else o for o in outs)
-
-    def vmap(size: int, dims: Dims, x: torch.Tensor, *statics: Any) -> Fold:
-        return Fold((*swap((x,)), *statics), swap, swap)
-
-    def jvp(statics: tuple[Any, ...], tangent: torch.Tensor, *_: Any) -> torch.Tensor:
-        return op(tangent, *statics)
-
-    op = declare(
-        schema,
-        impl=impl,
-        fake=fake,
-        checkpoint=checkpoint(name, save=save),
-        example=lambda: (random(4, 3), *alone()),
-        plain=lambda x, *statics: x.clone(),
-        residuals=lambda inputs, outputs: inputs[1:],
-        vjp=lambda statics, needs, g: (adjoint(g, *statics), *[None] * len(statics)),
-        jvp=jvp,
-        vmap=vmap,
-    )
-    return op
-
-
-def group_alone() -> str:
-    """The name of a group of this process alone."""
-    return make_mesh().get_group("dp").group_name
-
-
-def _psum_kernel(x: torch.Tensor, group: str) -> torch.Tensor:
-    return _wait(_c10d.all_reduce(x.contiguous(), "sum", group))
-
-
-def _all_gather_kernel(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
-    return _wait(_c10d.all_gather_into_tensor(x.contiguous(), size, group))
-
-
-def _reduce_scatter_kernel(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
-    return _wait(_c10d.reduce_scatter_tensor(x.contiguous(), "sum", size, group))
-
-
-def _all_to_all_kernel(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
-    splits = [x.shape[0] // size] * size
-    return _wait(_c10d.all_to_all_single(x.contiguous(), splits, splits, group))
-
-
-def _ppermute_kernel(x: torch.Tensor, source: int, destination: int, size: int, group: str) -> torch.Tensor:
-    flat = x.contiguous().view(-1)
-    sent, received = ([flat.numel() if i == r else 0 for r in range(size)] for i in (destination, source))
-    out = _wait(_c10d.all_to_all_single(flat if destination >= 0 else flat[:0], received, sent, group))
-    return out.view(x.shape) if source >= 0 else torch.zeros_like(x)
-
-
-psum_op: Operator = _collective(
-    "psum(Tensor x, str group) -> Tensor",
-    impl=_psum_kernel,
-    fake=lambda x, group: x.new_empty(x.shape),
-    adjoint=lambda g, group: psum_op(g, group),
-    alone=lambda: (group_alone(),),
-    blocks=False,
+from ..ops.primitive import Operator
+from .collective_ops import (
+    all_gather_op,
+    all_to_all_op,
+    gather_params_op,
+    ppermute_op,
+    psum_op,
+    reduce_scatter_op,
 )
-
-all_gather_op: Operator = _collective(
-    "all_gather(Tensor x, int size, str group) -> Tensor",
-    impl=_all_gather_kernel,
-    fake=lambda x, size, group: x.new_empty(x.shape[0] * size, *x.shape[1:]),
-    adjoint=lambda g, size, group: reduce_scatter_op(g, size, group),
-)
-
-gather_params_op: Operator = _collective(
-    "gather_params(Tensor x, int size, str group) -> Tensor",
-    impl=_all_gather_kernel,
-    fake=lambda x, size, group: x.new_empty(x.shape[0] * size, *x.shape[1:]),
-    adjoint=lambda g, size, group: reduce_scatter_op(g, size, group),
-    save=False,
-)
-
-reduce_scatter_op: Operator = _collective(
-    "reduce_scatter(Tensor x, int size, str group) -> Tensor",
-    impl=_reduce_scatter_kernel,
-    fake=lambda x, size, group: x.new_empty(x.shape[0] // size, *x.shape[1:]),
-    adjoint=lambda g, size, group: all_gather_op(g, size, group),
-)
-
-all_to_all_op: Operator = _collective(
-    "all_to_all(Tensor x, int size, str group) -> Tensor",
-    impl=_all_to_all_kernel,
-    fake=lambda x, size, group: x.new_empty(x.shape),
-    adjoint=lambda g, size, group: all_to_all_op(g, size, group),
-)
-
-# source and destination are places in the group, or -1 for nobody.
-ppermute_op: Operator = _collective(
-    "ppermute(Tensor x, int source, int destination, int size, str group) -> Tensor",
-    impl=_ppermute_kernel,
-    fake=lambda x, source, destination, size, group: x.new_empty(x.shape),
-    adjoint=lambda g, source, destination, *group: ppermute_op(g, destination, source, *group),
-    alone=lambda: (0, 0, 1, group_alone()),
-    blocks=False,
-)
+from .collective_ops import group_alone as group_alone  # re-exported
 
 
 def axis_index(axis: Axes) -> int:
-    """This device's place along ``axis``, from 0."""
+    """This device's place along ``axis``, from 0.
+
+    Raises ``ValueError`` for an axis that isn't bound.
+
+    >>> import fmoe
+    >>> mesh, P = fmoe.make_mesh(), fmoe.P
+    >>> where = fmoe.shard_map(lambda x: x + axis_index("dp"), mesh, in_specs=P("dp"), out_specs=P("dp"))
+    >>> where(torch.ones(2))
+    tensor([1., 1.])
+    """
     return resolve("axis_index", axis).position
 
 
 def axis_size(axis: Axes) -> int:
-    """How many devices lie along ``axis``."""
+    """How many devices lie along ``axis``.
+
+    Raises ``ValueError`` for an axis that isn't bound.
+
+    >>> import fmoe
+    >>> mesh, P = fmoe.make_mesh(), fmoe.P
+    >>> where = fmoe.shard_map(lambda x: x * axis_size("dp"), mesh, in_specs=P("dp"), out_specs=P("dp"))
+    >>> where(torch.ones(2))
+    tensor([1., 1.])
+    """
     return resolve("axis_size", axis).size
 
 
@@ -176,22 +74,45 @@ def psum(x: torch.Tensor, axis: Axes) -> torch.Tensor:
 
 
 def pmean(x: torch.Tensor, axis: Axes) -> torch.Tensor:
-    """The mean of ``x`` over the devices along ``axis``, on each of them; see :func:`psum`."""
+    """The mean of ``x`` over the devices along ``axis``, on each of them; otherwise as :func:`psum`.
+
+    >>> import fmoe
+    >>> mesh, P = fmoe.make_mesh(), fmoe.P
+    >>> mean = fmoe.shard_map(lambda x: pmean(x.mean(), "dp"), mesh, in_specs=P("dp"), out_specs=P())
+    >>> mean(torch.tensor([1.0, 3.0]))
+    tensor(2.)
+    """
     return psum(x, axis) / axis_size(axis)
 
 
 def all_gather(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor:
     """``x`` of every device along ``axis``, concatenated along ``dim``, on each of them.
 
-    Its transpose is :func:`reduce_scatter`. Raises ``ValueError`` for an axis that isn't bound and a
-    dimension ``x`` lacks.
+    ``x`` has the same shape and dtype on every device. Its transpose is :func:`reduce_scatter`.
+
+    Raises ``ValueError`` for an axis that isn't bound and a dimension ``x`` lacks.
+
+    >>> import fmoe
+    >>> mesh, P = fmoe.make_mesh(), fmoe.P  # x is (N/dp,) on each device, the result (N,)
+    >>> whole = fmoe.shard_map(lambda x: all_gather(x, "dp"), mesh, in_specs=P("dp"), out_specs=P())
+    >>> whole(torch.arange(3))
+    tensor([0, 1, 2])
     """
     group, dim = resolve("all_gather", axis), _dimension("all_gather", "dim", x, dim)
     return x if group.size == 1 else _gathered(all_gather_op, x, dim, group)
 
 
 def gather_params(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor:
-    """:func:`all_gather` of a parameter, which ``fmoe.remat`` by default gathers again rather than keep."""
+    """:func:`all_gather` of a parameter, which ``fmoe.remat`` by default gathers again rather than keep.
+
+    >>> import fmoe
+    >>> mesh, P = fmoe.make_mesh(), fmoe.P
+    >>> def forward(w, x):  # w [3/dp], x [N/dp, 3]
+    ...     return x @ gather_params(w, "dp")
+    >>> forward = fmoe.shard_map(forward, mesh, in_specs=P("dp"), out_specs=P("dp"))
+    >>> forward(torch.ones(3), torch.eye(3))
+    tensor([1., 1., 1.])
+    """
     group, dim = resolve("gather_params", axis), _dimension("gather_params", "dim", x, dim)
     return x if group.size == 1 else _gathered(gather_params_op, x, dim, group)
 
@@ -205,8 +126,16 @@ def _gathered(op: Operator, x: torch.Tensor, dim: int, group: Group) -> torch.Te
 def reduce_scatter(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor:
     """The sum of ``x`` over the devices along ``axis``, cut along ``dim``; each device has its own piece.
 
-    Its transpose is :func:`all_gather`. Raises ``ValueError`` for an axis that isn't bound and a
-    dimension that ``x`` lacks or that doesn't divide.
+    ``x`` has the same shape and dtype on every device. Its transpose is :func:`all_gather`. JAX's name for
+    it, ``psum_scatter``, is an alias.
+
+    Raises ``ValueError`` for an axis that isn't bound and a dimension ``x`` lacks or that doesn't divide.
+
+    >>> import fmoe
+    >>> mesh, P = fmoe.make_mesh(), fmoe.P  # x is (N,) on each device, the result (N/dp,)
+    >>> total = fmoe.shard_map(lambda x: reduce_scatter(x, "dp"), mesh, in_specs=P(), out_specs=P("dp"))
+    >>> total(torch.ones(3))
+    tensor([1., 1., 1.])
     """
     group, dim = resolve("reduce_scatter", axis), _dimension("reduce_scatter", "dim", x, dim)
     _check_divides("reduce_scatter", "dim", x, dim, axis, group)
@@ -223,8 +152,16 @@ def all_to_all(x: torch.Tensor, axis: Axes, *, split_dim: int = 0, concat_dim: i
     """Cut ``x`` along ``split_dim``, send the pieces along ``axis``, concatenate along ``concat_dim``.
 
     Piece ``i`` goes to device ``i`` of the axis; the piece that device ``j`` sent comes ``j``-th. Its
-    transpose swaps the two dimensions. Raises ``ValueError`` for an axis that isn't bound and a
-    dimension that ``x`` lacks or that doesn't divide.
+    transpose swaps the two dimensions.
+
+    Raises ``ValueError`` for an axis that isn't bound and a dimension ``x`` lacks or that doesn't divide.
+
+    >>> import fmoe
+    >>> mesh, P = fmoe.make_mesh(), fmoe.P
+    >>> def transposed(x):  # [N/ep, M] -> [N, M/ep]
+    ...     return all_to_all(x, "ep", split_dim=1, concat_dim=0)
+    >>> fmoe.shard_map(transposed, mesh, in_specs=P("ep"), out_specs=P(None, "ep"))(torch.ones(2, 3)).shape
+    torch.Size([2, 3])
     """
     group = resolve("all_to_all", axis)
     split_dim = _dimension("all_to_all", "split_dim", x, split_dim)
@@ -241,8 +178,17 @@ def all_to_all(x: torch.Tensor, axis: Axes, *, split_dim: int = 0, concat_dim: i
 def ppermute(x: torch.Tensor, axis: Axes, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
     """Send ``x`` along ``axis`` by ``(source, destination)`` pairs; who receives nothing has zeros.
 
-    Its transpose sends along the pairs reversed. Raises ``ValueError`` for an axis that isn't bound, and
-    for pairs that name a place outside it, or one source or destination twice.
+    Its transpose sends along the pairs reversed.
+
+    Raises ``ValueError`` for an axis that isn't bound, and for pairs that name a place outside it, or one
+    source or destination twice.
+
+    >>> import fmoe
+    >>> mesh, P = fmoe.make_mesh(), fmoe.P
+    >>> def from_left(x):  # every device gets its left neighbour's, the first zeros
+    ...     return ppermute(x, "dp", [(i, i + 1) for i in range(axis_size("dp") - 1)])
+    >>> fmoe.shard_map(from_left, mesh, in_specs=P("dp"), out_specs=P("dp"))(torch.ones(2))
+    tensor([0., 0.])
     """
     group = resolve("ppermute", axis)
     sources, destinations = [a for a, _ in pairs], [b for _, b in pairs]

@@ -1,6 +1,5 @@
 """Meshes of devices with the axes ``pp``, ``dp``, ``ep``, ``tp``."""
 
-import functools
 import itertools
 import math
 import os
@@ -76,16 +75,17 @@ def _shape(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:
 def parse_axes(function: str, axes: str, sizes: Mapping[str, int] = MappingProxyType({})) -> tuple[int, ...]:
     """The size of each of ``AXES``. Raises ``ValueError`` for axes it doesn't know, and sizes below one."""
     found: list[tuple[str, int]] = list(sizes.items())
-    error = functools.partial(_error, function=function)
     for item in filter(None, axes.replace(" ", "").split(",")):
         if not re.fullmatch(r"\w+=\d+", item):
-            raise error(repr(axes), 'axes and sizes like "dp=2,ep=4"', "Correct it.")
+            raise _error(repr(axes), 'axes and sizes like "dp=2,ep=4"', "Correct it.", function)
         name, _, size = item.partition("=")
         found.append((name, int(size)))
     names = [name for name, _ in found]
     bad = [f"{n}={s}" for n, s in found if n not in AXES or type(s) is not int or s < 1 or names.count(n) > 1]
     if bad:
-        raise error(", ".join(bad), f"each of {AXES} at most once, of size at least 1", "Correct it.")
+        raise _error(
+            ", ".join(bad), f"each of {AXES} at most once, of size at least 1", "Correct it.", function
+        )
     return tuple(dict(found).get(name, 1) for name in AXES)
 
 

@@ -121,7 +121,8 @@ class Processes:
             if silent:
                 self.stop(patience=0)
             failures |= dict.fromkeys(silent, "died, or no answer in time")
-            raise RankError("\n".join(f"rank {rank}: {text}" for rank, text in failures.items()))
+            told = "\n".join(f"rank {rank}: {text}" for rank, text in failures.items())
+            raise RankError(told)
         return [results[rank] for rank in range(ranks)]
 
     def stop(self, patience: float = 5.0) -> None:

@@ -51,6 +51,10 @@ def spec_of(tensor: "DTensor") -> P:
     """A DTensor's placements as a spec, over axes of more than one device.
 
     Raises ``ValueError`` for placements no spec describes, as partial sums are.
+
+    >>> import fmoe
+    >>> spec_of(distribute(torch.ones(4, 2), P("ep"), fmoe.make_mesh()))  # one device along ep: no axis
+    P(None, None)
     """
     from torch.distributed.tensor import Replicate, Shard
 
@@ -76,7 +80,7 @@ def distribute(tree: Any, specs: Any, mesh: DeviceMesh) -> Any:
 
     =======  ======================================================================
     tree     tensors
-    specs    a tree prefix of it, of :class:`P` or ``ParamSpec``; axes the mesh lacks are ignored
+    specs    a tree prefix of it, of :class:`fmoe.P` or ``ParamSpec``; axes the mesh lacks are ignored
     -> tree  DTensors; every device keeps its own piece, and nothing is sent
     =======  ======================================================================
 

@@ -27,7 +27,14 @@ from .wire import swap_rows
 
 
 class AllToAll(NamedTuple):
-    """The all-to-all backend on the devices of one group."""
+    """The all-to-all backend on the devices of one group: a :class:`~fmoe.ops.transport.Transport`.
+
+    :func:`fmoe.dispatch` makes one where an axis has no other backend.
+
+    >>> backend = AllToAll(Group(group_alone(), 1, 0))  # for fmoe.shard_map(..., backends={"ep": backend})
+    >>> backend.group.size
+    1
+    """
 
     group: Group
 

@@ -23,7 +23,16 @@ from .deepep_ops import deepep_combine, deepep_dispatch, deepep_join
 
 
 class DeepEP(NamedTuple):
-    """The DeepEP backend: the devices of one group, and the name of their buffer."""
+    """The DeepEP backend, from :func:`deepep`: the devices of one group, and the name of their buffer.
+
+    A :class:`~fmoe.ops.transport.Transport` as :class:`AllToAll` is.
+
+    >>> import fmoe
+    >>> sizes = dict(max_tokens_per_rank=64, dim=256, top_k=2, num_experts=8)
+    >>> with deepep(fmoe.make_mesh()["ep"], **sizes) as backend:
+    ...     isinstance(backend, DeepEP)
+    True
+    """
 
     group: Group
     buffer: str

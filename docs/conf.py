@@ -1,0 +1,22 @@
+"""How Sphinx builds these pages: ``sphinx-build -W --keep-going -n docs docs/_build``."""
+
+import importlib.metadata
+
+project = "fmoe"
+author = "the authors of fmoe"
+version = release = importlib.metadata.version("fmoe")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"fmoe {release}"
+
+# Links to headings, by the names GitHub gives them.
+myst_heading_anchors = 4
+
+autodoc_member_order = "bysource"
+# Docstrings say what things are, with shapes; signatures stay short.
+autodoc_typehints = "none"
+autodoc_preserve_defaults = True
+
+nitpicky = True

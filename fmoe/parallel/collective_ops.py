@@ -1,0 +1,139 @@
+"""The operators that collectives are made of: each linear, its backward the adjoint collective.
+
+Every operator works on blocks along dimension 0.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..ops.bases import random
+from ..ops.derive import Dims, Tensors
+from ..ops.primitive import Fold, Operator, declare
+from ..ops.tape import checkpoint
+from .mesh import make_mesh
+
+_c10d = torch.ops._c10d_functional
+_wait = _c10d.wait_tensor
+
+
+def _collective(
+    schema: str,
+    *,
+    impl: Callable[..., torch.Tensor],
+    fake: Callable[..., torch.Tensor],
+    adjoint: Callable[..., torch.Tensor],
+    alone: Callable[[], tuple[Any, ...]] = lambda: (1, group_alone()),
+    blocks: bool = True,
+    save: bool = True,
+) -> Operator:
+    """An operator linear in its first argument; the others are static.
+
+    Its example is that of a device alone, on which nothing moves. Tests of many devices compare with devices
+    simulated in one tensor. ``alone`` gives the static arguments then.
+    ``adjoint(cotangent, *statics)`` is its transpose. ``blocks`` says that dimension 0 is special: a batch
+    goes behind it.
+    """
+    name = schema.partition("(")[0]
+
+    def swap(outs: Tensors) -> Tensors:
+        return tuple(o.movedim(0, 1) if blocks else o for o in outs)
+
+    def vmap(size: int, dims: Dims, x: torch.Tensor, *statics: Any) -> Fold:
+        return Fold((*swap((x,)), *statics), swap, swap)
+
+    def jvp(statics: tuple[Any, ...], tangent: torch.Tensor, *_: Any) -> torch.Tensor:
+        return op(tangent, *statics)
+
+    op = declare(
+        schema,
+        impl=impl,
+        fake=fake,
+        checkpoint=checkpoint(name, save=save),
+        example=lambda: (random(4, 3), *alone()),
+        plain=lambda x, *statics: x.clone(),
+        residuals=lambda inputs, outputs: inputs[1:],
+        vjp=lambda statics, needs, g: (adjoint(g, *statics), *[None] * len(statics)),
+        jvp=jvp,
+        vmap=vmap,
+    )
+    return op
+
+
+def group_alone() -> str:
+    """The name of a group of this process alone."""
+    return make_mesh().get_group("dp").group_name
+
+
+def _psum_kernel(x: torch.Tensor, group: str) -> torch.Tensor:
+    return _wait(_c10d.all_reduce(x.contiguous(), "sum", group))
+
+
+def _all_gather_kernel(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
+    return _wait(_c10d.all_gather_into_tensor(x.contiguous(), size, group))
+
+
+def _reduce_scatter_kernel(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
+    return _wait(_c10d.reduce_scatter_tensor(x.contiguous(), "sum", size, group))
+
+
+def _all_to_all_kernel(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
+    splits = [x.shape[0] // size] * size
+    return _wait(_c10d.all_to_all_single(x.contiguous(), splits, splits, group))
+
+
+def _ppermute_kernel(x: torch.Tensor, source: int, destination: int, size: int, group: str) -> torch.Tensor:
+    flat = x.contiguous().view(-1)
+    sent, received = ([flat.numel() if i == r else 0 for r in range(size)] for i in (destination, source))
+    out = _wait(_c10d.all_to_all_single(flat if destination >= 0 else flat[:0], received, sent, group))
+    return out.view(x.shape) if source >= 0 else torch.zeros_like(x)
+
+
+psum_op: Operator = _collective(
+    "psum(Tensor x, str group) -> Tensor",
+    impl=_psum_kernel,
+    fake=lambda x, group: x.new_empty(x.shape),
+    adjoint=lambda g, group: psum_op(g, group),
+    alone=lambda: (group_alone(),),
+    blocks=False,
+)
+
+all_gather_op: Operator = _collective(
+    "all_gather(Tensor x, int size, str group) -> Tensor",
+    impl=_all_gather_kernel,
+    fake=lambda x, size, group: x.new_empty(x.shape[0] * size, *x.shape[1:]),
+    adjoint=lambda g, size, group: reduce_scatter_op(g, size, group),
+)
+
+gather_params_op: Operator = _collective(
+    "gather_params(Tensor x, int size, str group) -> Tensor",
+    impl=_all_gather_kernel,
+    fake=lambda x, size, group: x.new_empty(x.shape[0] * size, *x.shape[1:]),
+    adjoint=lambda g, size, group: reduce_scatter_op(g, size, group),
+    save=False,
+)
+
+reduce_scatter_op: Operator = _collective(
+    "reduce_scatter(Tensor x, int size, str group) -> Tensor",
+    impl=_reduce_scatter_kernel,
+    fake=lambda x, size, group: x.new_empty(x.shape[0] // size, *x.shape[1:]),
+    adjoint=lambda g, size, group: all_gather_op(g, size, group),
+)
+
+all_to_all_op: Operator = _collective(
+    "all_to_all(Tensor x, int size, str group) -> Tensor",
+    impl=_all_to_all_kernel,
+    fake=lambda x, size, group: x.new_empty(x.shape),
+    adjoint=lambda g, size, group: all_to_all_op(g, size, group),
+)
+
+# source and destination are places in the group, or -1 for nobody.
+ppermute_op: Operator = _collective(
+    "ppermute(Tensor x, int source, int destination, int size, str group) -> Tensor",
+    impl=_ppermute_kernel,
+    fake=lambda x, source, destination, size, group: x.new_empty(x.shape),
+    adjoint=lambda g, source, destination, *group: ppermute_op(g, destination, source, *group),
+    alone=lambda: (0, 0, 1, group_alone()),
+    blocks=False,
+)
