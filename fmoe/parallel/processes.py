@@ -29,7 +29,15 @@ GRACE = 3.0  # seconds for the other ranks, once one has failed
 
 
 class RankError(RuntimeError):
-    """What went wrong on which rank, with its traceback."""
+    """What went wrong on which rank, with its traceback.
+
+    >>> with Processes(1) as devices:
+    ...     try:
+    ...         devices.run(divmod, 1, 0)
+    ...     except RankError as error:
+    ...         print(error.args[0].splitlines()[0], "...", error.args[0].splitlines()[-1])
+    rank 0: Traceback (most recent call last): ... ZeroDivisionError: integer division or modulo by zero
+    """
 
 
 class Processes:
