@@ -8,7 +8,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import plan as planning
 from . import plot
 from .bench.layers import ROUTINGS, SHAPES, Shape
 from .bench.measure import bench_layer, report, write_json
@@ -20,7 +19,8 @@ from .introspect import Support, operator_support
 from .models import deepseek_v3
 from .models.config import PRESETS
 from .parallel.together import this_rank
-from .plan_table import report as planned
+from .plan import plan as plan_step
+from .plan import report as planned
 from .transforms import per_layer
 
 DTYPES = ("bfloat16", "float32", "float64")
@@ -99,7 +99,7 @@ def doctor(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     config = cut(deepseek_v3.preset(args.model), args.layers)
-    found = planning.plan(
+    found = plan_step(
         config, args.mesh, batch_size=args.batch_size, seq_len=args.seq_len, micro_batches=args.micro_batches,
         dtype=getattr(torch, args.dtype), compute_dtype=getattr(torch, args.compute_dtype or args.dtype),
         per_layer=per_layer(args.remat), imbalance=args.imbalance,

@@ -14,14 +14,14 @@ from helpers import allocated_at_once
 from laws import ranks_of
 
 import fmoe
-from fmoe import __main__, dry_run, gradients, optim
+from fmoe import __main__, gradients, optim
 from fmoe.bench.model import bench_model, cut
 from fmoe.introspect import kept_bytes, wire_bytes
 from fmoe.models import deepseek_v3
 from fmoe.models.config import preset
 from fmoe.ops import attention, experts
 from fmoe.ops.cross_entropy import cross_entropy_terms, cross_entropy_terms_backward
-from fmoe.plan import copies_per_token, plan
+from fmoe.plan import copies_per_token, dry_run, plan
 from fmoe.tree import local
 
 SMALL = dataclasses.replace(preset("debug"), num_layers=3, vocab_size=1000)

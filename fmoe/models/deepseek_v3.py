@@ -1,7 +1,7 @@
 """DeepSeek-V3: latent attention, dense first layers, mixture-of-experts layers with shared experts.
 
-On a mesh the model is one function inside :func:`fmoe.shard_map`: tokens along ``dp`` and ``ep``, experts along
-``ep``, heads, hidden dimensions and the vocabulary along ``tp``, the rest cut and gathered where it is used.
+On a mesh the model is one function inside :func:`fmoe.shard_map`: tokens along ``dp`` and ``ep``, experts
+along ``ep``, heads, hidden dimensions and the vocabulary along ``tp``, the rest cut and gathered when used.
 """
 
 from collections.abc import Callable

@@ -11,23 +11,23 @@ import optree
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..errors import argument_error
+from ..gradients import accumulate, computing_in
+from ..introspect import operator_class
+from ..models import deepseek_v3
+from ..models.attention import rope_table
+from ..models.config import DeepSeekV3Config
+from ..models.params import ModelParams, specs
+from ..models.vocabulary import embed, summed_cross_entropy
+from ..ops.axes import Binding, axis_sizes, bound
+from ..optim import Optimizer, clip_by_global_norm
+from ..parallel.boundary import enter
+from ..parallel.collectives import psum
+from ..parallel.placement import computing, moved, moves, token_axes
+from ..parallel.spec import axes_by_dim, known_axes
+from ..transforms import value_and_grad
+from ..tree import is_spec
 from .dry_run import CUBLAS, DryRun, Rows
-from .errors import argument_error
-from .gradients import accumulate, computing_in
-from .introspect import operator_class
-from .models import deepseek_v3
-from .models.attention import rope_table
-from .models.config import DeepSeekV3Config
-from .models.params import ModelParams, specs
-from .models.vocabulary import embed, summed_cross_entropy
-from .ops.axes import Binding, axis_sizes, bound
-from .optim import Optimizer, clip_by_global_norm
-from .parallel.boundary import enter
-from .parallel.collectives import psum
-from .parallel.placement import computing, moved, moves, token_axes
-from .parallel.spec import axes_by_dim, known_axes
-from .transforms import value_and_grad
-from .tree import is_spec
 
 PHASES = ("forward", "backward", "clip", "update")
 PARTS = ("parameters", "converted", "gradients", "optimizer", "activations", "workspace")

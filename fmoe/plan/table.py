@@ -5,8 +5,8 @@ from itertools import groupby
 from rich.console import Console
 from rich.table import Table
 
-from .plan import Plan
-from .plan_stage import PARTS, StagePlan
+from .planning import Plan
+from .stage import PARTS, StagePlan
 
 
 def report(plan: Plan, console: Console, title: str = "") -> None:

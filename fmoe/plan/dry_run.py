@@ -13,7 +13,7 @@ import optree
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .ops.cross_entropy import block_columns
+from ..ops.cross_entropy import block_columns
 
 GRANULE = 512  # CUDA's allocator rounds up to it
 CUBLAS = 2 * 32 * 2**20  # its workspace on Hopper, once for each thread that launches: forward, backward
