@@ -46,6 +46,23 @@ def pool() -> Iterator[Pool]:
     workers.stop(patience=5)
 
 
+# Files whose tests start processes of their own.
+STARTS_PROCESSES = {
+    "test_doctor.py",
+    "test_docs.py",
+    "test_notebooks.py",
+    "test_processes.py",
+    "test_train_many.py",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """``ranks``: what keeps all cores busy by itself, and is ten times slower beside another of its kind."""
+    for item in items:
+        if "pool" in getattr(item, "fixturenames", ()) or item.path.name in STARTS_PROCESSES:
+            item.add_marker("ranks")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="the seed of every test; fresh by default")
 

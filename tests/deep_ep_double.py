@@ -241,3 +241,11 @@ def install(
     Settings.peers = adapter.PEERS = peers
     Settings.payloads = adapter.PAYLOADS = payloads
     adapter.DEVICES = ("cuda", "cpu")
+
+
+def remove() -> None:
+    """As if it had never been there."""
+    deepep_buffers.free_kept()
+    deepep_buffers._AGREED.clear()
+    sys.modules.pop("deep_ep", None)
+    adapter.DEVICES, adapter.PAYLOADS, adapter.PEERS = ("cuda",), (torch.bfloat16,), 8

@@ -1,5 +1,6 @@
 """The processes that all tests share, and run with fresh seeds."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,4 +24,8 @@ class Pool(Processes):
 def _seeded(seed: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     torch.set_default_device(None)
     torch.manual_seed(seed)
-    return function(*args)
+    try:
+        return function(*args)
+    finally:
+        if double := sys.modules.get("deep_ep_double"):
+            double.remove()  # else the next test would find DeepEP

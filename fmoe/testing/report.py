@@ -33,6 +33,8 @@ class Found(NamedTuple):
         return self.error / self.allowed if self.allowed else float("inf") if self.error else 0.0
 
     def __str__(self) -> str:
+        if self.allowed == 0 and float(self.error).is_integer():
+            return f"{self.what}: {self.error:.0f}, where 0 is right"
         return f"{self.what} is off by {self.error:.1e}, allowed {self.allowed:.1e}"
 
 

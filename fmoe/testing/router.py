@@ -172,6 +172,5 @@ def check_router(
             remedy="Pass the router's.",
         )
     name = getattr(router, "__name__", type(router).__name__)
-    return hold(
-        "check_router", f"{name}, {leaves[0].dtype}", LAWS, Subject(router, params, tokens, dim), laws, seed
-    )
+    title = f"{name}, {str(leaves[0].dtype).removeprefix('torch.')}"
+    return hold("check_router", title, LAWS, Subject(router, params, tokens, dim), laws, seed)
