@@ -1,8 +1,8 @@
 """What this machine has, and what fmoe can do with it."""
 
 import importlib.metadata
-import os
 import platform
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +15,8 @@ from .ops.reference import swiglu_reference
 from .ops.route import RouterConfig, RouterParams, Routing, route
 from .parallel.backends import choose, deepep
 from .parallel.backends.deepep_transport import DeepEP
-from .parallel.mesh import make_mesh
+from .parallel.mesh import make_mesh, num_processes
+from .parallel.together import num_ranks, this_rank
 from .testing import LawBroken, Report, check_backend, check_experts, check_router
 from .testing.backend import LAWS
 
@@ -81,7 +82,7 @@ def self_test() -> dict[str, Any]:
     each check, its ``report`` in words, and what is ``broken``, in words, or ``None``.
     """
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    size = num_processes()
     mesh = make_mesh(f"ep={size}", device_type=device)
     params = moe_init(0, dim=64, hidden_dim=32, num_experts=8, dtype=dtype, device=device)
     params = params._replace(experts=type(params.experts)(*(8 * w for w in params.experts)))
@@ -112,6 +113,11 @@ def _tried(check: Callable[[], Report]) -> dict[str, Any]:
     try:
         return {"report": str(check()), "broken": None}
     except LawBroken as error:
+        stuck = error.__cause__ is not None and num_ranks() > 1
+        if stuck or this_rank() != 0:  # what the first rank found is in its report
+            print(f"rank {this_rank()}: {error}", file=sys.stderr)
+        if stuck:
+            sys.exit(1)  # others may be waiting for this rank: the launcher ends them
         return {"report": str(error.report), "broken": str(error)}
 
 

@@ -38,6 +38,34 @@ def test_it_tests_itself_on_all_processes_under_a_launcher():
     assert "ep=2" in found["self_test"]["all_to_all"]["report"]
 
 
+def test_a_world_size_without_a_rank_is_no_launch(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("RANK", raising=False)
+    assert json.loads(run("--json"))["self_test"].keys() == {"router", "experts", "local"}
+
+
+BROKEN_ON_RANK_1 = """
+import os, sys
+from fmoe import __main__
+from fmoe.parallel import AllToAll
+def dispatch(*_):
+    raise OSError("the driver is broken")
+if os.environ["RANK"] == "1":
+    AllToAll.dispatch = dispatch
+sys.argv = ["fmoe", "doctor"]
+__main__.main()
+"""
+
+
+def test_what_only_another_rank_finds_is_told(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(BROKEN_ON_RANK_1)
+    done = subprocess.run([sys.executable, *TORCHRUN, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "rank 1: check_backend: AllToAll on " in done.stderr
+    assert "met OSError: the driver is broken" in done.stderr
+
+
 def counts_none(params, x, config):
     r = fmoe.route(params, x, config)
     return fmoe.Routing(r.expert_ids_TK, r.weights_TK, 0 * r.counts_E, r.scores_TE)

@@ -11,6 +11,8 @@ import fmoe
 
 ROOT = pathlib.Path(fmoe.__file__).parent
 ORDER = ["errors", "tree", "ops", "recompute", "transforms", "parallel", "models"]
+# Of what comes after these, in which order.
+AFTER = ["optim", "gradients", "introspect", "plan", "bench", "plot", "testing", "doctor", "__main__"]
 OPTIONAL = {
     "cloudpickle",
     "deep_ep",
@@ -34,6 +36,9 @@ MAY_IMPORT = {
 
 
 def rank(module: str) -> int:
+    """Helpers of training that are in neither list come between the two."""
+    if module in AFTER:
+        return len(ORDER) + 1 + AFTER.index(module)
     return ORDER.index(module) if module in ORDER else len(ORDER)
 
 

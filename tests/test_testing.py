@@ -90,6 +90,30 @@ class Wild(AllToAll):
         return super().combine(y_SD, plan) + 0 * y_SD.new_tensor(torch.nan)
 
 
+class ForgetsWhatTheRouterSays(AllToAll):
+    """Weighs outputs, also where inputs were to be weighed."""
+
+    def dispatch(self, x_TD, routing):
+        x_SD, plan = super().dispatch(x_TD, routing)
+        return x_SD, replace(plan, score_before_experts=False)
+
+
+class LooksAtGradMode(AllToAll):
+    def combine(self, y_SD, plan):
+        return super().combine(y_SD, plan) * (1 if torch.is_grad_enabled() else 2)
+
+
+class KeepsSteps(AllToAll):
+    """What it sends while gradients are wanted."""
+
+    kept = []  # noqa: RUF012
+
+    def dispatch(self, x_TD, routing):
+        if torch.is_grad_enabled():
+            self.kept.append(x_TD.clone())
+        return super().dispatch(x_TD, routing)
+
+
 class Raises(AllToAll):
     def combine(self, y_SD, plan):
         raise KeyError("no such token")
@@ -101,6 +125,9 @@ MUTANTS = {
     Joins: {"oracle", "plans"},
     Remembers: {"plans"},
     Keeps: {"no_leak"},
+    KeepsSteps: {"no_leak"},
+    ForgetsWhatTheRouterSays: {"oracle"},
+    LooksAtGradMode: {"oracle"},
     Wild: {"oracle", "adjoint", "unused_rows"},
 }
 
@@ -142,7 +169,8 @@ class Gathering(AllToAll):
         ids_SK = ids_SK - self.group.position * held
         ids_SK = torch.where((ids_SK >= 0) & (ids_SK < held), ids_SK, -1)
         index = layout(ids_SK, held, ids_SK.numel())
-        return x_SD, fmoe.Plan(weights_SK, *index, (routing.expert_ids_TK,), transport=self)
+        before = routing.score_before_experts
+        return x_SD, fmoe.Plan(weights_SK, *index, (routing.expert_ids_TK,), before, self)
 
     def combine(self, y_SD, plan):
         return reduce_scatter(y_SD, "ep")[: len(plan.sent[0])]
@@ -236,6 +264,36 @@ def test_wrong_experts_are_told_which_law_they_break(wrong):
     assert broken >= WRONG_EXPERTS[wrong], text
 
 
+@pytest.mark.parametrize("scale", [0.02, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_size_of_params_decides_nothing(scale, dtype):
+    """Right experts aren't accused for large ones, and nothing isn't right for small ones."""
+    params = fmoe.ExpertParams(torch.randn(6, 2, 8, 16) * scale, torch.randn(6, 16, 8) * scale)
+    params = fmoe.ExpertParams(*(w.to(dtype) for w in params))
+    assert not check_experts(
+        fmoe.experts_grouped_mm, params, swiglu_reference, dim=16, laws=EXPERT_LAWS
+    ).broken
+    nothing = lambda params, x_SD, plan: x_SD * 0  # noqa: E731
+    broken, text = broken_by(
+        lambda: check_experts(nothing, params, swiglu_reference, dim=16, laws=["oracle", "second"])
+    )
+    assert broken == {"oracle", "second"}, text
+
+
+def test_an_exception_does_not_hide_what_was_found_before():
+    def experts(params, x_SD, plan):
+        if torch._C._functorch.is_batchedtensor(x_SD):
+            raise KeyError("no vmap")
+        return 2 * tanh_experts(params, x_SD, plan)
+
+    w = torch.randn(4, 8, 8) / 3
+    with pytest.raises(LawBroken) as caught:
+        check_experts(experts, w, one_tanh, dim=8, laws=["oracle", "second", "transforms"])
+    text = str(caught.value)
+    assert "transforms met KeyError: 'no vmap'" in text and "2 of 2 laws are broken" in text
+    assert caught.value.report.broken == ["oracle", "second"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_the_librarys_experts_and_ones_own_keep_the_laws(dtype):
     params = fmoe.ExpertParams(torch.randn(6, 2, 8, 16) / 4, torch.randn(6, 16, 8) / 3)
@@ -298,6 +356,15 @@ def test_the_librarys_router_keeps_the_laws(score_func):
     params = fmoe.RouterParams(torch.randn(8, 16) / 4, torch.randn(8) / 10)
     config = fmoe.RouterConfig(top_k=2, num_groups=4, top_groups=2, score_func=score_func)
     assert not check_router(lambda p, x: fmoe.route(p, x, config), params, dim=16).broken
+
+
+def test_a_router_in_float32_is_not_accused():
+    def route(params, x_TD):
+        r = fmoe.route(params, x_TD.float(), CONFIG)
+        return fmoe.Routing(r.expert_ids_TK, r.weights_TK.float(), r.counts_E, r.scores_TE.float())
+
+    params = fmoe.RouterParams(torch.randn(8, 16) / 4, torch.randn(8) / 10)
+    assert not check_router(route, params, dim=16).broken
 
 
 # ---- errors ------------------------------------------------------------------------------------------

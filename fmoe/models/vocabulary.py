@@ -36,10 +36,11 @@ def summed_cross_entropy(
     Between forward and backward it keeps ``x`` and a number per token; logits are computed again.
     """
     axes, counted, rows = present("tp"), targets != IGNORED, x.flatten(0, -2)
-    index = torch.where(counted, targets, -1).flatten()
+    # To the operator -1 is no entry, which a target of -1 isn't: like all below zero it is refused.
+    index = torch.where(counted, torch.where(targets < 0, weight.shape[0], targets), -1).flatten()
     if axis_size(axes) > 1:
         local, here = _mine(torch.where(counted, targets, 0).flatten(), weight.shape[0], axes)
-        index = torch.where(here & (index >= 0), local, -1)
+        index = torch.where(here & counted.flatten(), local, -1)
     total, chosen = cross_entropy_terms(rows, weight, index, logits_bytes).unbind()
     if axis_size(axes) > 1:
         top = all_gather(total.detach()[None], axes).amax(0)

@@ -38,9 +38,7 @@ def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -
     """
     shape = _shape(axes, sizes)
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    world = int(os.environ["WORLD_SIZE"]) if launched else 1
-    world = dist.get_world_size() if dist.is_initialized() else world
+    world = num_processes()
     if math.prod(shape) != world:
         raise _error(
             ", ".join(f"{name}={size}" for name, size in zip(AXES, shape)),
@@ -52,7 +50,7 @@ def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -
             # Several processes may share a device; NCCL says so where it mustn't.
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-        if launched:
+        if launched():
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -63,6 +61,18 @@ def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -
         for several in itertools.combinations(many, count):
             mesh[several]._flatten()  # DTensor uses it too: one collective for several axes
     return mesh
+
+
+def launched() -> bool:
+    """Whether ``torchrun``, or what does as it does, started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def num_processes() -> int:
+    """Of the process group there is, or of the one that :func:`make_mesh` would join."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
 def _shape(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from ..ops.axes import axis_names, axis_sizes, describe
 from ..ops.primitive import operators
 from ..ops.tape import checkpoint_names
 from ..ops.transport import Transport
-from ..parallel.together import num_ranks
+from ..parallel.together import from_all, num_ranks
 from ..transforms import remat, save_nothing, value_and_grad
 from .moving import adjoint, plans, unused_rows
 from .report import Found, Law, Report, hold
@@ -27,7 +27,10 @@ from .setting import Case, Setting, case_of
 
 def _oracle(case: Case, what: str) -> Iterator[Found]:
     s, loss, (dense, params, x) = case.setting, case.dense_loss(), case.dense()
-    yield s.found(f"{what}: the output", error(s.forward(*case.mine()), case.own(dense(params, x))))
+    y = case.own(dense(params, x))
+    yield s.found(f"{what}: the output", error(s.forward(*case.mine()), y))
+    with torch.no_grad():
+        yield s.found(f"{what}: the output without gradients", error(s.forward(*case.mine()), y))
     got = torch.func.grad(case.loss(), (0, 1))(*case.mine())
     yield from case.compared(got, torch.func.grad(loss, (0, 1))(params, x), f"{what}: the gradient")
 
@@ -35,6 +38,7 @@ def _oracle(case: Case, what: str) -> Iterator[Found]:
 def oracle(s: Setting) -> Iterator[Found]:
     """A layer's output and gradients are those of the dense oracle in float64."""
     yield from _oracle(case_of(s), "tokens on every device")
+    yield from _oracle(case_of(s._replace(score_before_experts=True)), "weights before the experts")
 
 
 def degenerate(s: Setting) -> Iterator[Found]:
@@ -133,7 +137,7 @@ def compilation(s: Setting) -> Iterator[Found]:
 
 
 def no_leak(s: Setting) -> Iterator[Found]:
-    """Forwards without gradients keep no tensor alive."""
+    """Neither forwards without gradients nor steps with them keep a tensor alive."""
     case = case_of(s)
     params, x = case.mine()
 
@@ -141,12 +145,13 @@ def no_leak(s: Setting) -> Iterator[Found]:
         gc.collect()
         return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
-    counts = []
-    with torch.no_grad():
-        for _ in range(4):
+    counts, step = [], torch.func.grad(case.loss(), (0, 1))
+    for _ in range(4):
+        step(params, x)
+        with torch.no_grad():
             for _ in range(max(1, s.forwards // 3)):
                 s.forward(params, x)
-            counts.append(living())
+        counts.append(living())
     # The median of three, as what others left behind may be freed meanwhile, and caches may fill.
     more = sorted(late - early for early, late in pairwise(counts))[1]
     yield s.found(f"the number of tensors after {s.forwards // 3} forwards", max(0.0, float(more)), 0.0)
@@ -195,7 +200,8 @@ def check_backend(
     ===========  =================================================================================
 
     Raises :class:`LawBroken`, on every rank, saying which comparison of which law is off, by how much, on
-    which rank, and how to see it again. Raises ``ValueError`` for sizes that don't fit the mesh.
+    which rank, and how to see it again; for an exception at once, and on the rank that met it only, for
+    which the others may be waiting. Raises ``ValueError`` for sizes that don't fit the mesh.
 
     >>> import fmoe
     >>> mesh = fmoe.make_mesh("ep=1", device_type="cpu")
@@ -228,4 +234,4 @@ def check_backend(
     default = "torch.distributed's all-to-all" if devices > 1 else "no backend"
     name = default if backend is None else type(backend).__name__
     title = f"{name} on {describe(mesh)}, {mesh.device_type}, {str(dtype).removeprefix('torch.')}"
-    return hold("check_backend", title, LAWS, setting, laws, seed)
+    return hold("check_backend", title, LAWS, setting, laws, seed, together=from_all)

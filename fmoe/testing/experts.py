@@ -1,6 +1,7 @@
 """The laws of experts: what computes between dispatch and combine."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import optree
@@ -12,7 +13,7 @@ from ..ops.dispatch import Plan, dispatch
 from ..ops.route import Routing
 from ..transforms import remat, save_nothing, value_and_grad
 from .report import Found, Law, Report, hold
-from .samples import ROUTES, TOLERANCE, dot, error, routing_of, same_bits, widened
+from .samples import ROUTES, TOLERANCE, dot, error, largest, routing_of, same_bits, widened
 
 Experts = Callable[[Any, torch.Tensor, Plan], torch.Tensor]
 OneExpert = Callable[[Any, torch.Tensor], torch.Tensor]
@@ -27,6 +28,7 @@ class Subject(NamedTuple):
     tokens: int
     dim: int
     top_k: int
+    scale: float  # of outputs: the loss is a sine of them
 
     @property
     def like(self) -> torch.Tensor:
@@ -52,11 +54,20 @@ class Subject(NamedTuple):
         num_experts = self.num_experts if num_experts is None else num_experts
         return routing_of(ids_TK, num_experts, dtype=self.like.dtype, device=str(self.like.device))
 
+    def scalar(self, layer: Callable[..., torch.Tensor], c: torch.Tensor) -> Callable[..., torch.Tensor]:
+        return lambda *args: ((layer(*args).double() / self.scale).sin() * c.double()).sum()
+
+    def compared(self, what: str, got: Any, expected: Any, allowed: float) -> Iterator[Found]:
+        """Gradients, relative to their own size, or to a twentieth of the largest of them."""
+        unit = largest(expected) / 20 or 1.0
+        for part, g, e in zip(("params", "weights", "tokens"), got, expected):
+            yield Found(f"{what} by {part}", error(g, e, unit), allowed)
+
     def layer(self, routing: Routing) -> Callable[..., torch.Tensor]:
         """A function of params, weights and tokens, with this routing."""
 
         def layer(params: Any, weights_TK: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
-            route = Routing(routing.expert_ids_TK, weights_TK, routing.counts_E, routing.scores_TE)
+            route = replace(routing, weights_TK=weights_TK)
             x_SD, plan = dispatch(x_TD, route)
             return combine(self.experts(params, x_SD, plan), plan)
 
@@ -64,34 +75,42 @@ class Subject(NamedTuple):
 
     def dense(self, routing: Routing) -> Callable[..., torch.Tensor]:
         """The same from the function of one expert, which every token goes through."""
-        ids, one, num_experts = routing.expert_ids_TK, self.one, self.num_experts
-
-        def dense(params: Any, weights_TK: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
-            y = torch.zeros_like(x_TD)
-            for e in range(num_experts):
-                mine = optree.tree_map(lambda w: w[e], params)  # noqa: B023
-                y = y + one(mine, x_TD) * (weights_TK * (ids == e)).sum(1, keepdim=True)
-            return y
-
-        return dense
+        return dense_of(self.one, self.num_experts, routing)
 
 
-def scalar(layer: Callable[..., torch.Tensor], c: torch.Tensor) -> Callable[..., torch.Tensor]:
-    return lambda *args: (layer(*args).double().sin() * c.double()).sum()
+def dense_of(one: OneExpert, num_experts: int, routing: Routing) -> Callable[..., torch.Tensor]:
+    def dense(params: Any, weights_TK: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+        y = torch.zeros_like(x_TD)
+        for e in range(num_experts):
+            mine, chosen = optree.tree_map(lambda w: w[e], params), routing.expert_ids_TK == e  # noqa: B023
+            weight = (weights_TK * chosen).sum(1, keepdim=True)
+            if routing.score_before_experts:
+                y = y + torch.where(chosen.any(1, keepdim=True), one(mine, x_TD * weight), 0)
+            else:
+                y = y + one(mine, x_TD) * weight
+        return y
+
+    return dense
 
 
 def oracle(s: Subject) -> Iterator[Found]:
     """Output and gradients are those of one expert after another, in float64, for any routing."""
+    yield from _oracle(s, "weights before the experts", replace(s.routing(), score_before_experts=True))
     for name in ROUTES:
-        routing = s.routing(name)
-        x = s.rows(len(routing.expert_ids_TK))
-        args = s.params, routing.weights_TK, x
-        layer, dense, c = s.layer(routing), s.dense(routing), torch.randn(x.shape).to(x)
-        yield Found(f"{name}: the output", error(layer(*args), dense(*widened(args))), s.allowed)
-        got = torch.func.grad(scalar(layer, c), (0, 1, 2))(*args)
-        expected = torch.func.grad(scalar(dense, c), (0, 1, 2))(*widened(args))
-        for part, g, e in zip(("params", "weights", "tokens"), got, expected):
-            yield Found(f"{name}: the gradient by {part}", error(g, e), 2 * s.allowed)
+        yield from _oracle(s, name, s.routing(name))
+
+
+def _oracle(s: Subject, name: str, routing: Routing) -> Iterator[Found]:
+    x = s.rows(len(routing.expert_ids_TK))
+    args = s.params, routing.weights_TK, x
+    layer, dense, c = s.layer(routing), s.dense(routing), torch.randn(x.shape).to(x)
+    y = dense(*widened(args))
+    yield Found(f"{name}: the output", error(layer(*args), y, s.scale), s.allowed)
+    with torch.no_grad():
+        yield Found(f"{name}: the output without gradients", error(layer(*args), y, s.scale), s.allowed)
+    got = torch.func.grad(s.scalar(layer, c), (0, 1, 2))(*args)
+    expected = torch.func.grad(s.scalar(dense, c), (0, 1, 2))(*widened(args))
+    yield from s.compared(f"{name}: the gradient", got, expected, 2 * s.allowed)
 
 
 def invariance(s: Subject) -> Iterator[Found]:
@@ -104,7 +123,7 @@ def invariance(s: Subject) -> Iterator[Found]:
         part = s.routed(torch.where(here, routing.expert_ids_TK - lo, -1), hi - lo)
         params = optree.tree_map(lambda w: w[lo:hi].contiguous(), s.params)  # noqa: B023
         total = total + s.layer(part)(params, routing.weights_TK, x)
-    yield Found("the output", error(total, whole), s.allowed)
+    yield Found("the output", error(total, whole, s.scale), s.allowed)
 
 
 def second(s: Subject) -> Iterator[Found]:
@@ -113,12 +132,11 @@ def second(s: Subject) -> Iterator[Found]:
     args, c = (s.params, routing.weights_TK, x), torch.randn(x.shape).to(x)
 
     def of(layer: Callable[..., torch.Tensor], args: Any) -> Any:
-        slope = torch.func.grad(scalar(layer, c), (0, 1, 2))
+        slope = torch.func.grad(s.scalar(layer, c), (0, 1, 2))
         return torch.func.grad(lambda *a: dot(*[widened(slope(*a))] * 2), (0, 1, 2))(*args)
 
     got, expected = of(s.layer(routing), args), of(s.dense(routing), widened(args))
-    for part, g, e in zip(("params", "weights", "tokens"), got, expected):
-        yield Found(f"the squared gradient's gradient by {part}", error(g, e), 8 * s.allowed)
+    yield from s.compared("the squared gradient's gradient", got, expected, 8 * s.allowed)
 
 
 def transforms(s: Subject) -> Iterator[Found]:
@@ -129,16 +147,16 @@ def transforms(s: Subject) -> Iterator[Found]:
     tangents = optree.tree_map(lambda t: torch.randn(t.shape).to(t), args)
     got = torch.func.jvp(layer, args, tangents)[1]
     expected = torch.func.jvp(dense, widened(args), widened(tangents))[1]
-    yield Found("jvp", error(got, expected), 4 * s.allowed)
+    yield Found("jvp", error(got, expected, largest(expected)), 4 * s.allowed)
     batch = torch.stack([s.rows() for _ in range(3)])
     by_batch = (None, None, 0)
-    for what, of in (
-        ("vmap", lambda f: f),
-        ("vmap(grad)", lambda f: torch.func.grad(scalar(f, c), (0, 1, 2))),
-    ):
-        got = torch.vmap(of(layer), by_batch)(*args[:2], batch)
-        expected = torch.vmap(of(dense), by_batch)(*widened((*args[:2], batch)))
-        yield Found(what, error(got, expected), s.allowed)
+    got = torch.vmap(layer, by_batch)(*args[:2], batch)
+    expected = torch.vmap(dense, by_batch)(*widened((*args[:2], batch)))
+    yield Found("vmap", error(got, expected, s.scale), s.allowed)
+    gradients = lambda fn: torch.func.grad(s.scalar(fn, c), (0, 1, 2))  # noqa: E731
+    got = torch.vmap(gradients(layer), by_batch)(*args[:2], batch)
+    expected = torch.vmap(gradients(dense), by_batch)(*widened((*args[:2], batch)))
+    yield from s.compared("vmap(grad)", got, expected, 2 * s.allowed)
 
 
 def recomputation(s: Subject) -> Iterator[Found]:
@@ -146,9 +164,9 @@ def recomputation(s: Subject) -> Iterator[Found]:
     routing, x = s.routing(), s.rows()
     args, c = (s.params, routing.weights_TK, x), torch.randn(x.shape).to(x)
     layer = s.layer(routing)
-    plain = value_and_grad(scalar(layer, c), (0, 1, 2))(*args)
+    plain = value_and_grad(s.scalar(layer, c), (0, 1, 2))(*args)
     for name, wrapped in (("by default", remat(layer)), ("everything", remat(layer, save_nothing))):
-        again = value_and_grad(scalar(wrapped, c), (0, 1, 2))(*args)
+        again = value_and_grad(s.scalar(wrapped, c), (0, 1, 2))(*args)
         yield Found(f"recomputing {name}, the gradient", same_bits(again, plain), 0.0)
 
 
@@ -194,7 +212,8 @@ def check_experts(
 
     ===========  =================================================================================
     experts      ``(params, x_SD, plan) -> y_SD``, as :func:`fmoe.experts_grouped_mm`: every row through its
-                 experts held here, weighed by ``plan.weights_SK`` and summed
+                 experts held here, weighed by ``plan.weights_SK`` (what goes in, if the plan says
+                 ``score_before_experts``, else what comes out; ``expand`` and ``reduce`` do) and summed
     params       a tree of floating tensors, all with a first dimension of E, two experts or more
     one_expert   ``(params, x) -> y``: what one expert, whose params lack that dimension, makes of any rows
                  (N, dim), in plain PyTorch
@@ -231,7 +250,12 @@ def check_experts(
             expected="tensors of one floating dtype whose first dimension is two experts or more",
             remedy="Stack the experts' parameters.",
         )
-    subject = Subject(experts, one_expert, params, tokens, dim, top_k)
+    subject = Subject(experts, one_expert, params, tokens, dim, top_k, 1.0)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        routing, x = subject.routing(), subject.rows().double()
+    y = subject.dense(routing)(*widened((params, routing.weights_TK)), x)
+    subject = subject._replace(scale=largest(y) or 1.0)
     name = getattr(experts, "__name__", type(experts).__name__)
     title = f"{name}, {subject.num_experts} experts, {str(subject.like.dtype).removeprefix('torch.')}"
     return hold("check_experts", title, LAWS, subject, laws, seed)

@@ -62,7 +62,7 @@ def _inner_products(s: Setting, routing: Routing, copies: torch.Tensor) -> list[
 
 def unused_rows(s: Setting) -> Iterator[Found]:
     """Rows past the last one that an expert has may hold NaN, and reach nothing."""
-    params, x = s.layer(shared=False), s.rows(s.tokens * s.place.size)
+    params, x = s.random_params(shared=False), s.rows(s.tokens * s.place.size)
     mine = slice(s.tokens * s.place.position, s.tokens * (s.place.position + 1))
 
     def body(x: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ def unused_rows(s: Setting) -> Iterator[Found]:
 
 def plans(s: Setting) -> Iterator[Found]:
     """Plans are values: two may be in flight, joined in another order, combined again; join is combine."""
-    params, a, b = s.layer(shared=False), s.rows(s.tokens), s.rows(max(1, s.tokens - 1))
+    params, a, b = s.random_params(shared=False), s.rows(s.tokens), s.rows(max(1, s.tokens - 1))
     plus = torch.ones_like(b)
 
     def sent(x: torch.Tensor) -> Any:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ..errors import argument_error
-from ..parallel.together import from_all
 
 T = TypeVar("T")
 
@@ -62,7 +61,8 @@ class Report(NamedTuple):
         for name, found in self.laws.items():
             worst = max(found, key=lambda f: f.share, default=None)
             verdict = "BROKEN" if name in self.broken else "holds"
-            how = f"at worst, {worst}" if worst and worst.error else "exactly"
+            exactly = "exactly" if worst else "nothing compared"
+            how = f"at worst, {worst}" if worst and worst.error else exactly
             lines.append(f"  {name:14} {verdict:6} {self.seconds[name]:5.1f} s  {how}")
         return "\n".join(lines)
 
@@ -78,6 +78,10 @@ class LawBroken(AssertionError):
         self.report = report
 
 
+def alone(value: T) -> list[T]:
+    return [value]
+
+
 def hold(
     function: str,
     title: str,
@@ -85,31 +89,34 @@ def hold(
     subject: T,
     names: Sequence[str] | None,
     seed: int | None,
+    together: Callable[[Any], list[Any]] = alone,
 ) -> Report:
-    """Check that ``subject`` keeps the laws of these names, the same ones on all ranks.
+    """Check that ``subject`` keeps the laws of these names.
 
-    Every law begins with the same random numbers on every rank, which don't disturb the caller's. Raises
-    :class:`LawBroken` on all ranks, after the last law, if any is broken; an exception ends it at once, on
-    the rank that met it.
+    ``together`` gives the values of all ranks that do the same. Every law begins with the same random numbers
+    on every rank, which don't disturb the caller's. Raises :class:`LawBroken` on all of them, after the last
+    law, if any is broken; an exception ends it at once, on the rank that met it.
     """
     unknown = [name for name in names or () if name not in laws]
     if unknown:
         raise argument_error(
             function, "laws", got=f"{unknown}", expected=f"some of {list(laws)}", remedy="Correct the name."
         )
-    seed = from_all(int.from_bytes(os.urandom(4)) if seed is None else seed)[0]
+    seed = together(int.from_bytes(os.urandom(4)) if seed is None else seed)[0]
     report = Report(title, seed, {}, {})
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
         for name in laws if names is None else names:
             torch.manual_seed(seed)
             began = time.monotonic()
             try:
                 found = list(laws[name](subject))
             except Exception as error:
-                text = f"{function}: {title}: {name} met {type(error).__name__}: {error}"
-                text = "\n  ".join([text, _stated(laws[name]), _again(name, seed)])
-                raise LawBroken(text, report) from error
-            report.laws[name] = [max(same, key=lambda f: f.share) for same in zip(*from_all(found))]
+                met = f"{function}: {title}: {name} met {type(error).__name__}: {error}"
+                text = "\n  ".join([met, _stated(laws[name]), _again(name, seed)])
+                before = [_told(function, report, laws)] if report.broken else []
+                raise LawBroken("\n".join([text, *before]), report) from error
+            everyone = zip(*together(found), strict=True)
+            report.laws[name] = [max(same, key=lambda f: f.share) for same in everyone]
             report.seconds[name] = time.monotonic() - began
     if report.broken:
         raise LawBroken(_told(function, report, laws), report)

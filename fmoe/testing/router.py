@@ -13,7 +13,6 @@ from .report import Found, Law, Report, hold
 from .samples import dot, error, same_bits, widened
 
 Router = Callable[[Any, torch.Tensor], Routing]
-STEP = 1e-6  # of finite differences in float64: errors of truncation and rounding are of order 1e-10
 
 
 class Subject(NamedTuple):
@@ -74,43 +73,49 @@ def invariance(s: Subject) -> Iterator[Found]:
 
 
 def oracle(s: Subject) -> Iterator[Found]:
-    """Gradients of the weights and scores are what finite differences say, in float64."""
+    """Gradients of the weights and scores are what finite differences say."""
     params, x = s.wide()
     r = s.router(params, x)
+    step, allowed = (1e-6, 1e-6) if r.weights_TK.dtype == torch.float64 else (3e-3, 3e-2)
     c_weights, c_scores = torch.randn_like(r.weights_TK), torch.randn_like(r.scores_TE)
 
     def loss(params: Any, x: torch.Tensor) -> torch.Tensor:
         r = s.router(params, x)
-        return (r.weights_TK * c_weights).sum() + (r.scores_TE.to(c_scores) * c_scores).sum()
+        return (r.weights_TK * c_weights).double().sum() + (r.scores_TE * c_scores).double().sum()
 
     slope = torch.func.grad(loss, (0, 1))(params, x)
     for part, along in (("params", 0), ("tokens", 1)):
-        tangent: Any = optree.tree_map(torch.zeros_like, (params, x))
-        moved = optree.tree_map(torch.randn_like, tangent[along])
-        tangent = (moved, tangent[1]) if along == 0 else (tangent[0], moved)
-        ends = [optree.tree_map(lambda t, d: t + h * d, (params, x), tangent) for h in (-STEP, STEP)]  # noqa: B023
-        if any(not torch.equal(s.router(*end).expert_ids_TK, r.expert_ids_TK) for end in ends):
-            continue  # a choice changes between the two: there is no derivative to compare with
-        by_difference = (loss(*ends[1]) - loss(*ends[0])) / (2 * STEP)
-        yield Found(f"the slope along random {part}", error(dot(slope, tangent), by_difference), 1e-6)
+        for _ in range(20):  # until no choice changes on the way, where there would be no derivative
+            tangent = [optree.tree_map(torch.zeros_like, t) for t in (params, x)]
+            tangent[along] = optree.tree_map(torch.randn_like, (params, x)[along])
+            ends = [
+                optree.tree_map(lambda t, d: t + h * d, (params, x), tuple(tangent))  # noqa: B023
+                for h in (-step, step)
+            ]
+            if all(torch.equal(s.router(*end).expert_ids_TK, r.expert_ids_TK) for end in ends):
+                by_difference = (loss(*ends[1]) - loss(*ends[0])) / (2 * step)
+                found = dot(slope, tuple(tangent))
+                yield Found(f"the slope along random {part}", error(found, by_difference), allowed)
+                break
 
 
 def transforms(s: Subject) -> Iterator[Found]:
     """Forward mode agrees with reverse mode; a batch of tokens is routed as one after another."""
     params, x = s.wide()
     tangents = optree.tree_map(torch.randn_like, (params, x))
+    allowed = 1e-9 if s.weights(params, x).dtype == torch.float64 else 1e-4
     weights, moved, *_ = torch.func.jvp(s.weights, (params, x), tangents)
     c = torch.randn_like(weights)
     slope = torch.func.grad(lambda p, x: (s.weights(p, x) * c).sum(), (0, 1))(params, x)
-    yield Found("jvp against vjp", error((moved * c).sum(), dot(slope, tangents)), 1e-9)
+    yield Found("jvp against vjp", error((moved * c).sum(), dot(slope, tangents)), allowed)
     batch = torch.stack([x, x.flip(0), 2 * x])
     got = torch.vmap(s.weights, (None, 0))(params, batch)
-    yield Found("vmap", error(got, torch.stack([s.weights(params, x) for x in batch])), 1e-9)
+    yield Found("vmap", error(got, torch.stack([s.weights(params, x) for x in batch])), allowed)
     by_example = torch.vmap(torch.func.grad(lambda p, x: s.weights(p, x).square().sum()), (None, 0))
     one = torch.func.grad(lambda p, x: s.weights(p, x).square().sum())
     each = [one(params, x) for x in batch]
     stacked = optree.tree_map(lambda *g: torch.stack(g), *each)
-    yield Found("vmap(grad)", error(by_example(params, batch), stacked), 1e-9)
+    yield Found("vmap(grad)", error(by_example(params, batch), stacked), allowed)
 
 
 def recomputation(s: Subject) -> Iterator[Found]:
@@ -143,7 +148,8 @@ def check_router(
 
     ==========  ==================================================================================
     router      ``(params, x_TD) -> Routing``, as ``lambda p, x: fmoe.route(p, x, config)`` is; also of
-                float64 params and tokens
+                float64 params and tokens. Where its weights are float32 even then, finite differences
+                are compared loosely
     params      a tree of floating tensors
     dim         of a token
     tokens      how many to try

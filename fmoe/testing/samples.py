@@ -15,8 +15,8 @@ from ..tree import is_spec
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 0.01, torch.bfloat16: 0.06}
 
 
-def error(a: Any, b: Any) -> float:
-    """The largest difference between two trees of tensors, relative to one plus the largest value.
+def error(a: Any, b: Any, unit: float = 1.0) -> float:
+    """The largest difference between two trees of tensors, relative to ``unit`` plus the largest value.
 
     NaN is infinitely wrong, as is another shape.
 
@@ -30,7 +30,7 @@ def error(a: Any, b: Any) -> float:
     for x, y in zip(left, right):
         if x.numel():
             x, y = x.detach().double().cpu(), y.detach().double().cpu()
-            off = ((x - y).abs().max() / (1 + y.abs().max())).item()
+            off = ((x - y).abs().max() / (unit + y.abs().max())).item()
             worst = max(worst, float("inf") if off != off else off)
     return worst
 
@@ -41,6 +41,11 @@ def same_bits(a: Any, b: Any) -> float:
     if len(left) == len(right) and all(map(torch.equal, left, right)):
         return 0.0
     return max(error(a, b), 1e-300)
+
+
+def largest(tree: Any) -> float:
+    """The largest absolute value in a tree of tensors."""
+    return max((t.detach().abs().max().item() for t in optree.tree_leaves(tree) if t.numel()), default=0.0)
 
 
 def dot(a: Any, b: Any) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What the laws of a backend are tried with: a mesh, sizes, a random layer, everybody's tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import optree
@@ -34,6 +35,7 @@ class Setting(NamedTuple):
     top_k: int
     any_order: bool = False
     forwards: int = 30
+    score_before_experts: bool = False
 
     @property
     def device(self) -> str:
@@ -41,7 +43,8 @@ class Setting(NamedTuple):
 
     @property
     def config(self) -> RouterConfig:
-        return router_config(self.num_experts, self.top_k)
+        config = router_config(self.num_experts, self.top_k)
+        return replace(config, score_before_experts=self.score_before_experts)
 
     @property
     def along(self) -> Group:
@@ -63,7 +66,7 @@ class Setting(NamedTuple):
     def rows(self, count: int) -> torch.Tensor:
         return torch.randn(count, self.dim).to(self.device, self.dtype)
 
-    def layer(self, shared: bool = True) -> MoEParams:
+    def random_params(self, shared: bool = True) -> MoEParams:
         sizes = dict(dim=self.dim, hidden_dim=16, num_experts=self.num_experts)
         return random_layer(**sizes, dtype=self.dtype, device=self.device, shared=shared)
 
@@ -128,4 +131,4 @@ class Case(NamedTuple):
 
 def case_of(s: Setting, counts: Sequence[int] | None = None) -> Case:
     counts = list(counts or (max(1, s.tokens - 2 * (i % 3)) for i in range(s.place.size)))
-    return Case(s, s.layer(), counts, s.rows(sum(counts)), s.rows(sum(counts)))
+    return Case(s, s.random_params(), counts, s.rows(sum(counts)), s.rows(sum(counts)))
