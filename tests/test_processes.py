@@ -171,6 +171,21 @@ def test_functions_and_classes_of_a_session_go_there_and_back():
     )
 
 
+@pytest.mark.parametrize("main", ['if __name__ == "__main__":', "if True:"])
+def test_a_script_needs_its_main_part_apart(main, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"from fmoe.parallel import Processes\n{main}\n"
+        "    with Processes(1) as devices:\n        print(devices.run(max, 2, 3))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
+    if main.endswith("True:"):
+        assert done.stderr.count("freeze_support()\n") == 1
+        assert done.stderr.endswith("RankError: rank 0: died (exit code 1)\n")
+    else:
+        assert (done.stdout, done.stderr) == ("[3]\n", "")
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [

@@ -52,6 +52,9 @@ class Processes:
 
     They end with the ``with`` statement, with :meth:`stop`, or with this process.
 
+    Each imports the script that starts them: what it does has to stand below ``if __name__ == "__main__":``,
+    or they die as they start. A notebook, or ``python -c``, needs no such line.
+
     >>> import fmoe
     >>> def tokens_here(seed):
     ...     mesh = fmoe.make_mesh("ep=2", device_type="cpu")
