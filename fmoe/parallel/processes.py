@@ -10,14 +10,15 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 from importlib.util import find_spec
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
+from queue import Empty, SimpleQueue
 from typing import Any, Self
 
 import torch
@@ -25,6 +26,7 @@ import torch.distributed as dist
 
 from ..errors import argument_error
 
+START = 300.0  # seconds for all processes to start
 GRACE = 3.0  # seconds for the other ranks, once one has failed
 
 
@@ -45,10 +47,13 @@ class Processes:
 
     ===========  =====================================================================
     number       how many; they start with the first :meth:`run`. Where GPUs are fewer, processes share them
-    timeout      seconds a call of :meth:`run` may take, unless it says otherwise
+    timeout      seconds a call of :meth:`run` may take, from when the processes have started
     ===========  =====================================================================
 
     They end with the ``with`` statement, with :meth:`stop`, or with this process.
+
+    Each imports the script that starts them: what it does has to stand below ``if __name__ == "__main__":``,
+    or they die as they start. A notebook, or ``python -c``, needs no such line.
 
     >>> import fmoe
     >>> def tokens_here(seed):
@@ -92,19 +97,19 @@ class Processes:
                      notebook, with what it uses of it, where ``cloudpickle`` is installed
         args         the same for all ranks; they and the results are pickled
         ranks        how many; ``None``: all processes
-        timeout      seconds; ``None``: that of the processes
+        timeout      seconds from when the processes have started; ``None``: that of the processes
         ===========  =====================================================================
 
         Raises :class:`RankError` with the tracebacks of the ranks that failed, died or weren't done in time.
         """
         ranks = self.number if ranks is None else ranks
-        if not 1 <= ranks <= self.number:
+        if not isinstance(ranks, int) or not 1 <= ranks <= self.number:
             raise argument_error(
                 "Processes.run",
                 "ranks",
-                got=ranks,
-                expected=f"1 to {self.number}",
-                remedy="Start more processes.",
+                got=repr(ranks),
+                expected=f"an integer from 1 to {self.number}",
+                remedy="Correct it, or start more processes.",
             )
         timeout = self.timeout if timeout is None else timeout
         job = self._job(function, args)
@@ -112,36 +117,30 @@ class Processes:
             self.stop(patience=0)  # NCCL hangs in a process that was alone before
         if not all(process.is_alive() for process in self._processes):
             self.stop(patience=0)
-        if not self._processes:
-            self._start()
-        if ranks != self._size:
-            self._world, self._size = self._world + 1, ranks
         try:
-            for pipe in self._pipes[:ranks]:
-                pipe.send_bytes(pickle.dumps((self._world, ranks, timeout, job)))
-            results, failures = self._collect(ranks, time.monotonic() + timeout)
+            if not self._processes:
+                self._start()
+            if ranks != self._size:
+                self._world, self._size = self._world + 1, ranks
+            message = pickle.dumps((self._world, ranks, timeout, job))
+            return self._exchange(message, ranks, timeout, f"not done in {timeout:g} s")
+        except RankError:
+            self._size = 0  # collectives may be half done: the next call sets up a new world
+            raise
         except BaseException:  # such as an interrupt; their answers would be taken for those of the next call
             self.stop(patience=0)
             raise
-        if len(results) < ranks:
-            self._size = 0  # collectives may be half done: the next call sets up a new world
-            silent = {*range(ranks)} - {*results} - {*failures}
-            if silent:
-                self.stop(patience=0)
-            failures |= dict.fromkeys(silent, "died, or no answer in time")
-            told = "\n".join(f"rank {rank}: {text}" for rank, text in failures.items())
-            raise RankError(told)
-        return [results[rank] for rank in range(ranks)]
 
     def stop(self, patience: float = 5.0) -> None:
         """End the processes, by force after ``patience`` seconds; :meth:`run` starts new ones."""
-        for pipe in self._pipes:
+        for pipe in self._pipes if patience > 0 else ():
             pipe.close()  # a process that waits for work ends
         deadline = time.monotonic() + patience
         for process in self._processes:
             process.join(max(0.0, deadline - time.monotonic()))
             process.kill()
             process.join()
+        # Threads may still hold pipes: they end with the process at the other end, and close them.
         self._processes, self._pipes, self._size = [], [], 0
 
     @staticmethod
@@ -171,20 +170,57 @@ class Processes:
                 self._pipes.append(here)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._exchange(None, self.number, START, f"not started in {START:g} s")
 
-    def _collect(self, ranks: int, deadline: float) -> tuple[dict[int, Any], dict[int, str]]:
+    def _exchange(self, message: bytes | None, ranks: int, limit: float, late: str) -> list[Any]:
+        """What each rank answers to ``message``; those that don't in ``limit`` seconds are ``late``."""
+        answers: SimpleQueue[tuple[int, bytes | None]] = SimpleQueue()
+        for rank, pipe in enumerate(self._pipes[:ranks]):  # a process may stop halfway through a message
+            threading.Thread(target=_ask, args=(pipe, message, rank, answers), daemon=True).start()
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
-        waiting = dict(zip(self._pipes[:ranks], range(ranks)))
-        while waiting and (ready := wait([*waiting], max(0.0, deadline - time.monotonic()))):
-            for pipe in [pipe for pipe in waiting if pipe in ready]:
-                rank = waiting.pop(pipe)
-                with suppress(EOFError, ConnectionError):
-                    good, answer = pickle.loads(pipe.recv_bytes())
-                    (results if good else failures)[rank] = answer
-            if failures:
-                deadline = min(deadline, time.monotonic() + GRACE)
-        return results, failures
+        deadline = time.monotonic() + limit
+        while len(results) + len(failures) < ranks:
+            try:
+                rank, answer = answers.get(timeout=max(0.0, deadline - time.monotonic()))
+            except Empty:
+                failures |= dict.fromkeys({*range(ranks)} - {*results} - {*failures}, late)
+                self.stop(patience=0)
+                break
+            good, value = self._read(rank, answer)
+            (results if good else failures)[rank] = value
+            if failures and time.monotonic() + GRACE < deadline:
+                deadline = time.monotonic() + GRACE
+                late = f"not done {GRACE:g} s after another rank failed"
+        if failures:
+            told = "\n".join(f"rank {rank}: {text}" for rank, text in failures.items())
+            raise RankError(told)
+        return [results[rank] for rank in range(ranks)]
+
+    def _read(self, rank: int, answer: bytes | None) -> tuple[bool, Any]:
+        """Whether it is a result, and the result or what went wrong."""
+        if answer is None:
+            process = self._processes[rank]
+            process.join(GRACE)
+            process.kill()  # it has closed its pipe, if it isn't dead
+            process.join()
+            return False, f"died (exit code {process.exitcode})"
+        try:
+            return pickle.loads(answer)
+        except Exception:
+            return False, f"its result can't be unpickled here: {traceback.format_exc()}"
+
+
+def _ask(
+    pipe: Connection, message: bytes | None, rank: int, answers: SimpleQueue[tuple[int, bytes | None]]
+) -> None:
+    """Put what the process of ``rank`` answers; ``None`` if it dies."""
+    try:
+        if message is not None:
+            pipe.send_bytes(message)
+        answers.put((rank, pipe.recv_bytes()))
+    except (EOFError, OSError):
+        answers.put((rank, None))
 
 
 def _pickled(value: Any) -> bytes:
@@ -205,11 +241,13 @@ def _serve(rank: int, number: int, pipe: Connection, port: int) -> None:
     torch.set_num_threads(1)
     backend = _prepare(rank, number)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    world = 0
+    _forget_meshes()  # imports what would take a second of the first job's time
+    world, answer = 0, pickle.dumps((True, None))  # first, that it has started
     while True:
         try:
+            pipe.send_bytes(answer)
             message = pipe.recv_bytes()
-        except EOFError:
+        except (EOFError, OSError):
             os._exit(0)  # nothing to tidy up, and it is faster
         try:
             wanted, ranks, timeout, job = pickle.loads(message)
@@ -224,8 +262,6 @@ def _serve(rank: int, number: int, pipe: Connection, port: int) -> None:
             answer = _pickled((True, function(*args)))
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
-        with suppress(ConnectionError):
-            pipe.send_bytes(answer)
 
 
 def _prepare(rank: int, number: int) -> str:
