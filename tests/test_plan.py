@@ -89,6 +89,24 @@ def test_micro_batches_hold_one_parts_activations_and_the_sum_of_gradients():
     assert grads <= four.peaks["backward"] - one.peaks["backward"] <= 2.1 * grads  # kept in float32
 
 
+@pytest.mark.parametrize("compute", [BFLOAT16, FLOAT32])
+@pytest.mark.parametrize("kept", [BFLOAT16, FLOAT32])
+def test_sums_of_gradients_are_gradients_and_not_params_to_compute_with(kept, compute):
+    how = dict(seq_len=64, dtype=kept, compute_dtype=compute, device_type="cpu")
+    one, two, four = (plan(SMALL, batch_size=n, micro_batches=n, **how).stages[0] for n in (1, 2, 4))
+    assert one.converted == two.converted == four.converted
+    assert (one.converted == 0) == (kept == compute)
+    assert two.phases == four.phases, "the third is as the second"
+    summed = nbytes(deepseek_v3.init(SMALL, 0))
+    for phase in ("forward", "backward"):
+        before, after = one.phases[phase], two.phases[phase]
+        for part in ("parameters", "optimizer"):
+            assert after[part] == before[part]
+        assert after["converted"] <= one.converted
+        assert summed <= after["gradients"] <= summed + one.gradients
+    assert two.phases["forward"]["gradients"] == summed
+
+
 # ---- on meshes -----------------------------------------------------------------------------------
 
 
