@@ -53,6 +53,7 @@ def show_operators(args: argparse.Namespace) -> None:
 
 
 def bench(args: argparse.Namespace) -> None:
+    _check_writable(args.json)
     shapes = [Shape(*args.sizes)] if args.sizes else [SHAPES[name] for name in args.shape]
     results = []
     for shape in shapes:
@@ -67,7 +68,14 @@ def bench(args: argparse.Namespace) -> None:
         write_json(results, args.json)
 
 
+def _check_writable(*paths: str | None) -> None:
+    """Before anything is measured, which would be lost."""
+    for path in filter(None, paths):
+        open(path, "a").close()
+
+
 def model(args: argparse.Namespace) -> None:
+    _check_writable(args.json, args.trace)
     result = bench_model(
         cut(deepseek_v3.preset(args.model), args.layers), batch_size=args.batch_size, seq_len=args.seq_len,
         steps=args.steps, remat=args.remat, compiled=args.compile, dtype=getattr(torch, args.dtype),
@@ -75,7 +83,7 @@ def model(args: argparse.Namespace) -> None:
         data=args.data, device=args.device, trace=args.trace, seed=args.seed,
     )  # fmt: skip
     result["model"] = args.model
-    model_report(result, Console(width=None if Console().is_terminal else 150))
+    model_report(result, Console(width=None if Console().is_terminal else 150), args.model)
     if args.json:
         write_json(result, args.json)
 

@@ -271,6 +271,28 @@ def test_what_cannot_be_planned_is_named(mesh, options, text):
         plan(dataclasses.replace(SMALL, **options), mesh, batch_size=4, seq_len=32)
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"batch_size": 0}, "plan: batch_size: got 0, expected an integer of at least 1"),
+        ({"seq_len": 0}, "plan: seq_len: got 0, expected an integer of at least 1"),
+        ({"seq_len": 2.0}, "plan: seq_len: got 2.0, expected an integer of at least 1"),
+        ({"micro_batches": 0}, "plan: micro_batches: got 0, expected an integer of at least 1"),
+        ({"imbalance": 0}, "plan: imbalance: got 0, expected a number of at least 1"),
+        ({"imbalance": -1}, "plan: imbalance: got -1, expected a number of at least 1"),
+        ({"imbalance": float("nan")}, "plan: imbalance: got nan, expected a number of at least 1"),
+        ({"mesh": None}, "plan: mesh: got None, expected axes and sizes, as a text or a dict"),
+        (
+            {"device_type": "mps"},
+            "plan: device_type: got 'mps', expected cuda or cpu, whose allocations are known",
+        ),
+    ],
+)
+def test_what_is_no_size_or_device_is_named(options, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        plan(SMALL, **{"batch_size": 4, "seq_len": 32, **options})
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's allocator is what is planned")
 @pytest.mark.parametrize(

@@ -240,5 +240,5 @@ def check_divides(name: str, size: int, pieces: int, of: str) -> None:
         raise plan_error(name, size, f"a multiple of {of}={pieces}")
 
 
-def plan_error(argument: str, got: Any, expected: str) -> ValueError:
-    return argument_error("plan", argument, got=got, expected=expected, remedy="Choose other sizes.")
+def plan_error(argument: str, got: Any, expected: str, remedy: str = "Choose other sizes.") -> ValueError:
+    return argument_error("plan", argument, got=got, expected=expected, remedy=remedy)
