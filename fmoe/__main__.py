@@ -1,21 +1,26 @@
 """``python -m fmoe``: what the library says about itself, and what it costs here."""
 
 import argparse
+import functools
 import json
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from . import plot
-from .bench.layers import ROUTINGS, SHAPES, Shape
+from .bench.layers import ROUTINGS, SHAPES, Shape, layer_memory
 from .bench.measure import bench_layer, report, write_json
 from .bench.model import bench_model, cut
 from .bench.model import report as model_report
 from .doctor import diagnose, self_test
 from .doctor import report as diagnosis
 from .introspect import Support, operator_support
+from .metrics import read_metrics
 from .models import deepseek_v3
 from .models.config import PRESETS
 from .parallel.together import this_rank
@@ -48,6 +53,7 @@ def show_operators(args: argparse.Namespace) -> None:
 
 
 def bench(args: argparse.Namespace) -> None:
+    _check_writable(args.json)
     shapes = [Shape(*args.sizes)] if args.sizes else [SHAPES[name] for name in args.shape]
     results = []
     for shape in shapes:
@@ -62,7 +68,14 @@ def bench(args: argparse.Namespace) -> None:
         write_json(results, args.json)
 
 
+def _check_writable(*paths: str | None) -> None:
+    """Before anything is measured, which would be lost."""
+    for path in filter(None, paths):
+        open(path, "a").close()
+
+
 def model(args: argparse.Namespace) -> None:
+    _check_writable(args.json, args.trace)
     result = bench_model(
         cut(deepseek_v3.preset(args.model), args.layers), batch_size=args.batch_size, seq_len=args.seq_len,
         steps=args.steps, remat=args.remat, compiled=args.compile, dtype=getattr(torch, args.dtype),
@@ -70,7 +83,7 @@ def model(args: argparse.Namespace) -> None:
         data=args.data, device=args.device, trace=args.trace, seed=args.seed,
     )  # fmt: skip
     result["model"] = args.model
-    model_report(result, Console(width=None if Console().is_terminal else 150))
+    model_report(result, Console(width=None if Console().is_terminal else 150), args.model)
     if args.json:
         write_json(result, args.json)
 
@@ -112,6 +125,72 @@ def plan(args: argparse.Namespace) -> None:
     planned(found, Console(width=None if Console().is_terminal else 150), title)
 
 
+def draw(args: argparse.Namespace) -> None:
+    if (args.what == "memory") == bool(args.metrics):
+        raise ValueError("plot: name the metrics.jsonl of a run, or --what memory")
+    runs = {path: read_metrics(path) for path in args.metrics}
+    pictures: list[tuple[Path, Callable[[], Any]]] = []
+    if args.what in ("loss", None):
+        labels = _labels(args.metrics)
+        losses = {labels[path]: records for path, records in runs.items()}
+        draw_loss = functools.partial(plot.plot_loss, losses, reference=dict(args.reference))
+        pictures.append((args.metrics[0].with_name("loss.svg"), draw_loss))
+    for path, records in runs.items() if args.what in ("load", None) else ():
+        if args.what or any(record.get("tokens_per_expert") for record in records):
+            pictures.append((_load_picture(path, [*runs]), functools.partial(plot.plot_load, records)))
+        else:
+            print(f"{path} has no tokens_per_expert, so there is no picture of its load", file=sys.stderr)
+    if args.what == "memory":
+        pictures.append((Path("memory.svg"), lambda: plot.plot_memory(layer_memory(Shape(*args.sizes)))))
+    if args.out and len(pictures) > 1:
+        raise ValueError(f"--out: got one file for {len(pictures)} pictures. Choose one with --what.")
+    for path, picture in pictures:
+        plot.save_figure(picture(), args.out or path)
+        print(args.out or path)
+
+
+def picture_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("metrics", nargs="*", type=Path, help="metrics.jsonl of a run, or of several to compare")
+    add(
+        "--what", choices=["loss", "load", "memory"], default=None,
+        help="loss: curves, of all runs in one picture; load: of experts over time, a picture for each run; "
+        "memory: what a layer keeps under remat's policies. Default: loss and, where it is known, load",
+    )  # fmt: skip
+    add("--out", type=Path, help="file of the one picture; default: WHAT.svg beside the metrics")
+    add(
+        "--reference", action="append", type=_labelled, default=[], metavar="LABEL=LOSS",
+        help="a line among the losses",
+    )  # fmt: skip
+    add(
+        "--sizes", nargs=5, type=int, metavar=tuple("TDFEK"), default=SHAPES["small"],
+        help="with memory: tokens, dimension, hidden dimension, experts, top-k of a bfloat16 layer",
+    )  # fmt: skip
+    parser.set_defaults(run=draw)
+
+
+def _labels(paths: Sequence[Path]) -> dict[Path, str]:
+    """A run is called what its folder is, or by the whole path where that isn't enough."""
+    names = [path.resolve().parent.name for path in paths]
+    return {path: name if names.count(name) == 1 else str(path) for path, name in zip(paths, names)}
+
+
+def _load_picture(path: Path, paths: Sequence[Path]) -> Path:
+    """Beside the metrics; named after them too where a folder has those of several runs."""
+    beside = [p.stem for p in paths if p.resolve().parent == path.resolve().parent]
+    if len(beside) == 1:
+        return path.with_name("load.svg")
+    return path.with_name(f"{path.stem if beside.count(path.stem) == 1 else path.name}-load.svg")
+
+
+def _labelled(text: str) -> tuple[str, float]:
+    label, _, loss = text.rpartition("=")
+    try:
+        return label, float(loss if label else "")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text}, expected LABEL=LOSS, as uniform=5.545") from None
+
+
 def _sizes_of_a_step(parser: argparse.ArgumentParser) -> None:
     """What a plan and a benchmark of a model have in common."""
     parser.add_argument("--model", default="16B", choices=PRESETS)
@@ -136,8 +215,7 @@ def arguments() -> argparse.ArgumentParser:
     checks.add_argument("--no-test", action="store_true", help="don't check the laws, which takes 10 s")
     checks.set_defaults(run=doctor)
     pictures = commands.add_parser("plot", help="pictures of runs, and of what a layer keeps in memory")
-    plot.add_arguments(pictures)
-    pictures.set_defaults(run=plot.draw)
+    picture_arguments(pictures)
     ahead = commands.add_parser("plan", help="a step's memory and traffic on each device, before it runs")
     _sizes_of_a_step(ahead)
     ahead.add_argument("--mesh", default="", help='as "dp=2,ep=32,pp=8"')
@@ -166,7 +244,11 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = arguments().parse_args()
-    args.run(args)
+    try:
+        args.run(args)
+    except (ValueError, ImportError, OSError) as error:  # the user's: a text says what to do
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -70,8 +70,7 @@ def accumulate(value_and_grad_fn: Callable[..., Any], num_micro_batches: int) ->
                 # Copies: two leaves of a gradient may be one tensor.
                 total = [map_local(lambda t: t.to(_wide(t.dtype), copy=True), leaf) for leaf in leaves]
             else:
-                for mine, leaf in zip(total, leaves):
-                    local(mine).add_(local(leaf))
+                total = [_added(mine, leaf) for mine, leaf in zip(total, leaves)]
             del grads, leaves  # before the next part's are made
         means = [
             map_local(functools.partial(_mean, count=num_micro_batches, dtype=dtype), mine)
@@ -159,6 +158,11 @@ def _not_finite(tree: Any) -> str:
     shown = ", ".join(bad[:NAMES_SHOWN]) or "none"
     rest = f" and {len(bad) - NAMES_SHOWN} more" if len(bad) > NAMES_SHOWN else ""
     return f"{len(bad)} of {len(leaves)} tensors: {shown}{rest}"
+
+
+def _added(total: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+    local(total).add_(local(leaf))
+    return total
 
 
 def _mean(total: torch.Tensor, *, count: int, dtype: torch.dtype) -> torch.Tensor:

@@ -4,24 +4,15 @@ Each function takes plain values and returns a matplotlib ``Figure``, which a no
 :func:`save_figure` writes. ``python -m fmoe plot`` draws them from files.
 """
 
-import argparse
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import optree
 import torch
 
-from .bench.layers import SHAPES, Shape, config_for
 from .errors import argument_error
-from .introspect import kept_bytes, saved_bytes
-from .metrics import read_metrics
-from .models.moe import moe_forward, moe_specs
-from .transforms import save, save_everything, save_nothing
-from .tree import is_spec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +26,7 @@ def plot_loss(runs: Mapping[str, Records], *, reference: Mapping[str, float] = {
 
     ``runs`` maps labels to records of :func:`fmoe.metrics.read_metrics`; losses that are not finite are left
     out. ``reference`` maps labels to losses, such as the entropy of single bytes. Raises ``ValueError`` for
-    a run without a loss, and ``ImportError`` without matplotlib.
+    a run without a loss or with one that is no number, and ``ImportError`` without matplotlib.
 
     >>> figure = plot_loss({"debug": [{"step": 0, "loss": 5.5}]}, reference={"uniform": 5.545})
     >>> [line.get_label() for line in figure.axes[0].lines if not line.get_label().startswith("_")]
@@ -47,7 +38,7 @@ def plot_loss(runs: Mapping[str, Records], *, reference: Mapping[str, float] = {
     ax = figure.subplots()
     ax.set(xlabel="step", ylabel="loss (nats per token)")
     for number, (label, records) in enumerate(runs.items()):
-        steps, losses = _finite(records, "loss")
+        steps, losses = _finite(f"runs[{label!r}]", records, "loss")
         if not steps:
             raise _nothing("plot_loss", f"runs[{label!r}]", "no finite loss", "at least one")
         color, every = f"C{number}", math.ceil(len(steps) / MOST_MARKS)
@@ -56,7 +47,7 @@ def plot_loss(runs: Mapping[str, Records], *, reference: Mapping[str, float] = {
         marks: dict[str, Any] = dict(marker="o", linestyle="", markeredgewidth=0, rasterized=True)
         ax.plot(steps[::every], losses[::every], **marks, markersize=size, color=color, alpha=0.3)
         ax.plot(steps[::every], _moving_average(losses)[::every], color=color, label=label)
-        held_out = _finite(records, "held_out_loss")
+        held_out = _finite(f"runs[{label!r}]", records, "held_out_loss")
         if held_out[0]:
             ax.plot(*held_out, "D--", color=color, markersize=4, linewidth=0.8, label=f"{label}, held out")
     for label, loss in reference.items():
@@ -80,16 +71,21 @@ def plot_load(records: Records) -> "Figure":
     known = [record for record in records if record.get("tokens_per_expert")]
     if not known:
         raise _nothing("plot_load", "records", "no tokens_per_expert", "counts by layer and expert")
-    shapes = {tuple(map(len, record["tokens_per_expert"])) for record in known}
-    if len(shapes) > 1 or len(set(next(iter(shapes)))) > 1:
-        raise argument_error(
-            "plot_load",
-            "records",
-            got=f"{len(shapes)} kinds of layers",
-            expected="layers of as many experts in every record",
-            remedy="Draw the records of one model.",
-        )
-    share_NLE = torch.tensor([record["tokens_per_expert"] for record in known], dtype=torch.float64)
+    counts = [record["tokens_per_expert"] for record in known]
+    for what, sizes in (
+        ("layers a record", {len(layers) for layers in counts}),
+        ("experts a layer", {len(layer) for layers in counts for layer in layers}),
+    ):
+        if len(sizes) > 1:
+            raise argument_error(
+                "plot_load",
+                "records",
+                got=f"{' or '.join(map(str, sorted(sizes)))} {what}",
+                expected="the same number everywhere",
+                remedy="Draw the records of one model.",
+            )
+    steps = [_number("plot_load", "records", record, "step") for record in known]
+    share_NLE = torch.tensor(counts, dtype=torch.float64)
     share_NLE = share_NLE / share_NLE.mean(-1, keepdim=True).clamp_min(1e-20)
     each = math.ceil(len(known) / MOST_COLUMNS)
     share_NLE = torch.stack([part.mean(0) for part in share_NLE.split(each)])
@@ -99,11 +95,10 @@ def plot_load(records: Records) -> "Figure":
     rows = math.ceil(layers / columns)
     figure = _figure("plot_load", 8, 1.0 + 1.5 * rows)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
-    first, last = known[0]["step"], known[-1]["step"] + 1
     for layer, ax in enumerate(axes[:layers]):
         image = ax.imshow(
             share_NLE[:, layer].T.tolist(),
-            extent=(first, last, experts - 0.5, -0.5),
+            extent=(steps[0], steps[-1] + 1, experts - 0.5, -0.5),
             aspect="auto",
             interpolation="nearest",
             cmap="RdBu_r",
@@ -124,7 +119,8 @@ def plot_memory(kept: Mapping[str, Mapping[str, int]]) -> "Figure":
     """Bytes kept between forward and backward: a bar for each policy, a part for each operator.
 
     ``kept`` maps names of policies to bytes by checkpoint name, as :func:`fmoe.introspect.saved_bytes` gives
-    them. Raises ``ValueError`` if it is empty, and ``ImportError`` without matplotlib.
+    them, and :func:`fmoe.bench.layers.layer_memory` for one layer. Raises ``ValueError`` if it is empty, and
+    ``ImportError`` without matplotlib.
 
     >>> figure = plot_memory({"save_nothing": {}, "default": {"topk": 2**20, "dispatch": 2**21}})
     >>> [text.get_text() for text in figure.axes[0].texts]
@@ -179,11 +175,24 @@ def _nothing(function: str, argument: str, got: str, expected: str) -> ValueErro
     )
 
 
-def _finite(records: Records, name: str) -> tuple[list[int], list[float]]:
-    found = [
-        (record["step"], record[name]) for record in records if math.isfinite(record.get(name, math.nan))
-    ]
+def _finite(argument: str, records: Records, name: str) -> tuple[list[float], list[float]]:
+    known = [record for record in records if name in record]
+    steps, values = ([_number("plot_loss", argument, r, key) for r in known] for key in ("step", name))
+    found = [(step, value) for step, value in zip(steps, values) if math.isfinite(value)]
     return [step for step, _ in found], [value for _, value in found]
+
+
+def _number(function: str, argument: str, record: Mapping[str, Any], name: str) -> float:
+    value = record.get(name)
+    if isinstance(value, int | float):
+        return value
+    raise argument_error(
+        function,
+        argument,
+        got=f"a record whose {name} is {value!r}",
+        expected="a number",
+        remedy="Remove such records, or write the number.",
+    )
 
 
 def _moving_average(losses: Sequence[float]) -> list[float]:
@@ -194,89 +203,3 @@ def _moving_average(losses: Sequence[float]) -> list[float]:
     return [
         (total[end] - total[i - span]) / (end - i + span) for i, (span, end) in enumerate(zip(spans, ends))
     ]
-
-
-# ---- python -m fmoe plot -------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of ``python -m fmoe plot``."""
-    add = parser.add_argument
-    add("metrics", nargs="*", type=Path, help="metrics.jsonl of a run, or of several to compare")
-    add(
-        "--what", choices=["loss", "load", "memory"], default=None,
-        help="loss: curves, of all runs in one picture; load: of experts over time, a picture for each run; "
-        "memory: what a layer keeps under remat's policies. Default: loss and load",
-    )  # fmt: skip
-    add("--out", type=Path, help="file of the one picture; default: WHAT.svg beside the metrics")
-    add(
-        "--reference", action="append", type=_labelled, default=[], metavar="LABEL=LOSS",
-        help="a line among the losses",
-    )  # fmt: skip
-    add(
-        "--sizes", nargs=5, type=int, metavar=tuple("TDFEK"), default=SHAPES["small"],
-        help="with memory: tokens, dimension, hidden dimension, experts, top-k of a bfloat16 layer",
-    )  # fmt: skip
-
-
-def draw(args: argparse.Namespace) -> None:
-    """Draw what ``python -m fmoe plot`` was asked for, and say where it is."""
-    if (args.what == "memory") == bool(args.metrics):
-        raise SystemExit("plot: name the metrics.jsonl of a run, or --what memory")
-    runs = {path: read_metrics(path) for path in args.metrics}
-    pictures: list[tuple[Path, Callable[[], Figure]]] = []
-    if args.what in ("loss", None):
-        labels = _labels(args.metrics)
-        losses = {labels[path]: records for path, records in runs.items()}
-        draw_loss = functools.partial(plot_loss, losses, reference=dict(args.reference))
-        pictures.append((args.metrics[0].with_name("loss.svg"), draw_loss))
-    if args.what in ("load", None):
-        pictures += [(path.with_name("load.svg"), functools.partial(plot_load, runs[path])) for path in runs]
-    if args.what == "memory":
-        pictures.append((Path("memory.svg"), lambda: plot_memory(layer_memory(Shape(*args.sizes)))))
-    if args.out and len(pictures) > 1:
-        raise SystemExit(f"--out: got one file for {len(pictures)} pictures. Choose one with --what.")
-    for path, picture in pictures:
-        save_figure(picture(), args.out or path)
-        print(args.out or path)
-
-
-def layer_memory(shape: Shape) -> dict[str, dict[str, int]]:
-    """What one bfloat16 layer keeps, as :func:`plot_memory` takes it; computes nothing, so any size will do.
-
-    >>> list(layer_memory(Shape(512, 128, 64, 16, 4)))
-    ['no remat', 'save_everything', 'save("experts_grouped_mm")', 'save("topk")', 'default', 'save_nothing']
-    """
-    config = config_for(shape, "random")
-    specs = moe_specs(dim=shape.dim, hidden_dim=shape.hidden, num_experts=shape.experts)
-
-    def empty(spec: Any) -> torch.Tensor:
-        dtype = spec.dtype or torch.bfloat16
-        return torch.empty(spec.shape, dtype=dtype, device="meta", requires_grad=True)
-
-    params = optree.tree_map(empty, specs, is_leaf=is_spec)
-    x = torch.empty(shape.tokens, shape.dim, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    policies = {
-        "save_everything": save_everything,
-        'save("experts_grouped_mm")': save("experts_grouped_mm"),
-        'save("topk")': save("topk"),
-        "default": None,
-        "save_nothing": save_nothing,
-    }
-
-    def layer(params: Any, x: torch.Tensor) -> torch.Tensor:
-        return moe_forward(params, x, router=config)
-
-    plain = {"no remat": {"autograd": kept_bytes(layer, params, x)}}
-    return plain | {name: saved_bytes(layer, params, x, policy=policy) for name, policy in policies.items()}
-
-
-def _labels(paths: Sequence[Path]) -> dict[Path, str]:
-    """A run is called what its folder is, or by the whole path where that isn't enough."""
-    names = [path.resolve().parent.name for path in paths]
-    return {path: name if names.count(name) == 1 else str(path) for path, name in zip(paths, names)}
-
-
-def _labelled(text: str) -> tuple[str, float]:
-    label, _, loss = text.rpartition("=")
-    return label, float(loss)

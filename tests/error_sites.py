@@ -16,7 +16,7 @@ import fmoe
 ROOT = pathlib.Path(fmoe.__file__).parent
 ERRORS = {
     "ValueError", "TypeError", "RuntimeError", "ImportError", "FloatingPointError", "TransformError",
-    "UnpicklingError", "SystemExit",
+    "UnpicklingError", "ArgumentTypeError",
 }  # fmt: skip
 HOLE = "…"
 Env = dict[str, list[str]]

@@ -6,12 +6,14 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 
 import fmoe
 from fmoe import __main__
 from fmoe.bench import measure
+from fmoe.bench import model as bench_of_model
 from fmoe.bench.layers import ROUTINGS, SHAPES, Shape, config_for, layers, plain_layer, random_params, skewed
-from fmoe.bench.model import bench_model, cut
+from fmoe.bench.model import bench_model, cut, report
 from fmoe.models import deepseek_v3
 from fmoe.ops.reference import moe_reference
 from fmoe.plan import plan
@@ -132,3 +134,42 @@ def test_a_model_whose_loss_is_wrong_is_not_timed(monkeypatch):
         bench_model(
             cut(deepseek_v3.preset("debug"), 2), batch_size=2, seq_len=16, device="cpu", dtype=torch.float32
         )
+
+
+def test_a_result_has_a_report_without_a_name(capsys):
+    config = cut(deepseek_v3.preset("debug"), 1)
+    result = bench_model(config, batch_size=1, seq_len=16, steps=2, device="cpu", dtype=torch.float32)
+    report(result, Console(width=150))
+    assert "a model: 1 layers (1 dense)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (
+            "model --model debug --device cpu --steps 1",
+            "bench_model: steps: got 1, expected an integer of at least 2",
+        ),
+        ("layer --shape small --rounds 1", "bench_layer: rounds: got 1, expected an integer of at least 2"),
+        (
+            "model --model debug --device cpu --json no/m.json",
+            "[Errno 2] No such file or directory: 'no/m.json'",
+        ),
+        (
+            "model --model debug --device cpu --trace no/m.json",
+            "[Errno 2] No such file or directory: 'no/m.json'",
+        ),
+        ("layer --shape small --json no/m.json", "[Errno 2] No such file or directory: 'no/m.json'"),
+    ],
+)
+def test_what_would_be_lost_is_not_measured(monkeypatch, capsys, tmp_path, words, text):
+    def measured(*args, **how):
+        raise AssertionError("it began")
+
+    monkeypatch.chdir(tmp_path)
+    for module, name in ((bench_of_model, "_Training"), (measure, "random_params")):
+        monkeypatch.setattr(module, name, measured)
+    monkeypatch.setattr(sys, "argv", ["fmoe", "bench", *words.split()])
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main()
+    assert capsys.readouterr().err.startswith(text)

@@ -219,6 +219,9 @@ CASES = {
     "plot_loss: runs[…]: got no finite loss, expected at least one": lambda: plot.plot_loss(
         {"a run": [{"step": 0, "loss": float("nan")}]}
     ),
+    "…: …: got a record whose … is …, expected a number": lambda: plot.plot_loss(
+        {"a run": [{"step": 0, "loss": None}]}
+    ),
     "bench model: the last loss is ….": lambda monkeypatch: training_that_fails(monkeypatch),
     "…: axes: got …, expected each of … at most once, of size at least 1": lambda: fmoe.make_mesh(
         "dp=1,dp=1"

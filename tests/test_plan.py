@@ -89,6 +89,24 @@ def test_micro_batches_hold_one_parts_activations_and_the_sum_of_gradients():
     assert grads <= four.peaks["backward"] - one.peaks["backward"] <= 2.1 * grads  # kept in float32
 
 
+@pytest.mark.parametrize("compute", [BFLOAT16, FLOAT32])
+@pytest.mark.parametrize("kept", [BFLOAT16, FLOAT32])
+def test_sums_of_gradients_are_gradients_and_not_params_to_compute_with(kept, compute):
+    how = dict(seq_len=64, dtype=kept, compute_dtype=compute, device_type="cpu")
+    one, two, four = (plan(SMALL, batch_size=n, micro_batches=n, **how).stages[0] for n in (1, 2, 4))
+    assert one.converted == two.converted == four.converted
+    assert (one.converted == 0) == (kept == compute)
+    assert two.phases == four.phases, "the third is as the second"
+    summed = nbytes(deepseek_v3.init(SMALL, 0))
+    for phase in ("forward", "backward"):
+        before, after = one.phases[phase], two.phases[phase]
+        for part in ("parameters", "optimizer"):
+            assert after[part] == before[part]
+        assert after["converted"] <= one.converted
+        assert summed <= after["gradients"] <= summed + one.gradients
+    assert two.phases["forward"]["gradients"] == summed
+
+
 # ---- on meshes -----------------------------------------------------------------------------------
 
 
@@ -251,6 +269,28 @@ def test_the_command_prints_a_table_or_json(monkeypatch, capsys):
 def test_what_cannot_be_planned_is_named(mesh, options, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         plan(dataclasses.replace(SMALL, **options), mesh, batch_size=4, seq_len=32)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"batch_size": 0}, "plan: batch_size: got 0, expected an integer of at least 1"),
+        ({"seq_len": 0}, "plan: seq_len: got 0, expected an integer of at least 1"),
+        ({"seq_len": 2.0}, "plan: seq_len: got 2.0, expected an integer of at least 1"),
+        ({"micro_batches": 0}, "plan: micro_batches: got 0, expected an integer of at least 1"),
+        ({"imbalance": 0}, "plan: imbalance: got 0, expected a number of at least 1"),
+        ({"imbalance": -1}, "plan: imbalance: got -1, expected a number of at least 1"),
+        ({"imbalance": float("nan")}, "plan: imbalance: got nan, expected a number of at least 1"),
+        ({"mesh": None}, "plan: mesh: got None, expected axes and sizes, as a text or a dict"),
+        (
+            {"device_type": "mps"},
+            "plan: device_type: got 'mps', expected cuda or cpu, whose allocations are known",
+        ),
+    ],
+)
+def test_what_is_no_size_or_device_is_named(options, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        plan(SMALL, **{"batch_size": 4, "seq_len": 32, **options})
 
 
 @pytest.mark.gpu

@@ -11,9 +11,9 @@ import torch
 
 import fmoe
 from fmoe import __main__ as commands
-from fmoe.bench.layers import Shape, config_for
+from fmoe.bench.layers import Shape, config_for, layer_memory
 from fmoe.introspect import kept_bytes
-from fmoe.plot import layer_memory, plot_load, plot_loss, plot_memory, save_figure
+from fmoe.plot import plot_load, plot_loss, plot_memory, save_figure
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -80,11 +80,27 @@ def test_a_long_run_stays_a_small_picture_and_equal_figures_are_equal_files(tmp_
         (lambda: plot_load([{"step": 0, "loss": 1.0}]), "plot_load: records: got no tokens_per_expert"),
         (
             lambda: plot_load([{"step": i, "tokens_per_expert": [[1] * (2 + i)]} for i in range(2)]),
-            "plot_load: records: got 2 kinds of layers",
+            "plot_load: records: got 2 or 3 experts a layer, expected the same number everywhere",
         ),
         (
             lambda: plot_load([{"step": 0, "tokens_per_expert": [[1], [2, 3]]}]),
-            "plot_load: records: got 1 kind",
+            "plot_load: records: got 1 or 2 experts a layer, expected the same",
+        ),
+        (
+            lambda: plot_load([{"step": i, "tokens_per_expert": [[1]] * (1 + i)} for i in range(2)]),
+            "plot_load: records: got 1 or 2 layers a record, expected the same number everywhere",
+        ),
+        (
+            lambda: plot_load([{"tokens_per_expert": [[1, 2]]}]),
+            "plot_load: records: got a record whose step is None, expected a number",
+        ),
+        (
+            lambda: plot_loss({"a": [{"step": 0, "loss": 1.0}, {"step": 1, "loss": None}]}),
+            r"plot_loss: runs\['a'\]: got a record whose loss is None, expected a number",
+        ),
+        (
+            lambda: plot_loss({"a": [{"loss": 1.0}]}),
+            r"plot_loss: runs\['a'\]: got a record whose step is None, expected a number",
         ),
         (lambda: plot_memory({}), "plot_memory: kept: got no policy"),
     ],
@@ -151,7 +167,8 @@ def plot(monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["fmoe", "plot", *map(str, arguments)])
         commands.main()
-        return [Path(line) for line in capsys.readouterr().out.splitlines()]
+        run.said = capsys.readouterr()
+        return [Path(line) for line in run.said.out.splitlines()]
 
     return run
 
@@ -179,15 +196,57 @@ def test_one_picture_has_the_name_it_is_given(plot, files, tmp_path):
     assert plot("--what", "memory", "--out", out, "--sizes", 16384, 7168, 2048, 256, 8) == [out]
     assert {"no remat", "default", "topk", "experts_grouped_mm"} <= texts(out)
     assert plot("--what", "load", files[0]) == [files[0].with_name("load.svg")]
+
+
+def test_metrics_files_of_one_folder_have_pictures_of_their_own(plot, tmp_path):
+    paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "b.txt")]
+    for layers, path in enumerate(paths, 1):
+        path.write_text("".join(json.dumps(r) + "\n" for r in random_records(4, layers=layers)[0]))
+    made = plot(*paths, "--what", "load")
+    assert [path.name for path in made] == ["a-load.svg", "b.jsonl-load.svg", "b.txt-load.svg"]
+    drawn = [sum(text.startswith("MoE layer") for text in texts(path)) for path in made]
+    assert drawn == [1, 2, 3]
+
+
+def test_a_run_without_counts_has_losses_only(plot, files, tmp_path):
+    dense = tmp_path / "metrics.jsonl"
+    dense.write_text('{"step": 0, "loss": 2.5}\n')
+    assert plot(files[0], dense) == [files[0].with_name("loss.svg"), files[0].with_name("load.svg")]
+    assert plot.said.err == f"{dense} has no tokens_per_expert, so there is no picture of its load\n"
+    assert plot(dense, "--out", tmp_path / "one.svg") == [tmp_path / "one.svg"]
+
+
+def test_errors_are_texts_and_a_status(plot, files, tmp_path, capsys):
+    (tmp_path / "null.jsonl").write_text('{"step": 0, "loss": null}')
     for arguments, text in (
         (("--what", "loss"), "plot: name the metrics.jsonl of a run, or --what memory"),
-        ((files[0], "--out", out), "--out: got one file for 2 pictures. Choose one with --what"),
+        ((files[0], "--out", "x.svg"), "--out: got one file for 2 pictures. Choose one with --what."),
+        ((tmp_path / "none.jsonl",), "read_metrics: path: got [Errno 2]"),
+        ((tmp_path / "null.jsonl", "--what", "loss"), "plot_loss: runs["),
+        ((files[0], "--what", "loss", "--out", tmp_path / "no" / "x.svg"), "[Errno 2] No such file"),
     ):
-        with pytest.raises(SystemExit, match=text):
+        with pytest.raises(SystemExit) as stopped:
             plot(*arguments)
+        assert stopped.value.code == 2
+        shown = capsys.readouterr().err
+        assert shown.startswith(text)
+        assert shown.count("\n") == 1
+    for reference in ("foo", "=3", "a=b"):
+        with pytest.raises(SystemExit):
+            plot(files[0], "--reference", reference)
+        assert (
+            f"--reference: got {reference}, expected LABEL=LOSS, as uniform=5.545" in capsys.readouterr().err
+        )
 
 
 def test_without_matplotlib_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"plot_loss needs matplotlib: pip install -e '.\[plots\]'"):
         plot_loss({"run": [{"step": 0, "loss": 1.0}]})
+
+
+def test_the_command_says_so_too(plot, files, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit, match="2"):
+        plot(files[0])
+    assert capsys.readouterr().err == "plot_loss needs matplotlib: pip install -e '.[plots]'\n"

@@ -9,11 +9,15 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import optree
 import torch
 
-from ..models.moe import MoEParams, moe_forward, moe_init
+from ..introspect import kept_bytes, saved_bytes
+from ..models.moe import MoEParams, moe_forward, moe_init, moe_specs
 from ..ops.experts import ExpertParams, swiglu
 from ..ops.route import RouterConfig, RouterParams, route
+from ..transforms import save, save_everything, save_nothing
+from ..tree import is_spec
 
 Layer = Callable[[MoEParams, torch.Tensor], torch.Tensor]
 
@@ -47,6 +51,38 @@ def config_for(shape: Shape, routing: str) -> RouterConfig:
     return RouterConfig(
         top_k=shape.top_k, num_groups=1, top_groups=1, scale=1.0, force_balance=routing == "balanced"
     )
+
+
+def layer_memory(shape: Shape) -> dict[str, dict[str, int]]:
+    """What one bfloat16 layer keeps under policies of ``remat``, as :func:`fmoe.plot.plot_memory` takes it.
+
+    Bytes between forward and backward by checkpoint name. Nothing is computed, so any size will do.
+
+    >>> list(layer_memory(SHAPES["small"]))
+    ['no remat', 'save_everything', 'save("experts_grouped_mm")', 'save("topk")', 'default', 'save_nothing']
+    """
+    config = config_for(shape, "random")
+    specs = moe_specs(dim=shape.dim, hidden_dim=shape.hidden, num_experts=shape.experts)
+
+    def empty(spec: Any) -> torch.Tensor:
+        dtype = spec.dtype or torch.bfloat16
+        return torch.empty(spec.shape, dtype=dtype, device="meta", requires_grad=True)
+
+    params = optree.tree_map(empty, specs, is_leaf=is_spec)
+    x = torch.empty(shape.tokens, shape.dim, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    policies = {
+        "save_everything": save_everything,
+        'save("experts_grouped_mm")': save("experts_grouped_mm"),
+        'save("topk")': save("topk"),
+        "default": None,
+        "save_nothing": save_nothing,
+    }
+
+    def layer(params: Any, x: torch.Tensor) -> torch.Tensor:
+        return moe_forward(params, x, router=config)
+
+    plain = {"no remat": {"autograd": kept_bytes(layer, params, x)}}
+    return plain | {name: saved_bytes(layer, params, x, policy=policy) for name, policy in policies.items()}
 
 
 def random_params(shape: Shape, seed: int, *, dtype: torch.dtype, device: str) -> MoEParams:

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..errors import argument_error
 from ..introspect import kept_bytes
 from ..models.moe import MoEParams
 from ..ops.kernels import grouped
@@ -83,8 +84,10 @@ def bench_layer(
     -> dict    what JSON can hold; ``layers`` has the fields of :class:`Measured`
     =========  ===============================================================
 
-    Raises ``RuntimeError`` if a layer's output or gradient is wrong.
+    Raises ``RuntimeError`` if a layer's output or gradient is wrong, and ``ValueError`` for fewer than two
+    rounds.
     """
+    check_number("bench_layer", "rounds", rounds)
     seed = time.time_ns() % 2**31 if seed is None else seed
     torch.manual_seed(seed)
     config = config_for(shape, routing)
@@ -242,6 +245,14 @@ def report(result: dict[str, Any], console: Console) -> None:
             f"{m.error:.1e}",
         )  # fmt: skip
     console.print(table)
+
+
+def check_number(function: str, argument: str, number: int) -> None:
+    """A spread is of at least two times."""
+    if not isinstance(number, int) or number < 2:
+        raise argument_error(
+            function, argument, got=number, expected="an integer of at least 2", remedy="Measure more often."
+        )
 
 
 def write_json(result: Any, path: str) -> None:

@@ -25,7 +25,7 @@ from ..models.config import DeepSeekV3Config
 from ..optim import adamw, clip_by_global_norm
 from ..plan import plan
 from ..transforms import per_layer, value_and_grad
-from .measure import matmul_rate, syncs
+from .measure import check_number, matmul_rate, syncs
 
 WARM_UP = 3
 OPTIMIZER = "fmoe::optimizer"  # a range of the profiler, which makes all in it one class
@@ -70,8 +70,10 @@ def bench_model(
     -> dict    what JSON can hold: ms, bytes, FLOP/s, shares of a step's time
     =========  ===============================================================
 
-    Raises ``RuntimeError`` if the first loss isn't that of an untrained model, or the last isn't finite.
+    Raises ``RuntimeError`` if the first loss isn't that of an untrained model, or the last isn't finite, and
+    ``ValueError`` for fewer than two steps and for what :func:`fmoe.plan.plan` refuses.
     """
+    check_number("bench_model", "steps", steps)
     seed = time.time_ns() % 2**31 if seed is None else seed
     config = dataclasses.replace(config, router=dataclasses.replace(config.router, force_balance=balanced))
     compute_dtype, wrap = compute_dtype or dtype, per_layer(remat, compiled=compiled)
@@ -217,11 +219,11 @@ def _kind(event: Any) -> str:
     return kind if known else "other"
 
 
-def report(result: dict[str, Any], console: Console) -> None:
+def report(result: dict[str, Any], console: Console, title: str = "a model") -> None:
     """Tables of one result."""
     r = result
     console.print(
-        f"{r['model']}: {r['layers']} layers ({r['dense_layers']} dense), {r['num_params'] / 1e9:.3g}B "
+        f"{title}: {r['layers']} layers ({r['dense_layers']} dense), {r['num_params'] / 1e9:.3g}B "
         f"parameters {r['dtype']}, computing in {r['compute_dtype']}; "
         f"batch {r['batch_size']} x {r['seq_len']} of {r['data']}"
         f"{', experts balanced' if r['balanced'] else ''}; remat {r['remat']}"

@@ -5,7 +5,7 @@ while it runs is stated here, for CUDA.
 """
 
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -30,7 +30,8 @@ class Rows(NamedTuple):
 class DryRun(TorchDispatchMode):
     """Follows every storage from its first tensor to its last, and counts bytes sent by each operator.
 
-    ``timeline`` has a storage's number, and whether it came or went; ``marks`` are places in it by name.
+    ``timeline`` has a storage's number, and whether it came or went; ``marks`` are places in it by name, in
+    the order in which they were passed.
     Enter it inside a ``FakeTensorMode``.
     """
 
@@ -40,7 +41,7 @@ class DryRun(TorchDispatchMode):
         self.bytes_of: list[int] = []
         self.maker: list[str] = []
         self.timeline: list[tuple[int, bool]] = []
-        self.marks: dict[str, int] = {}
+        self.marks: defaultdict[str, list[int]] = defaultdict(list)
         self.sent: Counter[str] = Counter()
         self._numbers: dict[int, int] = {}
 
@@ -65,7 +66,7 @@ class DryRun(TorchDispatchMode):
         return out
 
     def mark(self, name: str) -> None:
-        self.marks[name] = len(self.timeline)
+        self.marks[name].append(len(self.timeline))
 
     def number(self, tensor: torch.Tensor, maker: str = "given") -> int:
         """The number of a tensor's storage."""

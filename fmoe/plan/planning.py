@@ -73,13 +73,27 @@ def plan(
     -> Plan
     =============  =======================================================================
 
-    Raises ``ValueError`` for sizes that the mesh doesn't divide.
+    Raises ``ValueError`` for sizes below 1 or that the mesh doesn't divide, and for other devices.
 
     >>> from fmoe.models.deepseek_v3 import num_params, preset
     >>> found = plan(preset("debug"), batch_size=4, seq_len=64, device_type="cpu")
     >>> found.stages[0].parameters == 4 * num_params(preset("debug"))[0]
     True
     """
+    for name, number in (("batch_size", batch_size), ("seq_len", seq_len), ("micro_batches", micro_batches)):
+        if not isinstance(number, int) or number < 1:
+            raise plan_error(name, number, "an integer of at least 1")
+    if not 1 <= imbalance < math.inf:
+        raise plan_error("imbalance", imbalance, "a number of at least 1", "An even router has 1.")
+    if device_type not in ("cuda", "cpu"):
+        raise plan_error(
+            "device_type",
+            repr(device_type),
+            "cuda or cpu, whose allocations are known",
+            "Other devices can't be planned yet.",
+        )
+    if not isinstance(mesh, str | Mapping):
+        raise plan_error("mesh", repr(mesh), "axes and sizes, as a text or a dict", 'Write "dp=2,ep=4", say.')
     words, named = (mesh, {}) if isinstance(mesh, str) else ("", mesh)
     sizes = dict(zip(AXES, parse_axes("plan", words, named)))
     pp, here = sizes["pp"], _without_pp(sizes)

@@ -1,7 +1,6 @@
 """One step of one device of a pipeline stage, run on fake tensors and described."""
 
 import functools
-import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -38,7 +37,7 @@ class StagePlan(NamedTuple):
 
     ``layers``      first layer and the one after the last
     ``parameters``  in the dtype they are kept in; ``converted``: copies in the dtype computed in
-    ``gradients``   as the optimizer gets them
+    ``gradients``   as the optimizer gets them; in ``phases`` also what micro-batches' are summed in
     ``optimizer``   its state
     ``activations`` between forward and backward, by kind of operator, of all micro-batches in flight
     ``in_flight``   how many those are
@@ -101,12 +100,12 @@ def dry_run_stage(job: Job, dense: int, sparse: int, first: bool, last: bool) ->
         tokens = torch.zeros(rows, job.batch[1], dtype=torch.int64)
         state = job.optimizer.init(params)
         owned = {"parameters": run.numbers(params), "optimizer": run.numbers(state)}
-        run.mark("start")
         loss = computing_in(functools.partial(_stage_loss, job, tree, run, first), job.compute_dtype)
-        value_and_grads = accumulate(value_and_grad(loss, has_aux=True), parts)
+        owned["gradients"] = set()
+        value_and_grads = accumulate(_watched(value_and_grad(loss, has_aux=True), run, owned), parts)
         out, grads = value_and_grads(params, tokens)  # held, as a training loop does
         run.mark("differentiated")
-        owned["gradients"] = run.numbers(grads)
+        owned["gradients"] |= run.numbers(grads)
         if job.max_norm is not None:
             grads, _ = clip_by_global_norm(grads, job.max_norm)
             owned["gradients"] |= run.numbers(grads)
@@ -118,16 +117,41 @@ def dry_run_stage(job: Job, dense: int, sparse: int, first: bool, last: bool) ->
     return _described(run, owned, gradients, job.micro_batches / parts)
 
 
+def _watched(value_and_grads: Callable[..., Any], run: DryRun, owned: dict[str, set[int]]) -> Any:
+    """It, for a micro-batch, with marks before and after; its gradients are owned as such."""
+
+    def call(params: ModelParams, tokens: torch.Tensor) -> Any:
+        run.mark("began")
+        value, grads = value_and_grads(params, tokens)
+        owned["gradients"] |= run.numbers(grads)
+        run.mark("ended")
+        return value, grads
+
+    return call
+
+
 def _described(run: DryRun, owned: dict[str, set[int]], gradients: int, steps: float) -> StagePlan:
     marks = run.marks
-    before, start = run.alive(marks["entered"]), run.alive(marks["start"])
-    owned["converted"] = before - start - set().union(*owned.values())
-    kept = run.alive(marks["forward"]) - before
-    owned["activations"] = kept - owned["gradients"]
-    places = [marks[name] for name in ("start", "forward", "differentiated", "clipped", "done")]
+    began, entered, forward = marks["began"], marks["entered"], marks["forward"]
+    for ended, resumed in zip(marks["ended"], began[1:]):  # in between, gradients are summed
+        owned["gradients"] |= run.alive(resumed) - run.alive(ended)
+    known = set().union(*owned.values())
+    owned |= {"converted": set(), "activations": set()}
+    for start, middle, end in zip(began, entered, forward):
+        before = run.alive(middle)
+        converted, kept = before - run.alive(start) - known, run.alive(end) - before
+        owned["converted"] |= converted
+        owned["activations"] |= kept - owned["gradients"]
+    (differentiated,), (clipped,), (done,) = (marks[name] for name in ("differentiated", "clipped", "done"))
+    spans = (
+        zip(began, forward),
+        zip(forward, [*began[1:], differentiated]),
+        [(differentiated, clipped)],
+        [(clipped, done)],
+    )
     phases, workspaces = {}, {}
-    for phase, ends in zip(PHASES, itertools.pairwise(places)):
-        at = run.alive(run.peak(*ends)[1])
+    for phase, places in zip(PHASES, spans):
+        at = run.alive(max(run.peak(*ends) for ends in places)[1])
         parts = {part: run.size(at & owned[part]) for part in PARTS[:-1]}
         others = _by_kind(run, at - set().union(*owned.values())) | {"cuBLAS": CUBLAS * run.on_cuda}
         phases[phase], workspaces[phase] = {**parts, "workspace": sum(others.values())}, others
@@ -136,7 +160,7 @@ def _described(run: DryRun, owned: dict[str, set[int]], gradients: int, steps: f
         if nbytes:
             sent[_PURPOSE.get(name.removeprefix("fmoe::"), "sums")] += round(nbytes * steps)
     return StagePlan(
-        (0, 0), run.size(owned["parameters"]), run.size(owned["converted"]), gradients,
+        (0, 0), run.size(owned["parameters"]), run.size(converted), gradients,
         run.size(owned["optimizer"]), _by_kind(run, kept), 1, phases, workspaces, dict(sent),
     )  # fmt: skip
 
@@ -216,5 +240,5 @@ def check_divides(name: str, size: int, pieces: int, of: str) -> None:
         raise plan_error(name, size, f"a multiple of {of}={pieces}")
 
 
-def plan_error(argument: str, got: Any, expected: str) -> ValueError:
-    return argument_error("plan", argument, got=got, expected=expected, remedy="Choose other sizes.")
+def plan_error(argument: str, got: Any, expected: str, remedy: str = "Choose other sizes.") -> ValueError:
+    return argument_error("plan", argument, got=got, expected=expected, remedy=remedy)
