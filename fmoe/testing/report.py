@@ -112,9 +112,10 @@ def hold(
                 found = list(laws[name](subject))
             except Exception as error:
                 met = f"{function}: {title}: {name} met {type(error).__name__}: {error}"
-                text = "\n  ".join([met, _stated(laws[name]), _again(name, seed)])
-                before = [_told(function, report, laws)] if report.broken else []
-                raise LawBroken("\n".join([text, *before]), report) from error
+                told = ["\n  ".join([met, _stated(laws[name]), _again(name, seed)])]
+                told += [_told(function, report, laws)] if report.broken else []
+                text = "\n".join(told)
+                raise LawBroken(text, report) from error
             everyone = zip(*together(found), strict=True)
             report.laws[name] = [max(same, key=lambda f: f.share) for same in everyone]
             report.seconds[name] = time.monotonic() - began
