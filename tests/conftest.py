@@ -46,20 +46,15 @@ def pool() -> Iterator[Pool]:
     workers.stop(patience=5)
 
 
-# Files whose tests start processes of their own.
-STARTS_PROCESSES = {
-    "test_doctor.py",
-    "test_docs.py",
-    "test_notebooks.py",
-    "test_processes.py",
-    "test_train_many.py",
-}
+# Tests that start more processes than there are cores.
+STARTS_PROCESSES = ("test_processes.py", "test_train_many.py", "03_expert_parallelism")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """``ranks``: what keeps all cores busy by itself, and is ten times slower beside another of its kind."""
     for item in items:
-        if "pool" in getattr(item, "fixturenames", ()) or item.path.name in STARTS_PROCESSES:
+        starts = any(name in item.nodeid for name in STARTS_PROCESSES)
+        if starts or "pool" in getattr(item, "fixturenames", ()):
             item.add_marker("ranks")
 
 

@@ -82,11 +82,11 @@ def test_it_keeps_the_laws_without_overlap(pool):
     pool.run(2, obey, "ep=2", "buffer", torch.float32, ["oracle", "plans"], {"overlap": False})
 
 
-def a_thousand_forwards(kind):
+def many_forwards(kind, number):
     with opened("ep=2", kind) as (mesh, backend):
-        check_backend(backend, mesh, dtype=torch.bfloat16, forwards=1000, laws=["no_leak"], **SIZES)
+        check_backend(backend, mesh, dtype=torch.bfloat16, forwards=number, laws=["no_leak"], **SIZES)
 
 
-@pytest.mark.parametrize("kind", GENERATIONS)
-def test_a_thousand_forwards_leave_nothing_behind(pool, kind):
-    pool.run(2, a_thousand_forwards, kind)
+@pytest.mark.parametrize(("kind", "number"), [("buffer", 1000), ("elastic", 200)])
+def test_many_forwards_leave_nothing_behind(pool, kind, number):
+    pool.run(2, many_forwards, kind, number)
