@@ -113,32 +113,40 @@ deepep_send: Operator = declare(
     vmap=_each(lambda: deepep_send),
 )
 
+
+def _weights_operator(name: str, kernel: Any, fake: Any, checkpoint: str, transpose: Any) -> Operator:
+    """One of the two that carry weights, each the other's transpose; experts elsewhere are left out."""
+    op: Operator = declare(
+        f"{name}(Tensor weights, Tensor row, {SENT}, str buffer) -> Tensor",
+        impl=kernel,
+        fake=fake,
+        checkpoint=checkpoint,
+        example=lambda: (random(4, 2), _row_example(), *sent_example(), alone()),
+        plain=lambda weights, row, *how: torch.where(row < 0, 0, weights),
+        residuals=lambda inputs, outputs: inputs[1:],
+        vjp=lambda how, needs, g: (transpose()(g, *how), None, *_NO_MORE, None),
+        jvp=lambda how, tangent, *_: op(tangent, *how),
+        vmap=_each(lambda: op),
+    )
+    return op
+
+
 # weights (T, K) -> (S, K), zeros for experts elsewhere.
-deepep_send_weights: Operator = declare(
-    f"deepep_send_weights(Tensor weights, Tensor row, {SENT}, str buffer) -> Tensor",
-    impl=_send_weights_kernel,
-    fake=lambda weights, row, *how: weights.new_empty(row.shape),
-    checkpoint=DISPATCH,
-    example=lambda: (random(4, 2), _row_example(), *sent_example(), alone()),
-    plain=lambda weights, row, *how: torch.where(row < 0, 0, weights),
-    residuals=lambda inputs, outputs: inputs[1:],
-    vjp=lambda how, needs, g: (deepep_combine_weights(g, *how), None, *_NO_MORE, None),
-    jvp=lambda how, tangent, *_: deepep_send_weights(tangent, *how),
-    vmap=_each(lambda: deepep_send_weights),
+deepep_send_weights: Operator = _weights_operator(
+    "deepep_send_weights",
+    _send_weights_kernel,
+    lambda weights, row, *how: weights.new_empty(row.shape),
+    DISPATCH,
+    lambda: deepep_combine_weights,
 )
 
-# weights (S, K) -> (T, K), those of experts elsewhere left out: its transpose.
-deepep_combine_weights: Operator = declare(
-    f"deepep_combine_weights(Tensor weights, Tensor row, {SENT}, str buffer) -> Tensor",
-    impl=_combine_weights_kernel,
-    fake=lambda weights, row, *how: weights.new_empty(how[0].shape[0], weights.shape[1]),
-    checkpoint=COMBINE,
-    example=lambda: (random(4, 2), _row_example(), *sent_example(), alone()),
-    plain=lambda weights, row, *how: torch.where(row < 0, 0, weights),
-    residuals=lambda inputs, outputs: inputs[1:],
-    vjp=lambda how, needs, g: (deepep_send_weights(g, *how), None, *_NO_MORE, None),
-    jvp=lambda how, tangent, *_: deepep_combine_weights(tangent, *how),
-    vmap=_each(lambda: deepep_combine_weights),
+# weights (S, K) -> (T, K): its transpose.
+deepep_combine_weights: Operator = _weights_operator(
+    "deepep_combine_weights",
+    _combine_weights_kernel,
+    lambda weights, row, *how: weights.new_empty(how[0].shape[0], weights.shape[1]),
+    COMBINE,
+    lambda: deepep_send_weights,
 )
 
 # y (S, D) -> (T, D), each token's rows summed. Without ``wait`` nothing may read it before a join.
