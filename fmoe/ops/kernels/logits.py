@@ -38,7 +38,7 @@ def _cotangents(logits, index, total, g_total, g_chosen, out, start, num_cols, B
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = col < num_cols
-    value = tl.load(logits + row * num_cols + col, mask=inside, other=0.0)
+    value = tl.load(logits + row * num_cols + col, mask=inside, other=-float("inf"))
     g = tl.exp(value - tl.load(total + row)) * tl.load(g_total + row)
     g += tl.where(col == tl.load(index + row) - start, tl.load(g_chosen + row), 0.0)
     tl.store(out + row * num_cols + col, g, mask=inside)
