@@ -17,6 +17,8 @@ from .bench.layers import ROUTINGS, SHAPES, Shape, layer_memory
 from .bench.measure import bench_layer, report, write_json
 from .bench.model import bench_model, cut
 from .bench.model import report as model_report
+from .bench.tune import report as tuning
+from .bench.tune import tune
 from .doctor import diagnose, self_test
 from .doctor import report as diagnosis
 from .introspect import Support, operator_support
@@ -66,6 +68,12 @@ def bench(args: argparse.Namespace) -> None:
             results.append(result)
     if args.json:
         write_json(results, args.json)
+
+
+def tuned(args: argparse.Namespace) -> None:
+    for shape in [Shape(*args.sizes)] if args.sizes else [SHAPES[name] for name in args.shape]:
+        how = dict(dtype=getattr(torch, args.dtype), device=args.device, rounds=args.rounds, seed=args.seed)
+        tuning(tune(shape, **how), Console(width=None if Console().is_terminal else 150))
 
 
 def _check_writable(*paths: str | None) -> None:
@@ -202,6 +210,18 @@ def _sizes_of_a_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remat", default="none", help="none, full, default or save:NAME,NAME")
 
 
+def _shapes(parser: argparse.ArgumentParser) -> None:
+    """What is measured of a layer, and how."""
+    on_cuda = torch.cuda.is_available()
+    add = parser.add_argument
+    add("--shape", nargs="+", choices=SHAPES, default=["16B" if on_cuda else "small"])
+    add("--sizes", nargs=5, type=int, metavar=tuple("TDFEK"), help="instead of a named shape")
+    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if on_cuda else "float32")
+    add("--device", default="cuda" if on_cuda else "cpu")
+    add("--rounds", type=int, default=20)
+    add("--seed", type=int, default=None, help="fresh by default")
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fmoe", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -226,19 +246,14 @@ def arguments() -> argparse.ArgumentParser:
     benches = commands.add_parser("bench", help="measure here").add_subparsers(dest="what", required=True)
     model_arguments(benches.add_parser("model", help="training steps of a model"))
     layer = benches.add_parser("layer", help="one MoE layer, beside plain PyTorch and installed peers")
-    on_cuda = torch.cuda.is_available()
-    layer.add_argument("--shape", nargs="+", choices=SHAPES, default=["16B" if on_cuda else "small"])
-    layer.add_argument("--sizes", nargs=5, type=int, metavar=tuple("TDFEK"), help="instead of a named shape")
+    _shapes(layer)
     layer.add_argument("--routing", nargs="+", choices=ROUTINGS, default=["random"])
-    layer.add_argument(
-        "--dtype", choices=["bfloat16", "float32"], default="bfloat16" if on_cuda else "float32"
-    )
-    layer.add_argument("--device", default="cuda" if on_cuda else "cpu")
-    layer.add_argument("--rounds", type=int, default=20)
     layer.add_argument("--only", nargs="+", metavar="LAYER", help="names of layers, as in the table")
-    layer.add_argument("--seed", type=int, default=None, help="fresh by default")
     layer.add_argument("--json", metavar="FILE", help="write what was measured")
     layer.set_defaults(run=bench)
+    tiles = commands.add_parser("tune", help="find and keep the fastest grouped products for a layer, here")
+    _shapes(tiles)
+    tiles.set_defaults(run=tuned)
     return parser
 
 

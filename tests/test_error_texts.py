@@ -212,7 +212,7 @@ CASES = {
     "…: …: got …, expected one of …, which can do …": (
         lambda monkeypatch: (
             monkeypatch.setenv("FMOE_GROUPED_MM", "abacus"),
-            grouped.engine(torch.ones(2, 2), torch.ones(1, 2, 2), torch.ones(2, 2)),
+            grouped.mm(torch.ones(2, 2), torch.ones(1, 2, 2), torch.tensor([2], dtype=torch.int32)),
         )
     ),
     # ---- meshes

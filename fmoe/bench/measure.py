@@ -121,7 +121,8 @@ def bench_layer(
             )._asdict()
         )
     w_in = params.experts.w_in.flatten(1, 2)
-    engine = grouped.engine(x[:1], w_in.mT, x.new_empty(1, w_in.shape[1]))
+    how = x[:1], w_in.mT, x.new_empty(1, w_in.shape[1])
+    engine = grouped.choice("mm transposed", *how, w_in.mT.shape).engine
     where = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "CPU"
     return dict(
         shape=shape._asdict(), routing=routing, dtype=str(dtype), device=where, torch=torch.__version__,

@@ -4,17 +4,19 @@
 ``torch``   ``torch._grouped_mm``: CUDA, bfloat16
 ``loop``    a product per group: everything else; asks the host where groups end
 
-The first two want rows of whole 16 bytes. The environment variable ``FMOE_GROUPED_MM`` names an engine to
-use instead of the one :func:`engine` would choose.
+The first two want rows of whole 16 bytes. The first of them that can is used, unless the environment variable
+``FMOE_GROUPED_MM`` names another, or ``python -m fmoe tune`` has found one, or another tile, to be faster.
 """
 
 import functools
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 
-from . import fused
+from . import fused, tuned
 from .choice import chosen
+from .tuned import Choice
 
 ENGINES = ("triton", "torch", "loop")
 OVERRIDE = "FMOE_GROUPED_MM"
@@ -24,11 +26,12 @@ def mm(x_RI: torch.Tensor, w_eIO: torch.Tensor, offsets_e: torch.Tensor) -> torc
     """(R, I) in groups times (e, I, O) -> (R, O); rows of no group are undefined."""
     x_RI = x_RI.contiguous()
     out = x_RI.new_empty(x_RI.shape[0], w_eIO.shape[2])
-    match engine(x_RI, w_eIO, out):
+    how = choice("mm transposed" if w_eIO.stride(1) == 1 else "mm", x_RI, w_eIO, out, w_eIO.shape)
+    match how.engine:
         case "triton":
             from . import persistent
 
-            persistent.mm(x_RI, w_eIO, offsets_e, out)
+            persistent.mm(x_RI, w_eIO, offsets_e, out, how.tile)
         case "torch":
             return torch._grouped_mm(x_RI, w_eIO, offs=offsets_e).contiguous()
         case _:
@@ -43,11 +46,12 @@ def outer(x_RI: torch.Tensor, y_RO: torch.Tensor, offsets_e: torch.Tensor) -> to
     """(R, I), (R, O) in groups -> (e, I, O): each group's x transposed times its y."""
     x_RI, y_RO = x_RI.contiguous(), y_RO.contiguous()
     out = x_RI.new_empty(offsets_e.shape[0], x_RI.shape[1], y_RO.shape[1])
-    match engine(x_RI, y_RO, out):
+    how = choice("outer", x_RI, y_RO, out, out.shape)
+    match how.engine:
         case "triton":
             from . import persistent
 
-            persistent.outer(x_RI, y_RO, offsets_e, out)
+            persistent.outer(x_RI, y_RO, offsets_e, out, how.tile)
         case "torch":
             return torch._grouped_mm(x_RI.mT, y_RO, offs=offsets_e).contiguous()
         case _:
@@ -63,10 +67,17 @@ def groups(offsets: torch.Tensor) -> list[tuple[int, int]]:
     return list(pairwise([0, *offsets.tolist()]))
 
 
-def engine(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> str:
-    """The engine for a product of rows ``a`` with ``b``, into ``out``."""
-    able = [name for name in ENGINES if _able(name, a, b, out)]
-    return chosen("grouped_mm", OVERRIDE, able, f"{a.dtype} of shape {tuple(a.shape)} on {a.device}")
+def choice(product: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, sizes: Sequence[int]) -> Choice:
+    """How to compute a product of rows ``a`` with ``b``, into ``out``; ``sizes`` are (e, I, O)."""
+    found = tuned.choices(a.device).get(tuned.key(product, sizes, a.dtype))
+    able = sorted(engines(a, b, out), key=lambda name: found is None or name != found.engine)
+    engine = chosen("grouped_mm", OVERRIDE, able, f"{a.dtype} of shape {tuple(a.shape)} on {a.device}")
+    return found if found and found.engine == engine else Choice(engine)
+
+
+def engines(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> list[str]:
+    """What can compute such a product, the one that is best for most first."""
+    return [name for name in ENGINES if _able(name, a, b, out)]
 
 
 def _able(name: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> bool:

@@ -14,15 +14,7 @@ import triton.language as tl
 from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-
-class Tile(NamedTuple):
-    """What one program computes at a time, and with how much of the processor."""
-
-    rows: int
-    cols: int
-    depth: int
-    warps: int
-    stages: int
+from .tuned import Tile
 
 
 class Tiles(NamedTuple):
@@ -148,9 +140,11 @@ TILE = Tile(rows=128, cols=256, depth=64, warps=8, stages=3)
 BAND = 8
 
 
-def mm(x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, tile: Tile = TILE) -> None:
+def mm(
+    x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, tile: Tile | None = None
+) -> None:
     """``x`` (R, I) in groups times ``w`` (e, I, O) into ``out`` (R, O)."""
-    transposed = w.stride(1) == 1
+    tile, transposed = tile or TILE, w.stride(1) == 1
     blocks = row_blocks(offsets, x.shape[0], tile.rows)
     box = (1, tile.cols, tile.depth) if transposed else (1, tile.depth, tile.cols)
     _mm[_grid(x.device)](
@@ -164,9 +158,10 @@ def mm(x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, out: torch.Tenso
 
 
 def outer(
-    x: torch.Tensor, y: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, tile: Tile = TILE
+    x: torch.Tensor, y: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, tile: Tile | None = None
 ) -> None:
     """``x`` (R, I), ``y`` (R, O) in groups into ``out`` (e, I, O): each group's x transposed times its y."""
+    tile = tile or TILE
     _outer[_grid(x.device)](
         create_ragged_descriptor(x, [tile.depth, tile.rows]),
         create_ragged_descriptor(y, [tile.depth, tile.cols]),

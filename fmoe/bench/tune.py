@@ -1,0 +1,131 @@
+"""Choosing the engine and tile of each of a layer's grouped products by measuring whole steps.
+
+Products alone mislead: a card at its power limit pays in clocks for what draws more.
+"""
+
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..models.moe import moe_forward
+from ..ops.kernels import grouped, tuned
+from ..ops.kernels.tuned import Choice, Tile
+from .layers import Shape, config_for, random_params
+from .measure import Run, check_number, timed
+
+TILES = [
+    Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 4), Tile(128, 256, 128, 8, 2), Tile(256, 128, 64, 8, 3),
+    Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 4), Tile(128, 128, 64, 8, 4), Tile(128, 128, 128, 8, 3),
+]  # fmt: skip
+GAIN = 0.01  # what another choice must save of a step's time
+ROUNDING = 0.02  # by how much another choice's results may differ
+
+
+class Tuned(NamedTuple):
+    """One product: its choices, ms of a step with each (``None`` where it can't run), and the best."""
+
+    product: str
+    choices: list[Choice]
+    ms: list[float | None]
+    best: Choice
+
+
+def tune(
+    shape: Shape,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    rounds: int = 9,
+    seed: int | None = None,
+) -> list[Tuned]:
+    """Find the fastest choice for each product of a layer's step, one after another, and keep them in a file.
+
+    =======  ===============================================================
+    shape    tokens, dimensions, experts
+    rounds   of a few steps with each choice in turn
+    -> list  a :class:`Tuned` for each product
+    =======  ===============================================================
+
+    The first choice stays unless another makes the median step faster by a hundredth. Raises ``RuntimeError``
+    where a choice gives other gradients, and ``ValueError`` for fewer than two rounds.
+    """
+    check_number("tune", "rounds", rounds)
+    seed = time.time_ns() % 2**31 if seed is None else seed
+    torch.manual_seed(seed)
+    config = config_for(shape, "random")
+    params = random_params(shape, seed, dtype=dtype, device=device)
+    x = torch.randn(shape.tokens, shape.dim, device=device).to(dtype)
+    run = Run(params, x, torch.randn_like(x))
+    for leaf in run.leaves():
+        leaf.requires_grad_()
+    step = functools.partial(run.step, lambda params, x: moe_forward(params, x, router=config))
+    able = candidates(run)
+    known = tuned.choices(x.device)
+    found = []
+    for product in products(shape, dtype):
+        ms = _compare(functools.partial(known.__setitem__, product), able, step, rounds, x.is_cuda)
+        first, fastest = ms[0], min(time for time in ms if time is not None)
+        assert first is not None
+        best = able[0] if fastest > first * (1 - GAIN) else able[ms.index(fastest)]
+        known[product] = best
+        found.append(Tuned(product, able, ms, best))
+    tuned.write(x.device, {each.product: each.best for each in found})
+    return found
+
+
+def products(shape: Shape, dtype: torch.dtype) -> list[str]:
+    """The grouped products of a step: forward, for the rows' gradients, for the weights'."""
+    up, down = (shape.dim, 2 * shape.hidden), (shape.hidden, shape.dim)
+    kinds = [("mm transposed", up), ("mm transposed", down)]
+    kinds += [(kind, sizes[::-1]) for kind in ("mm", "outer") for sizes in (down, up)]
+    return [tuned.key(kind, (shape.experts, *sizes), dtype) for kind, sizes in kinds]
+
+
+def candidates(run: Run) -> list[Choice]:
+    """What can compute the products here; the first is what is used without tuning."""
+    w_in = run.params.experts.w_in.flatten(1, 2)
+    engines = grouped.engines(run.x[:1], w_in.mT, run.x.new_empty(1, w_in.shape[1]))
+    found = [Choice(engine) for engine in engines]
+    return found + [Choice("triton", tile) for tile in TILES] if "triton" in engines else found
+
+
+def _compare(
+    use: Callable[[Choice], None], able: list[Choice], step: Callable[[], Any], rounds: int, on_cuda: bool
+) -> list[float | None]:
+    """The median ms of a step with each choice, which take turns; ``None`` for one the device can't run."""
+    use(able[0])
+    expected = step()
+    times: dict[Choice, list[float]] = {able[0]: []}
+    for choice in able[1:]:
+        use(choice)
+        try:
+            got = step()
+        except Exception as error:  # Triton has several kinds for a tile that needs more than there is
+            print(f"tune: {choice} can't run here: {str(error).splitlines()[0]}", file=sys.stderr)
+            continue
+        times[choice] = []
+        worst = max(float((a - b).float().norm() / b.float().norm()) for a, b in zip(got, expected))
+        if not worst < ROUNDING:
+            raise RuntimeError(f"tune: {choice} gives other results, by {worst:.2g} of their norm.")
+    for _ in range(rounds):
+        for choice, each in times.items():
+            use(choice)
+            each.append(timed(step, on_cuda))
+    return [statistics.median(times[choice]) if choice in times else None for choice in able]
+
+
+def report(found: list[Tuned], console: Console) -> None:
+    """A column for each product, ms of a step with each choice."""
+    table = Table("ms of a step with", *(each.product for each in found))
+    for i, choice in enumerate(found[0].choices):
+        cells = ["-" if each.ms[i] is None else f"{each.ms[i]:.3f}" for each in found]
+        best = [f"[bold]{c}[/bold]" if each.best == choice else c for c, each in zip(cells, found)]
+        table.add_row(f"{choice.engine} {'x'.join(map(str, choice.tile or ()))}", *best)
+    console.print(table)

@@ -1,0 +1,98 @@
+"""Which engine and tile grouped products take on a device, as ``python -m fmoe tune`` measured it.
+
+Products only read the file, once a process: nothing is measured behind anybody's back, and processes that
+share a file compute the same bits.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ...errors import argument_error
+
+OVERRIDE = "FMOE_TUNED"
+
+
+class Tile(NamedTuple):
+    """What one program computes at a time, and with how much of the processor."""
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+
+
+class Choice(NamedTuple):
+    """An engine of ``grouped``, and for ``"triton"`` its tile; ``None``: the one that is best for most."""
+
+    engine: str
+    tile: Tile | None = None
+
+
+def key(product: str, sizes: Sequence[int], dtype: torch.dtype) -> str:
+    """What a file calls a product of sizes (e, I, O); how many rows there are isn't part of it.
+
+    >>> key("mm", (64, 2048, 1408), torch.bfloat16)
+    'mm 64 x 2048 x 1408 bfloat16'
+    """
+    return f"{product} {' x '.join(map(str, sizes))} {str(dtype).removeprefix('torch.')}"
+
+
+def file() -> Path:
+    """Named by the environment variable ``FMOE_TUNED``, or in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get(OVERRIDE) or Path(cache, "fmoe", "tuned.json"))
+
+
+@functools.cache
+def choices(device: torch.device) -> dict[str, Choice]:
+    """What is known of a device, by :func:`key`."""
+    found = _read().get(device_name(device), {})
+    try:
+        return {k: Choice(engine, tile and Tile(*tile)) for k, (engine, tile) in found.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _unreadable(error) from error
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def write(device: torch.device, found: dict[str, Choice]) -> Path:
+    """Add what was found for a device to the file, whole or not at all."""
+    table, path = _read(), file()
+    table[device_name(device)] = table.get(device_name(device), {}) | found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}")
+    beside.write_text(json.dumps(table, indent=1))
+    beside.replace(path)
+    return path
+
+
+def _read() -> dict[str, dict[str, Choice]]:
+    try:
+        table = json.loads(file().read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise _unreadable(error) from error
+    if not isinstance(table, dict):
+        raise _unreadable(type(table).__name__)
+    return table
+
+
+def _unreadable(why: object) -> ValueError:
+    return argument_error(
+        "grouped_mm",
+        OVERRIDE,
+        got=f"{file()}, which can't be read: {why}",
+        expected="what python -m fmoe tune writes",
+        remedy="Delete the file, and measure again.",
+    )
