@@ -209,7 +209,7 @@ def main() -> None:
             began, last = time.perf_counter(), step + 1 == args.steps
             tokens, targets = (t.to(device) for t in batch)
             (loss, stats), grads = step_of(params, tokens, targets)
-            grads, norm = optim.clip_by_global_norm(grads, args.max_norm)
+            grads, norm = optim.clip_by_global_norm(grads, args.max_norm, donate=True)
             params, state = optimizer.update(params, grads, state, rate(step), donate=True)
             params = deepseek_v3.update_biases(params, stats, args.bias_rate)
 

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple, Protocol
 
 import optree
 import torch
-import torch.distributed as dist
 from torch.optim.adamw import adamw as torch_adamw
 
+from .clipping import clip_by_global_norm as clip_by_global_norm  # re-exported
+from .clipping import global_norm as global_norm
 from .errors import argument_error
 from .tree import check_tensors, dotted_names, is_dtensor, local, map_local
 
@@ -130,69 +131,6 @@ def adamw(
         return new_params, AdamWState(state.step + 1, exp_avg, exp_avg_sq)
 
     return Optimizer(init, update)
-
-
-def global_norm(grads: Any) -> torch.Tensor:
-    """The Euclidean norm of all leaves as one vector: a float32 scalar, summed in float32.
-
-    Leaves may be DTensors; those sharded alike share one collective, and the result is a plain
-    tensor with the same bits on every rank. Nothing waits for the device.
-
-    Raises ``ValueError`` for leaves that aren't tensors.
-
-    >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])})
-    tensor(5.)
-    """
-    leaves = check_tensors("global_norm", "grads", grads)
-    device = leaves[0].device if leaves else None
-    squares: dict[Any, list[torch.Tensor]] = defaultdict(list)
-    for leaf in leaves:
-        groups: tuple[Any, ...] = ()
-        if is_dtensor(leaf):
-            from torch.distributed.tensor import Replicate
-
-            summed = [Replicate() if p.is_partial() else p for p in leaf.placements]
-            if summed != list(leaf.placements):
-                leaf = leaf.redistribute(placements=summed)
-            groups = tuple(
-                leaf.device_mesh.get_group(i) for i, p in enumerate(summed) if not p.is_replicate()
-            )
-        squares[groups].append(torch.linalg.vector_norm(local(leaf).float()).square().to(device))
-    total = torch.zeros((), device=device)
-    for groups, parts in squares.items():
-        part = torch.stack(parts).sum()
-        for group in groups:
-            # Gathered and then summed, in one order, so that the norm has the same bits on every rank.
-            gathered = [torch.empty_like(part) for _ in range(group.size())]
-            dist.all_gather(gathered, part, group=group)
-            part = torch.stack(gathered).sum()
-        total = total + part
-    return total.sqrt()
-
-
-def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, torch.Tensor]:
-    """Gradients scaled to a norm of at most ``max_norm``, and their norm before that.
-
-    The factor is ``min(1, max_norm / (norm + 1e-6))``, as in ``torch.nn.utils.clip_grad_norm_``
-    (Pascanu et al., arXiv:1211.5063), but where the norm isn't finite the gradients stay as they are, so
-    that one can see which is at fault. Leaves keep their dtype; the norm is :func:`global_norm`.
-
-    Raises ``ValueError`` unless ``max_norm`` is positive.
-
-    >>> clip_by_global_norm([torch.tensor([3.0, 4.0])], 1.0)
-    ([tensor([0.6000, 0.8000])], tensor(5.))
-    """
-    if not max_norm > 0:
-        raise argument_error(
-            "clip_by_global_norm",
-            "max_norm",
-            got=max_norm,
-            expected="a positive number",
-            remedy="Pass math.inf for no clipping.",
-        )
-    norm = global_norm(grads)
-    factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
-    return optree.tree_map(lambda g: map_local(lambda t: t * factor.to(t.device), g), grads), norm
 
 
 def is_trained(name: str) -> bool:

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 import optree
 import pytest
 import torch
+from helpers import allocated_at_once
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
+import fmoe
 from fmoe.optim import AdamWState, adamw, clip_by_global_norm, global_norm
 from fmoe.tree import dotted_names
 
@@ -176,6 +178,9 @@ def test_trees_that_differ_are_refused() -> None:
         adamw(betas=(0.9, 1.0))
 
 
+# ---- norms, clipping ---------------------------------------------------------------------------------------
+
+
 def test_an_empty_tree() -> None:
     params, state = adamw().update((), (), adamw().init(()), 0.1)
     assert params == ()
@@ -204,6 +209,64 @@ def test_the_norm_of_bfloat16_is_summed_in_float32() -> None:
     exact = torch.cat(grads).double().norm().float()
     torch.testing.assert_close(global_norm(grads), exact, rtol=1e-6, atol=0)
     assert clip_by_global_norm(grads, 1.0)[0][0].dtype == torch.bfloat16
+
+
+def test_gradients_of_each_example_are_clipped_under_vmap() -> None:
+    grads = {"a": torch.randn(3, 4, 2), "b": torch.randn(3, 5)}
+    clipped, norms = torch.vmap(lambda g: clip_by_global_norm(g, 1.0))(grads)
+    for i in range(3):
+        expected = clip_by_global_norm(optree.tree_map(lambda g, i=i: g[i], grads), 1.0)
+        found = optree.tree_map(lambda g, i=i: g[i], clipped), norms[i]
+        assert_same(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+def test_donated_gradients_are_scaled_in_their_memory(max_norm: float) -> None:
+    grads = [random_tree(i, dtype) for i, dtype in enumerate((torch.float32, torch.bfloat16, torch.float64))]
+    grads.append(torch.randn(4, 3).t())
+    expected = clip_by_global_norm(grads, max_norm)
+    pointers = [leaf.data_ptr() for leaf in optree.tree_leaves(grads)]
+    clipped, norm = clip_by_global_norm(grads, max_norm, donate=True)
+    assert_same((clipped, norm), expected)
+    assert [leaf.data_ptr() for leaf in optree.tree_leaves(clipped)] == pointers
+
+
+def test_donated_gradients_are_not_copied() -> None:
+    grads = [torch.randn(2**16), torch.randn(2**8, 2**8).t()]
+    copied = allocated_at_once(lambda: clip_by_global_norm(grads, 1.0))[0]
+    donated = allocated_at_once(lambda: clip_by_global_norm(grads, 1.0, donate=True))[0]
+    assert copied >= 2 * 4 * 2**16
+    assert donated < 1000
+
+
+def test_gradients_that_share_memory_are_copied() -> None:
+    whole, one = torch.randn(6, 4), torch.randn(5)
+    shared = {
+        "expanded": torch.randn(3).expand(4, 3),
+        "sliding": torch.randn(10).as_strided((4, 4), (2, 1)),
+        "part": whole[:4],
+        "overlapping": whole[2:],
+        "once": one,
+        "again": one,
+    }
+    alone = torch.randn(3)
+    grads = {**shared, "alone": alone}
+    before = copied(grads)
+    clipped, _ = clip_by_global_norm(grads, 0.5, donate=True)
+    assert_same(clipped, clip_by_global_norm(before, 0.5)[0], rtol=1e-6, atol=1e-7)
+    assert clipped["alone"] is alone
+    del before["alone"]
+    assert_same(shared, before)
+
+
+def test_what_autograd_gives_for_a_sum_is_clipped_right() -> None:
+    """One gradient for two leaves, and in it one number many times."""
+    params = {"a": torch.randn(3, 2), "b": torch.randn(3, 2)}
+    _, grads = fmoe.value_and_grad(lambda p: (p["a"] + p["b"]).sum())(params)
+    assert grads["a"].untyped_storage().data_ptr() == grads["b"].untyped_storage().data_ptr()
+    clipped, _ = clip_by_global_norm(grads, 1.0, donate=True)
+    for leaf in clipped.values():
+        torch.testing.assert_close(leaf, torch.full((3, 2), 12**-0.5))
 
 
 @pytest.fixture
@@ -240,6 +303,11 @@ def test_dtensors_of_several_meshes_beside_plain_tensors(mesh: Any) -> None:
     expected_clipped, expected_norm = clip_by_global_norm(grads, 0.5)
     torch.testing.assert_close(norm, expected_norm)
     assert_same(full(clipped), expected_clipped, rtol=1e-6, atol=1e-7)
+    donated = placed(grads)
+    pointer = donated["embed"].to_local().data_ptr()
+    in_place, _ = clip_by_global_norm(donated, 0.5, donate=True)
+    assert_same(full(in_place), full(clipped))
+    assert in_place["embed"].to_local().data_ptr() == pointer
 
 
 def test_a_strided_shard_is_updated(mesh: Any) -> None:

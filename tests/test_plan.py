@@ -69,7 +69,7 @@ def test_parts_are_those_of_a_real_step(config, dtype, compute, wrap):
 
     def step():
         _, grads = fmoe.value_and_grad(loss, has_aux=True)(params, tokens, targets)
-        grads, _ = optim.clip_by_global_norm(grads, 1.0)
+        grads, _ = optim.clip_by_global_norm(grads, 1.0, donate=True)
         assert nbytes(grads) == stage.gradients
         optimizer.update(params, grads, state, 1e-3, donate=True)
 
@@ -77,6 +77,14 @@ def test_parts_are_those_of_a_real_step(config, dtype, compute, wrap):
     most = allocated_at_once(step)[0] + nbytes(params) + nbytes(state)
     # The CPU's kernels hold float32 copies while they run, which a plan for it leaves out.
     assert 0.7 * most < stage.peak <= 1.01 * most
+
+
+def test_clipping_takes_no_memory():
+    how = dict(batch_size=4, seq_len=64, dtype=BFLOAT16, device_type="cpu")
+    stage = plan(SMALL, **how).stages[0]
+    held = stage.parameters + stage.gradients + stage.optimizer
+    assert held <= stage.peaks["clip"] < 1.001 * held
+    assert plan(SMALL, max_norm=None, **how).stages[0].peaks["backward"] == stage.peaks["backward"]
 
 
 def test_micro_batches_hold_one_parts_activations_and_the_sum_of_gradients():

@@ -146,7 +146,7 @@ class _Training:
         loss: torch.Tensor
         (loss, stats), grads = self.gradient(self.params, *batch)
         with record_function(OPTIMIZER):
-            grads, _ = clip_by_global_norm(grads, 1.0)
+            grads, _ = clip_by_global_norm(grads, 1.0, donate=True)
             update = self.optimizer.update
             params, self.state = update(self.params, grads, self.state, LEARNING_RATE, donate=True)
             self.params = deepseek_v3.update_biases(params, stats, BIAS_RATE)
