@@ -87,6 +87,18 @@ def test_clipping_takes_no_memory():
     assert plan(SMALL, max_norm=None, **how).stages[0].peaks["backward"] == stage.peaks["backward"]
 
 
+@pytest.mark.parametrize(("kept", "moments"), [(FLOAT32, BFLOAT16), (BFLOAT16, FLOAT32)])
+def test_moments_of_another_dtype_are_planned_as_they_are(monkeypatch, kept, moments):
+    monkeypatch.setattr(optim, "PIECE", 2**12)
+    optimizer = optim.adamw(moments_dtype=moments)
+    how = dict(batch_size=4, seq_len=64, dtype=kept, device_type="cpu")
+    stage, same = (plan(SMALL, optimizer=o, **how).stages[0] for o in (optimizer, None))
+    assert stage.optimizer == nbytes(optimizer.init(deepseek_v3.init(SMALL, 0, dtype=kept)))
+    assert stage.phases["update"]["optimizer"] == stage.optimizer
+    widened = stage.phases["update"]["workspace"] - same.phases["update"]["workspace"]
+    assert widened == pytest.approx(2 * 4 * 2**12, abs=1000)  # a piece of two of four tensors
+
+
 def test_micro_batches_hold_one_parts_activations_and_the_sum_of_gradients():
     one, four = (
         plan(SMALL, batch_size=n, seq_len=64, micro_batches=n, dtype=BFLOAT16, device_type="cpu").stages[0]
@@ -259,6 +271,11 @@ def test_the_command_prints_a_table_or_json(monkeypatch, capsys):
     shown = command(monkeypatch, capsys, *words)
     parts = "parameters", "gradients", "optimizer", "saved activations", "attention", "experts", "peak"
     assert all(part in shown for part in parts)
+    low = json.loads(
+        command(monkeypatch, capsys, *words, "--json", "--dtype", "float32", "--moments-dtype", "bfloat16")
+    )
+    for a, b in zip(found["stages"], low["stages"]):
+        assert b["optimizer"] == a["optimizer"] == pytest.approx(b["parameters"], rel=0.01)
     peaks = [f"{stage['peak'] / 2**20:.2f}" for stage in found["stages"]]
     assert re.search(rf"peak +│ +{peaks[0]} │ +{peaks[1]}", shown)
     assert "not trained yet" in " ".join(shown.split())
