@@ -67,8 +67,12 @@ def parse() -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--mesh", default="", help='axes and sizes under torchrun, as "dp=2,ep=4"; experts lie along ep')
     add("--ep-backend", choices=backends.NAMES, default="auto", help="what carries tokens along ep")
-    add("--dtype", choices=DTYPES, default="float32", help="of parameters and optimiser")
-    add("--compute-dtype", choices=DTYPES, default=None, help="of the model's arithmetic; default: --dtype")
+    add("--dtype", choices=DTYPES, default="float32", help="of parameters and gradients")
+    add(
+        "--compute-dtype", choices=DTYPES, default=None,
+        help="of the model's arithmetic; default: bfloat16 on CUDA with float32 parameters, else --dtype",
+    )  # fmt: skip
+    add("--moments-dtype", choices=DTYPES, default=None, help="of the optimiser's moments; default: --dtype")
     add("--remat", default="none", help="none, full, default, or save:NAME,NAME: what layers recompute")
     add("--compile", action="store_true", help="compile each layer with torch.compile")
     add("--eval-every", type=int, default=0, help="steps between evaluations on held-out text; 0: none")
@@ -94,6 +98,9 @@ def parse() -> argparse.Namespace:
             f"--held-out: got {args.held_out}, expected a share between 0 and 1 with --eval-every"
         )
     args.out = args.out or Path("runs", args.preset)
+    mixed = torch.device(args.device).type == "cuda" and args.dtype == "float32"
+    args.compute_dtype = args.compute_dtype or ("bfloat16" if mixed else args.dtype)
+    args.moments_dtype = args.moments_dtype or args.dtype
     return args
 
 
@@ -181,17 +188,18 @@ def main() -> None:
     run = {"model": dataclasses.asdict(config), "data": {**cut, "fingerprint": data.fingerprint(text)}}
 
     params = deepseek_v3.init(config, args.seed, dtype=getattr(torch, args.dtype), device=device, mesh=mesh)
-    optimizer = optim.adamw()
+    optimizer = optim.adamw(moments_dtype=getattr(torch, args.moments_dtype))
     state, first = start(args, {"params": params, "optimizer": optimizer.init(params)}, run)
     params, state = state["params"], state["optimizer"]
     total, active = deepseek_v3.num_params(config)
     console.print(
-        f"{args.preset}: {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; step {first}; "
+        f"{args.preset}: {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; kept in {args.dtype}, "
+        f"moments in {args.moments_dtype}, computing in {args.compute_dtype}; step {first}; "
         f"{len(text) / 1e6:.1f}M {unit}s of text, unigram entropy {entropy:.3f} nats a {unit}",
         soft_wrap=True,
     )
 
-    low = functools.partial(gradients.computing_in, dtype=getattr(torch, args.compute_dtype or args.dtype))
+    low = functools.partial(gradients.computing_in, dtype=getattr(torch, args.compute_dtype))
     options = dict(
         config=config,
         mesh=mesh,
@@ -209,7 +217,7 @@ def main() -> None:
             began, last = time.perf_counter(), step + 1 == args.steps
             tokens, targets = (t.to(device) for t in batch)
             (loss, stats), grads = step_of(params, tokens, targets)
-            grads, norm = optim.clip_by_global_norm(grads, args.max_norm)
+            grads, norm = optim.clip_by_global_norm(grads, args.max_norm, donate=True)
             params, state = optimizer.update(params, grads, state, rate(step), donate=True)
             params = deepseek_v3.update_biases(params, stats, args.bias_rate)
 

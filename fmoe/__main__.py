@@ -25,6 +25,7 @@ from .introspect import Support, operator_support
 from .metrics import read_metrics
 from .models import deepseek_v3
 from .models.config import PRESETS
+from .optim import adamw
 from .parallel.together import this_rank
 from .plan import plan as plan_step
 from .plan import report as planned
@@ -87,7 +88,8 @@ def model(args: argparse.Namespace) -> None:
     result = bench_model(
         cut(deepseek_v3.preset(args.model), args.layers), batch_size=args.batch_size, seq_len=args.seq_len,
         steps=args.steps, remat=args.remat, compiled=args.compile, dtype=getattr(torch, args.dtype),
-        compute_dtype=getattr(torch, args.compute_dtype or args.dtype), balanced=args.balanced,
+        compute_dtype=getattr(torch, args.compute_dtype or args.dtype),
+        moments_dtype=getattr(torch, args.moments_dtype or args.dtype), balanced=args.balanced,
         data=args.data, device=args.device, trace=args.trace, seed=args.seed,
     )  # fmt: skip
     result["model"] = args.model
@@ -124,6 +126,7 @@ def plan(args: argparse.Namespace) -> None:
         config, args.mesh, batch_size=args.batch_size, seq_len=args.seq_len, micro_batches=args.micro_batches,
         dtype=getattr(torch, args.dtype), compute_dtype=getattr(torch, args.compute_dtype or args.dtype),
         per_layer=per_layer(args.remat), imbalance=args.imbalance,
+        optimizer=adamw(moments_dtype=getattr(torch, args.moments_dtype or args.dtype)),
     )  # fmt: skip
     if args.json:
         stages = [{**stage._asdict(), "peak": stage.peak} for stage in found.stages]
@@ -205,8 +208,9 @@ def _sizes_of_a_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=None, help="only so many, one of them dense")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences a step, over all devices")
     parser.add_argument("--seq-len", type=int, default=4096)
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of parameters and optimizer")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of parameters and gradients")
     parser.add_argument("--compute-dtype", choices=DTYPES, default=None, help="default: --dtype")
+    parser.add_argument("--moments-dtype", choices=DTYPES, default=None, help="default: --dtype")
     parser.add_argument("--remat", default="none", help="none, full, default or save:NAME,NAME")
 
 

@@ -1,16 +1,20 @@
 """Functional optimisation: AdamW and clipping, values in, values out."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import optree
 import torch
-import torch.distributed as dist
 from torch.optim.adamw import adamw as torch_adamw
 
+from .clipping import clip_by_global_norm as clip_by_global_norm  # re-exported
+from .clipping import global_norm as global_norm
 from .errors import argument_error
 from .tree import check_tensors, dotted_names, is_dtensor, local, map_local
+
+Rows = Sequence[Sequence[torch.Tensor]]
+PIECE = 2**25  # numbers widened at once
 
 
 class AdamWState(NamedTuple):
@@ -46,14 +50,25 @@ class Optimizer(NamedTuple):
 
 
 def adamw(
-    *, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.1
+    *,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    moments_dtype: torch.dtype | None = None,
 ) -> Optimizer:
     """AdamW (Loshchilov and Hutter, arXiv:1711.05101) with PyTorch's fused kernel.
 
     Params, grads and both moments are trees of one structure; each leaf's tensors share shape,
-    dtype, device and, for DTensors, placements. The learning rate is a float given to each update.
-    Weight decay is for leaves of two or more dimensions. Leaves named ``bias_E``, which load
+    device, for DTensors placements, and, but for the moments, dtype. The learning rate is a float given to
+    each update. Weight decay is for leaves of two or more dimensions. Leaves named ``bias_E``, which load
     balancing moves, come back as they are, and their moments are empty.
+
+    Moments are of ``moments_dtype``, or for ``None`` of each parameter's own. Where the two differ, a leaf is
+    updated in the wider one, a piece at a time, and what is narrower rounded once. Bfloat16 moments of
+    float32 params, as DeepSeek-V3 was trained with, halve the state; with ``betas[1]`` above 0.996 some would
+    cease to decay, a step's part being less than half of the last bit. Float32 moments of bfloat16
+    params aren't rounded, but the params still are: what changes one by less than a 512th is lost. Against
+    that keep params in float32 and compute in bfloat16, by :func:`fmoe.gradients.computing_in`.
 
     ``update`` modifies nothing it is given and returns contiguous tensors that do not require grad.
     With ``donate=True`` it writes into the memory of ``params`` and ``state``, as jax's
@@ -73,13 +88,30 @@ def adamw(
         raise argument_error(
             "adamw", "betas", got=betas, expected="two numbers in [0, 1)", remedy="Try (0.9, 0.95)."
         )
+    if moments_dtype is not None and not (moments_dtype.is_floating_point and moments_dtype.itemsize > 1):
+        raise argument_error(
+            "adamw",
+            "moments_dtype",
+            got=moments_dtype,
+            expected="a floating dtype of two bytes or more",
+            remedy="Try torch.bfloat16, or None for each parameter's own.",
+        )
+    how = _AdamW(betas, eps, weight_decay, moments_dtype)
+    return Optimizer(how.init, how.update)
 
-    def init(params: Any) -> AdamWState:
-        leaves = check_tensors("adamw.init", "params", params)
+
+class _AdamW(NamedTuple):
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    moments_dtype: torch.dtype | None
+
+    def init(self, params: Any) -> AdamWState:
+        leaves, names = check_tensors("adamw.init", "params", params), dotted_names(params)
         structure = optree.tree_structure(params)
 
         def zeros() -> Any:
-            moments = [_zeros(leaf, is_trained(name)) for name, leaf in zip(dotted_names(params), leaves)]
+            moments = [_zeros(p, self.moments_dtype, is_trained(name)) for name, p in zip(names, leaves)]
             return optree.tree_unflatten(structure, moments)
 
         device = leaves[0].device if leaves else None
@@ -87,112 +119,65 @@ def adamw(
 
     @torch.no_grad()
     def update(
-        params: Any, grads: Any, state: AdamWState, learning_rate: float, *, donate: bool = False
+        self, params: Any, grads: Any, state: AdamWState, learning_rate: float, *, donate: bool = False
     ) -> tuple[Any, AdamWState]:
-        names = dotted_names(params)
+        names, structure = dotted_names(params), optree.tree_structure(params)
         old, g, old_m, old_v = (
-            _checked(params, names, argument, tree)
-            for argument, tree in [
-                ("params", params),
-                ("grads", grads),
-                ("state.exp_avg", state.exp_avg),
-                ("state.exp_avg_sq", state.exp_avg_sq),
+            _checked(params, names, argument, tree, dtype)
+            for argument, tree, dtype in [
+                ("params", params, None),
+                ("grads", grads, None),
+                ("state.exp_avg", state.exp_avg, self.moments_dtype),
+                ("state.exp_avg_sq", state.exp_avg_sq, self.moments_dtype),
             ]
         )
         moves = [is_trained(name) for name in names]
         take = _reuse if donate else _copy
         p, m, v = ([take(x) if moved else x for x, moved in zip(xs, moves)] for xs in (old, old_m, old_v))
 
-        groups: dict[Any, list[list[torch.Tensor]]] = defaultdict(list)
+        alike: dict[Any, list[list[torch.Tensor]]] = defaultdict(list)
         local_g = [local(leaf).contiguous() for leaf in g]
-        for moved, *row in zip(moves, p, local_g, m, v):
+        for moved, *leaves in zip(moves, p, local_g, m, v):
             if moved:
-                key = row[0].dtype, row[0].device, row[0].ndim >= 2
-                groups[key].append([local(leaf) for leaf in row])
-        for (_, device, decayed), rows in groups.items():
-            ps, gs, ms, vs = map(list, zip(*rows))
-            torch_adamw(
-                *(ps, gs, ms, vs, []),
-                # The kernel counts in place, a step per tensor, so it gets copies of the one step.
-                state_steps=list(state.step.to(device).repeat(len(rows)).unbind()),
-                fused=True,
-                foreach=False,
-                amsgrad=False,
-                maximize=False,
-                beta1=betas[0],
-                beta2=betas[1],
-                lr=learning_rate,
-                weight_decay=weight_decay if decayed else 0.0,
-                eps=eps,
-            )
-        structure = optree.tree_structure(params)
+                row = [local(leaf) for leaf in leaves]
+                alike[row[0].dtype, row[2].dtype, row[0].device, row[0].ndim >= 2].append(row)
+        for (dtype, of_moments, _, decayed), rows in alike.items():
+            rates = learning_rate, self.weight_decay if decayed else 0.0
+            if dtype == of_moments:
+                self._fused(rows, state.step, *rates)
+            else:
+                self._widened(rows, torch.promote_types(dtype, of_moments), state.step, *rates)
         new_params, exp_avg, exp_avg_sq = (optree.tree_unflatten(structure, leaves) for leaves in (p, m, v))
         return new_params, AdamWState(state.step + 1, exp_avg, exp_avg_sq)
 
-    return Optimizer(init, update)
-
-
-def global_norm(grads: Any) -> torch.Tensor:
-    """The Euclidean norm of all leaves as one vector: a float32 scalar, summed in float32.
-
-    Leaves may be DTensors; those sharded alike share one collective, and the result is a plain
-    tensor with the same bits on every rank. Nothing waits for the device.
-
-    Raises ``ValueError`` for leaves that aren't tensors.
-
-    >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])})
-    tensor(5.)
-    """
-    leaves = check_tensors("global_norm", "grads", grads)
-    device = leaves[0].device if leaves else None
-    squares: dict[Any, list[torch.Tensor]] = defaultdict(list)
-    for leaf in leaves:
-        groups: tuple[Any, ...] = ()
-        if is_dtensor(leaf):
-            from torch.distributed.tensor import Replicate
-
-            summed = [Replicate() if p.is_partial() else p for p in leaf.placements]
-            if summed != list(leaf.placements):
-                leaf = leaf.redistribute(placements=summed)
-            groups = tuple(
-                leaf.device_mesh.get_group(i) for i, p in enumerate(summed) if not p.is_replicate()
-            )
-        squares[groups].append(torch.linalg.vector_norm(local(leaf).float()).square().to(device))
-    total = torch.zeros((), device=device)
-    for groups, parts in squares.items():
-        part = torch.stack(parts).sum()
-        for group in groups:
-            # Gathered and then summed, in one order, so that the norm has the same bits on every rank.
-            gathered = [torch.empty_like(part) for _ in range(group.size())]
-            dist.all_gather(gathered, part, group=group)
-            part = torch.stack(gathered).sum()
-        total = total + part
-    return total.sqrt()
-
-
-def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, torch.Tensor]:
-    """Gradients scaled to a norm of at most ``max_norm``, and their norm before that.
-
-    The factor is ``min(1, max_norm / (norm + 1e-6))``, as in ``torch.nn.utils.clip_grad_norm_``
-    (Pascanu et al., arXiv:1211.5063), but where the norm isn't finite the gradients stay as they are, so
-    that one can see which is at fault. Leaves keep their dtype; the norm is :func:`global_norm`.
-
-    Raises ``ValueError`` unless ``max_norm`` is positive.
-
-    >>> clip_by_global_norm([torch.tensor([3.0, 4.0])], 1.0)
-    ([tensor([0.6000, 0.8000])], tensor(5.))
-    """
-    if not max_norm > 0:
-        raise argument_error(
-            "clip_by_global_norm",
-            "max_norm",
-            got=max_norm,
-            expected="a positive number",
-            remedy="Pass math.inf for no clipping.",
+    def _fused(self, rows: Rows, step: torch.Tensor, learning_rate: float, weight_decay: float) -> None:
+        """Update rows of a param, grad and two moments, contiguous, of one dtype and device, in place."""
+        p, g, m, v = map(list, zip(*rows))
+        torch_adamw(
+            *(p, g, m, v, []),
+            # The kernel counts in place, a step per tensor, so it gets copies of the one step.
+            state_steps=list(step.to(p[0].device).repeat(len(rows)).unbind()),
+            fused=True,
+            foreach=False,
+            amsgrad=False,
+            maximize=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            eps=self.eps,
         )
-    norm = global_norm(grads)
-    factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
-    return optree.tree_map(lambda g: map_local(lambda t: t * factor.to(t.device), g), grads), norm
+
+    def _widened(self, rows: Rows, dtype: torch.dtype, *how: Any) -> None:
+        """The same of rows of two dtypes, in ``dtype``; the kernel takes one (pytorch#146542)."""
+        for row in rows:
+            for piece in zip(*(t.view(-1).split(PIECE) for t in row)):
+                wide = [t.to(dtype) for t in piece]
+                self._fused([wide], *how)
+                for i in (0, 2, 3):  # not the grad
+                    if wide[i] is not piece[i]:
+                        piece[i].copy_(wide[i])
+                del wide  # before the next piece's
 
 
 def is_trained(name: str) -> bool:
@@ -204,10 +189,11 @@ def is_trained(name: str) -> bool:
     return name.split(".")[-1] != "bias_E"
 
 
-def _zeros(leaf: torch.Tensor, moved: bool) -> torch.Tensor:
+def _zeros(leaf: torch.Tensor, dtype: torch.dtype | None, moved: bool) -> torch.Tensor:
+    dtype = dtype or leaf.dtype
     if not moved:
-        return torch.empty(0, dtype=leaf.dtype, device=leaf.device)
-    return map_local(lambda t: torch.zeros_like(t, memory_format=torch.contiguous_format), leaf)
+        return torch.empty(0, dtype=dtype, device=leaf.device)
+    return map_local(lambda t: torch.zeros_like(t, dtype=dtype, memory_format=torch.contiguous_format), leaf)
 
 
 # The fused kernel reads memory front to back whatever the strides, so it gets contiguous tensors only.
@@ -219,15 +205,20 @@ def _reuse(leaf: torch.Tensor) -> torch.Tensor:
     return leaf.detach() if local(leaf).is_contiguous() else _copy(leaf)
 
 
-def _layout(leaf: Any) -> tuple[Any, ...]:
+def _layout(leaf: Any, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
     if not isinstance(leaf, torch.Tensor):
         return (type(leaf).__name__,)
-    plain = leaf.dtype, tuple(leaf.shape), leaf.device
+    plain = dtype or leaf.dtype, tuple(leaf.shape), leaf.device
     return (*plain, leaf.placements, leaf.device_mesh) if is_dtensor(leaf) else plain
 
 
-def _checked(params: Any, names: list[str], argument: str, tree: Any) -> list[torch.Tensor]:
-    """The leaves of a tree that has the structure of params and, where they move, their layouts."""
+def _checked(
+    params: Any, names: list[str], argument: str, tree: Any, dtype: torch.dtype | None = None
+) -> list[torch.Tensor]:
+    """The leaves of a tree that has the structure of params and, where they move, their layouts.
+
+    Their dtypes, too, unless another is given.
+    """
     (expected, structure), (leaves, theirs) = optree.tree_flatten(params), optree.tree_flatten(tree)
     if theirs != structure:
         missing, extra = set(names).difference(dotted_names(tree)), set(dotted_names(tree)).difference(names)
@@ -238,10 +229,11 @@ def _checked(params: Any, names: list[str], argument: str, tree: Any) -> list[to
             expected="the leaves and containers of params",
             remedy="Differentiate, and call init on, the params you pass here.",
         )
+    layouts = zip(names, map(_layout, leaves), (_layout(leaf, dtype) for leaf in expected))
     wrong = [
-        [f"{name} {' '.join(map(str, _layout(leaf)))}" for leaf in pair]
-        for name, *pair in zip(names, leaves, expected)
-        if is_trained(name) and _layout(pair[0]) != _layout(pair[1])
+        [f"{name} {' '.join(map(str, layout))}" for layout in pair]
+        for name, *pair in layouts
+        if is_trained(name) and pair[0] != pair[1]
     ]
     if wrong:
         got, wanted = ("; ".join(column) for column in zip(*wrong))

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import optree
 import pytest
 import torch
 from rich.console import Console
@@ -16,6 +17,7 @@ from fmoe.bench.layers import ROUTINGS, SHAPES, Shape, config_for, layers, plain
 from fmoe.bench.model import bench_model, cut, report
 from fmoe.models import deepseek_v3
 from fmoe.ops.reference import moe_reference
+from fmoe.optim import adamw
 from fmoe.plan import plan
 
 TINY = Shape(tokens=48, dim=16, hidden=8, experts=8, top_k=2)
@@ -117,12 +119,17 @@ def test_the_model_command_measures_training_steps(monkeypatch, capsys, tmp_path
 def test_the_model_command_trains_on_text_with_balanced_experts_compiled(monkeypatch, capsys, tmp_path):
     text = tmp_path / "words.txt"
     text.write_text("the same words again and again, " * 200)
-    how = "--data", str(text), "--balanced", "--compile", "--compute-dtype", "bfloat16", "--steps", "6"
+    how = ["--data", str(text), "--balanced", "--compile", "--compute-dtype", "bfloat16", "--steps", "6"]
+    how += ["--moments-dtype", "bfloat16"]
     result, shown = model_command(monkeypatch, capsys, tmp_path, *how)
     assert result["last_loss"] < result["first_loss"]
     assert result["balanced"] and result["compiled"]
     assert result["first_ms"] > 5 * result["ms"]  # it compiles
-    assert "experts balanced" in " ".join(shown.split())
+    for words in ("experts balanced", "moments torch.bfloat16"):
+        assert words in " ".join(shown.split())
+    params = deepseek_v3.init(cut(deepseek_v3.preset("debug"), 2), 0)
+    state = adamw(moments_dtype=torch.bfloat16).init(params)
+    assert result["planned"]["optimizer"] == sum(t.nbytes for t in optree.tree_leaves(state))
 
 
 def test_a_model_whose_loss_is_wrong_is_not_timed(monkeypatch):

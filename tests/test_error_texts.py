@@ -299,6 +299,9 @@ CASES = {
         written(tmp / "tokenizer.json", "{}")
     ),
     "adamw: betas: got …, expected two numbers in [0, 1)": lambda: optim.adamw(betas=(0.9, 1.0)),
+    "adamw: moments_dtype: got …, expected a floating dtype of two bytes or more": lambda: optim.adamw(
+        moments_dtype=torch.int8
+    ),
     "adamw.update: …: got …, expected …": lambda: update(lambda params: {"w": torch.ones(3)}),
     "adamw.update: …: got a tree with leaves missing: …, unexpected: …, expected the leaves and containers "
     "of params": lambda: update(lambda params: {"v": torch.ones(2)}),

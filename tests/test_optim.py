@@ -1,3 +1,4 @@
+import itertools
 import os
 import re
 from pathlib import Path
@@ -6,8 +7,11 @@ from typing import Any, NamedTuple
 import optree
 import pytest
 import torch
+from helpers import allocated_at_once
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
+import fmoe
+from fmoe import optim
 from fmoe.optim import AdamWState, adamw, clip_by_global_norm, global_norm
 from fmoe.tree import dotted_names
 
@@ -176,6 +180,105 @@ def test_trees_that_differ_are_refused() -> None:
         adamw(betas=(0.9, 1.0))
 
 
+# ---- moments of another dtype ------------------------------------------------------------------------------
+
+
+def one_update(params: Any, grads: Any, state: AdamWState, rate: float) -> Any:
+    """A step of AdamW in float64 with betas 0.8 and 0.9, eps 1e-7 and decay 0.3: params and both moments."""
+    t = state.step.item() + 1
+
+    def updated(*row: torch.Tensor) -> Any:
+        p, g, m, v = (x.double() for x in row)
+        m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g * g
+        step = (m / (1 - 0.8**t)) / ((v / (1 - 0.9**t)).sqrt() + 1e-7)
+        return p * (1 - rate * (0.3 if p.ndim >= 2 else 0.0)) - rate * step, m, v
+
+    return optree.tree_transpose_map(updated, params, grads, state.exp_avg, state.exp_avg_sq)
+
+
+BOTH = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("moments", [*BOTH, None])
+@pytest.mark.parametrize("dtype", BOTH)
+def test_every_step_is_one_of_float64_rounded_once(
+    dtype: torch.dtype, moments: torch.dtype | None, donate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "PIECE", 7)  # leaves have 1 to 42 numbers
+    half_a_bit = {torch.float32: 2**-22, torch.bfloat16: 1.001 * 2**-8}
+
+    def draw() -> Any:
+        return {name: torch.randn(n, dtype=dtype) for name, n in (("a", (6, 7)), ("b", (5,)), ("c", ()))}
+
+    optimizer = adamw(betas=(0.8, 0.9), eps=1e-7, weight_decay=0.3, moments_dtype=moments)
+    params = draw()
+    state = optimizer.init(params)
+    for i in range(4):
+        grads = draw()
+        kept, expected = copied(grads), one_update(params, grads, state, 0.1 / (i + 1))
+        params, state = optimizer.update(params, grads, state, 0.1 / (i + 1), donate=donate)
+        assert_same(grads, kept)
+        for tree, exact, kind in zip((params, *state[1:]), expected, (dtype, *[moments or dtype] * 2)):
+            assert {leaf.dtype for leaf in optree.tree_leaves(tree)} == {kind}
+            wide = optree.tree_map(torch.Tensor.double, tree)
+            assert_same(wide, exact, rtol=half_a_bit[kind], atol=2e-7)
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+def test_naming_the_dtype_of_the_params_changes_nothing(dtype: torch.dtype) -> None:
+    params, grads = random_tree(0, dtype), random_tree(1, dtype)
+    implied, named = (
+        optimizer.update(params, grads, optimizer.init(params), 0.1)
+        for optimizer in (adamw(), adamw(moments_dtype=dtype))
+    )
+    assert_same(named[0], implied[0])
+    assert_same(named[1].exp_avg_sq["embed"], implied[1].exp_avg_sq["embed"])
+
+
+@pytest.mark.parametrize(("dtype", "moments"), [BOTH, BOTH[::-1]])
+def test_what_is_widened_is_a_piece_at_a_time(
+    dtype: torch.dtype, moments: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "PIECE", 2**12)
+    params, grads = (torch.randn(2**9, 2**9, dtype=dtype) for _ in range(2))
+    optimizer = adamw(moments_dtype=moments)
+    state = optimizer.init(params)
+    expected = optimizer.update(params, grads, state, 0.1)
+    pointers = [leaf.data_ptr() for leaf in (params, *state[1:])]
+    most, (new, new_state) = allocated_at_once(
+        lambda: optimizer.update(params, grads, state, 0.1, donate=True)
+    )
+    assert most < 2 * 4 * 2**12 + 1000  # two of the four are widened
+    assert [leaf.data_ptr() for leaf in (new, *new_state[1:])] == pointers
+    assert_same((new, new_state), expected)
+
+
+def test_moments_of_a_dtype_that_is_not_the_optimisers_are_refused() -> None:
+    params = {"w": torch.ones(2)}
+    state = adamw().init(params)
+    expected = "adamw.update: state.exp_avg: got w torch.float32 (2,) cpu, expected w torch.bfloat16 (2,) cpu"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        adamw(moments_dtype=torch.bfloat16).update(params, params, state, 0.1)
+    for dtype in (torch.int64, torch.float8_e4m3fn):
+        expected = f"adamw: moments_dtype: got {dtype}, expected a floating dtype of two bytes or more"
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            adamw(moments_dtype=dtype)
+
+
+def test_bfloat16_moments_decay_below_the_beta_that_is_documented() -> None:
+    """In a step without gradient, every number from one power of two to the next, or not every one."""
+    v, zeros = 1 + torch.arange(128) / 128, torch.zeros(128)
+    for beta, all_decay in ((0.95, True), (0.996, True), (0.997, False)):
+        optimizer = adamw(betas=(0.9, beta), moments_dtype=torch.bfloat16)
+        state = optimizer.init(zeros)._replace(exp_avg_sq=v.bfloat16())
+        _, state = optimizer.update(zeros, zeros, state, 0.1)
+        assert (state.exp_avg_sq < v).all() == all_decay
+
+
+# ---- norms, clipping ---------------------------------------------------------------------------------------
+
+
 def test_an_empty_tree() -> None:
     params, state = adamw().update((), (), adamw().init(()), 0.1)
     assert params == ()
@@ -206,6 +309,64 @@ def test_the_norm_of_bfloat16_is_summed_in_float32() -> None:
     assert clip_by_global_norm(grads, 1.0)[0][0].dtype == torch.bfloat16
 
 
+def test_gradients_of_each_example_are_clipped_under_vmap() -> None:
+    grads = {"a": torch.randn(3, 4, 2), "b": torch.randn(3, 5)}
+    clipped, norms = torch.vmap(lambda g: clip_by_global_norm(g, 1.0))(grads)
+    for i in range(3):
+        expected = clip_by_global_norm(optree.tree_map(lambda g, i=i: g[i], grads), 1.0)
+        found = optree.tree_map(lambda g, i=i: g[i], clipped), norms[i]
+        assert_same(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+def test_donated_gradients_are_scaled_in_their_memory(max_norm: float) -> None:
+    grads = [random_tree(i, dtype) for i, dtype in enumerate((torch.float32, torch.bfloat16, torch.float64))]
+    grads.append(torch.randn(4, 3).t())
+    expected = clip_by_global_norm(grads, max_norm)
+    pointers = [leaf.data_ptr() for leaf in optree.tree_leaves(grads)]
+    clipped, norm = clip_by_global_norm(grads, max_norm, donate=True)
+    assert_same((clipped, norm), expected)
+    assert [leaf.data_ptr() for leaf in optree.tree_leaves(clipped)] == pointers
+
+
+def test_donated_gradients_are_not_copied() -> None:
+    grads = [torch.randn(2**16), torch.randn(2**8, 2**8).t()]
+    copied = allocated_at_once(lambda: clip_by_global_norm(grads, 1.0))[0]
+    donated = allocated_at_once(lambda: clip_by_global_norm(grads, 1.0, donate=True))[0]
+    assert copied >= 2 * 4 * 2**16
+    assert donated < 1000
+
+
+def test_gradients_that_share_memory_are_copied() -> None:
+    whole, one = torch.randn(6, 4), torch.randn(5)
+    shared = {
+        "expanded": torch.randn(3).expand(4, 3),
+        "sliding": torch.randn(10).as_strided((4, 4), (2, 1)),
+        "part": whole[:4],
+        "overlapping": whole[2:],
+        "once": one,
+        "again": one,
+    }
+    alone = torch.randn(3)
+    grads = {**shared, "alone": alone}
+    before = copied(grads)
+    clipped, _ = clip_by_global_norm(grads, 0.5, donate=True)
+    assert_same(clipped, clip_by_global_norm(before, 0.5)[0], rtol=1e-6, atol=1e-7)
+    assert clipped["alone"] is alone
+    del before["alone"]
+    assert_same(shared, before)
+
+
+def test_what_autograd_gives_for_a_sum_is_clipped_right() -> None:
+    """One gradient for two leaves, and in it one number many times."""
+    params = {"a": torch.randn(3, 2), "b": torch.randn(3, 2)}
+    _, grads = fmoe.value_and_grad(lambda p: (p["a"] + p["b"]).sum())(params)
+    assert grads["a"].untyped_storage().data_ptr() == grads["b"].untyped_storage().data_ptr()
+    clipped, _ = clip_by_global_norm(grads, 1.0, donate=True)
+    for leaf in clipped.values():
+        torch.testing.assert_close(leaf, torch.full((3, 2), 12**-0.5))
+
+
 @pytest.fixture
 def mesh(tmp_path: Path) -> Any:
     store = torch.distributed.FileStore(os.fspath(tmp_path / "store"), 1)
@@ -228,18 +389,24 @@ def test_dtensors_of_several_meshes_beside_plain_tensors(mesh: Any) -> None:
     def full(tree: Any) -> Any:
         return optree.tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, tree)
 
-    optimizer = adamw()
-    expected, _ = optimizer.update(params, grads, optimizer.init(params), 0.1)
-    inputs = placed(params)
-    for donate in (False, True):
-        actual, _ = optimizer.update(inputs, placed(grads), optimizer.init(inputs), 0.1, donate=donate)
+    for dtype, donate in itertools.product((None, torch.bfloat16), (False, True)):
+        optimizer = adamw(moments_dtype=dtype)
+        expected = optimizer.update(params, grads, optimizer.init(params), 0.1)
+        inputs = placed(copied(params))
+        actual = optimizer.update(inputs, placed(grads), optimizer.init(inputs), 0.1, donate=donate)
         assert_same(full(actual), expected)
-        assert actual["embed"].placements == inputs["embed"].placements
+        for leaf in (actual[0]["embed"], actual[1].exp_avg["embed"]):
+            assert leaf.placements == inputs["embed"].placements
     clipped, norm = clip_by_global_norm(placed(grads), 0.5)
     assert not isinstance(norm, DTensor)
     expected_clipped, expected_norm = clip_by_global_norm(grads, 0.5)
     torch.testing.assert_close(norm, expected_norm)
     assert_same(full(clipped), expected_clipped, rtol=1e-6, atol=1e-7)
+    donated = placed(grads)
+    pointer = donated["embed"].to_local().data_ptr()
+    in_place, _ = clip_by_global_norm(donated, 0.5, donate=True)
+    assert_same(full(in_place), full(clipped))
+    assert in_place["embed"].to_local().data_ptr() == pointer
 
 
 def test_a_strided_shard_is_updated(mesh: Any) -> None:

@@ -69,7 +69,7 @@ def test_parts_are_those_of_a_real_step(config, dtype, compute, wrap):
 
     def step():
         _, grads = fmoe.value_and_grad(loss, has_aux=True)(params, tokens, targets)
-        grads, _ = optim.clip_by_global_norm(grads, 1.0)
+        grads, _ = optim.clip_by_global_norm(grads, 1.0, donate=True)
         assert nbytes(grads) == stage.gradients
         optimizer.update(params, grads, state, 1e-3, donate=True)
 
@@ -77,6 +77,26 @@ def test_parts_are_those_of_a_real_step(config, dtype, compute, wrap):
     most = allocated_at_once(step)[0] + nbytes(params) + nbytes(state)
     # The CPU's kernels hold float32 copies while they run, which a plan for it leaves out.
     assert 0.7 * most < stage.peak <= 1.01 * most
+
+
+def test_clipping_takes_no_memory():
+    how = dict(batch_size=4, seq_len=64, dtype=BFLOAT16, device_type="cpu")
+    stage = plan(SMALL, **how).stages[0]
+    held = stage.parameters + stage.gradients + stage.optimizer
+    assert held <= stage.peaks["clip"] < 1.001 * held
+    assert plan(SMALL, max_norm=None, **how).stages[0].peaks["backward"] == stage.peaks["backward"]
+
+
+@pytest.mark.parametrize(("kept", "moments"), [(FLOAT32, BFLOAT16), (BFLOAT16, FLOAT32)])
+def test_moments_of_another_dtype_are_planned_as_they_are(monkeypatch, kept, moments):
+    monkeypatch.setattr(optim, "PIECE", 2**12)
+    optimizer = optim.adamw(moments_dtype=moments)
+    how = dict(batch_size=4, seq_len=64, dtype=kept, device_type="cpu")
+    stage, same = (plan(SMALL, optimizer=o, **how).stages[0] for o in (optimizer, None))
+    assert stage.optimizer == nbytes(optimizer.init(deepseek_v3.init(SMALL, 0, dtype=kept)))
+    assert stage.phases["update"]["optimizer"] == stage.optimizer
+    widened = stage.phases["update"]["workspace"] - same.phases["update"]["workspace"]
+    assert widened == pytest.approx(2 * 4 * 2**12, abs=1000)  # a piece of two of four tensors
 
 
 def test_micro_batches_hold_one_parts_activations_and_the_sum_of_gradients():
@@ -251,6 +271,11 @@ def test_the_command_prints_a_table_or_json(monkeypatch, capsys):
     shown = command(monkeypatch, capsys, *words)
     parts = "parameters", "gradients", "optimizer", "saved activations", "attention", "experts", "peak"
     assert all(part in shown for part in parts)
+    low = json.loads(
+        command(monkeypatch, capsys, *words, "--json", "--dtype", "float32", "--moments-dtype", "bfloat16")
+    )
+    for a, b in zip(found["stages"], low["stages"]):
+        assert b["optimizer"] == a["optimizer"] == pytest.approx(b["parameters"], rel=0.01)
     peaks = [f"{stage['peak'] / 2**20:.2f}" for stage in found["stages"]]
     assert re.search(rf"peak +│ +{peaks[0]} │ +{peaks[1]}", shown)
     assert "not trained yet" in " ".join(shown.split())

@@ -23,11 +23,16 @@ SMALL = ["--steps", "3", "--batch-size", "2", "--seq-len", "32", "--device", "cp
 
 
 @pytest.fixture
-def train(monkeypatch, tmp_path):
-    """Run the script in this process; returns the losses it recorded."""
+def module():
     spec = importlib.util.spec_from_file_location("train_deepseek_v3", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def train(module, monkeypatch, tmp_path):
+    """Run the script in this process; returns the losses it recorded."""
 
     def run(*options):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *SMALL, "--out", str(tmp_path), *options])
@@ -56,6 +61,22 @@ def test_without_matplotlib_it_says_how_to_get_pictures(train, monkeypatch, caps
     remedy = f"for pictures: pip install -e '.[plots]' && python -m fmoe plot {tmp_path / 'metrics.jsonl'}\n"
     assert remedy in capsys.readouterr().out
     assert not [*tmp_path.glob("*.svg")]
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ("--device cpu", "float32 float32 float32"),
+        ("--device cuda", "float32 bfloat16 float32"),
+        ("--device cuda:1 --dtype bfloat16", "bfloat16 bfloat16 bfloat16"),
+        ("--device cuda --dtype float64", "float64 float64 float64"),
+        ("--device cuda --compute-dtype float32 --moments-dtype bfloat16", "float32 float32 bfloat16"),
+    ],
+)
+def test_on_a_gpu_float32_parameters_compute_in_bfloat16(module, monkeypatch, options, kinds):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options.split()])
+    args = module.parse()
+    assert [args.dtype, args.compute_dtype, args.moments_dtype] == kinds.split()
 
 
 def test_it_learns_repeatably_and_recomputation_changes_nothing(train):
@@ -140,6 +161,26 @@ def test_a_killed_run_resumes_to_the_same_bits(train, tmp_path):
     assert descriptions[0]["run"] == descriptions[1]["run"]
     assert without_speed(cut / "metrics.jsonl") == without_speed(whole / "metrics.jsonl")
     assert not torch.equal(saved(cut, 10)[1].state["params"].head, resumed.state["params"].head)
+
+
+def test_a_run_with_bfloat16_moments_resumes_to_the_same_bits(train, tmp_path, capsys):
+    how = ["--moments-dtype", "bfloat16", "--steps", "4", "--save-every", "2"]
+    train(*how)
+    assert "kept in float32, moments in bfloat16, computing in float32; step 0" in capsys.readouterr().out
+    last = tmp_path / "step-00000004"
+    expected = last.rename(tmp_path / "whole")
+    train(*how, "--resume")
+    params = deepseek_v3.init(deepseek_v3.preset("debug"), 1)
+    state = adamw(moments_dtype=torch.bfloat16).init(params)
+    found, wanted = (
+        checkpoint.load(path, {"params": params, "optimizer": state}).state for path in (last, expected)
+    )
+    assert found["optimizer"].exp_avg_sq.head.dtype == torch.bfloat16
+    assert found["optimizer"].exp_avg_sq.head.count_nonzero()
+    for mine, theirs in zip(optree.tree_leaves(found), optree.tree_leaves(wanted), strict=True):
+        assert torch.equal(mine, theirs)
+    with pytest.raises(ValueError, match=r"state\.optimizer\.exp_avg\.head is bfloat16 .*here float32"):
+        train("--resume", "--steps", "5")
 
 
 def test_what_does_not_belong_to_a_run_is_refused(train, tmp_path):

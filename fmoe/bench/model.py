@@ -22,7 +22,7 @@ from ..introspect import operator_class
 from ..metrics import PEAK_FLOPS
 from ..models import deepseek_v3
 from ..models.config import DeepSeekV3Config
-from ..optim import adamw, clip_by_global_norm
+from ..optim import Optimizer, adamw, clip_by_global_norm
 from ..plan import plan
 from ..transforms import per_layer, value_and_grad
 from .measure import check_number, matmul_rate, syncs
@@ -53,6 +53,7 @@ def bench_model(
     compiled: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     compute_dtype: torch.dtype | None = None,
+    moments_dtype: torch.dtype | None = None,
     balanced: bool = False,
     data: str | None = None,
     device: str = "cuda",
@@ -77,12 +78,13 @@ def bench_model(
     seed = time.time_ns() % 2**31 if seed is None else seed
     config = dataclasses.replace(config, router=dataclasses.replace(config.router, force_balance=balanced))
     compute_dtype, wrap = compute_dtype or dtype, per_layer(remat, compiled=compiled)
+    optimizer = adamw(moments_dtype=moments_dtype)
     planned = plan(
         config, batch_size=batch_size, seq_len=seq_len, dtype=dtype, compute_dtype=compute_dtype,
-        per_layer=per_layer(remat), device_type=torch.device(device).type,
+        per_layer=per_layer(remat), optimizer=optimizer, device_type=torch.device(device).type,
     ).stages[0]  # fmt: skip
     on_cuda = torch.device(device).type == "cuda"
-    run = _Training(config, dtype, compute_dtype, wrap, device, seed)
+    run = _Training(config, dtype, compute_dtype, optimizer, wrap, device, seed)
     batches = (batch for batch in _batches(config, batch_size, seq_len, data, device, seed))
 
     start = time.perf_counter()
@@ -112,8 +114,8 @@ def bench_model(
     return dict(
         layers=config.num_layers, dense_layers=config.num_dense_layers, batch_size=batch_size,
         seq_len=seq_len, steps=steps, remat=remat, compiled=compiled, dtype=str(dtype),
-        compute_dtype=str(compute_dtype), balanced=balanced, data=data or "random tokens", device=name,
-        torch=torch.__version__, seed=seed,
+        compute_dtype=str(compute_dtype), moments_dtype=str(moments_dtype or dtype), balanced=balanced,
+        data=data or "random tokens", device=name, torch=torch.__version__, seed=seed,
         num_params=deepseek_v3.num_params(config)[0], first_ms=first_ms, first_loss=first_loss,
         last_loss=last_loss, ms=median, spread=(high - low) / median, host_ms=statistics.median(host_ms),
         device_ms=device_ms, syncs=waits, tokens_per_second=batch_size * seq_len / median * 1e3,
@@ -132,13 +134,14 @@ class _Training:
         config: DeepSeekV3Config,
         dtype: torch.dtype,
         compute_dtype: torch.dtype,
+        optimizer: Optimizer,
         wrap: Callable[..., Any],
         device: str,
         seed: int,
     ) -> None:
         loss = functools.partial(deepseek_v3.loss, config=config, per_layer=wrap)
         self.gradient = value_and_grad(computing_in(loss, compute_dtype), has_aux=True)
-        self.optimizer = adamw()
+        self.optimizer = optimizer
         self.params = deepseek_v3.init(config, seed, dtype=dtype, device=device)
         self.state = self.optimizer.init(self.params)
 
@@ -146,7 +149,7 @@ class _Training:
         loss: torch.Tensor
         (loss, stats), grads = self.gradient(self.params, *batch)
         with record_function(OPTIMIZER):
-            grads, _ = clip_by_global_norm(grads, 1.0)
+            grads, _ = clip_by_global_norm(grads, 1.0, donate=True)
             update = self.optimizer.update
             params, self.state = update(self.params, grads, self.state, LEARNING_RATE, donate=True)
             self.params = deepseek_v3.update_biases(params, stats, BIAS_RATE)
@@ -224,7 +227,7 @@ def report(result: dict[str, Any], console: Console, title: str = "a model") -> 
     r = result
     console.print(
         f"{title}: {r['layers']} layers ({r['dense_layers']} dense), {r['num_params'] / 1e9:.3g}B "
-        f"parameters {r['dtype']}, computing in {r['compute_dtype']}; "
+        f"parameters {r['dtype']}, moments {r['moments_dtype']}, computing in {r['compute_dtype']}; "
         f"batch {r['batch_size']} x {r['seq_len']} of {r['data']}"
         f"{', experts balanced' if r['balanced'] else ''}; remat {r['remat']}"
         f"{', compiled' if r['compiled'] else ''}; {r['device']}, torch {r['torch']}, seed {r['seed']}"

@@ -107,7 +107,7 @@ def dry_run_stage(job: Job, dense: int, sparse: int, first: bool, last: bool) ->
         run.mark("differentiated")
         owned["gradients"] |= run.numbers(grads)
         if job.max_norm is not None:
-            grads, _ = clip_by_global_norm(grads, job.max_norm)
+            grads, _ = clip_by_global_norm(grads, job.max_norm, donate=True)
             owned["gradients"] |= run.numbers(grads)
         run.mark("clipped")
         gradients = run.size(run.numbers(grads))
