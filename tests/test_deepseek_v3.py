@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import optree
@@ -18,6 +19,8 @@ import fmoe
 from fmoe.models import deepseek_v3
 from fmoe.models.attention import rope_table
 from fmoe.models.config import Yarn
+from fmoe.models.params import ModelParams
+from fmoe.models.stages import one_layer, stage_loss
 from fmoe.ops.tape import plain_operators
 from fmoe.tree import is_spec
 
@@ -73,6 +76,37 @@ def test_gradients_agree_with_each_other_and_with_differences():
     )
     slope = sum((a * b).sum() for a, b in zip(optree.tree_leaves(g), optree.tree_leaves(direction)))
     assert abs((ahead - behind) / (2 * step) - slope) < 1e-5 * (1 + abs(slope))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("cuts", [(0, 1, 3), (0, 2, 2, 3)])
+def test_stages_one_after_another_are_the_model_bit_for_bit(tied, cuts):
+    """A stage of a pipeline has some of the layers, be it none, and passes on what it computed."""
+    config = dataclasses.replace(TINY, tied_head=tied, num_layers=3)
+    params, batch, targets = deepseek_v3.init(config, 0), tokens(config), tokens(config)
+
+    def in_stages(params):
+        x, stats = batch, ()
+        for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
+            last = i == len(cuts) - 2
+            stage = ModelParams(
+                params.embedding if i == 0 or (last and tied) else (),
+                params.layers[start:stop],
+                params.norm if last else (),
+                params.head if last else (),
+            )
+            how = ModelParams((), [()] * (stop - start), (), ())
+            x, found = stage_loss(stage, x, targets, config, how, (), lambda layer: layer)
+            stats += found
+        return x, stats
+
+    whole = fmoe.value_and_grad(deepseek_v3.loss, has_aux=True)(params, batch, targets, config)
+    for found, expected in zip(
+        optree.tree_leaves(fmoe.value_and_grad(in_stages, has_aux=True)(params)),
+        optree.tree_leaves(whole),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
 
 
 def test_remat_per_layer_changes_no_bit():
@@ -163,7 +197,7 @@ def test_a_layer_with_remat_compiles_whole_and_once(backend):
 
     def loss(wrap):
         def call(p, x):
-            y, (stats,) = wrap(deepseek_v3._layer)(p, x, rope, TINY)
+            y, (stats,) = wrap(one_layer)(p, x, rope, TINY)
             return y.pow(2).mean(), stats
 
         return fmoe.value_and_grad(call, (0, 1), has_aux=True)

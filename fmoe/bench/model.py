@@ -77,52 +77,71 @@ def bench_model(
     check_number("bench_model", "steps", steps)
     seed = time.time_ns() % 2**31 if seed is None else seed
     config = dataclasses.replace(config, router=dataclasses.replace(config.router, force_balance=balanced))
-    compute_dtype, wrap = compute_dtype or dtype, per_layer(remat, compiled=compiled)
-    optimizer = adamw(moments_dtype=moments_dtype)
+    compute_dtype, moments_dtype = compute_dtype or dtype, moments_dtype or dtype
+    optimizer, on_cuda = adamw(moments_dtype=moments_dtype), torch.device(device).type == "cuda"
     planned = plan(
         config, batch_size=batch_size, seq_len=seq_len, dtype=dtype, compute_dtype=compute_dtype,
         per_layer=per_layer(remat), optimizer=optimizer, device_type=torch.device(device).type,
     ).stages[0]  # fmt: skip
-    on_cuda = torch.device(device).type == "cuda"
+    wrap = per_layer(remat, compiled=compiled)
     run = _Training(config, dtype, compute_dtype, optimizer, wrap, device, seed)
-    batches = (batch for batch in _batches(config, batch_size, seq_len, data, device, seed))
+    batches = _batches(config, batch_size, seq_len, data, device, seed)
+    found = _measured(run.step, batches, steps, math.log(config.vocab_size), on_cuda, trace)
+    name = torch.cuda.get_device_name() if on_cuda else "CPU"
+    settings = dict(
+        layers=config.num_layers, dense_layers=config.num_dense_layers,
+        num_params=deepseek_v3.num_params(config)[0], batch_size=batch_size, seq_len=seq_len, steps=steps,
+        remat=remat, compiled=compiled, dtype=str(dtype), compute_dtype=str(compute_dtype),
+        moments_dtype=str(moments_dtype), balanced=balanced, data=data or "random tokens",
+        device=name, torch=torch.__version__, seed=seed,
+    )  # fmt: skip
+    tokens_per_second, peak = batch_size * seq_len / found["ms"] * 1e3, found["peak_bytes"]
+    rate = deepseek_v3.flops_per_token(config, seq_len) * tokens_per_second / 1e12
+    matmul, vendors = matmul_rate(compute_dtype, device), PEAK_FLOPS.get(name)
+    return settings | found | dict(
+        tokens_per_second=tokens_per_second, tflops_per_second=rate,
+        mfu=rate * 1e12 / vendors if vendors else None, matmul_tflops=matmul, mfu_of_matmul=rate / matmul,
+        planned_bytes=planned.peak, planned=planned._asdict(),
+        planned_over_peak=planned.peak / peak if peak else None,
+    )  # fmt: skip
 
+
+def _measured(
+    step: Callable[[Any], torch.Tensor],
+    batches: Iterator[Any],
+    steps: int,
+    untrained: float,
+    on_cuda: bool,
+    trace: str | None,
+) -> dict[str, Any]:
+    """What a first step shows, then ``steps`` after a few that warm up, and one more for each tool.
+
+    Raises ``RuntimeError`` if the first loss isn't near ``untrained``, or the last isn't finite.
+    """
     start = time.perf_counter()
-    first_loss = run.step(next(batches)).item()
+    first_loss = step(next(batches)).item()
     first_ms = (time.perf_counter() - start) * 1e3
-    uniform = math.log(config.vocab_size)
-    if not abs(first_loss - uniform) < 0.1 * uniform:
+    if not abs(first_loss - untrained) < 0.1 * untrained:
         raise RuntimeError(
-            f"bench model: the first loss is {first_loss:.3f}, of an untrained model {uniform:.3f}."
+            f"bench model: the first loss is {first_loss:.3f}, of an untrained model {untrained:.3f}."
         )
     for _ in range(WARM_UP - 1):
-        run.step(next(batches))
+        step(next(batches))
     if on_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    ms, host_ms, last_loss = _times(run.step, [next(batches) for _ in range(steps)], on_cuda)
+    ms, host_ms, last_loss = _times(step, [next(batches) for _ in range(steps)], on_cuda)
     peak = torch.cuda.max_memory_allocated() if on_cuda else None
     if not math.isfinite(last_loss):
         raise RuntimeError(f"bench model: the last loss is {last_loss}.")
-    shares, device_ms = _breakdown(functools.partial(run.step, next(batches)), on_cuda, trace)
-    waits = syncs(functools.partial(run.step, next(batches))) if on_cuda else None
-    name = torch.cuda.get_device_name() if on_cuda else "CPU"
+    shares, device_ms = _breakdown(functools.partial(step, next(batches)), on_cuda, trace)
+    waits = syncs(functools.partial(step, next(batches))) if on_cuda else None
     median = statistics.median(ms)
     low, _, high = statistics.quantiles(ms, n=4)
-    rate = deepseek_v3.flops_per_token(config, seq_len) * batch_size * seq_len / median * 1e3
-    matmul = matmul_rate(compute_dtype, device)
     return dict(
-        layers=config.num_layers, dense_layers=config.num_dense_layers, batch_size=batch_size,
-        seq_len=seq_len, steps=steps, remat=remat, compiled=compiled, dtype=str(dtype),
-        compute_dtype=str(compute_dtype), moments_dtype=str(moments_dtype or dtype), balanced=balanced,
-        data=data or "random tokens", device=name, torch=torch.__version__, seed=seed,
-        num_params=deepseek_v3.num_params(config)[0], first_ms=first_ms, first_loss=first_loss,
-        last_loss=last_loss, ms=median, spread=(high - low) / median, host_ms=statistics.median(host_ms),
-        device_ms=device_ms, syncs=waits, tokens_per_second=batch_size * seq_len / median * 1e3,
-        tflops_per_second=rate / 1e12, mfu=rate / PEAK_FLOPS[name] if name in PEAK_FLOPS else None,
-        matmul_tflops=matmul, mfu_of_matmul=rate / 1e12 / matmul, peak_bytes=peak,
-        planned_bytes=planned.peak, planned=planned._asdict(),
-        planned_over_peak=planned.peak / peak if peak else None, shares=shares,
+        first_ms=first_ms, first_loss=first_loss, last_loss=last_loss, ms=median,
+        spread=(high - low) / median, host_ms=statistics.median(host_ms), device_ms=device_ms, syncs=waits,
+        peak_bytes=peak, shares=shares,
     )  # fmt: skip
 
 

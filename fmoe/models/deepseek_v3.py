@@ -12,30 +12,25 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
-from ..ops.axes import axis_names, axis_sizes, present
-from ..ops.balance import MoEStats, moe_stats, update_expert_bias
-from ..ops.experts import ExpertParams
+from ..ops.axes import axis_names, axis_sizes
+from ..ops.balance import MoEStats, update_expert_bias
 from ..parallel.backends import choose
 from ..parallel.boundary import dtensor_beneath
-from ..parallel.collectives import psum
-from ..parallel.placement import Moves, computing, init_on, moved, moves, token_axes, where_placed
+from ..parallel.placement import computing, init_on, token_axes, where_placed
 from ..parallel.shard_map import shard_map
 from ..parallel.spec import named_axes
 from ..tree import P, partition_specs
-from .attention import Rope, attention_forward, rms_norm, rope_table
 from .checks import check_params, check_token_spec
 from .config import DeepSeekV3Config as DeepSeekV3Config  # re-exported
 from .config import preset as preset
 from .counts import flops_per_token as flops_per_token
 from .counts import num_params as num_params
-from .moe import MoEParams, mlp_forward, moe_layer
+from .moe import MoEParams
 from .params import LayerParams as LayerParams
 from .params import ModelParams as ModelParams
 from .params import specs as specs
-from .vocabulary import LOGITS_BYTES, embed, summed_cross_entropy
-
-Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
-Stats = tuple[MoEStats, ...]
+from .stages import Stats, Wrap, head, hidden, moves_of, stage_loss
+from .vocabulary import LOGITS_BYTES
 
 
 def init(
@@ -93,8 +88,8 @@ def forward(
     check_tokens("forward", "tokens", tokens, config)
 
     def run(how: ModelParams, along: tuple[str, ...], params: ModelParams, tokens: torch.Tensor) -> Any:
-        x, stats = _hidden(params, tokens, config, how, along, per_layer)
-        return x @ _head(params, how).mT, stats
+        x, stats = hidden(params, tokens, config, how, along, per_layer)
+        return x @ head(params, how).mT, stats
 
     def out_specs(where: P) -> Any:
         rows, length = (*where, None, None)[:2]
@@ -135,10 +130,7 @@ def loss(
 
     def run(how: ModelParams, along: tuple[str, ...], params: ModelParams, *batch: torch.Tensor) -> Any:
         tokens, targets = batch
-        x, stats = _hidden(params, tokens, config, how, along, per_layer)
-        total, count = summed_cross_entropy(x, _head(params, how), targets, logits_bytes=logits_bytes)
-        total, count = psum(torch.stack([total, count.to(total.dtype)]), along).unbind()
-        return total / count.clamp_min(1), stats
+        return stage_loss(params, tokens, targets, config, how, along, per_layer, logits_bytes)
 
     return _on_mesh(run, params, (tokens, targets), config, mesh, backend, lambda where: (P(), P()))
 
@@ -167,7 +159,7 @@ def _on_mesh(
         check_token_spec("forward", name, value, spec)
         check_same("placed by", name, spec, where[0])
     along = tuple(axis for axis in axis_names(mesh) if axis in named_axes(where[0]))
-    how = _moves(params, have, wanted, mesh)
+    how = moves_of(params, have, wanted, mesh)
     return shard_map(
         lambda *args: run(how, along, *args),
         mesh,
@@ -176,59 +168,6 @@ def _on_mesh(
         backends=choose(backend, mesh, params.embedding),
         local_results=not dtensor_beneath(inputs[0]),
     )(params, *inputs)
-
-
-def _moves(params: ModelParams, have: ModelParams, wanted: ModelParams, mesh: DeviceMesh) -> ModelParams:
-    """How the parameters move: those of a layer in the layer, where they are used."""
-
-    def of(name: str) -> Moves:
-        return moves(getattr(params, name), getattr(have, name), getattr(wanted, name), mesh)
-
-    layers = [moves(p, h, w, mesh) for p, h, w in zip(params.layers, have.layers, wanted.layers)]
-    return ModelParams._make([of("embedding"), layers, of("norm"), of("head")])
-
-
-def _hidden(
-    params: ModelParams,
-    tokens: torch.Tensor,
-    config: DeepSeekV3Config,
-    how: Any,
-    along: tuple[str, ...],
-    per_layer: Wrap,
-) -> tuple[torch.Tensor, Stats]:
-    """The last layer's output, normalised: (B, L, D)."""
-    rope = rope_table(config, tokens.shape[1], tokens.device)
-    x = embed(tokens, moved(params.embedding, how.embedding))
-    # One function for all layers, so that what wraps it (a compiler, say) sees it as one.
-    layer = per_layer(_layer)
-    stats: list[MoEStats] = []
-    for layer_params, moves_of_layer in zip(params.layers, how.layers):
-        x, found = layer(layer_params, x, rope, config, moves_of_layer, along)
-        stats += found
-    return rms_norm(x, moved(params.norm, how.norm), config.norm_eps), tuple(stats)
-
-
-def _head(params: ModelParams, how: Any) -> torch.Tensor:
-    if isinstance(params.head, torch.Tensor):
-        return moved(params.head, how.head)
-    return moved(params.embedding, how.embedding)
-
-
-def _layer(
-    params: LayerParams,
-    x: torch.Tensor,
-    rope: Rope,
-    config: DeepSeekV3Config,
-    how: Moves = (),
-    along: tuple[str, ...] = (),
-) -> tuple[torch.Tensor, Stats]:
-    params, eps = moved(params, how), config.norm_eps
-    x = x + attention_forward(params.attention, rms_norm(x, params.attention_norm, eps), rope, config)
-    normed = rms_norm(x, params.mlp_norm, eps)
-    if isinstance(params.mlp, ExpertParams):
-        return x + psum(mlp_forward(params.mlp, normed), present("tp")), ()
-    y, routing = moe_layer(params.mlp, normed, config.router)
-    return x + y, (moe_stats(routing, lambda t: psum(t, along)),)
 
 
 def update_biases(params: ModelParams, stats: tuple[MoEStats, ...], rate: float) -> ModelParams:

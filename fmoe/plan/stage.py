@@ -13,16 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..errors import argument_error
 from ..gradients import accumulate, computing_in
 from ..introspect import operator_class
-from ..models import deepseek_v3
-from ..models.attention import rope_table
 from ..models.config import DeepSeekV3Config
 from ..models.params import ModelParams, specs
-from ..models.vocabulary import embed, summed_cross_entropy
+from ..models.stages import moves_of, stage_loss
 from ..ops.axes import Binding, axis_sizes, bound
 from ..optim import Optimizer, clip_by_global_norm
 from ..parallel.boundary import enter
-from ..parallel.collectives import psum
-from ..parallel.placement import computing, moved, moves, token_axes
+from ..parallel.placement import computing, token_axes
 from ..parallel.spec import axes_by_dim, known_axes
 from ..transforms import value_and_grad
 from ..tree import is_spec
@@ -180,35 +177,19 @@ _PURPOSE = dict.fromkeys(("exchange", "send", "send_back", "send_both_back"), "t
 def _stage_loss(
     job: Job, tree: ModelParams, run: DryRun, first: bool, params: ModelParams, tokens: torch.Tensor
 ) -> Any:
-    """The stage's part of ``deepseek_v3.loss`` on this device; any tokens will do, also as targets."""
+    """The model's on this device; any tokens will do, also as targets."""
     run.mark("entered")
     have = optree.tree_map(lambda spec: known_axes(spec, job.mesh), tree, is_leaf=is_spec)
     wanted = optree.tree_map(lambda spec: computing(spec.partition), tree, is_leaf=is_spec)
     params = optree.tree_map(lambda leaf, spec: enter(leaf, job.mesh, spec), params, have)
-
-    def fetched(part: Any, have: Any, wanted: Any) -> Any:
-        return moved(part, moves(part, have, wanted, job.mesh))
-
-    along = token_axes(job.mesh)
-    rope = rope_table(job.config, tokens.shape[1], tokens.device)
-    if first:
-        x = embed(tokens, fetched(params.embedding, have.embedding, wanted.embedding))
-    else:  # what the stage before sends
+    how, along = moves_of(params, have, wanted, job.mesh), token_axes(job.mesh)
+    x = tokens
+    if not first:  # what the stage before sends
         x = torch.empty(*tokens.shape, job.config.dim, dtype=job.compute_dtype, requires_grad=True)
-    layer, stats = job.per_layer(deepseek_v3._layer), []
-    for held, here, there in zip(params.layers, have.layers, wanted.layers):
-        x, found = layer(held, x, rope, job.config, moves(held, here, there, job.mesh), along)
-        stats += found
-    if not isinstance(tree.norm, tuple):
-        x = deepseek_v3.rms_norm(x, params.norm, job.config.norm_eps)
-        head = "head" if not isinstance(tree.head, tuple) else "embedding"
-        weight = fetched(*(getattr(t, head) for t in (params, have, wanted)))
-        total, count = summed_cross_entropy(x, weight, tokens, logits_bytes=job.logits_bytes)
-        total, count = psum(torch.stack([total, count.to(total.dtype)]), along).unbind()
-        x = total / count.clamp_min(1)
+    x, stats = stage_loss(params, x, tokens, job.config, how, along, job.per_layer, job.logits_bytes)
     value = x.sum()
     run.mark("forward")
-    return value, tuple(stats)
+    return value, stats
 
 
 def _stage_specs(config: DeepSeekV3Config, dense: int, sparse: int, first: bool, last: bool) -> ModelParams:
