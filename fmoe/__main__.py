@@ -60,7 +60,7 @@ def bench(args: argparse.Namespace) -> None:
         for routing in args.routing:
             result = bench_layer(
                 shape, routing=routing, dtype=getattr(torch, args.dtype), device=args.device,
-                rounds=args.rounds, only=args.only, seed=args.seed,
+                rounds=args.rounds, only=args.only, align=args.align, seed=args.seed,
             )  # fmt: skip
             report(result, Console(width=None if Console().is_terminal else 150))
             results.append(result)
@@ -236,6 +236,9 @@ def arguments() -> argparse.ArgumentParser:
     layer.add_argument("--device", default="cuda" if on_cuda else "cpu")
     layer.add_argument("--rounds", type=int, default=20)
     layer.add_argument("--only", nargs="+", metavar="LAYER", help="names of layers, as in the table")
+    layer.add_argument(
+        "--align", nargs="+", type=int, default=[], metavar="N", help="also with rows aligned to N"
+    )
     layer.add_argument("--seed", type=int, default=None, help="fresh by default")
     layer.add_argument("--json", metavar="FILE", help="write what was measured")
     layer.set_defaults(run=bench)
