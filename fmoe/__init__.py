@@ -9,7 +9,7 @@ with warnings.catch_warnings():  # where numpy is absent PyTorch warns once, and
 from .models.moe import MoEParams, moe_forward, moe_init, shard_params
 from .ops.balance import MoEStats, update_expert_bias
 from .ops.combine import combine, reduce
-from .ops.dispatch import Plan, dispatch, expand
+from .ops.dispatch import Plan, align_rows, dispatch, expand
 from .ops.experts import ExpertParams, experts_grouped_mm
 from .ops.route import RouterConfig, RouterParams, Routing, route
 from .parallel.mesh import make_mesh
@@ -28,6 +28,7 @@ __all__ = [
     "RouterConfig",
     "RouterParams",
     "Routing",
+    "align_rows",
     "combine",
     "dispatch",
     "expand",

@@ -63,7 +63,7 @@ def bench(args: argparse.Namespace) -> None:
         for routing in args.routing:
             result = bench_layer(
                 shape, routing=routing, dtype=getattr(torch, args.dtype), device=args.device,
-                rounds=args.rounds, only=args.only, seed=args.seed,
+                rounds=args.rounds, only=args.only, align=args.align, seed=args.seed,
             )  # fmt: skip
             report(result, Console(width=None if Console().is_terminal else 150))
             results.append(result)
@@ -253,6 +253,9 @@ def arguments() -> argparse.ArgumentParser:
     _shapes(layer)
     layer.add_argument("--routing", nargs="+", choices=ROUTINGS, default=["random"])
     layer.add_argument("--only", nargs="+", metavar="LAYER", help="names of layers, as in the table")
+    layer.add_argument(
+        "--align", nargs="+", type=int, default=[], metavar="N", help="also with rows aligned to N"
+    )
     layer.add_argument("--json", metavar="FILE", help="write what was measured")
     layer.set_defaults(run=bench)
     tiles = commands.add_parser("tune", help="find and keep the fastest grouped products for a layer, here")

@@ -26,8 +26,8 @@ TINY = Shape(tokens=48, dim=16, hidden=8, experts=8, top_k=2)
 def test_the_command_measures_every_layer_and_writes_json(tmp_path):
     file = tmp_path / "layer.json"
     command = [sys.executable, "-m", "fmoe", "bench", "layer", "--sizes", *map(str, TINY), "--rounds", "3"]
-    names = "fmoe", "PyTorch eager", "transformers grouped_mm"
-    how = ["--device", "cpu", "--dtype", "float32", "--json", str(file), "--only", *names]
+    names = "fmoe", "fmoe, rows aligned to 16", "PyTorch eager", "transformers grouped_mm"
+    how = ["--device", "cpu", "--dtype", "float32", "--json", str(file), "--only", *names, "--align", "16"]
     done = subprocess.run([*command, *how], capture_output=True, text=True, check=True)
     (result,) = json.loads(file.read_text())
     assert result["shape"] == TINY._asdict()

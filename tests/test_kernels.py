@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 
+import optree
 import pytest
 import torch
 from helpers import error, fresh_seed, random_layer
@@ -94,28 +95,46 @@ def test_layout(ids):
         assert torch.equal(got.cpu(), want)
 
 
-@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.fixture(params=[*((dtype, 1) for dtype in ROUNDED), (torch.float32, 64), (torch.float16, 4)], ids=str)
 def layer(request):
-    """A plan of few rows, and rows of each kind; the rows nobody holds are NaN."""
+    """A plan of few rows, aligned or not, and rows of each kind; the rows nobody holds are NaN."""
     tokens, num_experts, top_k, dim, hidden = 19, 5, 3, 1100, 70  # wider than a block of columns
+    dtype, multiple = request.param
     ids = random_ids(tokens, num_experts, top_k)
-    slot, row, offsets = (t.to(DEVICE) for t in dispatch.layout_kernel(ids.cpu(), num_experts, ids.numel()))
+    weights = torch.full((tokens + 2, top_k), torch.nan, device=DEVICE)[1:-1]  # NaN lies around them
+    weights.uniform_()
+    layout = (t.to(DEVICE) for t in dispatch.layout_kernel(ids.cpu(), num_experts, ids.numel()))
+    _, slot, row, offsets = optree.tree_leaves(fmoe.align_rows(fmoe.Plan(weights, *layout), multiple))
     held = int(offsets[-1])
-    assert 0 < held < ids.numel()
+    assert 0 < held < slot.numel()
 
     def random(*shape):
-        return torch.randn(shape).to(DEVICE, request.param)
+        return torch.randn(shape).to(DEVICE, dtype)
 
     def rows(*shape):
-        out = random(ids.numel(), *shape)
+        out = random(slot.numel(), *shape)
         out[held:] = torch.nan
         return out
 
-    weights = torch.rand(tokens, top_k).to(DEVICE)
     return dict(
         slot=slot, row=row, offsets=offsets, held=held, weights=weights, x=random(tokens, dim), y=rows(dim),
-        h=rows(2, hidden), g_act=rows(hidden), tolerance=ROUNDED[request.param],
+        h=rows(2, hidden), g_act=rows(hidden), tolerance=ROUNDED[dtype],
     )  # fmt: skip
+
+
+@pytest.fixture
+def uninitialized_is_nan(monkeypatch):
+    """What a kernel leaves as it is is seen in what others make of it."""
+
+    def filled(make):
+        def call(*args, **how):
+            out = make(*args, **how)
+            return out.fill_(torch.nan) if out.is_floating_point() else out
+
+        return call
+
+    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty_like")):
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
 
 
 def wide(fn, *args, **kwargs):
@@ -131,14 +150,15 @@ def wide(fn, *args, **kwargs):
 
 @ON_KERNELS
 @pytest.mark.parametrize("scaled", [False, True])
-def test_rows_to_experts_and_back(layer, scaled):
+def test_rows_to_experts_and_back(layer, scaled, uninitialized_is_nan):
     from fmoe.ops.kernels import rows
 
-    x, y, weights, slot, row, held = (layer[k] for k in ("x", "y", "weights", "slot", "row", "held"))
+    names = "x", "y", "weights", "slot", "row", "offsets", "held"
+    x, y, weights, slot, row, offsets, held = (layer[name] for name in names)
     given = weights if scaled else None
-    expected = wide(experts._expand, x, weights, slot, row, scaled=scaled)
+    expected = wide(experts._expand, x, weights, slot, row, offsets, scaled=scaled)
     pairs = [
-        (rows.expand(x, row, given, held), expected[:held]),
+        (rows.expand(x, row, slot, offsets, given)[:held], expected[:held]),
         (rows.gather(x, torch.div(slot, 3, rounding_mode="floor")), wide(gather_kernel, x, slot // 3)),
         (rows.weighted_sum(y, row, given), wide(combine.weighted_sum_kernel, y, given, slot, row)),
     ]
@@ -152,7 +172,7 @@ def test_rows_to_experts_and_back(layer, scaled):
 
 @ON_KERNELS
 @pytest.mark.parametrize("scaled", [False, True])
-def test_swiglu_and_its_backward(layer, scaled):
+def test_swiglu_and_its_backward(layer, scaled, uninitialized_is_nan):
     from fmoe.ops.kernels import activation
 
     names = "g_act", "h", "weights", "slot", "row", "offsets", "held", "tolerance"
@@ -167,9 +187,10 @@ def test_swiglu_and_its_backward(layer, scaled):
 
 
 @ON_KERNELS
+@pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("score_before", [False, True])
 @pytest.mark.parametrize("ids", ["some dropped", "all on one", "nowhere", "no token"])
-def test_the_experts_put_together(ids, score_before, monkeypatch):
+def test_the_experts_put_together(ids, score_before, multiple, monkeypatch, uninitialized_is_nan):
     """Values and gradients, with any routing; the products are of the engine that this device has."""
     if INTERPRETED:
         monkeypatch.setattr(kernels, "fused", lambda *rows: all(t.dtype in kernels.DTYPES for t in rows))
@@ -185,6 +206,7 @@ def test_the_experts_put_together(ids, score_before, monkeypatch):
     def layer(params, x, weights):
         routing = fmoe.Routing(ids.to(x.device), weights, counts, scores, score_before)
         x_SD, plan = fmoe.dispatch(x, routing)
+        plan = fmoe.align_rows(plan, multiple)
         return fmoe.combine(fmoe.experts_grouped_mm(params, x_SD, plan), plan)
 
     def run(*args):

@@ -3,9 +3,10 @@
 All route with the same rule and hold the same weights, so their outputs and gradients must agree.
 """
 
+import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -14,7 +15,9 @@ import torch
 
 from ..introspect import kept_bytes, saved_bytes
 from ..models.moe import MoEParams, moe_forward, moe_init, moe_specs
-from ..ops.experts import ExpertParams, swiglu
+from ..ops.combine import combine
+from ..ops.dispatch import align_rows, dispatch
+from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
 from ..ops.route import RouterConfig, RouterParams, route
 from ..transforms import save, save_everything, save_nothing
 from ..tree import is_spec
@@ -153,11 +156,13 @@ def _grouped(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tens
     return torch.cat([x[a:b] @ w[e] for e, (a, b) in enumerate(pairwise(starts))])
 
 
-def layers(shape: Shape, config: RouterConfig) -> dict[str, Layer]:
-    """Every layer that can run here, by name."""
+def layers(shape: Shape, config: RouterConfig, align: Sequence[int] = ()) -> dict[str, Layer]:
+    """Every layer that can run here, by name; ours also with rows aligned to each of ``align``."""
     found: dict[str, Layer] = {
         "fmoe": lambda params, x: moe_forward(params, x, router=config),
     }
+    for multiple in align:
+        found[f"fmoe, rows aligned to {multiple}"] = functools.partial(_aligned, config, multiple)
     if not config.force_balance:
         plain = lambda params, x: plain_layer(params, x, shape.top_k)  # noqa: E731
         found["PyTorch eager"] = plain
@@ -165,6 +170,12 @@ def layers(shape: Shape, config: RouterConfig) -> dict[str, Layer]:
     if importlib.util.find_spec("transformers"):
         found["transformers grouped_mm"] = _transformers(shape, config)
     return found
+
+
+def _aligned(config: RouterConfig, multiple: int, params: MoEParams, x: torch.Tensor) -> torch.Tensor:
+    x_SD, plan = dispatch(x, route(params.router, x, config))
+    plan = align_rows(plan, multiple)
+    return combine(experts_grouped_mm(params.experts, x_SD, plan), plan)
 
 
 def _transformers(shape: Shape, config: RouterConfig) -> Layer:

@@ -5,7 +5,7 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import optree
@@ -72,6 +72,7 @@ def bench_layer(
     device: str = "cuda",
     rounds: int = 20,
     only: list[str] | None = None,
+    align: Sequence[int] = (),
     seed: int | None = None,
 ) -> dict[str, Any]:
     """Measure every layer that can run here, on the same random weights and tokens.
@@ -81,6 +82,7 @@ def bench_layer(
     routing    how tokens spread over experts, one of ``ROUTINGS``
     rounds     of a few steps of each layer in turn
     only       names of layers; ``None``: all
+    align      multiples for :func:`fmoe.align_rows`: a layer more for each
     -> dict    what JSON can hold; ``layers`` has the fields of :class:`Measured`
     =========  ===============================================================
 
@@ -98,7 +100,7 @@ def bench_layer(
     run = Run(params, x, torch.randn_like(x))
     for leaf in run.leaves():
         leaf.requires_grad_()
-    candidates = {n: f for n, f in layers(shape, config).items() if only is None or n in only}
+    candidates = {n: f for n, f in layers(shape, config, align).items() if only is None or n in only}
     errors = _errors(run, candidates, shape, config)
     costs = {name: _costs(run, layer) for name, layer in candidates.items()}
     forward, step = _times(run, candidates, rounds)

@@ -1,5 +1,6 @@
 """Sending tokens to where their experts are, and laying them out by expert."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class Plan:
     weights_SK  how much each expert counts for each row; differentiable
     slot_R      int64, the (row, choice) pair each expanded row holds, ``s * K + k``; -1 for none
     row_SK      int64, the expanded row of each (row, choice) pair; -1 for an expert held elsewhere
-    offsets_e   int32, where each expert's rows end
+    offsets_e   int32, where each expert's rows end; :func:`align_rows` leaves some of no pair there
     sent        what the backend that moved the rows needs to move them back; empty if none moved
     transport   that backend
     ==========  ========================================
@@ -109,7 +110,7 @@ def expand(x_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
     =========  ==========  ===================================================================
     x_SD       (S, D)      rows from :func:`dispatch`
     plan                   its plan; expert ``i``'s rows end at ``plan.offsets_e[i]``
-    -> x_RD    (R, D)      rows past the last offset are zeros
+    -> x_RD    (R, D)      rows of no pair are zeros
     =========  ==========  ===================================================================
 
     Raises ``ValueError`` if ``x_SD`` hasn't one row per dispatched row.
@@ -131,6 +132,54 @@ def expand(x_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
         weights_R = gather(plan.weights_SK.reshape(-1), plan.slot_R)
         x_RD = (x_RD * weights_R[:, None]).to(x_SD.dtype)
     return x_RD
+
+
+def align_rows(plan: Plan, multiple: int) -> Plan:
+    """The same plan with every expert's rows beginning at a multiple of ``multiple``.
+
+    ========  ==========  =====================================================================
+    plan                  from :func:`dispatch`, of any backend
+    multiple              a positive integer; 1 changes nothing
+    -> plan               the rows between two experts hold no pair: ``slot_R`` is -1 there, and
+                          longer by ``E * (multiple - 1)`` whatever the routing
+    ========  ==========  =====================================================================
+
+    For products that want blocks of rows of one expert. Rows of no pair are zeros in :func:`expand` and
+    nothing in :func:`fmoe.reduce`, so what goes through the plan is the same.
+
+    Raises ``ValueError`` for a multiple that isn't a positive integer.
+
+    >>> import fmoe, torch
+    >>> router = fmoe.RouterParams(torch.eye(2), torch.zeros(2))
+    >>> x = torch.tensor([[3.0, 1.0], [1.0, 3.0], [2.0, 1.0]])
+    >>> routing = fmoe.route(router, x, fmoe.RouterConfig(top_k=1, num_groups=1, top_groups=1))
+    >>> x_SD, plan = fmoe.dispatch(x, routing)
+    >>> plan = fmoe.align_rows(plan, 4)
+    >>> plan.slot_R, plan.offsets_e
+    (tensor([ 0,  2, -1, -1,  1, -1, -1, -1, -1]), tensor([4, 8], dtype=torch.int32))
+    """
+    if not isinstance(multiple, int) or multiple < 1:
+        raise argument_error(
+            "align_rows",
+            "multiple",
+            got=repr(multiple),
+            expected="a positive integer",
+            remedy="Pass how many rows a block has.",
+        )
+    if multiple == 1:
+        return plan
+    ends_e, row_SK = plan.offsets_e.long(), plan.row_SK
+    padding_e = -torch.diff(ends_e, prepend=ends_e.new_zeros(1)) % multiple
+    shift_e = padding_e.cumsum(0) - padding_e
+    moved_SK = row_SK + shift_e[torch.searchsorted(ends_e, row_SK.contiguous(), right=True)]
+    row_SK = torch.where(row_SK < 0, -1, moved_SK)
+    # The inverse; one row more than asked for takes the pairs that have none.
+    num_rows = plan.slot_R.shape[0] + ends_e.shape[0] * (multiple - 1)
+    row, pair = row_SK.reshape(-1), torch.arange(row_SK.numel(), device=row_SK.device)
+    slot_R = plan.slot_R.new_full((num_rows + 1,), -1)
+    slot_R = slot_R.scatter(0, torch.where(row < 0, num_rows, row), pair)[:num_rows]
+    offsets_e = (ends_e + padding_e.cumsum(0)).to(torch.int32)
+    return replace(plan, slot_R=slot_R, row_SK=row_SK, offsets_e=offsets_e)
 
 
 def check_rows(function: str, argument: str, rows: torch.Tensor, expected: int) -> None:

@@ -123,12 +123,12 @@ def _down_reference(
     return scatter_add(y_RD, rows_of_slots(slot, weights.shape[1]), weights.shape[0]).to(h.dtype)
 
 
-def _expand(x: Any, weights: Any, slot: Any, row: Any, *, scaled: bool) -> Any:
+def _expand(x: Any, weights: Any, slot: Any, row: Any, offsets: Any, *, scaled: bool) -> Any:
     """A copy of each token for each of its rows, times the pair's weight if ``scaled``."""
     if kernels.fused(x, weights):
         from .kernels import rows
 
-        return rows.expand(x, row, weights if scaled else None, slot.shape[0])
+        return rows.expand(x, row, slot, offsets, weights if scaled else None)
     x_RD = gather_kernel(x, rows_of_slots(slot, weights.shape[1]))
     return (x_RD * gather_kernel(weights.reshape(-1), slot)[:, None]).to(x.dtype) if scaled else x_RD
 
@@ -165,7 +165,7 @@ def _activation_backward(
 
 
 def _up_kernel(x: Any, w_in: Any, weights: Any, slot: Any, row: Any, offsets: Any, score_before: bool) -> Any:
-    x_RD = _expand(x, weights, slot, row, scaled=score_before)
+    x_RD = _expand(x, weights, slot, row, offsets, scaled=score_before)
     return grouped.mm(x_RD, w_in.flatten(1, 2).mT, offsets).unflatten(1, (2, -1))
 
 
@@ -180,7 +180,7 @@ def _up_backward_kernel(
     else:
         g_weights, g_x = torch.zeros_like(weights), weighted_sum_kernel(g_x_RD, None, slot, row)
     del g_x_RD  # before the next large ones
-    x_RD = _expand(x, weights, slot, row, scaled=score_before)
+    x_RD = _expand(x, weights, slot, row, offsets, scaled=score_before)
     return g_x, grouped.outer(g_h, x_RD, offsets).unflatten(1, (2, -1)), g_weights
 
 
@@ -195,7 +195,7 @@ def _down_kernel(
 def _down_backward_kernel(
     g: Any, h: Any, w_out: Any, weights: Any, slot: Any, row: Any, offsets: Any, score_before: bool
 ) -> Tensors:
-    g_RD = _expand(g, weights, slot, row, scaled=False)
+    g_RD = _expand(g, weights, slot, row, offsets, scaled=False)
     # The activation is computed a second time below: cheaper than to hold it beside g_h.
     act = _activation(h, weights, slot, offsets, scaled=not score_before)
     g_w_out = grouped.outer(g_RD, act, offsets)

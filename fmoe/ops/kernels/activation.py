@@ -1,6 +1,7 @@
 """SwiGLU of the rows experts hold, and its backward together with the routing weight's.
 
-Only rows before the last offset are computed; the others belong to nobody.
+Only rows before the last offset are computed; the others belong to nobody. Of those, a row of no pair has
+a weight of zero.
 """
 
 import torch
@@ -22,7 +23,8 @@ def _swiglu(
         up = tl.load(h + (row * 2 + 1) * num_cols + col, mask=inside, other=0.0).to(tl.float32)
         value = gate * tl.sigmoid(gate) * up
         if WEIGHTED:
-            value *= tl.load(weights + tl.load(slot + row)).to(tl.float32)
+            pair = tl.load(slot + row)
+            value *= tl.load(weights + pair, mask=pair >= 0, other=0.0).to(tl.float32)
         tl.store(act + row * num_cols + col, value, mask=inside)
 
 
@@ -51,7 +53,7 @@ def _swiglu_backward(
         weight = 1.0
         if WEIGHTED:
             pair = tl.load(slot + row)
-            weight = tl.load(weights + pair).to(tl.float32)
+            weight = tl.load(weights + pair, mask=pair >= 0, other=0.0).to(tl.float32)
         total = tl.zeros([BLOCK], tl.float32)
         for start in range(0, num_cols, BLOCK):
             col = start + tl.arange(0, BLOCK)
@@ -66,7 +68,7 @@ def _swiglu_backward(
             tl.store(g_h + row * 2 * num_cols + col, g * up * (sigmoid + silu * (1 - sigmoid)), mask=inside)
             tl.store(g_h + (row * 2 + 1) * num_cols + col, g * silu, mask=inside)
         if WEIGHTED:
-            tl.store(g_weights + pair, tl.sum(total, 0))
+            tl.store(g_weights + pair, tl.sum(total, 0), mask=pair >= 0)
 
 
 def swiglu_backward(

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 1024
+BLOCK, SLOTS = 1024, 128
 
 
 @triton.jit
@@ -32,31 +32,52 @@ def gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _expand(x, row, weights, out, num_cols, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
+def _expand(
+    x, row, slot, offsets, weights, out, num_tokens, num_groups, num_cols,
+    TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    me = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = col < num_cols
-    value = tl.load(x + token * num_cols + col, mask=inside, other=0.0)
-    for k in tl.static_range(TOP_K):
-        target = tl.load(row + token * TOP_K + k)
-        scaled = value
-        if WEIGHTED:
-            scaled = value.to(tl.float32) * tl.load(weights + token * TOP_K + k).to(tl.float32)
-        tl.store(out + target * num_cols + col, scaled, mask=inside & (target >= 0))
+    if me < num_tokens:
+        value = tl.load(x + me * num_cols + col, mask=inside, other=0.0)
+        for k in tl.static_range(TOP_K):
+            target = tl.load(row + me * TOP_K + k)
+            scaled = value
+            if WEIGHTED:
+                scaled = value.to(tl.float32) * tl.load(weights + me * TOP_K + k).to(tl.float32)
+            tl.store(out + target * num_cols + col, scaled, mask=inside & (target >= 0))
+    else:  # programs beyond the tokens look for experts' rows of no pair, which are rare
+        first, end = (me - num_tokens) * SLOTS, tl.load(offsets + num_groups - 1)
+        place = first + tl.arange(0, SLOTS)
+        if tl.min(tl.load(slot + place, mask=place < end, other=0), 0) < 0:
+            for i in range(SLOTS):
+                empty = tl.load(slot + first + i, mask=first + i < end, other=0) < 0
+                zeros = tl.zeros([BLOCK], tl.float32)
+                tl.store(out + (first + i) * num_cols + col, zeros, mask=inside & empty)
 
 
-def expand(x: torch.Tensor, row: torch.Tensor, weights: torch.Tensor | None, num_rows: int) -> torch.Tensor:
-    """A copy of each token for each of its rows, of ``num_rows``, times the pair's weight.
+def expand(
+    x: torch.Tensor,
+    row: torch.Tensor,
+    slot: torch.Tensor,
+    offsets: torch.Tensor,
+    weights: torch.Tensor | None,
+) -> torch.Tensor:
+    """A copy of each token for each of its rows, times the pair's weight; zeros in experts' rows of no pair.
 
-    It reads every token once, where :func:`gather` reads it K times from places far apart. Rows that
-    hold no pair are left as they are.
+    It reads every token once, where :func:`gather` reads it K times from places far apart. Rows past the
+    last offset are left as they are.
     """
     x, (num_tokens, top_k) = x.contiguous(), row.shape
-    out = x.new_empty(num_rows, x.shape[1])
+    out = x.new_empty(slot.shape[0], x.shape[1])
     if x.numel() and out.numel():
-        grid = num_tokens, triton.cdiv(out.shape[1], BLOCK)
+        grid = num_tokens + triton.cdiv(out.shape[0], SLOTS), triton.cdiv(out.shape[1], BLOCK)
         scale = row if weights is None else weights.contiguous()
-        _expand[grid](x, row.contiguous(), scale, out, out.shape[1], top_k, weights is not None, BLOCK)
+        _expand[grid](
+            x, row.contiguous(), slot, offsets, scale, out, num_tokens, offsets.shape[0], out.shape[1],
+            top_k, weights is not None, BLOCK, SLOTS,
+        )  # fmt: skip
     return out
 
 
