@@ -48,6 +48,7 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--preset", default="debug", help="model configuration")
+    add("--layers", type=int, default=None, help="only so many, one of them dense")
     add("--vocab-size", type=int, default=None, help="instead of the preset's")
     add("--data", type=Path, nargs="+", default=[documents.python_stdlib()], help="files and folders")
     add("--suffix", default=".py", help="of the files in folders; a .jsonl file has a document a line")
@@ -176,7 +177,7 @@ def main() -> None:
     first_rank, devices = (mesh is None or mesh.get_rank() == 0), (1 if mesh is None else mesh.size())
     console = Console(quiet=not first_rank)
     say_what_moves_tokens(console)
-    config, device = deepseek_v3.preset(args.preset), torch.device(args.device)
+    config, device = deepseek_v3.preset(args.preset, layers=args.layers), torch.device(args.device)
     config = dataclasses.replace(config, vocab_size=args.vocab_size or config.vocab_size)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else BYTES
     data.check_vocabulary(tokenizer, config.vocab_size)

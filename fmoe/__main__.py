@@ -15,7 +15,7 @@ from rich.table import Table
 from . import plot
 from .bench.layers import ROUTINGS, SHAPES, Shape, layer_memory
 from .bench.measure import bench_layer, report, write_json
-from .bench.model import bench_model, cut
+from .bench.model import bench_model
 from .bench.model import report as model_report
 from .bench.tune import report as tuning
 from .bench.tune import tune
@@ -86,7 +86,7 @@ def _check_writable(*paths: str | None) -> None:
 def model(args: argparse.Namespace) -> None:
     _check_writable(args.json, args.trace)
     result = bench_model(
-        cut(deepseek_v3.preset(args.model), args.layers), batch_size=args.batch_size, seq_len=args.seq_len,
+        deepseek_v3.preset(args.model, layers=args.layers), batch_size=args.batch_size, seq_len=args.seq_len,
         steps=args.steps, remat=args.remat, compiled=args.compile, dtype=getattr(torch, args.dtype),
         compute_dtype=getattr(torch, args.compute_dtype or args.dtype),
         moments_dtype=getattr(torch, args.moments_dtype or args.dtype), balanced=args.balanced,
@@ -121,7 +121,7 @@ def doctor(args: argparse.Namespace) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
-    config = cut(deepseek_v3.preset(args.model), args.layers)
+    config = deepseek_v3.preset(args.model, layers=args.layers)
     found = plan_step(
         config, args.mesh, batch_size=args.batch_size, seq_len=args.seq_len, micro_batches=args.micro_batches,
         dtype=getattr(torch, args.dtype), compute_dtype=getattr(torch, args.compute_dtype or args.dtype),

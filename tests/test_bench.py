@@ -14,7 +14,7 @@ from fmoe import __main__
 from fmoe.bench import measure
 from fmoe.bench import model as bench_of_model
 from fmoe.bench.layers import ROUTINGS, SHAPES, Shape, config_for, layers, plain_layer, random_params, skewed
-from fmoe.bench.model import bench_model, cut, report
+from fmoe.bench.model import bench_model, report
 from fmoe.models import deepseek_v3
 from fmoe.ops.reference import moe_reference
 from fmoe.optim import adamw
@@ -98,7 +98,7 @@ def test_the_model_command_measures_training_steps(monkeypatch, capsys, tmp_path
     result, shown = model_command(monkeypatch, capsys, tmp_path, "--remat", "full", "--trace", str(trace))
     assert (result["layers"], result["dense_layers"]) == (2, 1)
     assert 0.9 * 5.545 < result["first_loss"] < 1.1 * 5.545  # log(256)
-    config = cut(deepseek_v3.preset("debug"), 2)
+    config = deepseek_v3.preset("debug", layers=2)
     rate = deepseek_v3.flops_per_token(config, 32) * result["tokens_per_second"] / 1e12
     assert result["tflops_per_second"] == pytest.approx(rate)
     assert result["tokens_per_second"] == pytest.approx(2 * 32 / result["ms"] * 1e3)
@@ -127,7 +127,7 @@ def test_the_model_command_trains_on_text_with_balanced_experts_compiled(monkeyp
     assert result["first_ms"] > 5 * result["ms"]  # it compiles
     for words in ("experts balanced", "moments torch.bfloat16"):
         assert words in " ".join(shown.split())
-    params = deepseek_v3.init(cut(deepseek_v3.preset("debug"), 2), 0)
+    params = deepseek_v3.init(deepseek_v3.preset("debug", layers=2), 0)
     state = adamw(moments_dtype=torch.bfloat16).init(params)
     assert result["planned"]["optimizer"] == sum(t.nbytes for t in optree.tree_leaves(state))
 
@@ -139,12 +139,12 @@ def test_a_model_whose_loss_is_wrong_is_not_timed(monkeypatch):
     )
     with pytest.raises(RuntimeError, match=r"the first loss is 11\.\d+, of an untrained model 5\.545"):
         bench_model(
-            cut(deepseek_v3.preset("debug"), 2), batch_size=2, seq_len=16, device="cpu", dtype=torch.float32
+            deepseek_v3.preset("debug", layers=2), batch_size=2, seq_len=16, device="cpu", dtype=torch.float32
         )
 
 
 def test_a_result_has_a_report_without_a_name(capsys):
-    config = cut(deepseek_v3.preset("debug"), 1)
+    config = deepseek_v3.preset("debug", layers=1)
     result = bench_model(config, batch_size=1, seq_len=16, steps=2, device="cpu", dtype=torch.float32)
     report(result, Console(width=150))
     assert "a model: 1 layers (1 dense)" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from laws import ranks_of
 
 import fmoe
 from fmoe import __main__, gradients, optim
-from fmoe.bench.model import bench_model, cut
+from fmoe.bench.model import bench_model
 from fmoe.introspect import kept_bytes, wire_bytes
 from fmoe.models import deepseek_v3
 from fmoe.models.config import preset
@@ -331,5 +331,5 @@ def test_what_is_no_size_or_device_is_named(options, text):
     ids=["nothing recomputed", "defaults", "float32 weights, all recomputed", "experts kept"],
 )
 def test_the_peak_is_within_a_twentieth_of_what_the_allocator_says(how):
-    result = bench_model(cut(preset("16B"), 3), steps=2, **how)
+    result = bench_model(preset("16B", layers=3), steps=2, **how)
     assert result["planned_over_peak"] == pytest.approx(1, abs=0.05), result["planned"]

@@ -32,17 +32,6 @@ OPTIMIZER = "fmoe::optimizer"  # a range of the profiler, which makes all in it 
 BIAS_RATE, LEARNING_RATE = 1e-3, 1e-4
 
 
-def cut(config: DeepSeekV3Config, layers: int | None) -> DeepSeekV3Config:
-    """A model of so many layers, one of them dense where it has such; ``None``: as it is.
-
-    >>> cut(deepseek_v3.preset("671B"), 4).num_dense_layers
-    1
-    """
-    if layers is None:
-        return config
-    return dataclasses.replace(config, num_layers=layers, num_dense_layers=min(1, config.num_dense_layers))
-
-
 def bench_model(
     config: DeepSeekV3Config,
     *,

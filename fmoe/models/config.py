@@ -184,13 +184,14 @@ PRESETS = {
 }
 
 
-def preset(name: str) -> DeepSeekV3Config:
+def preset(name: str, *, layers: int | None = None) -> DeepSeekV3Config:
     """A configuration by name: ``debug``, ``16B`` (DeepSeek-V2-Lite), ``236B`` (V2) or ``671B`` (V3).
 
-    Raises ``ValueError`` for any other.
+    With ``layers`` only so many of them, one of which is dense. Raises ``ValueError`` for any other name, and
+    fewer layers than one.
 
-    >>> preset("debug").num_experts
-    16
+    >>> preset("debug").num_experts, preset("671B", layers=4).num_dense_layers
+    (16, 1)
     """
     if name not in PRESETS:
         raise argument_error(
@@ -200,4 +201,7 @@ def preset(name: str) -> DeepSeekV3Config:
             expected=f"one of {sorted(PRESETS)}",
             remedy="Choose one of them.",
         )
-    return PRESETS[name]
+    whole = PRESETS[name]
+    if layers is None:
+        return whole
+    return dataclasses.replace(whole, num_layers=layers, num_dense_layers=min(1, whole.num_dense_layers))
