@@ -361,7 +361,7 @@ def wrong_layer(monkeypatch):
 
     x = torch.randn(3, 4, requires_grad=True)
     run = measure.Run(optree.tree_map(lambda leaf: leaf.requires_grad_(), layer()), x, torch.ones(3, 4))
-    measure._errors(run, {"twice": twice}, SimpleNamespace(top_k=1), ANY)
+    measure._entered("twice", twice, run, measure._reference(run, SimpleNamespace(top_k=1), ANY))
 
 
 def pattern(text):

@@ -1,11 +1,9 @@
-"""The layers that are compared: ours, plain PyTorch, and peers if they are installed.
+"""What layers are compared on, and two of them: ours and plain PyTorch.
 
 All route with the same rule and hold the same weights, so their outputs and gradients must agree.
 """
 
 import functools
-import importlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -157,7 +155,7 @@ def _grouped(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tens
 
 
 def layers(shape: Shape, config: RouterConfig, align: Sequence[int] = ()) -> dict[str, Layer]:
-    """Every layer that can run here, by name; ours also with rows aligned to each of ``align``."""
+    """Ours, also with rows aligned to each of ``align``, and plain PyTorch, by name."""
     found: dict[str, Layer] = {
         "fmoe": lambda params, x: moe_forward(params, x, router=config),
     }
@@ -167,8 +165,6 @@ def layers(shape: Shape, config: RouterConfig, align: Sequence[int] = ()) -> dic
         plain = lambda params, x: plain_layer(params, x, shape.top_k)  # noqa: E731
         found["PyTorch eager"] = plain
         found["PyTorch compiled"] = torch.compile(plain)
-    if importlib.util.find_spec("transformers"):
-        found["transformers grouped_mm"] = _transformers(shape, config)
     return found
 
 
@@ -176,24 +172,3 @@ def _aligned(config: RouterConfig, multiple: int, params: MoEParams, x: torch.Te
     x_SD, plan = dispatch(x, route(params.router, x, config))
     plan = align_rows(plan, multiple)
     return combine(experts_grouped_mm(params.experts, x_SD, plan), plan)
-
-
-def _transformers(shape: Shape, config: RouterConfig) -> Layer:
-    """The experts of transformers' DeepSeek-V3, after our router."""
-    name = "transformers.models.deepseek_v3"
-    theirs = importlib.import_module(f"{name}.modeling_deepseek_v3")
-    settings = importlib.import_module(name).DeepseekV3Config(
-        hidden_size=shape.dim, moe_intermediate_size=shape.hidden, n_routed_experts=shape.experts
-    )
-    settings._experts_implementation = "grouped_mm"
-    with torch.device("meta"):
-        experts = theirs.DeepseekV3Experts(settings)
-    del experts.gate_up_proj, experts.down_proj
-
-    def run(params: MoEParams, x: torch.Tensor) -> torch.Tensor:
-        routing = route(params.router, x, config)
-        experts.gate_up_proj = params.experts.w_in.flatten(1, 2)  # their (E, 2F, D) is a view of (E, 2, F, D)
-        experts.down_proj = params.experts.w_out
-        return experts(x, routing.expert_ids_TK, routing.weights_TK.to(x.dtype))
-
-    return run

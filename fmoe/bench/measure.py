@@ -4,8 +4,7 @@ import functools
 import json
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import optree
@@ -13,12 +12,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import argument_error
 from ..introspect import kept_bytes
 from ..models.moe import MoEParams
+from ..ops.experts import ExpertParams
 from ..ops.kernels import grouped
-from ..ops.route import route
+from ..ops.route import RouterConfig, route
 from .layers import Layer, Shape, config_for, layers, plain_layer, random_params, skewed
+from .peers import installed
+from .timing import check_number, launches, matmul_rate, syncs, timed
+
+ROUNDING = 0.05  # a relative error below it is one of rounding
 
 
 class Measured(NamedTuple):
@@ -63,6 +66,20 @@ class Run(NamedTuple):
         y = layer(self.params, self.x)
         return (y.detach(), *torch.autograd.grad(y, self.leaves(), self.cotangent))
 
+    def arranged(self, layout: Callable[[ExpertParams], Any]) -> "Run":
+        """The same with the experts' weights as a peer keeps them."""
+        weights: Any = tuple(w.detach().requires_grad_() for w in layout(self.params.experts))
+        return self._replace(params=self.params._replace(experts=weights))
+
+
+class Entry(NamedTuple):
+    """A layer with what it runs on, and what was found before anything is timed."""
+
+    layer: Layer
+    run: Run
+    error: float
+    costs: tuple[float, float | None, int | None, int | None]
+
 
 def bench_layer(
     shape: Shape,
@@ -83,69 +100,110 @@ def bench_layer(
     rounds     of a few steps of each layer in turn
     only       names of layers; ``None``: all
     align      multiples for :func:`fmoe.align_rows`: a layer more for each
-    -> dict    what JSON can hold; ``layers`` has the fields of :class:`Measured`
+    -> dict    what JSON can hold; ``layers`` has the fields of :class:`Measured`,
+               ``not_measured`` the reasons of peers that didn't run, by name, and
+               ``wrong`` the errors of those that aren't right
     =========  ===============================================================
 
-    Raises ``RuntimeError`` if a layer's output or gradient is wrong, and ``ValueError`` for fewer than two
-    rounds.
+    Raises ``RuntimeError`` if a layer that is no peer has a wrong output or gradient, and ``ValueError`` for
+    fewer than two rounds.
     """
     check_number("bench_layer", "rounds", rounds)
     seed = time.time_ns() % 2**31 if seed is None else seed
-    torch.manual_seed(seed)
     config = config_for(shape, routing)
-    params = random_params(shape, seed, dtype=dtype, device=device)
-    x = torch.randn(shape.tokens, shape.dim, device=device).to(dtype)
-    params = skewed(params, x, config, routing)
-    counts = route(params.router, x, config).counts_E
-    run = Run(params, x, torch.randn_like(x))
-    for leaf in run.leaves():
-        leaf.requires_grad_()
-    candidates = {n: f for n, f in layers(shape, config, align).items() if only is None or n in only}
-    errors = _errors(run, candidates, shape, config)
-    costs = {name: _costs(run, layer) for name, layer in candidates.items()}
-    forward, step = _times(run, candidates, rounds)
+    run = _random_run(shape, config, routing, dtype, device, seed)
+    expected = _reference(run, shape, config)
+    found = layers(shape, config, align)
+    entries = {name: _entered(name, found[name], run, expected) for name in _wanted(found, only)}
+    peers, not_measured, wrong = _peers(run, expected, shape, config, only)
+    entries |= peers
+    forward, step = _times(entries, rounds)
     peak_rate = matmul_rate(dtype, device)
-    rows = []
-    for name in candidates:
-        median = statistics.median(step[name])
-        low, _, high = statistics.quantiles(step[name], n=4)
-        rate = 3 * shape.flops / median / 1e9
-        rows.append(
-            Measured(
-                name,
-                statistics.median(forward[name]),
-                median,
-                (high - low) / median,
-                rate,
-                rate / peak_rate,
-                *costs[name],
-                errors[name],
-            )._asdict()
-        )
-    w_in = params.experts.w_in.flatten(1, 2)
-    how = x[:1], w_in.mT, x.new_empty(1, w_in.shape[1])
-    engine = grouped.choice("mm transposed", *how, w_in.mT.shape).engine
-    where = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "CPU"
+    w_in, counts = run.params.experts.w_in.flatten(1, 2).mT, route(run.params.router, run.x, config).counts_E
+    product = run.x[:1], w_in, run.x.new_empty(1, w_in.shape[2])
     return dict(
-        shape=shape._asdict(), routing=routing, dtype=str(dtype), device=where, torch=torch.__version__,
-        seed=seed, rounds=rounds, matmul_tflops=peak_rate, engine=engine,
+        shape=shape._asdict(), routing=routing, dtype=str(dtype), torch=torch.__version__,
+        device=torch.cuda.get_device_name() if run.x.is_cuda else "CPU", seed=seed, rounds=rounds,
+        matmul_tflops=peak_rate, engine=grouped.choice("mm transposed", *product, w_in.shape).engine,
         overload=float(counts.max() / counts.float().mean()),
-        layers=rows,
+        layers=[
+            _measured(name, entry, forward[name], step[name], 3 * shape.flops, peak_rate)._asdict()
+            for name, entry in entries.items()
+        ],
+        not_measured=not_measured, wrong=wrong,
     )  # fmt: skip
 
 
-def _errors(run: Run, candidates: dict[str, Layer], shape: Shape, config: Any) -> dict[str, float]:
-    """The largest relative error (Frobenius) of output and gradients; raises if it is no rounding error."""
+def _wanted(names: Iterable[str], only: list[str] | None) -> list[str]:
+    return [name for name in names if only is None or name in only]
+
+
+def _random_run(
+    shape: Shape, config: RouterConfig, routing: str, dtype: torch.dtype, device: str, seed: int
+) -> Run:
+    torch.manual_seed(seed)
+    params = random_params(shape, seed, dtype=dtype, device=device)
+    x = torch.randn(shape.tokens, shape.dim, device=device).to(dtype)
+    run = Run(skewed(params, x, config, routing), x, torch.randn_like(x))
+    for leaf in run.leaves():
+        leaf.requires_grad_()
+    return run
+
+
+def _reference(run: Run, shape: Shape, config: RouterConfig) -> tuple[torch.Tensor, ...]:
+    """Output and gradients in float32, with the experts that are chosen in the run's dtype."""
     ids = route(run.params.router, run.x, config).expert_ids_TK
     wide = Run(*optree.tree_map(lambda t: t.detach().float().requires_grad_(), tuple(run)))
-    expected = wide.step(lambda params, x: plain_layer(params, x, shape.top_k, ids))
-    errors = {}
-    for name, layer in candidates.items():
-        pairs = zip(run.step(layer), expected)
-        errors[name] = max(float((a.float() - b).norm() / b.norm()) for a, b in pairs)
-        if not errors[name] < 0.05:
-            raise RuntimeError(f"bench layer: {name}: relative error {errors[name]:.2g} against float32.")
-    return errors
+    return wide.step(lambda params, x: plain_layer(params, x, shape.top_k, ids))
+
+
+def _entered(name: str, layer: Layer, run: Run, expected: tuple[torch.Tensor, ...]) -> Entry:
+    entry = _tried(layer, run, expected)
+    if not entry.error < ROUNDING:
+        raise RuntimeError(f"bench layer: {name}: relative error {entry.error:.2g} against float32.")
+    return entry
+
+
+def _tried(layer: Layer, run: Run, expected: tuple[torch.Tensor, ...]) -> Entry:
+    """Every call that will be timed, once; the error (Frobenius) is that of what is furthest off."""
+    errors = [(a.float() - b).norm() / b.norm() for a, b in zip(run.step(layer), expected)]
+    _without_grad(layer, run)
+    return Entry(layer, run, float(torch.stack(errors).max()), _costs(run, layer))  # max() passes over NaN
+
+
+def _peers(
+    run: Run, expected: tuple[torch.Tensor, ...], shape: Shape, config: RouterConfig, only: list[str] | None
+) -> tuple[dict[str, Entry], dict[str, str], dict[str, float]]:
+    """Those that are right; why others couldn't be run; how wrong others are."""
+    y, g_x, g_router, *g_experts = expected
+    right, not_measured, wrong = {}, {}, {}
+    known = installed()
+    for name in _wanted(known, only):
+        peer = known[name]
+        try:
+            layer = peer.make(shape, config)
+            gradients = y, g_x, g_router, *peer.layout(ExpertParams(*g_experts))
+            entry = _tried(layer, run.arranged(peer.layout), gradients)
+        except Exception as error:  # of whatever kind: another version, a shape or a device it isn't for
+            not_measured[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+            continue
+        if entry.error < ROUNDING:
+            right[name] = entry
+        else:
+            wrong[name] = entry.error
+    return right, not_measured, wrong
+
+
+def _measured(
+    name: str, entry: Entry, forward: list[float], step: list[float], flops: int, peak_rate: float
+) -> Measured:
+    median = statistics.median(step)
+    low, _, high = statistics.quantiles(step, n=4)
+    rate = flops / median / 1e9
+    return Measured(
+        name, statistics.median(forward), median, (high - low) / median, rate, rate / peak_rate,
+        *entry.costs, entry.error,
+    )  # fmt: skip
 
 
 def _costs(run: Run, layer: Layer) -> tuple[float, float | None, int | None, int | None]:
@@ -165,67 +223,23 @@ def _costs(run: Run, layer: Layer) -> tuple[float, float | None, int | None, int
     return saved / 2**20, peak / 2**20, launches(lambda: run.step(layer)), syncs(lambda: run.step(layer))
 
 
-def syncs(call: Callable[[], Any]) -> int:
-    """How often the host waits for the CUDA device in a call."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        call()
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(w.message) and "prototype" not in str(w.message) for w in caught)
-
-
-def launches(call: Callable[[], Any]) -> int:
-    """How many kernels a call starts on the CUDA device."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
-        call()
-        torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
-
-
-def _times(
-    run: Run, candidates: dict[str, Layer], rounds: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+def _times(entries: dict[str, Entry], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Forward and step times; layers take turns, so that a disturbance hits all of them."""
-    forward: dict[str, list[float]] = {name: [] for name in candidates}
-    step: dict[str, list[float]] = {name: [] for name in candidates}
-
-    def without_grad(layer: Layer) -> Any:
-        with torch.no_grad():
-            return layer(run.params, run.x)
-
-    for times, call in ((forward, without_grad), (step, run.step)):
-        for layer in candidates.values():
-            call(layer)
+    forward: dict[str, list[float]] = {name: [] for name in entries}
+    step: dict[str, list[float]] = {name: [] for name in entries}
+    for times, call in ((forward, _without_grad), (step, lambda layer, run: run.step(layer))):
+        for entry in entries.values():
+            call(entry.layer, entry.run)
         for _ in range(rounds):
-            for name, layer in candidates.items():
-                times[name].append(timed(functools.partial(call, layer), run.x.is_cuda))
+            for name, entry in entries.items():
+                once = functools.partial(call, entry.layer, entry.run)
+                times[name].append(timed(once, entry.run.x.is_cuda))
     return forward, step
 
 
-def timed(call: Callable[[], Any], on_cuda: bool, repeats: int = 3) -> float:
-    """Milliseconds a call takes, of a few in a row: enough to hide the launch of the first."""
-    if not on_cuda:
-        start = time.perf_counter()
-        call()
-        return (time.perf_counter() - start) * 1e3
-    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    call()
-    start_event.record()
-    for _ in range(repeats):
-        call()
-    end_event.record()
-    end_event.synchronize()
-    return start_event.elapsed_time(end_event) / repeats
-
-
-def matmul_rate(dtype: torch.dtype, device: str) -> float:
-    """TFLOP/s of a large square matrix product on random data: 8192 on CUDA, 512 elsewhere."""
-    on_cuda = torch.device(device).type == "cuda"
-    size = 8192 if on_cuda else 512
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / statistics.median(timed(lambda: a @ b, on_cuda) for _ in range(9)) / 1e9
+def _without_grad(layer: Layer, run: Run) -> torch.Tensor:
+    with torch.no_grad():
+        return layer(run.params, run.x)
 
 
 def report(result: dict[str, Any], console: Console) -> None:
@@ -247,15 +261,11 @@ def report(result: dict[str, Any], console: Console) -> None:
             *("-" if v is None else f"{v:.0f}" for v in (m.peak, m.launches, m.syncs)),
             f"{m.error:.1e}",
         )  # fmt: skip
+    for name, error in result["wrong"].items():
+        table.add_row(name, *["-"] * 9, f"{error:.1e}, wrong")
     console.print(table)
-
-
-def check_number(function: str, argument: str, number: int) -> None:
-    """A spread is of at least two times."""
-    if not isinstance(number, int) or number < 2:
-        raise argument_error(
-            function, argument, got=number, expected="an integer of at least 2", remedy="Measure more often."
-        )
+    for name, reason in result["not_measured"].items():
+        console.print(f"{name}: not measured: {reason}", markup=False, highlight=False, soft_wrap=True)
 
 
 def write_json(result: Any, path: str) -> None:

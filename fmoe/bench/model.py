@@ -25,7 +25,7 @@ from ..models.config import DeepSeekV3Config
 from ..optim import Optimizer, adamw, clip_by_global_norm
 from ..plan import plan
 from ..transforms import per_layer, value_and_grad
-from .measure import check_number, matmul_rate, syncs
+from .timing import check_number, matmul_rate, syncs
 
 WARM_UP = 3
 OPTIMIZER = "fmoe::optimizer"  # a range of the profiler, which makes all in it one class

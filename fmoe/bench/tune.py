@@ -18,7 +18,8 @@ from ..models.moe import moe_forward
 from ..ops.kernels import grouped, tuned
 from ..ops.kernels.tuned import Choice, Tile
 from .layers import Shape, config_for, random_params
-from .measure import Run, check_number, timed
+from .measure import Run
+from .timing import check_number, timed
 
 TILES = [
     Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 4), Tile(128, 256, 128, 8, 2), Tile(256, 128, 64, 8, 3),

@@ -1,0 +1,64 @@
+"""What a call costs: time, launches, waits of the host; and how fast the device is at its best."""
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..errors import argument_error
+
+
+def syncs(call: Callable[[], Any]) -> int:
+    """How often the host waits for the CUDA device in a call."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(w.message) and "prototype" not in str(w.message) for w in caught)
+
+
+def launches(call: Callable[[], Any]) -> int:
+    """How many kernels a call starts on the CUDA device."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def timed(call: Callable[[], Any], on_cuda: bool, repeats: int = 3) -> float:
+    """Milliseconds a call takes, of a few in a row: enough to hide the launch of the first."""
+    if not on_cuda:
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    call()
+    start_event.record()
+    for _ in range(repeats):
+        call()
+    end_event.record()
+    end_event.synchronize()
+    return start_event.elapsed_time(end_event) / repeats
+
+
+def matmul_rate(dtype: torch.dtype, device: str) -> float:
+    """TFLOP/s of a large square matrix product on random data: 8192 on CUDA, 512 elsewhere."""
+    on_cuda = torch.device(device).type == "cuda"
+    size = 8192 if on_cuda else 512
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / statistics.median(timed(lambda: a @ b, on_cuda) for _ in range(9)) / 1e9
+
+
+def check_number(function: str, argument: str, number: int) -> None:
+    """A spread is of at least two times."""
+    if not isinstance(number, int) or number < 2:
+        raise argument_error(
+            function, argument, got=number, expected="an integer of at least 2", remedy="Measure more often."
+        )

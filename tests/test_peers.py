@@ -1,0 +1,146 @@
+"""What else is installed is measured beside ours, or said why not; it never ends the benchmark."""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import fake_peers
+import pytest
+import torch
+from fake_peers import SCATTERMOE, SONICMOE, TORCHTITAN_0_2, TORCHTITAN_0_3, replaced
+
+import fmoe
+from fmoe.bench.layers import Shape
+from fmoe.bench.measure import bench_layer
+from fmoe.bench.peers import PEERS
+
+TINY = Shape(tokens=48, dim=16, hidden=8, experts=8, top_k=2)
+FAKED = "torchtitan", "torchtitan compiled", "ScatterMoE", "SonicMoE"
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """Measure with these packages installed."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    packages = {peer.package for peer in PEERS.values()} - {"transformers"}
+
+    def measure(*peers, only=FAKED, **how):
+        fake_peers.write(tmp_path, *peers)
+        return bench_layer(TINY, dtype=torch.float32, device="cpu", rounds=2, only=["fmoe", *only], **how)
+
+    yield measure
+    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+        del sys.modules[name]
+
+
+def rows_of(result):
+    return {row["layer"]: row for row in result["layers"]}
+
+
+@pytest.mark.parametrize("routing", ["random", "balanced", "hot"])
+@pytest.mark.parametrize("torchtitan", [TORCHTITAN_0_2, TORCHTITAN_0_3], ids=["0.2", "0.3"])
+def test_outputs_and_gradients_of_peers_are_ours(measured, torchtitan, routing):
+    result = measured(torchtitan, SCATTERMOE, SONICMOE, routing=routing)
+    assert result["not_measured"] == result["wrong"] == {}
+    assert [*rows_of(result)] == ["fmoe", *FAKED]
+    for row in result["layers"]:
+        assert row["error"] < 1e-5
+        assert row["step"] > 0
+        assert row["saved"] > 0
+
+
+def test_what_is_not_installed_is_not_mentioned(measured):
+    result = measured(SCATTERMOE)
+    assert [*rows_of(result)] == ["fmoe", "ScatterMoE"]
+    assert result["not_measured"] == result["wrong"] == {}
+
+
+UNFIT = {
+    "another signature": (
+        replaced(SONICMOE, "stream_id, activation_type,", "stream_id, *, activation,"),
+        "SonicMoE",
+        "TypeError: moe_general_routing_inputs() got an unexpected keyword argument 'activation_type'",
+    ),
+    "another name": (
+        replaced(TORCHTITAN_0_3, "class RoutedExperts", "class Experts"),
+        "torchtitan",
+        "AttributeError: module 'torchtitan.models.common.moe' has no attribute 'RoutedExperts'",
+    ),
+    "another module": (
+        {"torchtitan/models/deepseek_v3.py": ""},
+        "torchtitan",
+        "ModuleNotFoundError: No module named 'torchtitan.models.common'",
+    ),
+    "a package that doesn't load": (
+        {"scattermoe/parallel_experts.py": 'raise ImportError("no CUDA\\n  here [at all]")'},
+        "ScatterMoE",
+        "ImportError: no CUDA here [at all]",
+    ),
+    "its own check": (
+        replaced(
+            SONICMOE, "assert activation_type", 'assert x.shape[1] % 64 == 0, "rows of 64"; activation_type'
+        ),
+        "SonicMoE",
+        "AssertionError: rows of 64",
+    ),
+    "a backward that fails": (
+        replaced(SCATTERMOE, "return rows\n", "return rows.detach()\n"),
+        "ScatterMoE",
+        "RuntimeError: ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("peer", "name", "reason"), UNFIT.values(), ids=UNFIT)
+def test_a_peer_that_does_not_fit_is_said_to_be_not_measured(measured, peer, name, reason):
+    other = SCATTERMOE if name != "ScatterMoE" else SONICMOE
+    result = measured(peer, other, only=["ScatterMoE", "SonicMoE", "torchtitan"])
+    assert [*result["not_measured"]] == [name]
+    assert result["not_measured"][name].startswith(reason)
+    assert len(result["layers"]) == 2
+    assert result["wrong"] == {}
+
+
+def test_a_wrong_peer_is_shown_and_not_timed(measured):
+    result = measured(
+        replaced(SCATTERMOE, "(gates[:, None]", "1.1 * (gates[:, None]"),
+        replaced(TORCHTITAN_0_3, "order = ", "w.w3_EFD.register_hook(lambda g: g * float('nan')); order = "),
+        only=["ScatterMoE", "torchtitan"],
+    )
+    assert [*rows_of(result)] == ["fmoe"]
+    assert result["wrong"]["ScatterMoE"] == pytest.approx(0.1, rel=1e-3)
+    assert result["wrong"]["torchtitan"] != result["wrong"]["torchtitan"]  # NaN, in one gradient of five
+
+
+def test_the_command_goes_on_and_says_so(tmp_path):
+    fake_peers.write(tmp_path, SCATTERMOE, UNFIT["its own check"][0])
+    fake_peers.write(
+        tmp_path, replaced(TORCHTITAN_0_3, "topk_scores_BLK.view(-1)", "1.2 * topk_scores_BLK.view(-1)")
+    )
+    file, root = tmp_path / "layer.json", str(pathlib.Path(fmoe.__file__).parent.parent)
+    command = [sys.executable, "-m", "fmoe", "bench", "layer", "--sizes", *map(str, TINY), "--rounds", "2"]
+    how = [
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--json",
+        str(file),
+        "--only",
+        "fmoe",
+        *FAKED[::2],
+        "SonicMoE",
+    ]
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join([root, str(tmp_path)])}
+    done = subprocess.run([*command, *how], capture_output=True, text=True, check=True, env=paths)
+    (result,) = json.loads(file.read_text())
+    assert [*rows_of(result)] == ["fmoe", "ScatterMoE"]
+    assert result["not_measured"] == {"SonicMoE": "AssertionError: rows of 64"}
+    assert result["wrong"] == {"torchtitan": pytest.approx(0.2, rel=1e-3)}
+    assert "\nSonicMoE: not measured: AssertionError: rows of 64\n" in done.stdout
+    assert "2.0e-01, wrong" in done.stdout.replace("\n", " ")
