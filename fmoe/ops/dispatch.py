@@ -29,7 +29,7 @@ class Plan:
     weights_SK  how much each expert counts for each row; differentiable
     slot_R      int64, the (row, choice) pair each expanded row holds, ``s * K + k``; -1 for none
     row_SK      int64, the expanded row of each (row, choice) pair; -1 for an expert held elsewhere
-    offsets_e   int32, where each expert's rows end; :func:`align_rows` leaves some of no pair there
+    offsets_e   int32, where each expert's rows end, those that :func:`align_rows` adds included
     sent        what the backend that moved the rows needs to move them back; empty if none moved
     transport   that backend
     ==========  ========================================
