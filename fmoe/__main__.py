@@ -4,6 +4,7 @@ import argparse
 import functools
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,10 @@ def show_operators(args: argparse.Namespace) -> None:
 
 
 def bench(args: argparse.Namespace) -> None:
-    _check_writable(args.json)
+    if args.picture:
+        with tempfile.TemporaryDirectory() as folder:  # the package and the format are there
+            plot.save_figure(plot.empty_figure("bench layer"), Path(folder, args.picture.name))
+    _check_writable(args.json, args.picture)
     shapes = [Shape(*args.sizes)] if args.sizes else [SHAPES[name] for name in args.shape]
     results = []
     for shape in shapes:
@@ -69,6 +73,8 @@ def bench(args: argparse.Namespace) -> None:
             results.append(result)
     if args.json:
         write_json(results, args.json)
+    if args.picture:
+        plot.save_figure(plot.plot_layers(results), args.picture)
 
 
 def tuned(args: argparse.Namespace) -> None:
@@ -77,10 +83,11 @@ def tuned(args: argparse.Namespace) -> None:
         tuning(tune(shape, **how), Console(width=None if Console().is_terminal else 150))
 
 
-def _check_writable(*paths: str | None) -> None:
+def _check_writable(*paths: str | Path | None) -> None:
     """Before anything is measured, which would be lost."""
-    for path in filter(None, paths):
-        open(path, "a").close()
+    for path in paths:
+        if path:
+            open(path, "a").close()
 
 
 def model(args: argparse.Namespace) -> None:
@@ -139,8 +146,11 @@ def plan(args: argparse.Namespace) -> None:
 def draw(args: argparse.Namespace) -> None:
     if (args.what == "memory") == bool(args.metrics):
         raise ValueError("plot: name the metrics.jsonl of a run, or --what memory")
-    runs = {path: read_metrics(path) for path in args.metrics}
     pictures: list[tuple[Path, Callable[[], Any]]] = []
+    if args.what == "layers":
+        results = [result for path in args.metrics for result in json.loads(path.read_text())]
+        pictures.append((args.metrics[0].with_suffix(".svg"), lambda: plot.plot_layers(results)))
+    runs = {path: read_metrics(path) for path in args.metrics if args.what != "layers"}
     if args.what in ("loss", None):
         labels = _labels(args.metrics)
         losses = {labels[path]: records for path, records in runs.items()}
@@ -164,9 +174,10 @@ def picture_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("metrics", nargs="*", type=Path, help="metrics.jsonl of a run, or of several to compare")
     add(
-        "--what", choices=["loss", "load", "memory"], default=None,
+        "--what", choices=["loss", "load", "memory", "layers"], default=None,
         help="loss: curves, of all runs in one picture; load: of experts over time, a picture for each run; "
-        "memory: what a layer keeps under remat's policies. Default: loss and, where it is known, load",
+        "memory: what a layer keeps under remat's policies; layers: of files that bench layer --json wrote. "
+        "Default: loss and, where it is known, load",
     )  # fmt: skip
     add("--out", type=Path, help="file of the one picture; default: WHAT.svg beside the metrics")
     add(
@@ -257,6 +268,7 @@ def arguments() -> argparse.ArgumentParser:
         "--align", nargs="+", type=int, default=[], metavar="N", help="also with rows aligned to N"
     )
     layer.add_argument("--json", metavar="FILE", help="write what was measured")
+    layer.add_argument("--picture", type=Path, metavar="FILE", help="draw it, as .svg or .png")
     layer.set_defaults(run=bench)
     tiles = commands.add_parser("tune", help="find and keep the fastest grouped products for a layer, here")
     _shapes(tiles)

@@ -34,7 +34,7 @@ def plot_loss(runs: Mapping[str, Records], *, reference: Mapping[str, float] = {
     """
     if not runs:
         raise _nothing("plot_loss", "runs", "no run", "at least one")
-    figure = _figure("plot_loss", 8, 4.4)
+    figure = empty_figure("plot_loss", 8, 4.4)
     ax = figure.subplots()
     ax.set(xlabel="step", ylabel="loss (nats per token)")
     for number, (label, records) in enumerate(runs.items()):
@@ -93,7 +93,7 @@ def plot_load(records: Records) -> "Figure":
     _, layers, experts = share_NLE.shape
     columns = math.ceil(math.sqrt(layers / 4))
     rows = math.ceil(layers / columns)
-    figure = _figure("plot_load", 8, 1.0 + 1.5 * rows)
+    figure = empty_figure("plot_load", 8, 1.0 + 1.5 * rows)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for layer, ax in enumerate(axes[:layers]):
         image = ax.imshow(
@@ -128,7 +128,7 @@ def plot_memory(kept: Mapping[str, Mapping[str, int]]) -> "Figure":
     """
     if not kept:
         raise _nothing("plot_memory", "kept", "no policy", "at least one")
-    figure = _figure("plot_memory", 8, 1.2 + 0.45 * len(kept))
+    figure = empty_figure("plot_memory", 8, 1.2 + 0.45 * len(kept))
     ax = figure.subplots()
     left = [0.0] * len(kept)
     for name in dict.fromkeys(name for parts in kept.values() for name in parts):
@@ -146,6 +146,48 @@ def plot_memory(kept: Mapping[str, Mapping[str, int]]) -> "Figure":
     return figure
 
 
+def plot_layers(results: Sequence[Mapping[str, Any]]) -> "Figure":
+    """TFLOP/s of layers: a group of bars for each result, a line across it for the matrix product of its run.
+
+    ``results`` are those of :func:`fmoe.bench.measure.bench_layer`, as ``python -m fmoe bench layer --json``
+    writes them. Raises ``ValueError`` if they have no layer, and ``ImportError`` without matplotlib.
+
+    >>> shape = {"tokens": 64, "dim": 8, "hidden": 4, "experts": 4, "top_k": 2}
+    >>> result = {"shape": shape, "routing": "random", "device": "CPU", "dtype": "torch.float32",
+    ...           "matmul_tflops": 0.1, "layers": [{"layer": "fmoe", "rate": 0.07}]}
+    >>> [text.get_text() for text in plot_layers([result]).axes[0].texts]
+    ['0.07']
+    """
+    rows = [result["layers"] if isinstance(result, Mapping) else [] for result in results]
+    rates = [{row["layer"]: row["rate"] for row in each} for each in rows]
+    names = [*dict.fromkeys(name for each in rates for name in each)]
+    if not names:
+        raise _nothing("plot_layers", "results", "no layer", "results of bench_layer")
+    figure = empty_figure("plot_layers", max(8, 3 + 0.5 * len(names) * len(results)), 4.4)
+    ax = figure.subplots()
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        known = [group for group, each in enumerate(rates) if name in each]
+        left = [group - 0.4 + number * width for group in known]
+        bars = ax.bar(left, [rates[group][name] for group in known], width, align="edge", label=name)
+        ax.bar_label(bars, fmt="%.3g", fontsize="small")
+    for group, result in enumerate(results):
+        label = "a large matrix product" if group == 0 else None
+        ax.plot([group - 0.4, group + 0.4], [result["matmul_tflops"]] * 2, "--", color="0.4", label=label)
+    ax.set_xticks(range(len(results)), [_shape_of(result) for result in results])
+    where = dict.fromkeys(f"{each['device']}, {each['dtype'].removeprefix('torch.')}" for each in results)
+    ax.set(ylabel="TFLOP/s, forward and backward", title="; ".join(where))
+    ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _shape_of(result: Mapping[str, Any]) -> str:
+    sizes = "{tokens} tokens of {dim}, hidden {hidden}\n{top_k} of {experts} experts".format(
+        **result["shape"]
+    )
+    return f"{sizes}, {result['routing']}"
+
+
 def save_figure(figure: "Figure", path: str | Path) -> None:
     """Write a figure, in the format its ending names (``.svg``, ``.png``); equal figures give equal files.
 
@@ -160,7 +202,7 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
         figure.savefig(path, dpi=150, metadata=undated)
 
 
-def _figure(function: str, width: float, height: float) -> "Figure":
+def empty_figure(function: str, width: float = 1, height: float = 1) -> "Figure":
     """An empty one; not pyplot's, which would keep it."""
     try:
         from matplotlib.figure import Figure

@@ -28,6 +28,7 @@ def test_the_command_measures_every_layer_and_writes_json(tmp_path):
     command = [sys.executable, "-m", "fmoe", "bench", "layer", "--sizes", *map(str, TINY), "--rounds", "3"]
     names = "fmoe", "fmoe, rows aligned to 16", "PyTorch eager", "transformers grouped_mm"
     how = ["--device", "cpu", "--dtype", "float32", "--json", str(file), "--only", *names, "--align", "16"]
+    how += ["--picture", str(file.with_suffix(".svg"))]
     done = subprocess.run([*command, *how], capture_output=True, text=True, check=True)
     (result,) = json.loads(file.read_text())
     assert result["shape"] == TINY._asdict()
@@ -41,6 +42,7 @@ def test_the_command_measures_every_layer_and_writes_json(tmp_path):
         assert row["rate"] == pytest.approx(3 * TINY.flops / row["step"] / 1e9)
         assert row["share"] == pytest.approx(row["rate"] / result["matmul_tflops"])
         assert row["peak"] is row["launches"] is row["syncs"] is None
+    assert f"{result['layers'][0]['rate']:.3g}" in file.with_suffix(".svg").read_text()
     saved = {row["layer"]: row["saved"] for row in result["layers"]}
     pairs = TINY.tokens * TINY.top_k
     assert saved["fmoe"] * 2**20 >= 4 * pairs * 2 * TINY.hidden
@@ -167,6 +169,8 @@ def test_a_result_has_a_report_without_a_name(capsys):
             "[Errno 2] No such file or directory: 'no/m.json'",
         ),
         ("layer --shape small --json no/m.json", "[Errno 2] No such file or directory: 'no/m.json'"),
+        ("layer --shape small --picture no/m.svg", "[Errno 2] No such file or directory: 'no/m.svg'"),
+        ("layer --shape small --picture m.bar", "Format 'bar' is not supported"),
     ],
 )
 def test_what_would_be_lost_is_not_measured(monkeypatch, capsys, tmp_path, words, text):
@@ -180,3 +184,14 @@ def test_what_would_be_lost_is_not_measured(monkeypatch, capsys, tmp_path, words
     with pytest.raises(SystemExit, match="2"):
         __main__.main()
     assert capsys.readouterr().err.startswith(text)
+
+
+def test_a_picture_without_matplotlib_is_refused_before_anything_is_measured(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(measure, "random_params", None)
+    picture = tmp_path / "layer.svg"
+    monkeypatch.setattr(sys, "argv", ["fmoe", "bench", "layer", "--picture", str(picture)])
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main()
+    assert capsys.readouterr().err == "bench layer needs matplotlib: pip install -e '.[plots]'\n"
+    assert not picture.exists()

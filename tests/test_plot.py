@@ -13,7 +13,7 @@ import fmoe
 from fmoe import __main__ as commands
 from fmoe.bench.layers import Shape, config_for, layer_memory
 from fmoe.introspect import kept_bytes
-from fmoe.plot import plot_load, plot_loss, plot_memory, save_figure
+from fmoe.plot import plot_layers, plot_load, plot_loss, plot_memory, save_figure
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -103,6 +103,8 @@ def test_a_long_run_stays_a_small_picture_and_equal_figures_are_equal_files(tmp_
             r"plot_loss: runs\['a'\]: got a record whose step is None, expected a number",
         ),
         (lambda: plot_memory({}), "plot_memory: kept: got no policy"),
+        (lambda: plot_layers([]), "plot_layers: results: got no layer, expected results of bench_layer"),
+        (lambda: plot_layers({"layers": 3}), "plot_layers: results: got no layer"),  # of another benchmark
     ],
 )
 def test_what_cannot_be_drawn_is_named(draw, text):
@@ -159,6 +161,37 @@ def test_memory_predicted_without_computing_is_what_a_layer_keeps():
         assert predicted[name] == kept_bytes(fmoe.remat(layer, policy), *args), name
 
 
+# ---- layers -----------------------------------------------------------------------------------------------
+
+
+def measured(rates, matmul, routing="random"):
+    """What a benchmark's JSON holds of a run, as far as it is drawn."""
+    layers = [{"layer": name, "rate": rate, "step": 1.0} for name, rate in rates.items()]
+    how = dict(
+        device="A GPU", dtype="torch.bfloat16", routing=routing, shape=Shape(64, 16, 8, 4, 2)._asdict()
+    )
+    return how | {"layers": layers, "matmul_tflops": matmul, "not_measured": {"a peer": "why"}, "wrong": {}}
+
+
+def test_layers_have_bars_and_runs_their_matrix_product(tmp_path):
+    results = [measured({"ours": 5.0, "theirs": 3.0}, 9.0), measured({"theirs": 2.5}, 7.0, "hot")]
+    ax = plot_layers(results).axes[0]
+    ours, theirs = ax.containers
+    assert [ours.get_label(), theirs.get_label()] == ["ours", "theirs"]
+    assert [bar.get_height() for bar in ours] == [5.0]
+    assert [bar.get_height() for bar in theirs] == [3.0, 2.5]
+    (one, two), (line, other) = theirs, ax.lines
+    for bar, group, best in ((ours[0], line, 9.0), (one, line, 9.0), (two, other, 7.0)):
+        assert {*group.get_ydata()} == {best}
+        left, right = group.get_xdata()
+        assert left <= bar.get_x() < bar.get_x() + bar.get_width() <= right + 1e-9
+    assert ours[0].get_x() + ours[0].get_width() <= one.get_x() + 1e-9
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert sorted(labels) == ["a large matrix product", "ours", "theirs"]
+    save_figure(plot_layers(results), tmp_path / "layers.svg")
+    assert {"A GPU, bfloat16", "2 of 4 experts, hot", "5", "2.5"} <= texts(tmp_path / "layers.svg")
+
+
 # ---- the command ----------------------------------------------------------------------------------------
 
 
@@ -206,6 +239,14 @@ def test_metrics_files_of_one_folder_have_pictures_of_their_own(plot, tmp_path):
     assert [path.name for path in made] == ["a-load.svg", "b.jsonl-load.svg", "b.txt-load.svg"]
     drawn = [sum(text.startswith("MoE layer") for text in texts(path)) for path in made]
     assert drawn == [1, 2, 3]
+
+
+def test_layers_of_files_are_one_picture(plot, tmp_path):
+    files = [tmp_path / name for name in ("a.json", "b.json")]
+    for number, file in enumerate(files):
+        file.write_text(json.dumps([measured({f"layer {number}": 1.0}, 2.0)]))
+    assert plot("--what", "layers", *files) == [tmp_path / "a.svg"]
+    assert {"layer 0", "layer 1", "a large matrix product"} <= texts(tmp_path / "a.svg")
 
 
 def test_a_run_without_counts_has_losses_only(plot, files, tmp_path):
