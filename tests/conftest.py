@@ -3,12 +3,19 @@ import sys
 import time
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from workers import Pool
+
+# A busy machine is no reason to fail.
+hypothesis.settings.register_profile(
+    "fmoe", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("fmoe")
 
 
 @pytest.fixture(autouse=True)

@@ -58,7 +58,7 @@ def test_values_and_gradients_equal_the_oracle(config, dtype):
     check_against_oracle(params, torch.randn(2, 17, 24).to(dtype), config, DTYPES[dtype])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_sizes_equal_the_oracle(data):
     groups = data.draw(st.sampled_from([1, 2, 3]), "groups")
@@ -102,7 +102,7 @@ def test_shape_of_x_is_kept_and_leading_dimensions_are_tokens():
 # ---- law 3: dispatch and combine, expand and reduce ------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 9), st.integers(1, 5), st.integers(1, 4), st.booleans(), st.integers(0, 2**31))
 def test_dispatch_and_combine_are_adjoint(tokens, experts, top_k, dropped, seed):
     torch.manual_seed(seed)
