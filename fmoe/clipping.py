@@ -6,6 +6,7 @@ from typing import Any
 import optree
 import torch
 import torch.distributed as dist
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .errors import argument_error
 from .tree import check_tensors, is_dtensor, local, map_local
@@ -64,8 +65,9 @@ def clip_by_global_norm(grads: Any, max_norm: float, *, donate: bool = False) ->
     that one can see which is at fault. Leaves keep their dtype; the norm is :func:`global_norm`.
 
     With ``donate=True`` they are scaled in their own memory: no copy is made, and the caller must not use
-    ``grads`` again. Leaves that share memory, with each other or within themselves, as autograd may return
-    them, are still copied.
+    ``grads`` again, nor what they share memory with. Leaves that share memory with each other or within
+    themselves, as autograd may return them, are still copied, and so are all where one is part of a graph or
+    a transform.
 
     Raises ``ValueError`` unless ``max_norm`` is positive.
 
@@ -83,13 +85,20 @@ def clip_by_global_norm(grads: Any, max_norm: float, *, donate: bool = False) ->
     norm = global_norm(grads)
     factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
     leaves, structure = optree.tree_flatten(grads)
-    ours = _in_place(leaves, factor) if donate else [False] * len(leaves)
+    ours = _in_place(leaves, factor) if donate and _are_plain(leaves) else [False] * len(leaves)
 
     def scaled(piece: torch.Tensor) -> torch.Tensor:
         return (piece * factor.to(piece.device)).to(piece.dtype)  # a product of two scalars has the wider
 
     clipped = [leaf if done else map_local(scaled, leaf) for leaf, done in zip(leaves, ours)]
     return optree.tree_unflatten(structure, clipped), norm
+
+
+def _are_plain(leaves: list[torch.Tensor]) -> bool:
+    """Whether nothing follows what is done to these tensors."""
+    if torch.compiler.is_compiling():
+        return False
+    return not any(leaf.requires_grad or is_functorch_wrapped_tensor(local(leaf)) for leaf in leaves)
 
 
 @torch.no_grad()

@@ -101,6 +101,7 @@ def layer(request):
     tokens, num_experts, top_k, dim, hidden = 19, 5, 3, 1100, 70  # wider than a block of columns
     dtype, multiple = request.param
     ids = random_ids(tokens, num_experts, top_k)
+    ids[0, 0] = -1  # at least one pair has no row
     weights = torch.full((tokens + 2, top_k), torch.nan, device=DEVICE)[1:-1]  # NaN lies around them
     weights.uniform_()
     layout = (t.to(DEVICE) for t in dispatch.layout_kernel(ids.cpu(), num_experts, ids.numel()))

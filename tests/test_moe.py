@@ -193,6 +193,7 @@ def test_degenerate_routing(ids, path):
 
 def test_rows_of_dropped_pairs_reach_nothing_even_as_nan():
     routing = random_routing(6, 4, 2, dropped=True)
+    routing.expert_ids_TK[0, 0] = -1  # one at least
     plan = fmoe.dispatch(torch.randn(6, 3, dtype=torch.float64), routing)[1]
     valid = int(plan.offsets_e[-1])
     y_RD = torch.randn(12, 3, dtype=torch.float64)

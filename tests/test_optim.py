@@ -450,3 +450,16 @@ def test_clipping_to_nothing_is_refused() -> None:
         ):
             clip_by_global_norm([torch.ones(2)], bad)
     assert clip_by_global_norm([torch.ones(2)], float("inf"))[0][0].tolist() == [1.0, 1.0]
+
+
+def test_donated_gradients_that_are_part_of_a_graph_or_a_transform_are_copied():
+    x = torch.randn(4, dtype=torch.float64).requires_grad_()
+
+    def clipped(x, donate):
+        return optim.clip_by_global_norm([x * 2], 1.0, donate=donate)[0][0].sum()
+
+    expected = torch.autograd.grad(clipped(x, False), x)[0]
+    assert torch.equal(torch.autograd.grad(clipped(x, True), x)[0], expected)
+    x = x.detach()
+    assert torch.equal(torch.func.grad(clipped)(x, True), expected)
+    assert torch.equal(torch.vmap(clipped, (0, None))(x[None], True), clipped(x, False)[None])

@@ -93,6 +93,15 @@ def test_a_choice_that_is_wrong_is_refused_and_one_that_cannot_run_is_left_out(m
     monkeypatch.setattr(torch, "_grouped_mm", lambda *args, **how: real(*args, **how) * 1.1)
     with pytest.raises(RuntimeError, match=r"tune: Choice\(engine='torch', .* gives other results, by"):
         tune(TINY, dtype=torch.float32, device="cpu", rounds=2)
+    assert tuned.choices(CPU) == {}
+
+    def nan_for_weights(a, b, **how):
+        return real(a, b, **how) * (1.0 if b.dim() == 3 else torch.nan)
+
+    monkeypatch.setattr(torch, "_grouped_mm", nan_for_weights)
+    with pytest.raises(RuntimeError, match="gives other results, by nan"):
+        tune(TINY, dtype=torch.float32, device="cpu", rounds=2)
+    assert tuned.choices(CPU) == {}
 
     def fails(*args, **how):
         raise RuntimeError("out of shared memory")
@@ -126,6 +135,15 @@ def test_a_file_that_is_something_else_is_named(file, content):
     file.write_text(content)
     with pytest.raises(ValueError, match=r"grouped_mm: FMOE_TUNED: got .*tuned\.json, which can't be read: "):
         product()
+
+
+def test_a_cache_that_cannot_be_read_is_none_but_a_file_that_was_named_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("FMOE_TUNED", str(tmp_path))
+    with pytest.raises(ValueError, match=r"grouped_mm: FMOE_TUNED: got .*, which can't be read: \[Errno"):
+        product()
+    monkeypatch.delenv("FMOE_TUNED")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert product() == Choice("loop")
 
 
 def test_the_command_prints_a_table_of_choices_and_products(file):

@@ -69,14 +69,19 @@ def tune(
     step = functools.partial(run.step, lambda params, x: moe_forward(params, x, router=config))
     able = candidates(run)
     known = tuned.choices(x.device)
-    found = []
-    for product in products(shape, dtype):
-        ms = _compare(functools.partial(known.__setitem__, product), able, step, rounds, x.is_cuda)
-        first, fastest = ms[0], min(time for time in ms if time is not None)
-        assert first is not None
-        best = able[0] if fastest > first * (1 - GAIN) else able[ms.index(fastest)]
-        known[product] = best
-        found.append(Tuned(product, able, ms, best))
+    before, found = dict(known), []
+    try:
+        for product in products(shape, dtype):
+            ms = _compare(functools.partial(known.__setitem__, product), able, step, rounds, x.is_cuda)
+            first, fastest = ms[0], min(time for time in ms if time is not None)
+            assert first is not None
+            best = able[0] if fastest > first * (1 - GAIN) else able[ms.index(fastest)]
+            known[product] = best
+            found.append(Tuned(product, able, ms, best))
+    except BaseException:
+        known.clear()
+        known.update(before)
+        raise
     tuned.write(x.device, {each.product: each.best for each in found})
     return found
 
@@ -112,7 +117,8 @@ def _compare(
             print(f"tune: {choice} can't run here: {str(error).splitlines()[0]}", file=sys.stderr)
             continue
         times[choice] = []
-        worst = max(float((a - b).float().norm() / b.float().norm()) for a, b in zip(got, expected))
+        errors = [(a - b).float().norm() / b.float().norm() for a, b in zip(got, expected)]
+        worst = float(torch.stack(errors).max())  # NaN if one is
         if not worst < ROUNDING:
             raise RuntimeError(f"tune: {choice} gives other results, by {worst:.2g} of their norm.")
     for _ in range(rounds):

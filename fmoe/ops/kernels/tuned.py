@@ -79,8 +79,10 @@ def write(device: torch.device, found: dict[str, Choice]) -> Path:
 def _read() -> dict[str, dict[str, Choice]]:
     try:
         table = json.loads(file().read_text())
-    except FileNotFoundError:
-        return {}
+    except OSError as error:
+        if OVERRIDE in os.environ and not isinstance(error, FileNotFoundError):
+            raise _unreadable(error) from error
+        return {}  # nobody asked for a file in a cache that can't be read
     except ValueError as error:
         raise _unreadable(error) from error
     if not isinstance(table, dict):
