@@ -239,7 +239,7 @@ def tanh_experts(w_EDD, x_SD, plan, wrong=""):
     if wrong == "unweighed":
         plan = replace(plan, weights_SK=torch.ones_like(plan.weights_SK))
     if wrong == "other numbers each time":
-        y_RD = y_RD * (1 + 1e-6 * torch.rand(()))
+        y_RD = y_RD * (1 + 1e-6 * torch.rand((), dtype=torch.float64))
     if wrong == "in float32":
         y_RD = y_RD.float().double()
     return fmoe.reduce(y_RD, plan)
@@ -323,7 +323,7 @@ def wrong_router(wrong):
         if wrong == "no gradient":
             weights = weights.detach() + 0 * weights
         if wrong == "other numbers each time":
-            weights = weights * (1 + 1e-5 * torch.rand(()))
+            weights = weights * (1 + 0.1 * torch.rand(()))
         if wrong == "narrow":
             weights = weights.half()
         if wrong == "NaN for zeros":
