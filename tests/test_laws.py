@@ -103,6 +103,7 @@ def test_ten_steps_of_training_are_those_of_one_process(pool, where, losses_alon
     check_training(pool, where, losses_alone)
 
 
+@pytest.mark.ranks
 def test_steps_with_everything_on_eight_processes(losses_alone):
     eight = Pool(8)
     try:

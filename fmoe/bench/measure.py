@@ -111,7 +111,7 @@ def bench_layer(
     check_number("bench_layer", "rounds", rounds)
     seed = time.time_ns() % 2**31 if seed is None else seed
     config = config_for(shape, routing)
-    run = _random_run(shape, config, routing, dtype, device, seed)
+    run = random_run(shape, config, routing, dtype, device, seed)
     expected = _reference(run, shape, config)
     found = layers(shape, config, align)
     entries = {name: _entered(name, found[name], run, expected) for name in _wanted(found, only)}
@@ -138,9 +138,10 @@ def _wanted(names: Iterable[str], only: list[str] | None) -> list[str]:
     return [name for name in names if only is None or name in only]
 
 
-def _random_run(
+def random_run(
     shape: Shape, config: RouterConfig, routing: str, dtype: torch.dtype, device: str, seed: int
 ) -> Run:
+    """A layer's weights, tokens that it spreads as ``routing`` says, and a cotangent."""
     torch.manual_seed(seed)
     params = random_params(shape, seed, dtype=dtype, device=device)
     x = torch.randn(shape.tokens, shape.dim, device=device).to(dtype)

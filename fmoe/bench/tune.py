@@ -17,8 +17,8 @@ from rich.table import Table
 from ..models.moe import moe_forward
 from ..ops.kernels import grouped, tuned
 from ..ops.kernels.tuned import Choice, Tile
-from .layers import Shape, config_for, random_params
-from .measure import Run
+from .layers import Shape, config_for
+from .measure import Run, random_run
 from .timing import check_number, timed
 
 TILES = [
@@ -59,20 +59,15 @@ def tune(
     """
     check_number("tune", "rounds", rounds)
     seed = time.time_ns() % 2**31 if seed is None else seed
-    torch.manual_seed(seed)
     config = config_for(shape, "random")
-    params = random_params(shape, seed, dtype=dtype, device=device)
-    x = torch.randn(shape.tokens, shape.dim, device=device).to(dtype)
-    run = Run(params, x, torch.randn_like(x))
-    for leaf in run.leaves():
-        leaf.requires_grad_()
+    run = random_run(shape, config, "random", dtype, device, seed)
     step = functools.partial(run.step, lambda params, x: moe_forward(params, x, router=config))
     able = candidates(run)
-    known = tuned.choices(x.device)
+    known = tuned.choices(run.x.device)
     before, found = dict(known), []
     try:
         for product in products(shape, dtype):
-            ms = _compare(functools.partial(known.__setitem__, product), able, step, rounds, x.is_cuda)
+            ms = _compare(functools.partial(known.__setitem__, product), able, step, rounds, run.x.is_cuda)
             first, fastest = ms[0], min(time for time in ms if time is not None)
             assert first is not None
             best = able[0] if fastest > first * (1 - GAIN) else able[ms.index(fastest)]
@@ -82,7 +77,7 @@ def tune(
         known.clear()
         known.update(before)
         raise
-    tuned.write(x.device, {each.product: each.best for each in found})
+    tuned.write(run.x.device, {each.product: each.best for each in found})
     return found
 
 
