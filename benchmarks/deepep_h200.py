@@ -1,10 +1,10 @@
-"""The laws of every backend on DeepEP's own kernels, by processes that share one GPU; what a call costs.
+"""The laws of every backend on DeepEP's own kernels, and what a call costs.
 
 ``python benchmarks/deepep_h200.py`` needs a CUDA device and DeepEP (docs/deepep.md says how to install it).
-It starts 2 and then 4 processes on the one GPU, connected by gloo and NCCL, checks every law of
-``fmoe.testing.check_backend`` in bfloat16, and measures a layer's forward and backward. Kernels of the
-processes take turns on the GPU, so that what is measured is the host, not bandwidth. A table comes last; the
-exit status is 1 if a law was broken.
+It starts 2 and then 4 processes, connected by gloo and NCCL, checks every law of
+``fmoe.testing.check_backend`` in bfloat16, and measures a layer's forward and backward. Where there are fewer
+GPUs than processes these share them, and their kernels take turns, so that what is measured is the host, not
+bandwidth. A table comes last; the exit status is 1 if a law was broken.
 """
 
 import argparse
@@ -42,10 +42,12 @@ NAMES = [*LAWS, "oracle, no overlap", "plans, no overlap"]
 def connect(rank: int, size: int, port: int, args: argparse.Namespace) -> None:
     backend = "gloo"
     if args.device == "cuda":
-        torch.cuda.set_device(0)
-        # all_to_all goes by NCCL, which takes ranks on one GPU only if they seem to be on hosts apart.
-        os.environ |= {"NCCL_HOSTID": f"rank {rank}", "NCCL_SOCKET_IFNAME": "lo"}
-        os.environ |= dict.fromkeys(("NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE"), "1")
+        devices = torch.cuda.device_count()
+        torch.cuda.set_device(rank % devices)
+        if size > devices:
+            # all_to_all goes by NCCL, which takes ranks on one GPU only if they seem to be on hosts apart.
+            os.environ |= {"NCCL_HOSTID": f"rank {rank}", "NCCL_SOCKET_IFNAME": "lo"}
+            os.environ |= dict.fromkeys(("NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE"), "1")
         backend = "cpu:gloo,cuda:nccl"
     else:  # on DeepEP's stand-in, to try this script
         sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))

@@ -49,6 +49,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--preset", default="debug", help="model configuration")
     add("--layers", type=int, default=None, help="only so many, one of them dense")
+    add("--dim", type=int, default=None, help="of a token, instead of the preset's")
     add("--vocab-size", type=int, default=None, help="instead of the preset's")
     add("--data", type=Path, nargs="+", default=[documents.python_stdlib()], help="files and folders")
     add("--suffix", default=".py", help="of the files in folders; a .jsonl file has a document a line")
@@ -178,7 +179,9 @@ def main() -> None:
     console = Console(quiet=not first_rank)
     say_what_moves_tokens(console)
     config, device = deepseek_v3.preset(args.preset, layers=args.layers), torch.device(args.device)
-    config = dataclasses.replace(config, vocab_size=args.vocab_size or config.vocab_size)
+    config = dataclasses.replace(
+        config, dim=args.dim or config.dim, vocab_size=args.vocab_size or config.vocab_size
+    )
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else BYTES
     data.check_vocabulary(tokenizer, config.vocab_size)
     text, *held_out = read_data(args, tokenizer)

@@ -133,7 +133,7 @@ def batch_at(
         )
     digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest))
-    starts = torch.randint(len(tokens) - seq_len, (batch_size,), generator=generator)
+    starts = torch.randint(len(tokens) - seq_len, (batch_size,), generator=generator, device="cpu")
     mine = starts.chunk(count)[index]
     windows = tokens.unfold(0, seq_len + 1, 1)[mine.to(tokens.device)].long()
     return Batch(windows[:, :-1], windows[:, 1:])

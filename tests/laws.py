@@ -263,7 +263,8 @@ def train(where: Where | None, steps: int = 10) -> tuple[list[float], float]:
     mesh = where.mesh() if where else None
     how = {"mesh": mesh, "backend": where.backend} if where else {}
     place = group_of(mesh, token_axes(mesh)) if mesh is not None else Group("", 1, 0)
-    text = torch.randint(MODEL.vocab_size, (500,), generator=torch.Generator().manual_seed(3))
+    seeded = torch.Generator().manual_seed(3)
+    text = torch.randint(MODEL.vocab_size, (500,), generator=seeded, device="cpu")
     params = deepseek_v3.init(MODEL, 7, dtype=torch.float64, mesh=mesh)
     optimizer = optim.adamw()
     state, losses = optimizer.init(params), []

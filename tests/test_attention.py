@@ -188,6 +188,13 @@ def test_every_engine_of_a_gpu_equals_softmax_attention(name, dtype, length, mon
     assert error((y, pull(g.to(dtype))), (expected, expected_pull(g.double()))) < 2 * DTYPES[dtype]
 
 
+def test_one_position_needs_no_engine(monkeypatch):
+    q = torch.randn(2, 3, 1, 8)
+    monkeypatch.setenv("FMOE_ATTENTION", "cpu")
+    assert kernels.engine(q, q, q) is kernels.PLAIN
+    assert kernels.engine(*[torch.randn(2, 3, 2, 8)] * 3) is kernels.CPU["cpu"]
+
+
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("shape", [(0, 4, 3, 8), (2, 0, 3, 8)])
 def test_attention_over_nothing(shape):

@@ -81,7 +81,7 @@ def test_auto_chooses_and_says_why_once(pool):
     for kinds, lines in pool.run(2, auto_choices):
         assert kinds == [DeepEP, *[AllToAll] * 5]
         other = "backend all_to_all along ep=2: by torch.distributed; not DeepEP, as "
-        takes = "and DeepEP takes bfloat16 of a multiple of 16"
+        takes = "and DeepEP takes bfloat16 of a multiple of 256"
         assert lines == [
             "backend deepep along ep=2: DeepEP 1.x's Buffer",
             f"{other}rows are torch.float32 of 256, {takes}",

@@ -127,7 +127,7 @@ CUDA: dict[str, Engine] = {
 
 def engine(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Engine:
     """The engine for inputs like these."""
-    if q.numel() == 0:
+    if q.numel() == 0 or q.shape[2] == 1:  # one position: cuDNN's kernels die of it
         return PLAIN
     engines, heads = CUDA if q.is_cuda else CPU, (q.shape[-1], v.shape[-1])
     able = [name for name in engines if not q.is_cuda or proven(name, q.device, q.dtype, *heads)]

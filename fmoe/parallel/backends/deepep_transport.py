@@ -73,7 +73,7 @@ def deepep(
     ===================  ================================================================
     line                 a mesh of one dimension, as ``mesh["ep"]`` is; all its devices call this together
     max_tokens_per_rank  the most tokens that any of them dispatches at once
-    dim, top_k           of the model; ``dim`` a multiple of 16, or of 256 across nodes and for ``"elastic"``
+    dim, top_k           of the model; ``dim`` a multiple of 256, within a node at most 7936
     num_experts          of all devices
     kind                 ``"buffer"`` or ``"elastic"`` (DeepEP 2.x); ``None``: ``Buffer`` within a node,
                          ``ElasticBuffer`` across nodes where DeepEP has it
