@@ -114,5 +114,8 @@ def _in_place(leaves: list[torch.Tensor], factor: torch.Tensor) -> list[bool]:
         if alone:
             alike[piece.device, piece.dtype].append(piece)
     for (device, _), several in alike.items():
-        torch._foreach_mul_(several, factor.to(device))
+        # For a float32 factor of narrower leaves torch._foreach_mul_ takes one leaf at a time, at a quarter
+        # of the speed.
+        unused = torch.zeros((), device=device)
+        torch._amp_foreach_non_finite_check_and_unscale_(several, unused, factor.to(device))
     return done

@@ -271,7 +271,7 @@ def train(where: Where | None, steps: int = 10) -> tuple[list[float], float]:
     step_of = fmoe.value_and_grad(deepseek_v3.loss, has_aux=True)
     for step in range(steps):
         batch = data.batch_at(step, text, batch_size=8, seq_len=9, seed=1, part=(place.position, place.size))
-        batch = [t.to(where.device) if where else t for t in batch]
+        batch = [t.to(params.embedding.device) for t in batch]
         (loss, stats), grads = step_of(params, *batch, MODEL, **how)
         params, state = optimizer.update(params, grads, state, 1e-2, donate=True)
         params = deepseek_v3.update_biases(params, stats, 0.01)

@@ -1,5 +1,7 @@
 """The laws of fmoe.testing and tests/laws.py on every mesh, backend and device there is."""
 
+import functools
+
 import laws
 import pytest
 import torch
@@ -89,10 +91,16 @@ def test_the_host_waits_once_a_layer_and_step(pool, axes):
 
 @pytest.fixture(scope="module")
 def losses_alone():
-    return laws.train(None)
+    @functools.cache
+    def on(device):
+        with torch.device(device):
+            return laws.train(None)
+
+    return on
 
 
-def check_training(pool, where, alone, steps=10):
+def check_training(pool, where, alone_on, steps=10):
+    alone = alone_on(where.device)  # initial values are drawn there
     for losses, norm in pool.run(ranks_of(where.axes), laws.train, where, steps, timeout=240):
         assert losses == pytest.approx(alone[0][:steps], rel=1e-9)
         assert steps < 10 or norm == pytest.approx(alone[1], rel=1e-6)

@@ -119,17 +119,17 @@ def _measured(
     if on_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    ms, host_ms, last_loss = _times(step, [next(batches) for _ in range(steps)], on_cuda)
-    peak = torch.cuda.max_memory_allocated() if on_cuda else None
+    ms, last_loss = _times(step, [next(batches) for _ in range(steps)], on_cuda)
+    median, peak = statistics.median(ms), torch.cuda.max_memory_allocated() if on_cuda else None
     if not math.isfinite(last_loss):
         raise RuntimeError(f"bench model: the last loss is {last_loss}.")
+    host_ms = _host_ms(step, [next(batches) for _ in range(3)]) if on_cuda else median
     shares, device_ms = _breakdown(functools.partial(step, next(batches)), on_cuda, trace)
     waits = syncs(functools.partial(step, next(batches))) if on_cuda else None
-    median = statistics.median(ms)
     low, _, high = statistics.quantiles(ms, n=4)
     return dict(
         first_ms=first_ms, first_loss=first_loss, last_loss=last_loss, ms=median,
-        spread=(high - low) / median, host_ms=statistics.median(host_ms), device_ms=device_ms, syncs=waits,
+        spread=(high - low) / median, host_ms=host_ms, device_ms=device_ms, syncs=waits,
         peak_bytes=peak, shares=shares,
     )  # fmt: skip
 
@@ -179,22 +179,34 @@ def _batches(
 
 def _times(
     step: Callable[[Any], torch.Tensor], batches: list[Any], on_cuda: bool
-) -> tuple[list[float], list[float], float]:
-    """Milliseconds of each step, of the host in it, and the last loss; nothing waits between steps."""
-    ms, host, loss = [], [], torch.zeros(())
+) -> tuple[list[float], float]:
+    """Milliseconds of each step, and the last loss; nothing waits between steps."""
+    ms, loss = [], torch.zeros(())
     events = [torch.cuda.Event(enable_timing=True) for _ in range(len(batches) + 1)] if on_cuda else []
     if on_cuda:
         events[0].record()
     for i, batch in enumerate(batches):
         start = time.perf_counter()
         loss = step(batch)
-        host.append((time.perf_counter() - start) * 1e3)
         if on_cuda:
             events[i + 1].record()
+        else:
+            ms.append((time.perf_counter() - start) * 1e3)
     last = loss.item()
     if on_cuda:
         ms = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
-    return ms or host, host, last
+    return ms, last
+
+
+def _host_ms(step: Callable[[Any], torch.Tensor], batches: list[Any]) -> float:
+    """Milliseconds until the host has given a step to a device that is idle, lest it wait for that."""
+    ms = []
+    for batch in batches:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step(batch)
+        ms.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(ms)
 
 
 def _breakdown(
@@ -210,7 +222,8 @@ def _breakdown(
         run.export_chrome_trace(trace)
     spent: Counter[str] = Counter()
     for event in run.events():
-        if event.device_type == torch.autograd.DeviceType.CPU:
+        # What the profiler says the optimizer's range itself launched are its kernels, many times over.
+        if event.device_type == torch.autograd.DeviceType.CPU and event.name != OPTIMIZER:
             spent[_kind(event)] += event.self_device_time_total if on_cuda else event.self_cpu_time_total
     total = sum(spent.values())
     shares = {kind: time / total for kind, time in spent.most_common() if time}
