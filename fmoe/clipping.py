@@ -62,7 +62,8 @@ def clip_by_global_norm(grads: Any, max_norm: float, *, donate: bool = False) ->
 
     The factor is ``min(1, max_norm / (norm + 1e-6))``, as in ``torch.nn.utils.clip_grad_norm_``
     (Pascanu et al., arXiv:1211.5063), but where the norm isn't finite the gradients stay as they are, so
-    that one can see which is at fault. Leaves keep their dtype; the norm is :func:`global_norm`.
+    that one can see which is at fault. Leaves keep their dtype, and for those in bfloat16 the factor is
+    rounded to it, as there; the norm is :func:`global_norm`.
 
     With ``donate=True`` they are scaled in their own memory: no copy is made, and the caller must not use
     ``grads`` again, nor what they share memory with. Leaves that share memory with each other or within
@@ -88,7 +89,7 @@ def clip_by_global_norm(grads: Any, max_norm: float, *, donate: bool = False) ->
     ours = _in_place(leaves, factor) if donate and _are_plain(leaves) else [False] * len(leaves)
 
     def scaled(piece: torch.Tensor) -> torch.Tensor:
-        return (piece * factor.to(piece.device)).to(piece.dtype)  # a product of two scalars has the wider
+        return (piece * _factor_for(piece, factor)).to(piece.dtype)  # a product of two scalars has the wider
 
     clipped = [leaf if done else map_local(scaled, leaf) for leaf, done in zip(leaves, ours)]
     return optree.tree_unflatten(structure, clipped), norm
@@ -113,9 +114,11 @@ def _in_place(leaves: list[torch.Tensor], factor: torch.Tensor) -> list[bool]:
         done.append(alone)
         if alone:
             alike[piece.device, piece.dtype].append(piece)
-    for (device, _), several in alike.items():
-        # For a float32 factor of narrower leaves torch._foreach_mul_ takes one leaf at a time, at a quarter
-        # of the speed.
-        unused = torch.zeros((), device=device)
-        torch._amp_foreach_non_finite_check_and_unscale_(several, unused, factor.to(device))
+    for several in alike.values():
+        torch._foreach_mul_(several, _factor_for(several[0], factor))
     return done
+
+
+def _factor_for(piece: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    # A factor of another dtype makes torch._foreach_mul_ slow; float16 hasn't the range for one.
+    return factor.to(piece.device, piece.dtype if piece.dtype == torch.bfloat16 else factor.dtype)

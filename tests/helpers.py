@@ -77,7 +77,7 @@ def remats(fn: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
 
 def allocated_at_once(fn: Callable[[], Any]) -> tuple[int, Any]:
     """Bytes of the CPU's memory, mapped files included, beyond those held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as run:
         kept = fn()
     live = most = 0
     for event in run.profiler.kineto_results.events():

@@ -14,7 +14,7 @@ from fmoe import __main__
 from fmoe.bench import measure
 from fmoe.bench import model as bench_of_model
 from fmoe.bench.layers import ROUTINGS, SHAPES, Shape, config_for, layers, plain_layer, random_params, skewed
-from fmoe.bench.model import bench_model, report
+from fmoe.bench.model import bench_model, report, time_by_kind
 from fmoe.models import deepseek_v3
 from fmoe.ops.reference import moe_reference
 from fmoe.optim import adamw
@@ -83,6 +83,30 @@ def test_routings_spread_tokens_as_they_say(routing):
             counts[0] > 0.9 * shape.tokens
         )  # 1 / i of 4 choices: more than one for the first, so all tokens
         assert 1.5 < counts[3] / counts[7] < 2.7
+
+
+def call(name, number, ts, dur, tid=1, cat="cpu_op"):
+    return {"cat": cat, "name": name, "tid": tid, "ts": ts, "dur": dur, "args": {"External id": number}}
+
+
+def test_time_goes_to_the_kind_of_the_operator_around():
+    spans = [
+        call("fmoe::experts_up", 1, 0, 10),
+        call("aten::mm", 2, 1, 4),
+        call("aten::mm", 3, 12, 5),
+        call("aten::add", 4, 13, 1, tid=2),  # of another thread, and so in nothing
+        call("fmoe::optimizer", 5, 20, 9, cat="user_annotation"),
+        call("aten::_fused_adamw_", 6, 21, 6),
+        call("Torch-Compiled Region", 7, 40, 8),
+        call("triton_poi_fused_add", 8, 41, 2),
+    ]
+    spans += [call("a kernel", number, 100, 10**number, cat="kernel") for number in range(1, 9)]
+    spans += [call("the optimizer's kernels", 5, 100, 10**9, cat="gpu_user_annotation")]
+    spans += [call("a copy", 99, 100, 7, cat="gpu_memcpy")]
+    kinds = {"experts": (10, 110), "matrix products": (5, 10**3), "optimizer": (9, 11 * 10**5)}
+    kinds |= {"elementwise": (3, 10**4 + 10**8), "other": (6, 10**7 + 7)}
+    assert time_by_kind(spans, on_cuda=False) == {kind: times[0] for kind, times in kinds.items()}
+    assert time_by_kind(spans, on_cuda=True) == {kind: times[1] for kind, times in kinds.items()}
 
 
 def model_command(monkeypatch, capsys, tmp_path, *words):
