@@ -221,8 +221,9 @@ def main() -> None:
             began, last = time.perf_counter(), step + 1 == args.steps
             tokens, targets = (t.to(device) for t in batch)
             (loss, stats), grads = step_of(params, tokens, targets)
-            grads, norm = optim.clip_by_global_norm(grads, args.max_norm, donate=True)
-            params, state = optimizer.update(params, grads, state, rate(step), donate=True)
+            norm = optim.global_norm(grads)
+            scale = optim.clip_factor(norm, args.max_norm)
+            params, state = optimizer.update(params, grads, state, rate(step), scale=scale, donate=True)
             params = deepseek_v3.update_biases(params, stats, args.bias_rate)
 
             loss, norm = loss.item(), norm.item()

@@ -120,7 +120,7 @@ def check_finite(step: int, loss: float, grad_norm: float, grads: Any) -> None:
 
     The message names the step and every tensor whose gradient has no finite norm, from the last layer to
     the first, as the backward pass reached them. ``grads`` is read in that case only, so a healthy step does
-    not wait for the device; :func:`fmoe.optim.clip_by_global_norm` leaves such gradients as they are. With
+    not wait for the device; :func:`fmoe.optim.clip_factor` leaves such gradients as they are. With
     DTensors every rank calls this and raises the same.
 
     >>> grads = {"a": torch.tensor(1.0), "b": torch.tensor(torch.nan)}

@@ -1,6 +1,6 @@
 """Functional optimisation: AdamW and clipping, values in, values out."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -9,6 +9,7 @@ import torch
 from torch.optim.adamw import adamw as torch_adamw
 
 from .clipping import clip_by_global_norm as clip_by_global_norm  # re-exported
+from .clipping import clip_factor as clip_factor
 from .clipping import global_norm as global_norm
 from .errors import argument_error
 from .tree import check_tensors, dotted_names, is_dtensor, local, map_local
@@ -26,10 +27,17 @@ class AdamWState(NamedTuple):
 
 
 class Update(Protocol):
-    """``update(params, grads, state, learning_rate, *, donate=False) -> (params, state)``."""
+    """``update(params, grads, state, learning_rate, *, scale=None, donate=False) -> (params, state)``."""
 
     def __call__(
-        self, params: Any, grads: Any, state: Any, learning_rate: float, *, donate: bool = False
+        self,
+        params: Any,
+        grads: Any,
+        state: Any,
+        learning_rate: float,
+        *,
+        scale: torch.Tensor | None = None,
+        donate: bool = False,
     ) -> tuple[Any, Any]: ...
 
 
@@ -38,8 +46,9 @@ class Optimizer(NamedTuple):
 
     One of your own is two functions:
 
-    >>> def update(params, grads, state, learning_rate, *, donate=False):
-    ...     return optree.tree_map(lambda p, g: p - learning_rate * g, params, grads), state
+    >>> def update(params, grads, state, learning_rate, *, scale=None, donate=False):
+    ...     rate = learning_rate * (1.0 if scale is None else scale)
+    ...     return optree.tree_map(lambda p, g: p - rate * g, params, grads), state
     >>> sgd = Optimizer(lambda params: (), update)
     >>> sgd.update({"w": torch.ones(1)}, {"w": torch.ones(1)}, sgd.init(None), 0.25)
     ({'w': tensor([0.7500])}, ())
@@ -70,9 +79,11 @@ def adamw(
     params aren't rounded, but the params still are: what changes one by less than a 512th is lost. Against
     that keep params in float32 and compute in bfloat16, by :func:`fmoe.gradients.computing_in`.
 
-    ``update`` modifies nothing it is given and returns contiguous tensors that do not require grad.
-    With ``donate=True`` it writes into the memory of ``params`` and ``state``, as jax's
-    ``donate_argnums``: no copy of them is made, and the caller must not use either again.
+    ``update`` modifies nothing it is given and returns contiguous tensors that do not require grad. Gradients
+    are multiplied by ``scale`` as they are read, a float32 scalar such as :func:`clip_factor` gives.
+    With ``donate=True`` it writes into the memory of ``params`` and ``state``, and with a ``scale`` of
+    ``grads``, as jax's ``donate_argnums``: no copy of them is made, and the caller must not use them again.
+    Gradients that share memory, as autograd may return them, or are part of a graph, are copied all the same.
 
     Raises ``ValueError`` where the trees or their leaves do not match.
 
@@ -119,7 +130,14 @@ class _AdamW(NamedTuple):
 
     @torch.no_grad()
     def update(
-        self, params: Any, grads: Any, state: AdamWState, learning_rate: float, *, donate: bool = False
+        self,
+        params: Any,
+        grads: Any,
+        state: AdamWState,
+        learning_rate: float,
+        *,
+        scale: torch.Tensor | None = None,
+        donate: bool = False,
     ) -> tuple[Any, AdamWState]:
         names, structure = dotted_names(params), optree.tree_structure(params)
         old, g, old_m, old_v = (
@@ -136,28 +154,41 @@ class _AdamW(NamedTuple):
         p, m, v = ([take(x) if moved else x for x, moved in zip(xs, moves)] for xs in (old, old_m, old_v))
 
         alike: dict[Any, list[list[torch.Tensor]]] = defaultdict(list)
-        local_g = [local(leaf).contiguous() for leaf in g]
-        for moved, *leaves in zip(moves, p, local_g, m, v):
+        g = [local(leaf) for leaf in g]
+        if scale is not None:
+            scale, g = scale.reciprocal(), _writable(g, donate)
+        for moved, *leaves in zip(moves, p, g, m, v):
             if moved:
-                row = [local(leaf) for leaf in leaves]
+                row = [local(leaf).contiguous() for leaf in leaves]
                 alike[row[0].dtype, row[2].dtype, row[0].device, row[0].ndim >= 2].append(row)
         for (dtype, of_moments, _, decayed), rows in alike.items():
-            rates = learning_rate, self.weight_decay if decayed else 0.0
+            how = state.step, scale, learning_rate, self.weight_decay if decayed else 0.0
             if dtype == of_moments:
-                self._fused(rows, state.step, *rates)
+                self._fused(rows, *how)
             else:
-                self._widened(rows, torch.promote_types(dtype, of_moments), state.step, *rates)
+                self._widened(rows, torch.promote_types(dtype, of_moments), *how)
         new_params, exp_avg, exp_avg_sq = (optree.tree_unflatten(structure, leaves) for leaves in (p, m, v))
         return new_params, AdamWState(state.step + 1, exp_avg, exp_avg_sq)
 
-    def _fused(self, rows: Rows, step: torch.Tensor, learning_rate: float, weight_decay: float) -> None:
-        """Update rows of a param, grad and two moments, contiguous, of one dtype and device, in place."""
+    def _fused(
+        self,
+        rows: Rows,
+        step: torch.Tensor,
+        divisor: torch.Tensor | None,
+        learning_rate: float,
+        weight_decay: float,
+    ) -> None:
+        """Update rows of a param, grad and two moments, contiguous, of one dtype and device, in place.
+
+        With a divisor the kernel writes the grads divided by it, too.
+        """
         p, g, m, v = map(list, zip(*rows))
         torch_adamw(
             *(p, g, m, v, []),
             # The kernel counts in place, a step per tensor, so it gets copies of the one step.
             state_steps=list(step.to(p[0].device).repeat(len(rows)).unbind()),
             fused=True,
+            grad_scale=divisor,
             foreach=False,
             amsgrad=False,
             maximize=False,
@@ -203,6 +234,17 @@ def _copy(leaf: torch.Tensor) -> torch.Tensor:
 
 def _reuse(leaf: torch.Tensor) -> torch.Tensor:
     return leaf.detach() if local(leaf).is_contiguous() else _copy(leaf)
+
+
+def _writable(grads: list[torch.Tensor], donate: bool) -> list[torch.Tensor]:
+    """Gradients, or copies of those that nobody gave away, or no number of which may be written to alone."""
+    holders = Counter(grad.untyped_storage()._cdata for grad in grads)
+
+    def ours(grad: torch.Tensor) -> bool:
+        alone = holders[grad.untyped_storage()._cdata] == 1 and not torch._debug_has_internal_overlap(grad)
+        return donate and alone and not grad.requires_grad
+
+    return [g if ours(g) else g.clone(memory_format=torch.contiguous_format) for g in grads]
 
 
 def _layout(leaf: Any, dtype: torch.dtype | None = None) -> tuple[Any, ...]:

@@ -86,7 +86,7 @@ def prompt(value=None, **options):
 
 
 def training_that_fails(monkeypatch):
-    monkeypatch.setattr(model, "_times", lambda *_: ([1.0, 1.0], [1.0, 1.0], float("nan")))
+    monkeypatch.setattr(model, "_times", lambda *_: ([1.0, 1.0], float("nan")))
     sizes = dict(batch_size=2, seq_len=16, device="cpu", dtype=torch.float32)
     model.bench_model(deepseek_v3.preset("debug", layers=2), **sizes)
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import fmoe
 from fmoe import optim
-from fmoe.optim import AdamWState, adamw, clip_by_global_norm, global_norm
+from fmoe.optim import AdamWState, adamw, clip_by_global_norm, clip_factor, global_norm
 from fmoe.tree import dotted_names
 
 
@@ -318,23 +318,43 @@ def test_gradients_of_each_example_are_clipped_under_vmap() -> None:
         assert_same(found, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("max_norm", [0.5, 1e6])
-def test_donated_gradients_are_scaled_in_their_memory(max_norm: float) -> None:
-    grads = [random_tree(i, dtype) for i, dtype in enumerate((torch.float32, torch.bfloat16, torch.float64))]
-    grads.append(torch.randn(4, 3).t())
-    expected = clip_by_global_norm(grads, max_norm)
-    pointers = [leaf.data_ptr() for leaf in optree.tree_leaves(grads)]
-    clipped, norm = clip_by_global_norm(grads, max_norm, donate=True)
-    assert_same((clipped, norm), expected)
-    assert [leaf.data_ptr() for leaf in optree.tree_leaves(clipped)] == pointers
+@pytest.mark.parametrize("moments", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("donate", [False, True])
+def test_an_update_scales_gradients_as_it_reads_them(donate, dtype, moments) -> None:
+    params, grads = random_tree(0, dtype), random_tree(1, dtype)
+    grads["embed"] = grads["embed"].mT.contiguous().mT
+    optimizer = adamw(moments_dtype=moments)
+    clipped, norm = clip_by_global_norm(grads, 0.5)
+    expected = optimizer.update(params, clipped, optimizer.init(params), 0.1)
+    before, scale = copied((params, grads)), clip_factor(norm, 0.5)
+    found = optimizer.update(params, grads, optimizer.init(params), 0.1, scale=scale, donate=donate)
+    assert_same(found, expected, rtol=1e-6 if moments is None else 5e-3, atol=1e-6)
+    if not donate:
+        assert_same((params, grads), before)
+
+
+def test_gradients_in_bfloat16_are_scaled_in_float32() -> None:
+    params, grads = ([torch.randn(64).bfloat16()] for _ in range(2))
+    optimizer, scale = adamw(betas=(0.0, 0.0), eps=1.0, weight_decay=0.0), torch.tensor(1 / 3)
+    found, _ = optimizer.update(params, grads, optimizer.init(params), 0.5, scale=scale)
+    scaled = grads[0].double() / 3
+    expected = params[0].double() - 0.5 * scaled / (scaled.abs() + 1)
+    assert (found[0].double() - expected).abs().max() < 2**-8 * expected.abs().max()
 
 
 def test_donated_gradients_are_not_copied() -> None:
-    grads = [torch.randn(2**16), torch.randn(2**8, 2**8).t()]
-    copied = allocated_at_once(lambda: clip_by_global_norm(grads, 1.0))[0]
-    donated = allocated_at_once(lambda: clip_by_global_norm(grads, 1.0, donate=True))[0]
-    assert copied >= 2 * 4 * 2**16
-    assert donated < 1000
+    optimizer, scale = adamw(), torch.tensor(0.5)
+    params = [torch.randn(2**16), torch.randn(2**8, 2**8)]
+    grads, state = copied(params), optimizer.init(params)
+
+    def bytes_of(donate: bool) -> int:
+        return allocated_at_once(
+            lambda: optimizer.update(params, grads, state, 0.1, scale=scale, donate=donate)
+        )[0]
+
+    assert bytes_of(False) >= 2 * 4 * 4 * 2**16
+    assert bytes_of(True) < 4000
 
 
 def test_gradients_that_share_memory_are_copied() -> None:
@@ -347,24 +367,33 @@ def test_gradients_that_share_memory_are_copied() -> None:
         "once": one,
         "again": one,
     }
-    alone = torch.randn(3)
-    grads = {**shared, "alone": alone}
-    before = copied(grads)
-    clipped, _ = clip_by_global_norm(grads, 0.5, donate=True)
-    assert_same(clipped, clip_by_global_norm(before, 0.5)[0], rtol=1e-6, atol=1e-7)
-    assert clipped["alone"] is alone
-    del before["alone"]
-    assert_same(shared, before)
+    check_scaled(shared)
 
 
-def test_what_autograd_gives_for_a_sum_is_clipped_right() -> None:
+def test_what_autograd_gives_for_a_sum_is_scaled_right() -> None:
     """One gradient for two leaves, and in it one number many times."""
     params = {"a": torch.randn(3, 2), "b": torch.randn(3, 2)}
     _, grads = fmoe.value_and_grad(lambda p: (p["a"] + p["b"]).sum())(params)
     assert grads["a"].untyped_storage().data_ptr() == grads["b"].untyped_storage().data_ptr()
-    clipped, _ = clip_by_global_norm(grads, 1.0, donate=True)
-    for leaf in clipped.values():
-        torch.testing.assert_close(leaf, torch.full((3, 2), 12**-0.5))
+    check_scaled(grads)
+
+
+def test_donated_gradients_that_are_part_of_a_graph_are_copied() -> None:
+    x = torch.randn(4).requires_grad_()
+    y = x * 2
+    check_scaled([y])
+    assert torch.equal(torch.autograd.grad((y**2).sum(), x)[0], 8 * x.detach())
+
+
+def check_scaled(grads: Any) -> None:
+    """They are scaled, and as they were after that."""
+    before = copied(optree.tree_map(torch.Tensor.detach, grads))
+    params = optree.tree_map(torch.ones_like, before)
+    optimizer, scale = adamw(eps=1.0), torch.tensor(0.25)
+    expected = optimizer.update(params, optree.tree_map(lambda g: g / 4, before), optimizer.init(params), 0.1)
+    found = optimizer.update(params, grads, optimizer.init(params), 0.1, scale=scale, donate=True)
+    assert_same(found, expected, rtol=1e-6, atol=1e-7)
+    assert_same(optree.tree_map(torch.Tensor.detach, grads), before)
 
 
 @pytest.fixture
@@ -399,14 +428,13 @@ def test_dtensors_of_several_meshes_beside_plain_tensors(mesh: Any) -> None:
             assert leaf.placements == inputs["embed"].placements
     clipped, norm = clip_by_global_norm(placed(grads), 0.5)
     assert not isinstance(norm, DTensor)
-    expected_clipped, expected_norm = clip_by_global_norm(grads, 0.5)
+    clipped_plain, expected_norm = clip_by_global_norm(grads, 0.5)
     torch.testing.assert_close(norm, expected_norm)
-    assert_same(full(clipped), expected_clipped, rtol=1e-6, atol=1e-7)
-    donated = placed(grads)
-    pointer = donated["embed"].to_local().data_ptr()
-    in_place, _ = clip_by_global_norm(donated, 0.5, donate=True)
-    assert_same(full(in_place), full(clipped))
-    assert in_place["embed"].to_local().data_ptr() == pointer
+    assert_same(full(clipped), clipped_plain, rtol=1e-6, atol=1e-7)
+    how = dict(scale=clip_factor(norm, 0.5), donate=True)
+    found = optimizer.update(placed(copied(params)), placed(grads), optimizer.init(inputs), 0.1, **how)
+    expected = optimizer.update(params, clipped_plain, optimizer.init(params), 0.1)
+    assert_same(full(found), expected, rtol=5e-3, atol=1e-6)
 
 
 def test_a_strided_shard_is_updated(mesh: Any) -> None:
@@ -445,21 +473,6 @@ def test_a_norm_that_is_not_finite_changes_no_gradient(bad: float) -> None:
 
 def test_clipping_to_nothing_is_refused() -> None:
     for bad in (0.0, -1.0, float("nan")):
-        with pytest.raises(
-            ValueError, match=r"clip_by_global_norm: max_norm: got .*expected a positive number"
-        ):
+        with pytest.raises(ValueError, match=r"clip_factor: max_norm: got .*expected a positive number"):
             clip_by_global_norm([torch.ones(2)], bad)
     assert clip_by_global_norm([torch.ones(2)], float("inf"))[0][0].tolist() == [1.0, 1.0]
-
-
-def test_donated_gradients_that_are_part_of_a_graph_or_a_transform_are_copied():
-    x = torch.randn(4, dtype=torch.float64).requires_grad_()
-
-    def clipped(x, donate):
-        return optim.clip_by_global_norm([x * 2], 1.0, donate=donate)[0][0].sum()
-
-    expected = torch.autograd.grad(clipped(x, False), x)[0]
-    assert torch.equal(torch.autograd.grad(clipped(x, True), x)[0], expected)
-    x = x.detach()
-    assert torch.equal(torch.func.grad(clipped)(x, True), expected)
-    assert torch.equal(torch.vmap(clipped, (0, None))(x[None], True), clipped(x, False)[None])

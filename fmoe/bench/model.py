@@ -25,7 +25,7 @@ from ..introspect import operator_class
 from ..metrics import PEAK_FLOPS
 from ..models import deepseek_v3
 from ..models.config import DeepSeekV3Config
-from ..optim import Optimizer, adamw, clip_by_global_norm
+from ..optim import Optimizer, adamw, clip_factor, global_norm
 from ..plan import plan
 from ..transforms import per_layer, value_and_grad
 from .timing import check_number, matmul_rate, syncs
@@ -160,9 +160,11 @@ class _Training:
         loss: torch.Tensor
         (loss, stats), grads = self.gradient(self.params, *batch)
         with record_function(OPTIMIZER):
-            grads, _ = clip_by_global_norm(grads, 1.0, donate=True)
-            update = self.optimizer.update
-            params, self.state = update(self.params, grads, self.state, LEARNING_RATE, donate=True)
+            params, self.state = self.optimizer.update(
+                *(self.params, grads, self.state, LEARNING_RATE),
+                scale=clip_factor(global_norm(grads), 1.0),
+                donate=True,
+            )
             self.params = deepseek_v3.update_biases(params, stats, BIAS_RATE)
         return loss
 

@@ -66,7 +66,7 @@ def plan(
     per_layer      as for ``deepseek_v3.loss``: ``fmoe.remat``, say. ``torch.compile`` is left out: it can
                    keep less than is planned
     optimizer      its ``init`` and ``update`` run, too; ``None``: ``adamw()``
-    max_norm       gradients are clipped, in place; ``None``: they aren't
+    max_norm       gradients are clipped to it; ``None``: they aren't
     imbalance      how many times its fair share of rows the busiest device along ``ep`` gets
     device_type    ``"cuda"``: sizes as its allocator rounds them, and what kernels hold while they run;
                    ``"cpu"``: tensors only

@@ -17,7 +17,7 @@ from ..models.config import DeepSeekV3Config
 from ..models.params import ModelParams, specs
 from ..models.stages import moves_of, stage_loss
 from ..ops.axes import Binding, axis_sizes, bound
-from ..optim import Optimizer, clip_by_global_norm
+from ..optim import Optimizer, clip_factor, global_norm
 from ..parallel.boundary import enter
 from ..parallel.placement import computing, token_axes
 from ..parallel.spec import axes_by_dim, known_axes
@@ -103,12 +103,10 @@ def dry_run_stage(job: Job, dense: int, sparse: int, first: bool, last: bool) ->
         out, grads = value_and_grads(params, tokens)  # held, as a training loop does
         run.mark("differentiated")
         owned["gradients"] |= run.numbers(grads)
-        if job.max_norm is not None:
-            grads, _ = clip_by_global_norm(grads, job.max_norm, donate=True)
-            owned["gradients"] |= run.numbers(grads)
+        scale = None if job.max_norm is None else clip_factor(global_norm(grads), job.max_norm)
         run.mark("clipped")
         gradients = run.size(run.numbers(grads))
-        job.optimizer.update(params, grads, state, 1e-3, donate=True)
+        job.optimizer.update(params, grads, state, 1e-3, scale=scale, donate=True)
         run.mark("done")
         del out
     return _described(run, owned, gradients, job.micro_batches / parts)
