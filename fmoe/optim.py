@@ -72,18 +72,20 @@ def adamw(
     each update. Weight decay is for leaves of two or more dimensions. Leaves named ``bias_E``, which load
     balancing moves, come back as they are, and their moments are empty.
 
-    Moments are of ``moments_dtype``, or for ``None`` of each parameter's own. Where the two differ, a leaf is
-    updated in the wider one, a piece at a time, and what is narrower rounded once. Bfloat16 moments of
-    float32 params, as DeepSeek-V3 was trained with, halve the state; with ``betas[1]`` above 0.996 some would
-    cease to decay, a step's part being less than half of the last bit. Float32 moments of bfloat16
-    params aren't rounded, but the params still are: what changes one by less than a 512th is lost. Against
-    that keep params in float32 and compute in bfloat16, by :func:`fmoe.gradients.computing_in`.
+    Moments are of ``moments_dtype``, or for ``None`` of each parameter's own, for float16 float32. Where the
+    two differ, a leaf is updated in the wider one, a piece at a time, and what is narrower rounded once.
+    Bfloat16 moments of float32 params, as DeepSeek-V3 was trained with, halve the state; with ``betas[1]``
+    above 0.996 some would cease to decay, a step's part being less than half of the last bit. Float32 moments
+    of bfloat16 params aren't rounded, but the params still are: what changes one by less than a 512th is
+    lost. Against that keep params in float32 and compute in bfloat16, by
+    :func:`fmoe.gradients.computing_in`.
 
     ``update`` modifies nothing it is given and returns contiguous tensors that do not require grad. Gradients
     are multiplied by ``scale`` as they are read, a float32 scalar such as :func:`clip_factor` gives.
     With ``donate=True`` it writes into the memory of ``params`` and ``state``, and with a ``scale`` of
     ``grads``, as jax's ``donate_argnums``: no copy of them is made, and the caller must not use them again.
-    Gradients that share memory, as autograd may return them, or are part of a graph, are copied all the same.
+    Leaves that share memory, as gradients that autograd returns may, and gradients that are part of a graph
+    are copied all the same.
 
     Raises ``ValueError`` where the trees or their leaves do not match.
 
@@ -99,13 +101,13 @@ def adamw(
         raise argument_error(
             "adamw", "betas", got=betas, expected="two numbers in [0, 1)", remedy="Try (0.9, 0.95)."
         )
-    if moments_dtype is not None and not (moments_dtype.is_floating_point and moments_dtype.itemsize > 1):
+    if moments_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
         raise argument_error(
             "adamw",
             "moments_dtype",
             got=moments_dtype,
-            expected="a floating dtype of two bytes or more",
-            remedy="Try torch.bfloat16, or None for each parameter's own.",
+            expected="bfloat16, float32, float64 or None",
+            remedy="Leave it out; in float16 squares of small gradients would be zero.",
         )
     how = _AdamW(betas, eps, weight_decay, moments_dtype)
     return Optimizer(how.init, how.update)
@@ -122,11 +124,14 @@ class _AdamW(NamedTuple):
         structure = optree.tree_structure(params)
 
         def zeros() -> Any:
-            moments = [_zeros(p, self.moments_dtype, is_trained(name)) for name, p in zip(names, leaves)]
+            moments = [_zeros(p, self._moments_of(p), is_trained(name)) for name, p in zip(names, leaves)]
             return optree.tree_unflatten(structure, moments)
 
         device = leaves[0].device if leaves else None
         return AdamWState(torch.zeros((), dtype=torch.float32, device=device), zeros(), zeros())
+
+    def _moments_of(self, leaf: torch.Tensor) -> torch.dtype:
+        return self.moments_dtype or (torch.float32 if leaf.dtype == torch.float16 else leaf.dtype)
 
     @torch.no_grad()
     def update(
@@ -141,22 +146,24 @@ class _AdamW(NamedTuple):
     ) -> tuple[Any, AdamWState]:
         names, structure = dotted_names(params), optree.tree_structure(params)
         old, g, old_m, old_v = (
-            _checked(params, names, argument, tree, dtype)
-            for argument, tree, dtype in [
-                ("params", params, None),
-                ("grads", grads, None),
-                ("state.exp_avg", state.exp_avg, self.moments_dtype),
-                ("state.exp_avg_sq", state.exp_avg_sq, self.moments_dtype),
+            _checked(params, names, argument, tree, dtype_of)
+            for argument, tree, dtype_of in [
+                ("params", params, _own_dtype),
+                ("grads", grads, _own_dtype),
+                ("state.exp_avg", state.exp_avg, self._moments_of),
+                ("state.exp_avg_sq", state.exp_avg_sq, self._moments_of),
             ]
         )
         moves = [is_trained(name) for name in names]
-        take = _reuse if donate else _copy
-        p, m, v = ([take(x) if moved else x for x, moved in zip(xs, moves)] for xs in (old, old_m, old_v))
+        p, m, v = (
+            [x if moved else like for x, like, moved in zip(_ours(xs, donate), xs, moves)]
+            for xs in (old, old_m, old_v)
+        )
+        if scale is not None:
+            in_a_graph = any(leaf.requires_grad for leaf in g)
+            scale, g = scale.reciprocal(), _ours(g, donate and not in_a_graph)
 
         alike: dict[Any, list[list[torch.Tensor]]] = defaultdict(list)
-        g = [local(leaf) for leaf in g]
-        if scale is not None:
-            scale, g = scale.reciprocal(), _writable(g, donate)
         for moved, *leaves in zip(moves, p, g, m, v):
             if moved:
                 row = [local(leaf).contiguous() for leaf in leaves]
@@ -220,8 +227,7 @@ def is_trained(name: str) -> bool:
     return name.split(".")[-1] != "bias_E"
 
 
-def _zeros(leaf: torch.Tensor, dtype: torch.dtype | None, moved: bool) -> torch.Tensor:
-    dtype = dtype or leaf.dtype
+def _zeros(leaf: torch.Tensor, dtype: torch.dtype, moved: bool) -> torch.Tensor:
     if not moved:
         return torch.empty(0, dtype=dtype, device=leaf.device)
     return map_local(lambda t: torch.zeros_like(t, dtype=dtype, memory_format=torch.contiguous_format), leaf)
@@ -232,35 +238,31 @@ def _copy(leaf: torch.Tensor) -> torch.Tensor:
     return map_local(lambda t: t.clone(memory_format=torch.contiguous_format), leaf)
 
 
-def _reuse(leaf: torch.Tensor) -> torch.Tensor:
-    return leaf.detach() if local(leaf).is_contiguous() else _copy(leaf)
+def _ours(leaves: list[torch.Tensor], donate: bool) -> list[torch.Tensor]:
+    """What may be written to: leaves that were given away and share no memory, of others copies."""
+    holders = Counter(local(leaf).untyped_storage()._cdata for leaf in leaves)
+
+    def alone(piece: torch.Tensor) -> bool:
+        return piece.is_contiguous() and holders[piece.untyped_storage()._cdata] == 1
+
+    return [leaf.detach() if donate and alone(local(leaf)) else _copy(leaf) for leaf in leaves]
 
 
-def _writable(grads: list[torch.Tensor], donate: bool) -> list[torch.Tensor]:
-    """Gradients, or copies of those that nobody gave away, or no number of which may be written to alone."""
-    holders = Counter(grad.untyped_storage()._cdata for grad in grads)
-
-    def ours(grad: torch.Tensor) -> bool:
-        alone = holders[grad.untyped_storage()._cdata] == 1 and not torch._debug_has_internal_overlap(grad)
-        return donate and alone and not grad.requires_grad
-
-    return [g if ours(g) else g.clone(memory_format=torch.contiguous_format) for g in grads]
+def _own_dtype(leaf: torch.Tensor) -> torch.dtype:
+    return leaf.dtype
 
 
-def _layout(leaf: Any, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
+def _layout(leaf: Any, dtype_of: Callable[[torch.Tensor], torch.dtype] = _own_dtype) -> tuple[Any, ...]:
     if not isinstance(leaf, torch.Tensor):
         return (type(leaf).__name__,)
-    plain = dtype or leaf.dtype, tuple(leaf.shape), leaf.device
+    plain = dtype_of(leaf), tuple(leaf.shape), leaf.device
     return (*plain, leaf.placements, leaf.device_mesh) if is_dtensor(leaf) else plain
 
 
 def _checked(
-    params: Any, names: list[str], argument: str, tree: Any, dtype: torch.dtype | None = None
+    params: Any, names: list[str], argument: str, tree: Any, dtype_of: Callable[[torch.Tensor], torch.dtype]
 ) -> list[torch.Tensor]:
-    """The leaves of a tree that has the structure of params and, where they move, their layouts.
-
-    Their dtypes, too, unless another is given.
-    """
+    """The leaves of a tree that has the structure of params and, where they move, layouts like theirs."""
     (expected, structure), (leaves, theirs) = optree.tree_flatten(params), optree.tree_flatten(tree)
     if theirs != structure:
         missing, extra = set(names).difference(dotted_names(tree)), set(dotted_names(tree)).difference(names)
@@ -271,7 +273,7 @@ def _checked(
             expected="the leaves and containers of params",
             remedy="Differentiate, and call init on, the params you pass here.",
         )
-    layouts = zip(names, map(_layout, leaves), (_layout(leaf, dtype) for leaf in expected))
+    layouts = zip(names, map(_layout, leaves), (_layout(leaf, dtype_of) for leaf in expected))
     wrong = [
         [f"{name} {' '.join(map(str, layout))}" for layout in pair]
         for name, *pair in layouts

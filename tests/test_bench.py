@@ -85,6 +85,12 @@ def test_routings_spread_tokens_as_they_say(routing):
         assert 1.5 < counts[3] / counts[7] < 2.7
 
 
+def test_one_expert_a_token_is_no_error():
+    shape = Shape(64, 16, 8, 4, 1)
+    (layer,) = measure.bench_layer(shape, device="cpu", rounds=2, only=["fmoe"])["layers"]
+    assert layer["error"] < 0.02
+
+
 def call(name, number, ts, dur, tid=1, cat="cpu_op"):
     return {"cat": cat, "name": name, "tid": tid, "ts": ts, "dur": dur, "args": {"External id": number}}
 

@@ -28,7 +28,8 @@ from fmoe import (
     schedules,
     tokenizer,
 )
-from fmoe.bench import model
+from fmoe.bench import measure, model
+from fmoe.bench.layers import Shape
 from fmoe.models import checks, deepseek_v3, huggingface, published
 from fmoe.models.config import Yarn
 from fmoe.models.sampling import sample
@@ -192,6 +193,10 @@ CASES = {
     "…: ….…: got …, expected a tensor": lambda: optim.global_norm({"a": [1.0]}),
     "…: router.top_k: got …, expected an integer": lambda: RouterConfig(top_k=2.0).check(16, "route"),
     "preset: name: got …, expected one of …": lambda: deepseek_v3.preset("7B"),
+    "preset: layers: got …, expected 1 to …, as … has": lambda: deepseek_v3.preset("16B", layers=28),
+    "bench_layer: only: got …, expected names among …": lambda: measure.bench_layer(
+        Shape(8, 16, 8, 4, 2), device="cpu", only=["fmoe", "fmoe aligned"]
+    ),
     "DeepSeekV3Config: …: got …, expected at least …": lambda: dataclasses.replace(CONFIG, dim=0),
     "Yarn: factor: got …, expected at least 1": lambda: Yarn(0.5, 10),
     "Yarn: original_max_seq_len: got …, expected at least 1": lambda: Yarn(2.0, 0),
@@ -299,7 +304,7 @@ CASES = {
         written(tmp / "tokenizer.json", "{}")
     ),
     "adamw: betas: got …, expected two numbers in [0, 1)": lambda: optim.adamw(betas=(0.9, 1.0)),
-    "adamw: moments_dtype: got …, expected a floating dtype of two bytes or more": lambda: optim.adamw(
+    "adamw: moments_dtype: got …, expected bfloat16, float32, float64 or None": lambda: optim.adamw(
         moments_dtype=torch.int8
     ),
     "adamw.update: …: got …, expected …": lambda: update(lambda params: {"w": torch.ones(3)}),

@@ -261,7 +261,7 @@ def test_moments_of_a_dtype_that_is_not_the_optimisers_are_refused() -> None:
     with pytest.raises(ValueError, match=re.escape(expected)):
         adamw(moments_dtype=torch.bfloat16).update(params, params, state, 0.1)
     for dtype in (torch.int64, torch.float8_e4m3fn):
-        expected = f"adamw: moments_dtype: got {dtype}, expected a floating dtype of two bytes or more"
+        expected = f"adamw: moments_dtype: got {dtype}, expected bfloat16, float32, float64 or None"
         with pytest.raises(ValueError, match=re.escape(expected)):
             adamw(moments_dtype=dtype)
 
@@ -383,6 +383,26 @@ def test_donated_gradients_that_are_part_of_a_graph_are_copied() -> None:
     y = x * 2
     check_scaled([y])
     assert torch.equal(torch.autograd.grad((y**2).sum(), x)[0], 8 * x.detach())
+
+
+def test_a_param_that_stands_under_two_names_is_updated_once() -> None:
+    whole, tied = torch.randn(6, 4), torch.randn(5)
+    params = {"head": tied, "embedding": tied, "part": whole[:4], "overlapping": whole[2:]}
+    grads, optimizer = optree.tree_map(torch.randn_like, params), adamw()
+    expected = optimizer.update(params, grads, optimizer.init(params), 0.1)
+    assert_same(optimizer.update(params, grads, optimizer.init(params), 0.1, donate=True), expected)
+
+
+def test_float16_has_float32_moments() -> None:
+    params, grads = [torch.ones(3, dtype=torch.float16)], [torch.full((3,), 1e-4, dtype=torch.float16)]
+    optimizer = adamw(weight_decay=0.0)
+    state = optimizer.init(params)
+    assert state.exp_avg_sq[0].dtype == torch.float32
+    params, state = optimizer.update(params, grads, state, 0.25)
+    torch.testing.assert_close(params[0], torch.full((3,), 0.75, dtype=torch.float16))
+    assert state.exp_avg_sq[0].min() > 0
+    with pytest.raises(ValueError, match=r"moments_dtype: got torch\.float16, expected bfloat16, float32"):
+        adamw(moments_dtype=torch.float16)
 
 
 def check_scaled(grads: Any) -> None:

@@ -12,13 +12,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..errors import argument_error
 from ..introspect import kept_bytes
 from ..models.moe import MoEParams
 from ..ops.experts import ExpertParams
 from ..ops.kernels import grouped
 from ..ops.route import RouterConfig, route
 from .layers import Layer, Shape, config_for, layers, plain_layer, random_params, skewed
-from .peers import installed
+from .peers import PEERS, installed
 from .timing import check_number, launches, matmul_rate, syncs, timed
 
 ROUNDING = 0.05  # a relative error below it is one of rounding
@@ -106,7 +107,7 @@ def bench_layer(
     =========  ===============================================================
 
     Raises ``RuntimeError`` if a layer that is no peer has a wrong output or gradient, and ``ValueError`` for
-    fewer than two rounds.
+    fewer than two rounds and for names of no layer.
     """
     check_number("bench_layer", "rounds", rounds)
     seed = time.time_ns() % 2**31 if seed is None else seed
@@ -114,6 +115,7 @@ def bench_layer(
     run = random_run(shape, config, routing, dtype, device, seed)
     expected = _reference(run, shape, config)
     found = layers(shape, config, align)
+    _check_names(only, [*found, *PEERS])
     entries = {name: _entered(name, found[name], run, expected) for name in _wanted(found, only)}
     peers, not_measured, wrong = _peers(run, expected, shape, config, only)
     entries |= peers
@@ -132,6 +134,17 @@ def bench_layer(
         ],
         not_measured=not_measured, wrong=wrong,
     )  # fmt: skip
+
+
+def _check_names(only: list[str] | None, known: list[str]) -> None:
+    if unknown := sorted({*(only or ())}.difference(known)):
+        raise argument_error(
+            "bench_layer",
+            "only",
+            got=unknown,
+            expected=f"names among {known}",
+            remedy="Correct it, or pass the align that makes such a layer.",
+        )
 
 
 def _wanted(names: Iterable[str], only: list[str] | None) -> list[str]:
@@ -167,7 +180,9 @@ def _entered(name: str, layer: Layer, run: Run, expected: tuple[torch.Tensor, ..
 
 def _tried(layer: Layer, run: Run, expected: tuple[torch.Tensor, ...]) -> Entry:
     """Every call that will be timed, once; the error (Frobenius) is that of what is furthest off."""
-    errors = [(a.float() - b).norm() / b.norm() for a, b in zip(run.step(layer), expected)]
+    # One expert a token gives the router no gradient but rounding.
+    least = max(float(b.norm()) for b in expected) * 1e-6
+    errors = [(a.float() - b).norm() / b.norm().clamp(min=least) for a, b in zip(run.step(layer), expected)]
     _without_grad(layer, run)
     return Entry(layer, run, float(torch.stack(errors).max()), _costs(run, layer))  # max() passes over NaN
 

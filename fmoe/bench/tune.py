@@ -64,6 +64,7 @@ def tune(
     step = functools.partial(run.step, lambda params, x: moe_forward(params, x, router=config))
     able = candidates(run)
     known = tuned.choices(run.x.device)
+    tuned.write(run.x.device, {})  # before measuring, which would be lost where it can't
     before, found = dict(known), []
     try:
         for product in products(shape, dtype):

@@ -188,7 +188,7 @@ def preset(name: str, *, layers: int | None = None) -> DeepSeekV3Config:
     """A configuration by name: ``debug``, ``16B`` (DeepSeek-V2-Lite), ``236B`` (V2) or ``671B`` (V3).
 
     With ``layers`` only so many of them, one of which is dense. Raises ``ValueError`` for any other name, and
-    fewer layers than one.
+    for a number of layers that it hasn't.
 
     >>> preset("debug").num_experts, preset("671B", layers=4).num_dense_layers
     (16, 1)
@@ -204,4 +204,12 @@ def preset(name: str, *, layers: int | None = None) -> DeepSeekV3Config:
     whole = PRESETS[name]
     if layers is None:
         return whole
+    if not 1 <= layers <= whole.num_layers:
+        raise argument_error(
+            "preset",
+            "layers",
+            got=layers,
+            expected=f"1 to {whole.num_layers}, as {name} has",
+            remedy="Leave it out for all of them.",
+        )
     return dataclasses.replace(whole, num_layers=layers, num_dense_layers=min(1, whole.num_dense_layers))

@@ -72,8 +72,7 @@ def write(device: torch.device, found: dict[str, Choice]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}")
     beside.write_text(json.dumps(table, indent=1))
-    beside.replace(path)
-    return path
+    return beside.replace(path)
 
 
 def _read() -> dict[str, dict[str, Choice]]:
