@@ -153,10 +153,12 @@ def test_the_model_command_trains_on_text_with_balanced_experts_compiled(monkeyp
     text.write_text("the same words again and again, " * 200)
     how = ["--data", str(text), "--balanced", "--compile", "--compute-dtype", "bfloat16", "--steps", "6"]
     how += ["--moments-dtype", "bfloat16"]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     result, shown = model_command(monkeypatch, capsys, tmp_path, *how)
     assert result["last_loss"] < result["first_loss"]
     assert result["balanced"] and result["compiled"]
-    assert result["first_ms"] > 5 * result["ms"]  # it compiles
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     for words in ("experts balanced", "moments torch.bfloat16"):
         assert words in " ".join(shown.split())
     params = deepseek_v3.init(deepseek_v3.preset("debug", layers=2), 0)
@@ -169,7 +171,7 @@ def test_a_model_whose_loss_is_wrong_is_not_timed(monkeypatch):
     monkeypatch.setattr(
         deepseek_v3, "loss", lambda *args, **how: (2 * (found := loss(*args, **how))[0], found[1])
     )
-    with pytest.raises(RuntimeError, match=r"the first loss is 11\.\d+, of an untrained model 5\.545"):
+    with pytest.raises(RuntimeError, match=r"the first loss is 1[01]\.\d+, of an untrained model 5\.545"):
         bench_model(
             deepseek_v3.preset("debug", layers=2), batch_size=2, seq_len=16, device="cpu", dtype=torch.float32
         )

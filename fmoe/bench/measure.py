@@ -181,7 +181,7 @@ def _entered(name: str, layer: Layer, run: Run, expected: tuple[torch.Tensor, ..
 def _tried(layer: Layer, run: Run, expected: tuple[torch.Tensor, ...]) -> Entry:
     """Every call that will be timed, once; the error (Frobenius) is that of what is furthest off."""
     # One expert a token gives the router no gradient but rounding.
-    least = max(float(b.norm()) for b in expected) * 1e-6
+    least = max(float(b.norm()) for b in expected) * 1e-5
     errors = [(a.float() - b).norm() / b.norm().clamp(min=least) for a, b in zip(run.step(layer), expected)]
     _without_grad(layer, run)
     return Entry(layer, run, float(torch.stack(errors).max()), _costs(run, layer))  # max() passes over NaN
