@@ -1,8 +1,8 @@
 """The laws of a backend: what carries tokens to the devices of their experts mustn't change the layer."""
 
 import gc
-import weakref
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import optree
 import torch
@@ -140,27 +140,22 @@ def no_leak(s: Setting) -> Iterator[Found]:
     """Neither forwards without gradients nor steps with them keep a tensor alive."""
     case = case_of(s)
     params, x = case.mine()
-    step, steps = torch.func.grad(case.loss(), (0, 1)), 3
-    before, left = _living(), []
-    for _ in range(4):
-        for _ in range(steps):
-            step(params, x)
-        with torch.no_grad():
-            for _ in range(max(steps, s.forwards // 3)):
-                s.forward(params, x)
-        now = _living()
-        new = sum(key not in before or before[key]() is not tensor() for key, tensor in now.items())
-        # What others left behind may be freed meanwhile: a new one for each step is a leak, too.
-        left.append(max(0, len(now) - len(before), new if new >= steps else 0))
-        before = now
-    middle = sorted(left[1:])[1]  # caches fill in the first round
-    yield s.found("the number of tensors that each round leaves", float(middle), 0.0)
-
-
-def _living() -> dict[int, "weakref.ref[torch.Tensor]"]:
-    """Every tensor that is alive, by its identity."""
-    gc.collect()
-    return {id(o): weakref.ref(o) for o in gc.get_objects() if issubclass(type(o), torch.Tensor)}
+    step, steps, counts = torch.func.grad(case.loss(), (0, 1)), 3, []
+    gc.freeze()  # of what was there before nothing is searched or counted
+    try:
+        for _ in range(4):
+            for _ in range(steps):
+                step(params, x)
+            with torch.no_grad():
+                for _ in range(max(steps, s.forwards // 3)):
+                    s.forward(params, x)
+            gc.collect()
+            counts.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
+    finally:
+        gc.unfreeze()
+    # The median of three, as caches may fill.
+    more = sorted(late - early for early, late in pairwise(counts))[1]
+    yield s.found("the number of tensors that each round leaves", max(0.0, float(more)), 0.0)
 
 
 LAWS: dict[str, Law[Setting]] = {
