@@ -39,10 +39,12 @@ def diagnose() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "nccl": ".".join(map(str, nccl)) if nccl else None,
         "triton": _version("triton"),
-        "deep_ep": deepep.version(),
+        "deep_ep": None,
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
     kinds, problem = _deep_ep()
+    # One that was built in place has no metadata.
+    found["deep_ep"] = deepep.version_of(deepep.load()) if kinds else deepep.version()
     found["can"] = {
         "kernels": "Triton, on CUDA" if found["devices"] and found["triton"] else "plain PyTorch",
         "all_to_all": [name for name in ("gloo", "nccl") if getattr(dist, f"is_{name}_available")()],

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import deep_ep_double
 import pytest
 import torch
 
@@ -27,6 +28,14 @@ def test_it_says_what_is_here_and_what_auto_would_choose():
     text = doctor.report(found)
     assert f'backend="auto"   {found["auto"]}: {found["why"]}' in text
     assert torch.__version__ in text
+
+
+def test_it_says_which_deep_ep_loads():
+    deep_ep_double.install(1)
+    try:
+        assert doctor.diagnose()["deep_ep"] == "1.x"
+    finally:
+        deep_ep_double.remove()
 
 
 def test_it_tests_itself_on_all_processes_under_a_launcher():
