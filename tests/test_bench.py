@@ -13,8 +13,9 @@ import fmoe
 from fmoe import __main__
 from fmoe.bench import measure
 from fmoe.bench import model as bench_of_model
+from fmoe.bench.breakdown import time_by_kind
 from fmoe.bench.layers import ROUTINGS, SHAPES, Shape, config_for, layers, plain_layer, random_params, skewed
-from fmoe.bench.model import bench_model, report, time_by_kind
+from fmoe.bench.model import bench_model, report
 from fmoe.models import deepseek_v3
 from fmoe.ops.reference import moe_reference
 from fmoe.optim import adamw

@@ -3,35 +3,30 @@
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import statistics
-import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
 from .. import data as text
 from ..documents import read_documents
 from ..gradients import computing_in
-from ..introspect import operator_class
 from ..metrics import PEAK_FLOPS
 from ..models import deepseek_v3
 from ..models.config import DeepSeekV3Config
 from ..optim import Optimizer, adamw, clip_factor, global_norm
 from ..plan import plan
 from ..transforms import per_layer, value_and_grad
+from .breakdown import OPTIMIZER, breakdown
 from .timing import check_number, matmul_rate, syncs
 
 WARM_UP = 3
-OPTIMIZER = "fmoe::optimizer"  # a range of the profiler, which makes all in it one class
 BIAS_RATE, LEARNING_RATE = 1e-3, 1e-4
 
 
@@ -127,7 +122,7 @@ def _measured(
     if not math.isfinite(last_loss):
         raise RuntimeError(f"bench model: the last loss is {last_loss}.")
     host_ms = _host_ms(step, [next(batches) for _ in range(3)]) if on_cuda else median
-    shares, device_ms = _breakdown(functools.partial(step, next(batches)), on_cuda, trace)
+    shares, device_ms = breakdown(functools.partial(step, next(batches)), on_cuda, trace)
     waits = syncs(functools.partial(step, next(batches))) if on_cuda else None
     low, _, high = statistics.quantiles(ms, n=4)
     return dict(
@@ -212,64 +207,6 @@ def _host_ms(step: Callable[[Any], torch.Tensor], batches: list[Any]) -> float:
         step(batch)
         ms.append((time.perf_counter() - start) * 1e3)
     return statistics.median(ms)
-
-
-def _breakdown(
-    step: Callable[[], Any], on_cuda: bool, trace: str | None
-) -> tuple[dict[str, float], float | None]:
-    """Which share of a step's time each kind of operator takes, and how long the device is at work, in ms."""
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
-    with profile(activities=activities, acc_events=True) as run:
-        step()
-        if on_cuda:
-            torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(trace or f"{folder}/trace.json")
-        run.export_chrome_trace(str(path))
-        spent = time_by_kind(json.loads(path.read_text())["traceEvents"], on_cuda)
-    total = sum(spent.values())
-    shares = {kind: time / total for kind, time in spent.most_common() if time}
-    return shares, total / 1e3 if on_cuda else None
-
-
-# From the trace: the profiler's own events have a range's whole time again under each operator in it.
-def time_by_kind(events: list[dict[str, Any]], on_cuda: bool) -> Counter[str]:
-    """Microseconds of each class of operator in a trace: of kernels launched, or without CUDA of the host."""
-    calls = [event for event in events if event.get("cat") in ("cpu_op", "user_annotation")]
-    calls.sort(key=lambda call: (call["tid"], call["ts"], -call["dur"]))
-    kinds: dict[int, str] = {}  # by the number that a call and its kernels have in common
-    spent: Counter[str] = Counter()
-    around: list[tuple[dict[str, Any], str | None]] = []  # calls not yet over, and the kind of all in them
-    for call in calls:
-        while around and (around[-1][0]["tid"] != call["tid"] or _end(around[-1][0]) <= call["ts"]):
-            around.pop()
-        outer = around[-1][1] if around else None
-        inner = _kind_of_all_in(call["name"], outer)
-        kind = kinds[call["args"]["External id"]] = inner or _kind(call["name"])
-        if not on_cuda:
-            spent[kind] += call["dur"]
-            if around:
-                spent[kinds[around[-1][0]["args"]["External id"]]] -= call["dur"]
-        around.append((call, inner))
-    for event in events if on_cuda else ():
-        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-            spent[kinds.get(event["args"].get("External id", -1), "other")] += event["dur"]
-    return spent
-
-
-def _end(call: dict[str, Any]) -> float:
-    return float(call["ts"] + call["dur"])
-
-
-def _kind_of_all_in(name: str, outer: str | None) -> str | None:
-    """The optimizer's range has all in it, and an operator of ours all but those of ours."""
-    if name == OPTIMIZER or outer == "optimizer":
-        return "optimizer"
-    return operator_class(name) if name.startswith("fmoe::") else outer
-
-
-def _kind(name: str) -> str:
-    return operator_class(name) if "::" in name or "triton" in name else "other"
 
 
 def report(result: dict[str, Any], console: Console, title: str = "a model") -> None:
