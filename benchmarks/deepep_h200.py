@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import datetime
 import json
-import os
 import pathlib
 import queue
 import sys
@@ -30,6 +29,7 @@ import fmoe
 from fmoe.doctor import diagnose, report
 from fmoe.introspect import raw_calls
 from fmoe.parallel import deepep
+from fmoe.parallel.processes import prepare
 from fmoe.testing import check_backend
 from fmoe.testing.backend import LAWS
 from fmoe.testing.setting import Setting, case_of
@@ -40,16 +40,10 @@ NAMES = [*LAWS, "oracle, no overlap", "plans, no overlap"]
 
 
 def connect(rank: int, size: int, port: int, args: argparse.Namespace) -> None:
-    backend = "gloo"
     if args.device == "cuda":
-        devices = torch.cuda.device_count()
-        torch.cuda.set_device(rank % devices)
-        if size > devices:
-            # all_to_all goes by NCCL, which takes ranks on one GPU only if they seem to be on hosts apart.
-            os.environ |= {"NCCL_HOSTID": f"rank {rank}", "NCCL_SOCKET_IFNAME": "lo"}
-            os.environ |= dict.fromkeys(("NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE"), "1")
-        backend = "cpu:gloo,cuda:nccl"
+        backend = prepare(rank, size)
     else:  # on DeepEP's stand-in, to try this script
+        backend = "gloo"
         sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
         import deep_ep_double
 

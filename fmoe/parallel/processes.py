@@ -239,7 +239,7 @@ def _serve(rank: int, number: int, pipe: Connection, port: int) -> None:
     """Do jobs until this process's parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the parent's, which ends what is unfinished
     torch.set_num_threads(1)
-    backend = _prepare(rank, number)
+    backend = prepare(rank, number)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     _forget_meshes()  # imports what would take a second of the first job's time
     world, answer = 0, pickle.dumps((True, None))  # first, that it has started
@@ -264,8 +264,8 @@ def _serve(rank: int, number: int, pipe: Connection, port: int) -> None:
             answer = pickle.dumps((False, traceback.format_exc()))
 
 
-def _prepare(rank: int, number: int) -> str:
-    """Set up what has to be before a process group is; its backend."""
+def prepare(rank: int, number: int) -> str:
+    """Set up what has to be before a process group is, on GPUs that may be fewer than ranks; its backend."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     if not torch.cuda.is_available():
         return "gloo"
