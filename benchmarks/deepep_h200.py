@@ -1,10 +1,11 @@
-"""The laws of every backend on DeepEP's own kernels, and what a call costs.
+"""The laws of every backend on DeepEP's own kernels, what a call costs, and losses of training over it.
 
 ``python benchmarks/deepep_h200.py`` needs a CUDA device and DeepEP (docs/deepep.md says how to install it).
 It starts 2 and then 4 processes, connected by gloo and NCCL, checks every law of
 ``fmoe.testing.check_backend`` in bfloat16, and measures a layer's forward and backward. Where there are fewer
 GPUs than processes these share them, and their kernels take turns, so that what is measured is the host, not
-bandwidth. A table comes last; the exit status is 1 if a law was broken.
+bandwidth. Then the example trains a debug model in one process, and in two over each backend; OUT/loss.svg is
+the picture of their losses. A table comes last; the exit status is 1 if a law was broken or training failed.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import datetime
 import json
 import pathlib
 import queue
+import subprocess
 import sys
 import time
 import traceback
@@ -28,8 +30,10 @@ from rich.table import Table
 import fmoe
 from fmoe.doctor import diagnose, report
 from fmoe.introspect import raw_calls
+from fmoe.metrics import read_metrics
 from fmoe.parallel import deepep
 from fmoe.parallel.processes import prepare
+from fmoe.plot import plot_loss, save_figure
 from fmoe.testing import check_backend
 from fmoe.testing.backend import LAWS
 from fmoe.testing.setting import Setting, case_of
@@ -37,6 +41,10 @@ from fmoe.testing.setting import Setting, case_of
 # Of the model that laws are tried with: what DeepEP takes.
 SIZES = dict(dim=256, top_k=3, num_experts=8)
 NAMES = [*LAWS, "oracle, no overlap", "plans, no overlap"]
+ROOT = pathlib.Path(__file__).parents[1]
+# Training: the debug model, with rows as wide as DeepEP takes them.
+SHAPE = ["--dim", "256", "--batch-size", "8", "--seq-len", "128", "--compute-dtype", "bfloat16"]
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def connect(rank: int, size: int, port: int, args: argparse.Namespace) -> None:
@@ -44,7 +52,7 @@ def connect(rank: int, size: int, port: int, args: argparse.Namespace) -> None:
         backend = prepare(rank, size)
     else:  # on DeepEP's stand-in, to try this script
         backend = "gloo"
-        sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+        sys.path.insert(0, str(ROOT / "tests"))
         import deep_ep_double
 
         deep_ep_double.install(2 if "elastic" in args.backend else 1)
@@ -176,6 +184,24 @@ def hold_all(size: int, args: argparse.Namespace) -> dict[str, str]:
     return told
 
 
+def train(args: argparse.Namespace) -> dict[str, list[float]]:
+    """The example's losses in one process, and in two over each backend, from the same parameters and data."""
+    runs = {}
+    for name in ["one process", "all_to_all", "deepep"]:
+        launcher, along = (
+            ([], []) if name == "one process" else (TWO, ["--mesh", "ep=2", "--ep-backend", name])
+        )
+        what = [str(ROOT / "examples/train_deepseek_v3.py"), *SHAPE, *along, "--learning-rate", "1e-3"]
+        how = ["--steps", str(args.steps), "--device", args.device, "--out", str(args.out / name)]
+        command = [sys.executable, *launcher, *what, *how]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, timeout=10 * args.patience, check=False)
+        if done.returncode == 0:
+            runs[name] = read_metrics(args.out / name / "metrics.jsonl")
+    if runs:
+        save_figure(plot_loss(runs), args.out / "loss.svg")
+    return {name: [record["loss"] for record in records] for name, records in runs.items()}
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cpu: on the tests' stand-in for DeepEP")
@@ -186,6 +212,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=512, help="per rank, in what is measured")
     parser.add_argument("--calls", type=int, default=20)
     parser.add_argument("--patience", type=float, default=150, help="seconds for a law")
+    parser.add_argument("--steps", type=int, default=50, help="of training, without the stand-in; 0: none")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/deepep"), help="of training")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31, help="fresh by default")
     parser.add_argument("--json", metavar="FILE", help="write all of it")
     return parser.parse_args()
@@ -216,10 +244,16 @@ def main() -> None:
         table.add_row(name, *(results["ranks"][size]["laws"][name] for size in args.ranks))
     for backend, texts in costs.items():
         table.add_row(f"{backend}: host ms / all ms / host syncs", *texts)
+    results["training"] = losses = train(args) if args.steps else {}
+    for name, each in losses.items():
+        apart = max(abs(a - b) for a, b in zip(each, next(iter(losses.values()))))
+        mean = sum(each[-20:]) / len(each[-20:])
+        table.add_row(f"losses, {name}: mean of the last 20; most off the first", f"{mean:.4f}; {apart:.4f}")
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps(results, indent=2))
     Console(width=150).print(table)
-    sys.exit(any("BROKEN" in text for size in args.ranks for text in results["ranks"][size]["laws"].values()))
+    broken = any("BROKEN" in text for size in args.ranks for text in results["ranks"][size]["laws"].values())
+    sys.exit(broken or (args.steps > 0 and len(losses) < 3))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """make_mesh: axes and sizes, one process without a launcher, several with one."""
 
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import fmoe
 from fmoe import P
 from fmoe.ops.axes import group_of
 from fmoe.parallel import distribute, placements, spec_of
+from fmoe.parallel.mesh import take_gpu
 
 # ---- in one process ---------------------------------------------------------------------------------
 
@@ -66,15 +68,17 @@ def test_without_a_launcher_a_fresh_process_is_a_world_of_one():
     assert run_script([sys.executable, "-W", "error"], script) == "[0.0, 0.0, 0.0] 1\n"
 
 
-def test_under_a_launcher_the_processes_find_each_other(tmp_path):
+# Two processes and one GPU share it.
+@pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
+def test_under_a_launcher_the_processes_find_each_other(tmp_path, device):
     path = tmp_path / "script.py"
     path.write_text(
-        textwrap.dedent("""
+        textwrap.dedent(f"""
             import torch, fmoe
             from fmoe.parallel import psum
-            mesh = fmoe.make_mesh("ep=2", device_type="cpu")
+            mesh = fmoe.make_mesh("ep=2", device_type="{device}")
             total = fmoe.shard_map(lambda x: psum(x, "ep"), mesh, in_specs=fmoe.P("ep"), out_specs=fmoe.P())
-            assert total(torch.tensor([1 + mesh.get_rank()])).tolist() == [3]
+            assert total(torch.tensor([1 + mesh.get_rank()], device="{device}")).tolist() == [3]
             torch.distributed.destroy_process_group()
             print("done", flush=True)
         """)
@@ -83,6 +87,18 @@ def test_under_a_launcher_the_processes_find_each_other(tmp_path):
     done = subprocess.run([*launcher, str(path)], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done") == 2
+
+
+@pytest.mark.parametrize(
+    ("rank", "number", "gpu", "shared"), [(3, 4, 3, False), (3, 5, 3, True), (6, 8, 2, True)]
+)
+def test_processes_share_gpus_where_those_are_fewer(monkeypatch, rank, number, gpu, shared):
+    chosen, environment = [], {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(os, "environ", environment)
+    assert take_gpu(rank, number) is shared
+    assert chosen == [gpu] and ("NCCL_HOSTID" in environment) is shared
 
 
 # ---- on four ranks ----------------------------------------------------------------------------------

@@ -48,6 +48,14 @@ def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.mm(a, b, out_dtype=wide) if a.is_cuda and a.dtype == b.dtype else a.to(wide) @ b.to(wide)
 
 
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``total += a @ b``, likewise; on CUDA as the product is stored."""
+    if a.is_cuda and a.dtype == b.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
 def _kernel(x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, block_bytes: int) -> torch.Tensor:
     inside = ((index >= -1) & (index < weight.shape[0])).all()
     torch._assert_async(inside, "cross_entropy_terms: a target outside the vocabulary")
@@ -108,7 +116,7 @@ def _backward_kernel(
         logits = _wide_product(rows, weight[block].mT)
         g_logits = cotangents(logits, index, block.start, out[0], g, rows.dtype)
         del logits
-        g_x += _wide_product(g_logits, weight[block])
+        _add_product(g_x, g_logits, weight[block])
         g_weight[block] = g_logits.mT @ rows
         del g_logits  # before the next block's
     return g_x.to(x.dtype), g_weight

@@ -4,6 +4,8 @@ import itertools
 import math
 import os
 import re
+import socket
+import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -28,7 +30,8 @@ def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -
     ===========  =====================================================================
 
     Under ``torchrun`` it joins the processes that were started; without a launcher this process is
-    the only one. A process group that exists already is used as it is.
+    the only one. A process group that exists already is used as it is. Processes share GPUs where those are
+    fewer, with a warning.
 
     Raises ``ValueError`` for axes it doesn't know, sizes whose product isn't the number of processes, and
     where the processes want different meshes.
@@ -47,8 +50,14 @@ def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -
         )
     if not dist.is_initialized():
         if device_type == "cuda":
-            # Several processes may share a device; NCCL says so where it mustn't.
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+            rank, here = (int(os.environ.get(f"LOCAL_{name}", 0)) for name in ("RANK", "WORLD_SIZE"))
+            if take_gpu(rank, here) and rank == 0:
+                gpus = torch.cuda.device_count()
+                warnings.warn(
+                    f"make_mesh: {here} processes share {gpus} GPU(s) and talk over sockets, which is for "
+                    "trying things. Start one process per GPU.",
+                    stacklevel=2,
+                )
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         if launched():
             dist.init_process_group(backend)
@@ -61,6 +70,18 @@ def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -
         for several in itertools.combinations(many, count):
             mesh[several]._flatten()  # DTensor uses it too: one collective for several axes
     return mesh
+
+
+def take_gpu(rank: int, number: int) -> bool:
+    """Choose the GPU of this process, one of ``number`` on this host; whether it has to share it."""
+    devices = torch.cuda.device_count()
+    torch.cuda.set_device(rank % devices)
+    if number <= devices:
+        return False
+    # NCCL refuses two ranks on one GPU unless they seem to be on two hosts that only sockets connect.
+    os.environ["NCCL_HOSTID"] = f"{socket.gethostname()} {rank}"
+    os.environ |= dict.fromkeys(("NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE"), "1")
+    return True
 
 
 def launched() -> bool:

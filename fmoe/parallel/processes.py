@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import argument_error
+from .mesh import take_gpu
 
 START = 300.0  # seconds for all processes to start
 GRACE = 3.0  # seconds for the other ranks, once one has failed
@@ -265,16 +266,12 @@ def _serve(rank: int, number: int, pipe: Connection, port: int) -> None:
 
 
 def prepare(rank: int, number: int) -> str:
-    """Set up what has to be before a process group is, on GPUs that may be fewer than ranks; its backend."""
+    """Set up what has to be before a process group of this host's processes is; its backend."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     if not torch.cuda.is_available():
         return "gloo"
-    devices = torch.cuda.device_count()
-    torch.cuda.set_device(rank % devices)
-    if number > devices:
-        # NCCL refuses two ranks on one GPU unless they seem to be on two hosts that only sockets connect.
-        os.environ |= {"NCCL_HOSTID": f"rank {rank}", "NCCL_SOCKET_IFNAME": "lo"}
-        os.environ |= dict.fromkeys(("NCCL_IB_DISABLE", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE"), "1")
+    os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+    take_gpu(rank, number)
     return "cpu:gloo,cuda:nccl"
 
 
