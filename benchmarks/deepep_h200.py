@@ -185,7 +185,7 @@ def hold_all(size: int, args: argparse.Namespace) -> dict[str, str]:
 
 
 def train(args: argparse.Namespace) -> dict[str, list[float]]:
-    """The example's losses in one process, and in two over each backend, from the same parameters and data."""
+    """The example's losses in one process and in two over each backend, from the same parameters and data."""
     runs = {}
     for name in ["one process", "all_to_all", "deepep"]:
         launcher, along = (
