@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 import traceback
-import warnings
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fmoe
+from fmoe.bench.timing import syncs
 from fmoe.doctor import diagnose, report
 from fmoe.introspect import raw_calls
 from fmoe.metrics import read_metrics
@@ -106,10 +106,10 @@ def measure(rank: int, size: int, port: int, args: argparse.Namespace, names: li
                 loss(*mine)
             host, whole = times(lambda: loss(*mine), args)  # noqa: B023
             with raw_calls() as calls:
-                syncs = host_syncs(lambda: loss(*mine), args)  # noqa: B023
+                waits = host_syncs(lambda: loss(*mine), args)  # noqa: B023
         # DeepEP's own wait for what is to come isn't one that PyTorch sees.
-        syncs += calls.get("deepep_dispatch", 0)
-        found.put((rank, backend, (host, whole, syncs)))
+        waits += calls.get("deepep_dispatch", 0)
+        found.put((rank, backend, (host, whole, waits)))
         dist.barrier()
     found.put((rank, "done", ""))
     dist.barrier()
@@ -131,15 +131,10 @@ def times(call: Any, args: argparse.Namespace) -> tuple[float, float]:
 
 
 def host_syncs(call: Any, args: argparse.Namespace) -> int:
-    if args.device != "cuda":
-        call()
-        return 0
-    torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        call()
-    torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(w.message) for w in said)
+    if args.device == "cuda":
+        return syncs(call)
+    call()
+    return 0
 
 
 def together(work: Any, size: int, args: argparse.Namespace, names: list[str]) -> list[tuple[int, str, Any]]:

@@ -12,10 +12,7 @@ weights and ids, for each expert on another device.
 """
 
 import argparse
-import json
-import os
 import time
-from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -23,10 +20,10 @@ import torch.distributed as dist
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import multiprocessing
 
 import fmoe
 from fmoe.introspect import wire_bytes
+from fmoe.parallel import Processes
 from fmoe.parallel.backends.all_to_all import rows_sent
 
 EXPERTS, TOP_K, HIDDEN = 256, 8, 8  # the hidden dimension doesn't travel
@@ -82,30 +79,14 @@ def layer(args: argparse.Namespace, ep: int, rank: int, groups: tuple[int, int])
     return rows_sent(plan).tolist(), {operator: list(traffic) for operator, traffic in counts.items()}
 
 
-def process(rank: int, port: int, ep: int, args: argparse.Namespace) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ep, timeout=timedelta(seconds=LIMIT))
-    found = [layer(args, ep, rank, groups) for groups in GROUPS]
-    store.set(f"found {rank}", json.dumps(found))
-    dist.destroy_process_group()
+def layers(args: argparse.Namespace, ep: int) -> list[tuple[list[int], Traffic]]:
+    return [layer(args, ep, dist.get_rank(), groups) for groups in GROUPS]
 
 
 def measure(args: argparse.Namespace, ep: int) -> list[list[tuple[list[int], Traffic]]]:
     """What :func:`layer` found on every device, for all of ``GROUPS``."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    deadline = time.monotonic() + LIMIT
-    running = multiprocessing.spawn(process, (store.port, ep, args), nprocs=ep, join=False)
-    try:
-        while not running.join(timeout=max(0.0, deadline - time.monotonic())):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{ep} processes weren't done in {LIMIT} seconds")
-    finally:
-        for p in running.processes:
-            p.kill()
-    found = [json.loads(store.get(f"found {rank}")) for rank in range(ep)]
-    return [list(devices) for devices in zip(*found)]
+    with Processes(ep, timeout=LIMIT) as devices:
+        return [list(each) for each in zip(*devices.run(layers, args, ep))]
 
 
 # ---- simulated ---------------------------------------------------------------------------------

@@ -26,7 +26,12 @@ from .tree import check_tensors, dotted_names, is_dtensor
 
 
 class Loaded(NamedTuple):
-    """A state as it was saved, and how many steps had been made: the next step, and the next batch's."""
+    """A state as it was saved, and how many steps had been made: the next step, and the next batch's.
+
+    >>> state, start = Loaded({"params": torch.zeros(2)}, step=10)  # as from load
+    >>> [*range(start, 12)]  # the steps that are left of twelve
+    [10, 11]
+    """
 
     state: Any
     step: int

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import argument_error
+from .ops.dtypes import accumulator
 from .tree import check_tensors, is_dtensor, local, map_local
 
 
@@ -28,9 +29,9 @@ def global_norm(grads: Any) -> torch.Tensor:
     norms: dict[Any, list[torch.Tensor]] = defaultdict(list)
     for leaf in leaves:
         piece, groups = _piece(leaf)
-        wide = torch.promote_types(piece.dtype, torch.float32)
         # Not torch._foreach_norm, which has neither vmap nor jvp.
-        norms[groups].append(torch.linalg.vector_norm(piece, dtype=wide).to(device, torch.float32))
+        norm = torch.linalg.vector_norm(piece, dtype=accumulator(piece.dtype))
+        norms[groups].append(norm.to(device, torch.float32))
     total = torch.zeros((), device=device)
     for groups, parts in norms.items():
         part = torch.stack(parts).square().sum()

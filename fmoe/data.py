@@ -14,7 +14,12 @@ from .tokenizer import BYTES, Tokenizer
 
 
 class Batch(NamedTuple):
-    """Two int64 tensors ``(batch_size, seq_len)``; ``targets[b, i]`` is the token after ``tokens[b, i]``."""
+    """Two int64 tensors ``(batch_size, seq_len)``; ``targets[b, i]`` is the token after ``tokens[b, i]``.
+
+    >>> tokens, targets = batch_at(0, torch.arange(9), batch_size=2, seq_len=4, seed=0)
+    >>> torch.equal(targets[:, :-1], tokens[:, 1:])
+    True
+    """
 
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -116,7 +121,7 @@ def batch_at(
     """
     if not 1 <= seq_len < len(tokens):
         raise argument_error(
-            "batches",
+            "batch_at",
             "seq_len",
             got=seq_len,
             expected=f"1 to {len(tokens) - 1}, as there are {len(tokens)} tokens",
@@ -125,7 +130,7 @@ def batch_at(
     index, count = part
     if batch_size % count:
         raise argument_error(
-            "batches",
+            "batch_at",
             "batch_size",
             got=f"{batch_size} sequences for {count} devices",
             expected="a multiple",

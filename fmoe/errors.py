@@ -4,7 +4,16 @@ from typing import Any
 
 
 class TransformError(RuntimeError):
-    """An operator was called under a transform it cannot support."""
+    """An operator was called under a transform it cannot support; the text says what to do instead.
+
+    >>> import fmoe, torch
+    >>> from torch.autograd import forward_ad
+    >>> with forward_ad.dual_level():
+    ...     fmoe.remat(torch.sin)(forward_ad.make_dual(torch.ones(2), torch.ones(2)))
+    ... # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    fmoe.errors.TransformError: remat: cannot run under torch.autograd.forward_ad ... Use torch.func.jvp.
+    """
 
 
 def argument_error(function: str, argument: str, *, got: Any, expected: str, remedy: str) -> ValueError:
@@ -17,7 +26,14 @@ def argument_error(function: str, argument: str, *, got: Any, expected: str, rem
 
 
 def captured_error(function: str, tensor: Any, use: str = "") -> ValueError:
-    """The ``ValueError`` for a function whose gradient can't be right, because it closes over ``tensor``."""
+    """The ``ValueError`` for a function whose gradient can't be right, because it closes over ``tensor``.
+
+    ``use`` goes on about what it uses the tensor for.
+
+    >>> import torch
+    >>> print(captured_error("remat", torch.ones(2)))  # doctest: +ELLIPSIS
+    remat: fn: got a function that uses a differentiable tensor from outside: shape (2,), torch.float32, ...
+    """
     return argument_error(
         function,
         "fn",

@@ -10,6 +10,7 @@ import torch
 
 from .errors import argument_error
 from .ops.balance import MoEStats, merge_stats
+from .ops.dtypes import accumulator
 from .optim import global_norm, is_trained
 from .parallel.boundary import dtensor_beneath, unwrapped
 from .parallel.shard_map import shard_map
@@ -68,7 +69,7 @@ def accumulate(value_and_grad_fn: Callable[..., Any], num_micro_batches: int) ->
             if not total:
                 dtypes = [leaf.dtype for leaf in leaves]
                 # Copies: two leaves of a gradient may be one tensor.
-                total = [map_local(lambda t: t.to(_wide(t.dtype), copy=True), leaf) for leaf in leaves]
+                total = [map_local(lambda t: t.to(accumulator(t.dtype), copy=True), leaf) for leaf in leaves]
             else:
                 total = [_added(mine, leaf) for mine, leaf in zip(total, leaves)]
             del grads, leaves  # before the next part's are made
@@ -169,14 +170,10 @@ def _mean(total: torch.Tensor, *, count: int, dtype: torch.dtype) -> torch.Tenso
     return total.div_(count).to(dtype)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _merged(*parts: Any) -> Any:
     if isinstance(parts[0], MoEStats):
         return merge_stats(parts)
     together = torch.stack(parts)
     if not together.is_floating_point():
         return together.sum(0)
-    return together.to(_wide(together.dtype)).mean(0).to(together.dtype)
+    return together.to(accumulator(together.dtype)).mean(0).to(together.dtype)

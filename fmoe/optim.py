@@ -19,7 +19,11 @@ PIECE = 2**25  # numbers widened at once
 
 
 class AdamWState(NamedTuple):
-    """How many updates were made (float32 scalar), and both moments as trees like the params."""
+    """How many updates were made (float32 scalar), and both moments as trees like the params.
+
+    >>> adamw().init({"w": torch.ones(2)})
+    AdamWState(step=tensor(0.), exp_avg={'w': tensor([0., 0.])}, exp_avg_sq={'w': tensor([0., 0.])})
+    """
 
     step: torch.Tensor
     exp_avg: Any
@@ -27,7 +31,16 @@ class AdamWState(NamedTuple):
 
 
 class Update(Protocol):
-    """``update(params, grads, state, learning_rate, *, scale=None, donate=False) -> (params, state)``."""
+    """``update(params, grads, state, learning_rate, *, scale=None, donate=False) -> (params, state)``.
+
+    Params and grads are trees of one structure. ``scale``, a float32 scalar, multiplies the gradients;
+    ``donate`` lets it write into what it is given. :func:`adamw` says more.
+
+    >>> optimizer, params, grads = adamw(weight_decay=0.0), [torch.ones(2)], [torch.ones(2)]
+    >>> updated, state = optimizer.update(params, grads, optimizer.init(params), 0.25)
+    >>> params, updated
+    ([tensor([1., 1.])], [tensor([0.7500, 0.7500])])
+    """
 
     def __call__(
         self,

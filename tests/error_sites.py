@@ -117,6 +117,8 @@ class _Reader:
             assert made is not None
             outer = {} if function is None else env
             return self._error(made, maker, {**outer, **given})
+        if name == "_assert_async":
+            return self._texts(call.args[1], function, env)
         if name in ERRORS and call.args:
             return self._texts(call.args[0], function, env)
         return []

@@ -141,7 +141,7 @@ def plain_tokens(where: Where, counts: list[int]) -> dict[str, float]:
 def backend(where: Where, names: list[str]) -> None:
     """What ``fmoe.testing`` says of a backend."""
     mesh = where.mesh()
-    bound = choose(where.backend, mesh).get("ep")
+    bound = choose("check_backend", where.backend, mesh).get("ep")
     check_backend(bound, mesh, dtype=where.dtype, dim=16, laws=names)
 
 

@@ -115,7 +115,7 @@ def test_every_window_can_be_drawn() -> None:
 
 def test_a_sequence_longer_than_the_text_is_refused_at_the_call() -> None:
     expected = (
-        "batches: seq_len: got 8, expected 1 to 7, as there are 8 tokens. "
+        "batch_at: seq_len: got 8, expected 1 to 7, as there are 8 tokens. "
         "Shorten the sequences or read more text."
     )
     with pytest.raises(ValueError, match=expected):

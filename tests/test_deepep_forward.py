@@ -63,13 +63,13 @@ def auto_choices():
     log.setLevel(logging.INFO)
     try:
         like = lambda dtype, dim: torch.empty(0, dim, dtype=dtype)  # noqa: E731
-        choose = lambda dtype, dim=DIM: backends.choose("auto", mesh, like(dtype, dim))["ep"]  # noqa: E731
+        choose = lambda dtype, dim=DIM: backends.choose("moe_forward", "auto", mesh, like(dtype, dim))["ep"]  # noqa: E731
         kinds = [type(choose(torch.bfloat16)), type(choose(torch.float32)), type(choose(torch.bfloat16, 24))]
         deep_ep_double.install(1)
         del sys.modules["deep_ep"]
         kinds.append(type(choose(torch.bfloat16)))
         with pytest.raises(ValueError, match="got no package deep_ep"):
-            backends.choose("deepep", mesh)
+            backends.choose("moe_forward", "deepep", mesh)
         adapter.DEVICES = ("cuda",)
         kinds += [type(choose(torch.bfloat16))] * 2
     finally:

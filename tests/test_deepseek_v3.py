@@ -241,7 +241,9 @@ ERRORS = {
     "DeepSeekV3Config: num_dense_layers: got 4, expected at most num_layers=3. Lower it.": (
         lambda: dataclasses.replace(TINY, num_dense_layers=4)
     ),
-    "DeepSeekV3Config: dim: got 0, expected at least 1.": lambda: dataclasses.replace(TINY, dim=0),
+    "DeepSeekV3Config: dim: got 0, expected an integer of at least 1.": lambda: dataclasses.replace(
+        TINY, dim=0
+    ),
     "DeepSeekV3Config: qk_rope_head_dim: got 5, expected an even number.": (
         lambda: dataclasses.replace(TINY, qk_rope_head_dim=5)
     ),

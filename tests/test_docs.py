@@ -13,6 +13,8 @@ import pytest
 from pages import DOCS, blocks, run_page
 
 import fmoe
+import fmoe.plan
+import fmoe.testing
 from fmoe.ops.axes import group_of
 from fmoe.testing import check_backend
 from fmoe.testing.backend import LAWS
@@ -69,8 +71,11 @@ def test_the_backend_of_the_page_keeps_the_laws(pool, laws):
 
 # ---- names ---------------------------------------------------------------------------------------------
 
-PUBLIC = [f"fmoe.{name}" for name in fmoe.__all__]
-PUBLIC += [f"fmoe.parallel.{name}" for name in fmoe.parallel.__all__]
+PUBLIC = [
+    f"{module.__name__}.{name}"
+    for module in (fmoe, fmoe.parallel, fmoe.plan, fmoe.testing)
+    for name in module.__all__
+]
 # Names of functions that have another one, by which they are documented.
 ALIASES = {
     "fmoe.parallel.make_mesh": "fmoe.make_mesh",
@@ -93,7 +98,7 @@ def named(path):
     raise AssertionError(path)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", dict.fromkeys(PUBLIC + DOCUMENTED))
 def test_every_public_name_is_in_the_reference_with_an_example(name):
     """A docstring whose example doctest finds, so that the run of docstrings has it."""
     assert ALIASES.get(name, name) in DOCUMENTED

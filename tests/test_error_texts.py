@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,14 +31,16 @@ from fmoe import (
 )
 from fmoe.bench import measure, model
 from fmoe.bench.layers import Shape
-from fmoe.models import checks, deepseek_v3, huggingface, published
+from fmoe.models import checks, deepseek_v3, huggingface, published, vocabulary
 from fmoe.models.config import Yarn
 from fmoe.models.sampling import sample
+from fmoe.ops import tape, transport
 from fmoe.ops.attention import causal_attention
+from fmoe.ops.axes import Group
 from fmoe.ops.kernels import grouped
 from fmoe.ops.primitive import declare
-from fmoe.parallel import placement
-from fmoe.parallel.backends import choose, deepep, deepep_buffers
+from fmoe.parallel import backends, boundary, placement
+from fmoe.parallel.backends import deepep, deepep_buffers
 from fmoe.parallel.together import check_alike, together
 from fmoe.testing import check_backend
 
@@ -60,6 +63,15 @@ def dispatched(tokens=3):
 def routing(ids, weights, num_experts=4):
     counts = torch.zeros(num_experts, dtype=torch.int64)
     return Routing(ids, weights, counts, torch.rand(len(ids), num_experts))
+
+
+def initialised(**changes):
+    fmoe.moe_init(0, **(dict(dim=4, hidden_dim=8, num_experts=4) | changes))
+
+
+def capturing():
+    outside = torch.ones(2, requires_grad=True)
+    fmoe.value_and_grad(fmoe.remat(lambda x: (x * outside).sum()))(torch.ones(2))
 
 
 def experts(w_in=None, w_out=None, dtype=torch.float32):
@@ -135,7 +147,7 @@ def update(change):
 def nowhere(mesh):
     """A parameter that lies along an axis where the layer wants it along another dimension."""
     spec = P(None, None, "ep")
-    placement.moves([torch.ones(2, 2, 2)], [spec], [P("ep")], mesh)
+    placement.moves("moe_forward", "params", [torch.ones(2, 2, 2)], [spec], [P("ep")], mesh)
 
 
 OTHER_GPU = SimpleNamespace(shape=(1, 256), device=torch.device("cuda:1"), is_cuda=True)
@@ -184,20 +196,52 @@ CASES = {
     "update_expert_bias: counts_E: got shape …, expected …, one count per expert": lambda: (
         fmoe.update_expert_bias(layer(), tokens(3), 0.1)
     ),
-    "…: …: got no token, of shape …, expected at least one": lambda: deepseek_v3.check_tokens(
-        "forward", "tokens", tokens(0, 4), CONFIG
+    "…: …: got no token, of shape …, expected at least one": lambda: checks.check_tokens(
+        "forward", "tokens", tokens(0, 4), 8
     ),
-    "loss: …: got … … …, expected …, as tokens": lambda: deepseek_v3.loss(
+    "…: …: got … … …, expected …, as tokens": lambda: deepseek_v3.loss(
         deepseek_v3.init(CONFIG, 0), tokens(1, 4), tokens(1, 3), CONFIG
     ),
     "…: ….…: got …, expected a tensor": lambda: optim.global_norm({"a": [1.0]}),
     "…: router.top_k: got …, expected an integer": lambda: RouterConfig(top_k=2.0).check(16, "route"),
+    "…: router.num_groups: got …, expected an integer": lambda: RouterConfig(num_groups=2.0).check(
+        16, "route"
+    ),
+    "…: router.top_groups: got …, expected an integer": lambda: RouterConfig(top_groups=2.0).check(
+        16, "route"
+    ),
+    "…: router.group_best: got …, expected an integer": lambda: RouterConfig(group_best=2.0).check(
+        16, "route"
+    ),
+    "moe_init: hidden_dim: got …, expected an integer of at least 1": lambda: initialised(hidden_dim=4.0),
+    "moe_init: num_experts: got …, expected an integer of at least 1": lambda: initialised(num_experts=0),
+    "moe_init: num_shared_experts: got …, expected an integer of at least 0": lambda: initialised(
+        num_shared_experts=-1
+    ),
+    "dispatch: routing.counts_E: got … experts for … devices, expected a multiple of the devices along the "
+    "axis": lambda: transport.check_experts_divide(4, 3),
+    "cross_entropy_terms: index: got a target outside the vocabulary, expected 0 to vocab_size - 1, or -100 "
+    "for none. Use the tokenizer that the model is for.": lambda: deepseek_v3.loss(
+        deepseek_v3.init(CONFIG, 0), tokens(1, 3), tokens(1, 3) + CONFIG.vocab_size, CONFIG
+    ),
+    "embed: ids: got an id outside the vocabulary, expected 0 to …": lambda: deepseek_v3.forward(
+        deepseek_v3.init(CONFIG, 0), tokens(1, 3) + CONFIG.vocab_size, CONFIG
+    ),
+    "vocabulary: ids: got one outside of it, along tp. Use the tokenizer that the model is for.": (
+        lambda monkeypatch: (
+            monkeypatch.setattr(vocabulary, "axis_size", lambda _: 2),
+            monkeypatch.setattr(vocabulary, "axis_index", lambda _: 0),
+            vocabulary.embed(tokens(1) + 8, torch.ones(4, 2)),
+        )
+    ),
     "preset: name: got …, expected one of …": lambda: deepseek_v3.preset("7B"),
     "preset: layers: got …, expected 1 to …, as … has": lambda: deepseek_v3.preset("16B", layers=28),
     "bench_layer: only: got …, expected names among …": lambda: measure.bench_layer(
         Shape(8, 16, 8, 4, 2), device="cpu", only=["fmoe", "fmoe aligned"]
     ),
-    "DeepSeekV3Config: …: got …, expected at least …": lambda: dataclasses.replace(CONFIG, dim=0),
+    "DeepSeekV3Config: …: got …, expected an integer of at least …": lambda: dataclasses.replace(
+        CONFIG, dim=8.0
+    ),
     "Yarn: factor: got …, expected at least 1": lambda: Yarn(0.5, 10),
     "Yarn: original_max_seq_len: got …, expected at least 1": lambda: Yarn(2.0, 0),
     "Yarn: beta_slow: got …, expected above 0, to beta_fast=…": lambda: Yarn(2.0, 10, beta_slow=64.0),
@@ -205,6 +249,17 @@ CASES = {
     "sample: prompt: got shape …, expected (B, L), L > 0": lambda: prompt(tokens(1, 0)),
     "sample: num_tokens: got …, expected at least 0": lambda: prompt(num_tokens=-1),
     "sample: temperature: got …, expected at least 0": lambda: prompt(temperature=-1.0),
+    "value_and_grad: args.…: got …, expected a floating dtype": lambda: fmoe.value_and_grad(torch.sum)(
+        tokens(2)
+    ),
+    "remat: fn: got a function that uses a differentiable tensor from outside in …: shape …, …, expected "
+    "every differentiable tensor as an argument": capturing,
+    "remat: fn: got a function that, run again, calls … where … was called first, expected the same "
+    "operators in the same order each time": lambda: raised(
+        tape.replay_error("scatter where gather was called first")
+    ),
+    "shard_map: cannot run under torch.func.… over DTensors, which PyTorch lacks. Pass each device's plain "
+    "local tensors instead, as x.to_local() gives them.": lambda: raised(boundary.dtensor_error("vmap")),
     "value_and_grad: fn: got …, expected …": lambda: fmoe.value_and_grad(lambda x: x)(torch.ones(2)),
     "save: names: got …, expected names of …": lambda: fmoe.save("no such operator"),
     "…: declared with neither a plain function nor a reference.": lambda: declare(
@@ -248,20 +303,32 @@ CASES = {
     "…: …: got a DTensor of shape … placed by …, expected whole tokens, cut along dp and ep": lambda: (
         checks.check_token_spec("forward", "tokens", torch.ones(2, 4), P("tp"))
     ),
-    "moe_forward: params.…: got a DTensor placed by …, expected …, with dimensions further cut along other "
-    "axes, or whole": lambda: nowhere(FAKE_TP2),
-    "forward: mesh: got tp=… for … heads, expected a tp that divides the heads": lambda: (
-        deepseek_v3.check_heads(dataclasses.replace(CONFIG, num_heads=3), FAKE_TP2)
+    "…: …: got a DTensor placed by …, expected …, with dimensions further cut along other axes, or "
+    "whole": lambda: nowhere(FAKE_TP2),
+    "…: mesh: got tp=… for … heads, expected a tp that divides the heads": lambda: checks.check_heads(
+        "forward", 3, FAKE_TP2
     ),
-    "forward: params: got …, expected … tensors of config, on …": lambda: model_on_mesh(
+    "…: params: got …, expected … tensors of config, on …": lambda: model_on_mesh(
         lambda params: params._replace(norm=torch.ones(3))
     ),
     "…: …: got on rank …, beside rank 0: …, expected the same on every rank": None,  # of several, below
     "on rank …: …": None,
     # ---- backends
-    "moe_forward: backend: got …, expected one of …": lambda: choose("carrier pigeon", None),
+    "…: backend: got …, expected one of …": lambda: deepseek_v3.loss(
+        deepseek_v3.init(CONFIG, 0), tokens(1, 3), tokens(1, 3), CONFIG, backend="carrier pigeon"
+    ),
+    "…: backend: got 'local' with ep=…, expected a backend that moves tokens": lambda monkeypatch: (
+        monkeypatch.setattr(backends, "group_of", lambda *_: Group("", 2, 0)),
+        backends.choose("loss", "local", fmoe.make_mesh()),
+    ),
     "deepep: kind: got …, expected one of …, or None": lambda: open_buffer(kind="large"),
     "deepep: top_k: got …, expected at most …": lambda: open_buffer(top_k=33, num_experts=64),
+    "deepep: num_experts: got … experts for … devices, expected a multiple of the devices, at most … each": (
+        lambda: deepep_buffers.check(deepep.Sizes(4, 256, 2, 5), None, Group("", 2, 0), "cuda")
+    ),
+    "deepep: x_TD: got dim …, expected a multiple of …, for DeepEP's …": lambda: buffer(
+        deepep.Sizes(4, 128, 2, 4)
+    ),
     "deepep: …: got …, expected an integer of at least 1": lambda: open_buffer(dim=0),
     "deepep: line: got … devices on hosts …, expected every … in a row on one node, between which Buffer "
     "uses NVLink": lambda: deepep.check_kind("buffer", ["a", "b"]),
@@ -289,9 +356,14 @@ CASES = {
         None, fmoe.make_mesh(), dtype=torch.int8
     ),
     # ---- text, training
-    "batches: seq_len: got …, expected 1 to …, as there are … tokens": lambda: data.batches(
+    "batch_at: seq_len: got …, expected 1 to …, as there are … tokens": lambda: data.batches(
         torch.arange(4), batch_size=1, seq_len=4, seed=0
     ),
+    "batch_at: batch_size: got … sequences for … devices, expected a multiple": lambda: data.batch_at(
+        0, torch.arange(9), batch_size=3, seq_len=4, seed=0, part=(0, 2)
+    ),
+    "read_documents: paths: got … files and no text in …, expected at least one byte in a file, or in a "
+    "folder's *… files": lambda tmp: documents.read_documents(tmp),
     "read_documents: paths: got …, expected readable files": lambda tmp: documents.read_documents(tmp / "no"),
     "read_metrics: path: got …, expected a readable JSONL file": lambda tmp: metrics.read_metrics(tmp / "no"),
     "read_metrics: …, line …: got …, expected one JSON object": lambda tmp: metrics.read_metrics(
@@ -323,6 +395,9 @@ CASES = {
     "load: …: got …, expected readable tensors": unreadable_checkpoint,
     "huggingface.load: path: got … without …, expected config.json, and model.safetensors or what "
     "model.safetensors.index.json names": lambda tmp: huggingface.load(tmp),
+    "huggingface.load: …: got …, expected a file as published": lambda tmp: published_model(
+        tmp, lambda path: written(path / "config.json", "{")
+    ),
     "huggingface.load: …: got no weight_map, expected a file as published": lambda tmp: published_model(
         tmp, lambda path: written(path / huggingface.INDEX, "{}")
     ),
@@ -415,7 +490,7 @@ def test_the_texts_of_several_ranks(pool):
 
 
 def test_every_text_is_asserted_somewhere():
-    """In the table above, or at length in a test: so many characters in a row of one of its strings."""
+    """In the table above, or in a test: whole, or so many characters in a row that no other text has."""
     texts = {site.text for site in sites()}
     assert set(CASES) <= texts, "cases of texts that no error has"
     files = [p for p in Path(__file__).parent.glob("test_*.py") if p.name != Path(__file__).name]
@@ -427,7 +502,15 @@ def test_every_text_is_asserted_somewhere():
     }
     whole = "\0".join(sorted(strings))
 
+    def windows(text):
+        return {text[i : i + LONG_ENOUGH] for i in range(max(1, len(text) - LONG_ENOUGH + 1))}
+
+    shared = Counter(window for text in texts for window in windows(text))
+
     def asserted(text):
-        return any(text[i : i + LONG_ENOUGH] in whole for i in range(max(1, len(text) - LONG_ENOUGH + 1)))
+        template = re.compile(pattern(text), re.DOTALL)
+        return any(map(template.search, strings)) or any(
+            window in whole and shared[window] == 1 for window in windows(text)
+        )
 
     assert sorted(text for text in texts - set(CASES) if not asserted(text)) == []

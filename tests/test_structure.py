@@ -42,32 +42,52 @@ def rank(module: str) -> int:
     return ORDER.index(module) if module in ORDER else len(ORDER)
 
 
-def imports(path: pathlib.Path) -> list[str]:
+def imports(path: pathlib.Path, source: str) -> list[str]:
     """Absolute names of what a file of the package imports."""
     found = []
     package = ["fmoe", *path.relative_to(ROOT).with_suffix("").parts[:-1]]
-    for item in ast.walk(ast.parse(path.read_text())):
+    for item in ast.walk(ast.parse(source)):
         if isinstance(item, ast.Import):
             found += [alias.name for alias in item.names]
         elif isinstance(item, ast.ImportFrom):
             base = package[: len(package) - item.level + 1] if item.level else []
-            found.append(".".join([*base, item.module or ""]))
+            found += [".".join([*base, *filter(None, [item.module]), alias.name]) for alias in item.names]
     return found
+
+
+def against_the_order(path: pathlib.Path, source: str) -> list[str]:
+    """What a file imports of the package that comes after it; a public name comes where it is defined."""
+    me = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    names = [name for name in imports(path, source) if name.startswith("fmoe.")]
+    public = {f"fmoe.{name}": getattr(fmoe, name).__module__ for name in fmoe.__all__}
+    return [name for name in names if rank(public.get(name, name).split(".")[1]) > rank(me)]
 
 
 def test_imports_point_one_way():
     for path in ROOT.rglob("*.py"):
-        me = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        if me == "__init__":
-            continue
-        for name in imports(path):
-            if name.startswith("fmoe."):
-                assert rank(name.split(".")[1]) <= rank(me), f"{path} imports {name}"
+        if path != ROOT / "__init__.py":
+            assert not against_the_order(path, path.read_text()), path
+
+
+@pytest.mark.parametrize(
+    ("source", "wrong"),
+    [
+        ("import fmoe.optim", ["fmoe.optim"]),
+        ("from ..models.moe import moe_init", ["fmoe.models.moe.moe_init"]),
+        ("from .. import models, tree", ["fmoe.models"]),
+        ("from fmoe import optim", ["fmoe.optim"]),
+        ("from fmoe import moe_init, P", ["fmoe.moe_init"]),
+        ("def late():\n    from .. import shard_map", ["fmoe.shard_map"]),
+        ("from . import kernels, route", []),
+    ],
+)
+def test_an_import_that_points_the_other_way_is_seen(source, wrong):
+    assert against_the_order(ROOT / "ops" / "experts.py", source) == wrong
 
 
 def test_optional_packages_are_imported_where_they_are_the_point():
     for path in ROOT.rglob("*.py"):
-        tops = {name.split(".")[0] for name in imports(path)}
+        tops = {name.split(".")[0] for name in imports(path, path.read_text())}
         assert tops & OPTIONAL == MAY_IMPORT.get(str(path.relative_to(ROOT)), set()), path
 
 

@@ -22,9 +22,9 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def file(monkeypatch, tmp_path):
     monkeypatch.setenv("FMOE_TUNED", str(tmp_path / "cache" / "tuned.json"))
-    tuned.choices.cache_clear()
+    tuned.forget()
     yield tmp_path / "cache" / "tuned.json"
-    tuned.choices.cache_clear()
+    tuned.forget()
 
 
 @pytest.fixture
@@ -61,7 +61,6 @@ def test_the_fastest_choice_is_kept_and_used(file, monkeypatch, slow):
     assert all(each.best == Choice(fast) for each in found)
     assert json.loads(file.read_text())["cpu"] == {each.product: [fast, None] for each in found}
     assert not [path for path in file.parent.iterdir() if path != file]
-    tuned.choices.cache_clear()  # as in the next process
     assert product() == Choice(fast)
     monkeypatch.setenv("FMOE_GROUPED_MM", slow)
     assert product() == Choice(slow)
@@ -107,7 +106,6 @@ def test_a_choice_that_is_wrong_is_refused_and_one_that_cannot_run_is_left_out(m
         raise RuntimeError("out of shared memory")
 
     monkeypatch.setattr(torch, "_grouped_mm", fails)
-    tuned.choices.cache_clear()
     found = tune(TINY, dtype=torch.float32, device="cpu", rounds=2)
     assert all(each.best == Choice("loop") and each.ms[1] is None for each in found)
     assert "can't run here: out of shared memory" in capsys.readouterr().err
@@ -125,6 +123,24 @@ def test_a_tile_is_read_from_the_file_unless_its_engine_cannot(file, monkeypatch
     other = {tuned.key("outer", (4, 16, 8), torch.float32): Choice("loop")}
     assert tuned.write(CPU, other) == file
     assert len(json.loads(file.read_text())["cpu"]) == 2
+
+
+@pytest.mark.usefixtures("two_engines")
+def test_choices_are_in_force_while_a_block_runs_and_cannot_be_changed_otherwise():
+    mm, outer = (tuned.key(how, (4, 16, 8), torch.float32) for how in ("mm", "outer"))
+    tuned.write(CPU, {outer: Choice("loop")})
+    before = tuned.choices(CPU)
+    with tuned.using(CPU, {mm: Choice("loop")}):
+        assert product() == product("outer") == Choice("loop")
+        with tuned.using(CPU, {outer: Choice("torch")}):
+            assert (product(), product("outer")) == (Choice("loop"), Choice("torch"))
+        assert product() == product("outer") == Choice("loop")
+    with pytest.raises(ZeroDivisionError), tuned.using(CPU, {mm: Choice("loop")}):
+        divmod(1, 0)
+    assert tuned.choices(CPU) is before
+    assert (product(), product("outer")) == (Choice("torch"), Choice("loop"))
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        before[mm] = Choice("loop")
 
 
 @pytest.mark.parametrize(

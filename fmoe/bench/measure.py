@@ -38,6 +38,10 @@ class Measured(NamedTuple):
     syncs          times the host waits for the device in a step
     error          largest relative error of output and gradients against float32
     =============  ========================================
+
+    >>> row = Measured("fmoe", 2.0, 6.0, 0.01, 450.0, 0.6, 90.0, 300.0, 21, 1, 4e-3)
+    >>> f"backward {row.step - row.forward} ms; a matrix product has {row.rate / row.share:.0f} TFLOP/s"
+    'backward 4.0 ms; a matrix product has 750 TFLOP/s'
     """
 
     layer: str
@@ -108,6 +112,12 @@ def bench_layer(
 
     Raises ``RuntimeError`` if a layer that is no peer has a wrong output or gradient, and ``ValueError`` for
     fewer than two rounds and for names of no layer.
+
+    >>> shape = Shape(tokens=64, dim=16, hidden=8, experts=4, top_k=2)
+    >>> found = bench_layer(shape, dtype=torch.float32, device="cpu", rounds=2, only=["fmoe"], seed=0)
+    >>> layer = Measured(**found["layers"][0])
+    >>> layer.layer, layer.error < 1e-5, layer.peak  # on a CPU that isn't known
+    ('fmoe', True, None)
     """
     check_number("bench_layer", "rounds", rounds)
     seed = time.time_ns() % 2**31 if seed is None else seed

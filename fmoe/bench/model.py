@@ -60,6 +60,12 @@ def bench_model(
 
     Raises ``RuntimeError`` if the first loss isn't that of an untrained model, or the last isn't finite, and
     ``ValueError`` for fewer than two steps and for what :func:`fmoe.plan.plan` refuses.
+
+    >>> config = deepseek_v3.preset("debug", layers=2)
+    >>> how = dict(batch_size=2, seq_len=16, steps=2, dtype=torch.float32, device="cpu", seed=0)
+    >>> found = bench_model(config, **how)
+    >>> round(found["first_loss"] / math.log(config.vocab_size), 1), round(sum(found["shares"].values()), 3)
+    (1.0, 1.0)
     """
     check_number("bench_model", "steps", steps)
     seed = time.time_ns() % 2**31 if seed is None else seed

@@ -10,6 +10,8 @@ import torch
 
 from ..errors import argument_error
 
+IN_A_ROW = 3  # calls that are timed together
+
 
 def syncs(call: Callable[[], Any]) -> int:
     """How often the host waits for the CUDA device in a call."""
@@ -32,7 +34,7 @@ def launches(call: Callable[[], Any]) -> int:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
-def timed(call: Callable[[], Any], on_cuda: bool, repeats: int = 3) -> float:
+def timed(call: Callable[[], Any], on_cuda: bool) -> float:
     """Milliseconds a call takes, of a few in a row: enough to hide the launch of the first."""
     if not on_cuda:
         start = time.perf_counter()
@@ -41,11 +43,11 @@ def timed(call: Callable[[], Any], on_cuda: bool, repeats: int = 3) -> float:
     start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     call()
     start_event.record()
-    for _ in range(repeats):
+    for _ in range(IN_A_ROW):
         call()
     end_event.record()
     end_event.synchronize()
-    return start_event.elapsed_time(end_event) / repeats
+    return start_event.elapsed_time(end_event) / IN_A_ROW
 
 
 def matmul_rate(dtype: torch.dtype, device: str) -> float:

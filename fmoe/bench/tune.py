@@ -63,22 +63,17 @@ def tune(
     run = random_run(shape, config, "random", dtype, device, seed)
     step = functools.partial(run.step, lambda params, x: moe_forward(params, x, router=config))
     able = candidates(run)
-    known = tuned.choices(run.x.device)
     tuned.write(run.x.device, {})  # before measuring, which would be lost where it can't
-    before, found = dict(known), []
-    try:
-        for product in products(shape, dtype):
-            ms = _compare(functools.partial(known.__setitem__, product), able, step, rounds, run.x.is_cuda)
-            first, fastest = ms[0], min(time for time in ms if time is not None)
-            assert first is not None
-            best = able[0] if fastest > first * (1 - GAIN) else able[ms.index(fastest)]
-            known[product] = best
-            found.append(Tuned(product, able, ms, best))
-    except BaseException:
-        known.clear()
-        known.update(before)
-        raise
-    tuned.write(run.x.device, {each.product: each.best for each in found})
+    best: dict[str, Choice] = {}
+    found = []
+    for product in products(shape, dtype):
+        with tuned.using(run.x.device, best):
+            ms = _compare(product, able, step, rounds, run.x.device)
+        first, fastest = ms[0], min(time for time in ms if time is not None)
+        assert first is not None
+        best[product] = able[0] if fastest > first * (1 - GAIN) else able[ms.index(fastest)]
+        found.append(Tuned(product, able, ms, best[product]))
+    tuned.write(run.x.device, best)
     return found
 
 
@@ -99,16 +94,16 @@ def candidates(run: Run) -> list[Choice]:
 
 
 def _compare(
-    use: Callable[[Choice], None], able: list[Choice], step: Callable[[], Any], rounds: int, on_cuda: bool
+    product: str, able: list[Choice], step: Callable[[], Any], rounds: int, device: torch.device
 ) -> list[float | None]:
     """The median ms of a step with each choice, which take turns; ``None`` for one the device can't run."""
-    use(able[0])
-    expected = step()
+    with tuned.using(device, {product: able[0]}):
+        expected = step()
     times: dict[Choice, list[float]] = {able[0]: []}
     for choice in able[1:]:
-        use(choice)
         try:
-            got = step()
+            with tuned.using(device, {product: choice}):
+                got = step()
         except Exception as error:  # Triton has several kinds for a tile that needs more than there is
             print(f"tune: {choice} can't run here: {str(error).splitlines()[0]}", file=sys.stderr)
             continue
@@ -119,8 +114,8 @@ def _compare(
             raise RuntimeError(f"tune: {choice} gives other results, by {worst:.2g} of their norm.")
     for _ in range(rounds):
         for choice, each in times.items():
-            use(choice)
-            each.append(timed(step, on_cuda))
+            with tuned.using(device, {product: choice}):
+                each.append(timed(step, device.type == "cuda"))
     return [statistics.median(times[choice]) if choice in times else None for choice in able]
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from ..ops.attention import causal_attention
 from ..ops.axes import present
+from ..ops.dtypes import accumulator
 from ..parallel.collectives import psum
 from ..tree import P, param
 from .config import DeepSeekV3Config
@@ -165,5 +166,5 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     >>> rms_norm(torch.tensor([3.0, 4.0]), torch.ones(2), 0.0)
     tensor([0.8485, 1.1314])
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(accumulator(x.dtype))
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight

@@ -14,9 +14,9 @@ from ..parallel.spec import axes_by_dim, named_axes
 from ..tree import P, check_tensors, dotted_names, is_spec
 
 
-def check_token_spec(function: str, argument: str, x: torch.Tensor, spec: P, *, whole_dims: int = 1) -> None:
-    """Raise ``ValueError`` unless tokens, whose last dimensions are whole, lie along the axes for tokens."""
-    if named_axes(spec) - {"dp", "ep"} or (dtensor_beneath(x) and any(spec[x.dim() - whole_dims :])):
+def check_token_spec(function: str, argument: str, x: torch.Tensor, spec: P) -> None:
+    """Raise ``ValueError`` unless tokens, whose last dimension is whole, lie along the axes for tokens."""
+    if named_axes(spec) - {"dp", "ep"} or (dtensor_beneath(x) and any(spec[x.dim() - 1 :])):
         raise argument_error(
             function,
             argument,
@@ -61,11 +61,11 @@ def check_layer(params: Any, x: torch.Tensor) -> None:
             )
 
 
-def check_params(params: Any, specs: Any, wanted: Any, mesh: DeviceMesh) -> None:
+def check_params(function: str, params: Any, specs: Any, wanted: Any, mesh: DeviceMesh) -> None:
     """Raise ``ValueError`` unless DTensors have the specs' shapes, and plain params this device's part."""
     sizes, wrong = axis_sizes(mesh), []
     described = optree.tree_leaves(specs, is_leaf=is_spec)
-    leaves = check_tensors("forward", "params", params)
+    leaves = check_tensors(function, "params", params)
     for name, leaf, spec, place in zip(dotted_names(params), leaves, described, optree.tree_leaves(wanted)):
         parts = [math.prod([sizes.get(a, 1) for a in axes]) for axes in axes_by_dim(place)]
         parts += [1] * (len(spec.shape) - len(parts))
@@ -76,9 +76,62 @@ def check_params(params: Any, specs: Any, wanted: Any, mesh: DeviceMesh) -> None
             wrong.append(f"{name} {'a plain tensor' if plain else 'a DTensor'} of {found}, not {expected}")
     if wrong or len(leaves) != len(described):
         raise argument_error(
-            "forward",
+            function,
             "params",
             got="; ".join(wrong) or f"{len(leaves)} tensors",
             expected=f"{len(described)} tensors of config, on {describe(mesh)}",
             remedy="Place them with fmoe.shard_params(params, mesh, deepseek_v3.specs(config)).",
+        )
+
+
+def check_tokens(function: str, argument: str, tokens: torch.Tensor, max_seq_len: int) -> None:
+    """Raise ``ValueError`` unless ``tokens`` are int64 (B, L) of at most ``max_seq_len`` positions."""
+    if tokens.dtype != torch.int64 or tokens.dim() != 2:
+        raise argument_error(
+            function,
+            argument,
+            got=f"{tokens.dtype} of shape {tuple(tokens.shape)}",
+            expected="torch.int64 of shape (B, L)",
+            remedy="Convert with .long(), and give one sequence a batch dimension.",
+        )
+    if tokens.numel() == 0:
+        raise argument_error(
+            function,
+            argument,
+            got=f"no token, of shape {tuple(tokens.shape)}",
+            expected="at least one",
+            remedy="Leave empty batches out.",
+        )
+    if tokens.shape[1] > max_seq_len:
+        raise argument_error(
+            function,
+            argument,
+            got=f"{tokens.shape[1]} positions",
+            expected=f"at most max_seq_len={max_seq_len}",
+            remedy="Cut the sequences, or raise max_seq_len.",
+        )
+
+
+def check_same(function: str, what: str, argument: str, found: Any, of_tokens: Any) -> None:
+    """Raise ``ValueError`` unless something is of tokens and targets what it is of tokens."""
+    if found != of_tokens:
+        raise argument_error(
+            function,
+            argument,
+            got=f"{argument} {what} {found}",
+            expected=f"{of_tokens}, as tokens",
+            remedy="Give every token one target, in the same place.",
+        )
+
+
+def check_heads(function: str, num_heads: int, mesh: DeviceMesh) -> None:
+    """Raise ``ValueError`` unless heads are shared evenly along ``tp``."""
+    tp = axis_sizes(mesh).get("tp", 1)
+    if num_heads % tp:
+        raise argument_error(
+            function,
+            "mesh",
+            got=f"tp={tp} for {num_heads} heads",
+            expected="a tp that divides the heads",
+            remedy="Choose another mesh.",
         )

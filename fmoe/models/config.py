@@ -97,8 +97,9 @@ class DeepSeekV3Config:
 
         for field in dataclasses.fields(self):
             least = 0 if field.name in ("num_dense_layers", "q_lora_rank", "num_shared_experts") else 1
-            if field.type is int and getattr(self, field.name) < least:
-                raise error(field.name, f"at least {least}", "Correct it.")
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < least):
+                raise error(field.name, f"an integer of at least {least}", "Correct it.")
         if self.num_dense_layers > self.num_layers:
             raise error("num_dense_layers", f"at most num_layers={self.num_layers}", "Lower it.")
         if self.qk_rope_head_dim % 2:

@@ -11,8 +11,7 @@ import optree
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..errors import argument_error
-from ..ops.axes import axis_names, axis_sizes
+from ..ops.axes import axis_names
 from ..ops.balance import MoEStats, update_expert_bias
 from ..parallel.backends import choose
 from ..parallel.boundary import dtensor_beneath
@@ -20,7 +19,7 @@ from ..parallel.placement import computing, init_on, token_axes, where_placed
 from ..parallel.shard_map import shard_map
 from ..parallel.spec import named_axes
 from ..tree import P, partition_specs
-from .checks import check_params, check_token_spec
+from .checks import check_heads, check_params, check_same, check_token_spec, check_tokens
 from .config import DeepSeekV3Config as DeepSeekV3Config  # re-exported
 from .config import preset as preset
 from .counts import flops_per_token as flops_per_token
@@ -50,7 +49,7 @@ def init(
     >>> len(params.layers), params.embedding.shape
     (4, torch.Size([256, 128]))
     """
-    return init_on(mesh, specs(config), seed, dtype=dtype, device=device)
+    return init_on("init", mesh, specs(config), seed, dtype=dtype, device=device)
 
 
 def forward(
@@ -85,7 +84,7 @@ def forward(
     >>> logits.shape, len(stats)
     (torch.Size([2, 16, 256]), 3)
     """
-    check_tokens("forward", "tokens", tokens, config)
+    check_tokens("forward", "tokens", tokens, config.max_seq_len)
 
     def run(how: ModelParams, along: tuple[str, ...], params: ModelParams, tokens: torch.Tensor) -> Any:
         x, stats = hidden(params, tokens, config, how, along, per_layer)
@@ -95,7 +94,7 @@ def forward(
         rows, length = (*where, None, None)[:2]
         return P(rows, length, "tp" if mesh is not None and "tp" in axis_names(mesh) else None), P()
 
-    return _on_mesh(run, params, (tokens,), config, mesh, backend, out_specs)
+    return _on_mesh("forward", run, params, (tokens,), config, mesh, backend, out_specs)
 
 
 def loss(
@@ -124,18 +123,19 @@ def loss(
     >>> abs(value.item() - 5.5) < 0.5      # near log(256) before any training
     True
     """
-    check_tokens("loss", "tokens", tokens, config)
-    check_tokens("loss", "targets", targets, config)
-    check_same("of shape", "targets", tuple(targets.shape), tuple(tokens.shape))
+    check_tokens("loss", "tokens", tokens, config.max_seq_len)
+    check_tokens("loss", "targets", targets, config.max_seq_len)
+    check_same("loss", "of shape", "targets", tuple(targets.shape), tuple(tokens.shape))
 
     def run(how: ModelParams, along: tuple[str, ...], params: ModelParams, *batch: torch.Tensor) -> Any:
         tokens, targets = batch
         return stage_loss(params, tokens, targets, config, how, along, per_layer, logits_bytes)
 
-    return _on_mesh(run, params, (tokens, targets), config, mesh, backend, lambda where: (P(), P()))
+    return _on_mesh("loss", run, params, (tokens, targets), config, mesh, backend, lambda where: (P(), P()))
 
 
 def _on_mesh(
+    function: str,
     run: Callable[..., Any],
     params: ModelParams,
     inputs: tuple[torch.Tensor, ...],
@@ -146,26 +146,26 @@ def _on_mesh(
 ) -> Any:
     """``run(how, along, params, *inputs)``: ``how`` params move, and ``along`` which axes tokens lie."""
     if mesh is None:
-        choose(backend, None)
+        choose(function, backend, None)
         how = ModelParams._make([(), [()] * len(params.layers), (), ()])
         return run(how, (), params, *inputs)
     described = specs(config)
     wanted = optree.tree_map(computing, partition_specs(described))
-    check_params(params, described, wanted, mesh)
-    check_heads(config, mesh)
+    check_params(function, params, described, wanted, mesh)
+    check_heads(function, config.num_heads, mesh)
     of_tokens = [P(token_axes(mesh))] * len(inputs)
     have, *where = where_placed((params, *inputs), (wanted, *of_tokens), mesh)
     for name, value, spec in zip(("tokens", "targets"), inputs, where):
-        check_token_spec("forward", name, value, spec)
-        check_same("placed by", name, spec, where[0])
+        check_token_spec(function, name, value, spec)
+        check_same(function, "placed by", name, spec, where[0])
     along = tuple(axis for axis in axis_names(mesh) if axis in named_axes(where[0]))
-    how = moves_of(params, have, wanted, mesh)
+    how = moves_of(function, params, have, wanted, mesh)
     return shard_map(
         lambda *args: run(how, along, *args),
         mesh,
         in_specs=(have, *where),
         out_specs=out_specs(where[0]),
-        backends=choose(backend, mesh, params.embedding),
+        backends=choose(function, backend, mesh, params.embedding),
         local_results=not dtensor_beneath(inputs[0]),
     )(params, *inputs)
 
@@ -186,54 +186,3 @@ def update_biases(params: ModelParams, stats: tuple[MoEStats, ...], rate: float)
         for layer in params.layers
     )
     return params._replace(layers=layers)
-
-
-def check_tokens(function: str, argument: str, tokens: torch.Tensor, config: DeepSeekV3Config) -> None:
-    """Raise ``ValueError`` unless ``tokens`` are int64 (B, L) of at most ``max_seq_len`` positions."""
-    if tokens.dtype != torch.int64 or tokens.dim() != 2:
-        raise argument_error(
-            function,
-            argument,
-            got=f"{tokens.dtype} of shape {tuple(tokens.shape)}",
-            expected="torch.int64 of shape (B, L)",
-            remedy="Convert with .long(), and give one sequence a batch dimension.",
-        )
-    if tokens.numel() == 0:
-        raise argument_error(
-            function,
-            argument,
-            got=f"no token, of shape {tuple(tokens.shape)}",
-            expected="at least one",
-            remedy="Leave empty batches out.",
-        )
-    if tokens.shape[1] > config.max_seq_len:
-        raise argument_error(
-            function,
-            argument,
-            got=f"{tokens.shape[1]} positions",
-            expected=f"at most max_seq_len={config.max_seq_len}",
-            remedy="Cut the sequences, or raise max_seq_len.",
-        )
-
-
-def check_same(what: str, argument: str, found: Any, of_tokens: Any) -> None:
-    if found != of_tokens:
-        raise argument_error(
-            "loss",
-            argument,
-            got=f"{argument} {what} {found}",
-            expected=f"{of_tokens}, as tokens",
-            remedy="Give every token one target, in the same place.",
-        )
-
-
-def check_heads(config: DeepSeekV3Config, mesh: DeviceMesh) -> None:
-    tp = axis_sizes(mesh).get("tp", 1)
-    if config.num_heads % tp:
-        raise argument_error(
-            "forward",
-            "mesh",
-            got=f"tp={tp} for {config.num_heads} heads",
-            expected="a tp that divides the heads",
-            remedy="Choose another mesh.",
-        )

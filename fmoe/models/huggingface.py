@@ -110,7 +110,15 @@ def save(
     rank is then raised on all.
 
     Raises ``ValueError`` for parameters that don't belong to ``config``, all of them by name, and for
-    configurations that transformers can't express. :func:`load` has an example of both.
+    configurations that transformers can't express.
+
+    >>> import tempfile
+    >>> from fmoe.models import deepseek_v3
+    >>> config = deepseek_v3.preset("debug")
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     save(path, config, deepseek_v3.init(config, 0), max_shard_bytes=4 * 2**20)
+    ...     sorted(file.name for file in Path(path).glob("*.safetensors"))
+    ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
     """
     path = Path(path)
     shared = any(is_dtensor(leaf) for leaf in optree.tree_leaves(params))

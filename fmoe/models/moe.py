@@ -127,7 +127,7 @@ def moe_init(
     specs = moe_specs(
         dim=dim, hidden_dim=hidden_dim, num_experts=num_experts, num_shared_experts=num_shared_experts
     )
-    return init_on(mesh, specs, seed_or_generator, dtype=dtype, device=device)
+    return init_on("moe_init", mesh, specs, seed_or_generator, dtype=dtype, device=device)
 
 
 @overload
@@ -197,12 +197,12 @@ def moe_forward(
     """
     check_layer(params, x)
     if mesh is None:
-        choose(backend, None)
+        choose("moe_forward", backend, None)
         y, routing = moe_layer(params, x, router)
         return (y, moe_stats(routing)) if return_stats else y
     wanted = COMPUTING if params.shared else COMPUTING._replace(shared=())
     have, x_spec = where_placed((params, x), (wanted, P(token_axes(mesh))), mesh)
-    how = moves(params, have, wanted, mesh)
+    how = moves("moe_forward", "params", params, have, wanted, mesh)
     check_token_spec("moe_forward", "x", x, x_spec)
     spread_over = tuple(axis for axis in axis_names(mesh) if axis in named_axes(x_spec))
 
@@ -215,7 +215,7 @@ def moe_forward(
         mesh,
         in_specs=(have, x_spec),
         out_specs=(x_spec, P()) if return_stats else x_spec,
-        backends=choose(backend, mesh, x),
+        backends=choose("moe_forward", backend, mesh, x),
         local_results=not dtensor_beneath(x),
     )(params, x)
 

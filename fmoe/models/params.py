@@ -14,7 +14,14 @@ from .moe import MoEParams, mlp_specs, moe_specs
 
 
 class LayerParams(NamedTuple):
-    """One layer; ``mlp`` is :class:`fmoe.ExpertParams` where it is dense, else :class:`fmoe.MoEParams`."""
+    """One layer; ``mlp`` is :class:`fmoe.ExpertParams` where it is dense, else :class:`fmoe.MoEParams`.
+
+    Both norms are (D,).
+
+    >>> from fmoe.models.config import preset
+    >>> [type(layer.mlp).__name__ for layer in specs(preset("debug")).layers]
+    ['ExpertParams', 'MoEParams', 'MoEParams', 'MoEParams']
+    """
 
     attention_norm: torch.Tensor
     attention: AttentionParams
@@ -31,6 +38,11 @@ class ModelParams(NamedTuple):
     norm       (D,)        of the last layer's output
     head       (vocab, D)  ``()`` where the embedding is the head, too
     =========  ==========  ========================================
+
+    >>> from fmoe.models.config import preset
+    >>> tied = specs(dataclasses.replace(preset("debug"), tied_head=True))
+    >>> tied.embedding.shape, tied.head
+    ((256, 128), ())
     """
 
     embedding: torch.Tensor

@@ -94,11 +94,14 @@ def one_layer(
     return x + y, (moe_stats(routing, lambda t: psum(t, along)),)
 
 
-def moves_of(params: ModelParams, have: ModelParams, wanted: ModelParams, mesh: DeviceMesh) -> ModelParams:
+def moves_of(
+    function: str, params: ModelParams, have: ModelParams, wanted: ModelParams, mesh: DeviceMesh
+) -> ModelParams:
     """How the parameters move: those of a layer in the layer, where they are used."""
 
-    def of(name: str) -> Moves:
-        return moves(getattr(params, name), getattr(have, name), getattr(wanted, name), mesh)
+    def of(name: str, *trees: Any) -> Moves:
+        held, placed, goal = trees or (getattr(tree, name) for tree in (params, have, wanted))
+        return moves(function, f"params.{name}", held, placed, goal, mesh)
 
-    layers = [moves(p, h, w, mesh) for p, h, w in zip(params.layers, have.layers, wanted.layers)]
+    layers = [of(f"layers.{i}", *t) for i, t in enumerate(zip(params.layers, have.layers, wanted.layers))]
     return ModelParams._make([of("embedding"), layers, of("norm"), of("head")])

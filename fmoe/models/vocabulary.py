@@ -3,19 +3,30 @@
 import torch
 import torch.nn.functional as F
 
+from ..errors import argument_error
 from ..ops.axes import present
 from ..ops.cross_entropy import LOGITS_BYTES as LOGITS_BYTES
 from ..ops.cross_entropy import cross_entropy_terms
 from ..parallel.collectives import all_gather, axis_index, axis_size, psum
 
 IGNORED = -100
+REMEDY = "Use the tokenizer that the model is for."
 
 
 def embed(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Rows (..., D) of ``weight`` (vocab, D), of which each device along ``tp`` holds its part."""
     axes = present("tp")
     if axis_size(axes) == 1:
-        return F.embedding(ids, weight)
+        try:
+            return F.embedding(ids, weight)
+        except IndexError as error:  # on a CPU; CUDA reports it where it next waits
+            raise argument_error(
+                "embed",
+                "ids",
+                got="an id outside the vocabulary",
+                expected=f"0 to {weight.shape[0] - 1}",
+                remedy=REMEDY,
+            ) from error
     index, here = _mine(ids, weight.shape[0], axes)
     return psum(torch.where(here[..., None], F.embedding(index, weight), 0), axes)
 
@@ -50,7 +61,8 @@ def summed_cross_entropy(
 
 def _mine(ids: torch.Tensor, rows: int, axes: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids within this device's part of the vocabulary, and which of them are in it."""
-    torch._assert_async(((ids >= 0) & (ids < rows * axis_size(axes))).all(), "an id outside the vocabulary")
+    inside = (ids >= 0) & (ids < rows * axis_size(axes))
+    torch._assert_async(inside.all(), f"vocabulary: ids: got one outside of it, along tp. {REMEDY}")
     local = ids - axis_index(axes) * rows
     here = (local >= 0) & (local < rows)
     return torch.where(here, local, 0), here

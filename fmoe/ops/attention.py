@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from ..errors import argument_error
-from .bases import accumulator, random, refold_rows, unfold_rows
+from .bases import random, refold_rows, unfold_rows
 from .derive import Dims, Tensors, pullback
+from .dtypes import accumulator
 from .kernels import attention as kernels
 from .primitive import Fold, Operator, declare, front
 from .tape import checkpoint

@@ -25,6 +25,10 @@ class Group(NamedTuple):
     """The devices along some axes: a process group's name, its size, and this device's place in it.
 
     One device has no process group; its name is empty.
+
+    >>> import fmoe
+    >>> group_of(fmoe.make_mesh("ep=1", device_type="cpu"), ("ep",))
+    Group(name='', size=1, position=0)
     """
 
     name: str

@@ -11,17 +11,13 @@ import torch
 
 from . import kernels
 from .derive import Dims, Tensors
+from .dtypes import accumulator
 from .kernels import grouped
 from .primitive import Fold, Operator, declare, front
 from .tape import checkpoint
 
 GATHER = checkpoint("gather", save=False)
 GROUPED_MM = checkpoint("grouped_mm", save=False)
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What sums over experts are held in: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 # ---- gather and scatter_add: each other's transpose --------------------------------------------
@@ -164,19 +160,18 @@ def _grouped_outer_vmap(size: int, dims: Dims, x: Any, y: Any, offsets: Any) -> 
     return Fold(args, unfold_rows(size), refold_rows)
 
 
-def _sum(*terms: torch.Tensor | None) -> torch.Tensor:
+def total(*terms: torch.Tensor | None) -> torch.Tensor:
+    """The sum of one or two tensors, or the one that there is."""
     present = [t for t in terms if t is not None]
     return present[0] if len(present) == 1 else present[0] + present[1]
 
 
-def _bilinear_jvp(op: Any) -> Any:
-    """The tangent of ``op(a, b, offsets)``, linear in ``a`` and in ``b``."""
+def bilinear_jvp(op: Any) -> Any:
+    """The tangent of ``op(a, b, how)``, linear in ``a`` and in ``b``."""
 
     def rule(res: tuple[Any, ...], ta: Any, tb: Any, _: Any) -> torch.Tensor:
-        a, b, offsets = res
-        return _sum(
-            None if ta is None else op()(ta, b, offsets), None if tb is None else op()(a, tb, offsets)
-        )
+        a, b, how = res
+        return total(None if ta is None else op()(ta, b, how), None if tb is None else op()(a, tb, how))
 
     return rule
 
@@ -228,7 +223,7 @@ grouped_mm: Operator = declare(
     plain=_grouped_mm_plain,
     residuals=lambda inputs, outputs: inputs,
     vjp=_grouped_mm_vjp,
-    jvp=_bilinear_jvp(lambda: grouped_mm),
+    jvp=bilinear_jvp(lambda: grouped_mm),
     vmap=_grouped_mm_vmap,
 )
 
@@ -242,6 +237,6 @@ grouped_outer: Operator = declare(
     plain=_grouped_outer_plain,
     residuals=lambda inputs, outputs: inputs,
     vjp=_grouped_outer_vjp,
-    jvp=_bilinear_jvp(lambda: grouped_outer),
+    jvp=bilinear_jvp(lambda: grouped_outer),
     vmap=_grouped_outer_vmap,
 )

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 
 from . import kernels
-from .bases import accumulator, gather, gather_kernel, random, scatter_add, scatter_add_kernel
+from .bases import gather, gather_kernel, random, scatter_add, scatter_add_kernel
 from .derive import Tensors, pullback
 from .dispatch import Plan, check_rows, plan_example, rows_of_slots
+from .dtypes import accumulator
 from .primitive import Operator, declare
 from .tape import checkpoint
 from .transport import InFlight
@@ -58,6 +59,14 @@ def join(coming: InFlight, plan: Plan, plus: torch.Tensor | None = None) -> torc
     """Wait for what :func:`combine_start` began, and add ``plus`` (T, D) to it, as shared experts' outputs.
 
     ``join(combine_start(y_SD, plan), plan)`` is ``combine(y_SD, plan)``; the result is (T, D) in its dtype.
+
+    Raises ``RuntimeError`` where ``plus`` has a shape that can't be added.
+
+    >>> import fmoe
+    >>> params = fmoe.moe_init(0, dim=4, hidden_dim=8, num_experts=16)
+    >>> x_SD, plan = fmoe.dispatch(x := torch.randn(3, 4), fmoe.route(params.router, x, fmoe.RouterConfig()))
+    >>> torch.equal(join(combine_start(x_SD, plan), plan), fmoe.combine(x_SD, plan))
+    True
     """
     if plan.transport is not None:
         return plan.transport.join(coming, plan, plus)

@@ -11,14 +11,19 @@ from typing import Any
 import torch
 
 from . import kernels
-from .bases import accumulator, gather, random
+from .bases import gather, random
 from .derive import Tensors, pullback
+from .dtypes import accumulator
 from .primitive import Operator, declare
 from .route import product
 from .tape import checkpoint
 
 LOSS = checkpoint("loss", save=False)
 LOGITS_BYTES = 2**28
+OUTSIDE = (
+    "cross_entropy_terms: index: got a target outside the vocabulary, expected 0 to vocab_size - 1, or -100 "
+    "for none. Use the tokenizer that the model is for."
+)
 STEP = 64  # a block's columns are a multiple of it
 
 
@@ -58,7 +63,7 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 def _kernel(x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, block_bytes: int) -> torch.Tensor:
     inside = ((index >= -1) & (index < weight.shape[0])).all()
-    torch._assert_async(inside, "cross_entropy_terms: a target outside the vocabulary")
+    torch._assert_async(inside, OUTSIDE)
     out = x.new_full((2, x.shape[0]), -torch.inf, dtype=accumulator(x.dtype))
     total, chosen = out[0], out[1].zero_()
     rows = x if x.is_cuda else x.to(out.dtype)

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 
 from ..errors import argument_error
 from . import kernels
-from .bases import accumulator, gather, gather_kernel, grouped_mm, random, scatter_add
+from .bases import gather, gather_kernel, grouped_mm, random, scatter_add
 from .combine import weight_gradients_kernel, weighted_sum_kernel
 from .derive import Tensors, pullback
 from .dispatch import Plan, check_rows, plan_example, rows_of_slots
+from .dtypes import accumulator
 from .kernels import grouped
 from .primitive import Operator, declare
 from .tape import checkpoint

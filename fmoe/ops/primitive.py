@@ -51,6 +51,13 @@ class Fold(NamedTuple):
 
     ``operator(*args)`` computes it, ``unfold`` turns its outputs into batched ones (batch first),
     ``refold`` is the inverse of ``unfold``, through which kept outputs are handed back.
+
+    >>> from fmoe.ops.bases import gather
+    >>> x, index = torch.tensor([5.0, 7.0]), torch.tensor([[0, 1], [1, 1]])
+    >>> fold = gather.rules.vmap(2, (None, 0), x, index)  # the same x for two examples
+    >>> gather(*fold.args), fold.unfold((gather(*fold.args),))
+    (tensor([5., 7., 7., 7.]), (tensor([[5., 7.],
+            [7., 7.]]),))
     """
 
     args: tuple[Any, ...]
@@ -68,7 +75,15 @@ class Stated(NamedTuple):
 
 
 class Operator:
-    """A differentiable function with a raw kernel; made by :func:`declare`."""
+    """A differentiable function with a raw kernel; made by :func:`declare`.
+
+    >>> import fmoe
+    >>> gather = operators()["gather"]
+    >>> gather(torch.tensor([5.0, 7.0]), torch.tensor([1, -1]))  # -1: no row, so zero
+    tensor([7., 0.])
+    >>> gather, gather.checkpoint, gather.by_hand == {"vjp", "jvp", "vmap"}
+    (<operator gather>, 'gather', True)
+    """
 
     def __init__(
         self, name: str, raw: Any, checkpoint: str, residual_outputs: int, rules: Rules, stated: Stated
@@ -122,7 +137,7 @@ def declare(
     vmap: Callable[..., Any] | Unsupported | None = None,
     reference: Callable[..., Any] | None = None,
 ) -> Operator:
-    """Declare an operator and register it.
+    """Declare an operator and register it under its schema's name, which no other may have.
 
     ================  ========================================
     schema            ``"gather(Tensor x, Tensor index) -> Tensor"``
@@ -146,6 +161,16 @@ def declare(
     exist, :class:`~fmoe.ops.refuse.Unsupported` takes its place. ``docs/operators.md`` declares two.
 
     Raises ``TypeError`` with neither ``plain`` nor ``reference``.
+
+    >>> from fmoe.ops.bases import random
+    >>> from fmoe.ops.tape import checkpoint
+    >>> square = declare(
+    ...     "test_square(Tensor x) -> Tensor", impl=lambda x: x * x, fake=torch.empty_like,
+    ...     checkpoint=checkpoint("square", save=False), example=lambda: (random(3),),
+    ...     reference=lambda x: x**2,
+    ... )
+    >>> torch.func.grad(torch.func.grad(square))(torch.tensor(3.0))  # its rules follow from the reference
+    tensor(2.)
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -10,9 +10,22 @@ from ..errors import TransformError
 
 
 class Unsupported(NamedTuple):
-    """Stands where a rule would, and says what to do instead."""
+    """Stands where a rule would, and says what to do instead.
+
+    >>> import fmoe
+    >>> from fmoe.ops.primitive import operators
+    >>> operators()["exchange"].rules.vmap.remedy  # doctest: +ELLIPSIS
+    'Tokens and routes of every example would have to move together: loop over the examples, ...'
+    """
 
     remedy: str
+
+
+# Of a backend's dispatch under vmap.
+ALL_MOVE = Unsupported(
+    "Tokens and routes of every example would have to move together: loop over the examples, or batch before "
+    "routing."
+)
 
 
 def refuse_transforms_inside_compile(name: str) -> None:

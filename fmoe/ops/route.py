@@ -8,8 +8,9 @@ import torch
 from ..errors import argument_error
 from ..tree import node, static
 from . import kernels
-from .bases import accumulator, gather, random
+from .bases import bilinear_jvp, gather, random, refold_rows, unfold_rows
 from .derive import Dims, Tensors
+from .dtypes import accumulator
 from .primitive import Fold, Operator, declare, front
 from .tape import checkpoint
 
@@ -266,21 +267,9 @@ def _product_vjp(res: Any, needs: Any, g: torch.Tensor) -> tuple[Any, ...]:
     )
 
 
-def _product_jvp(res: Any, ta: Any, tb: Any, _: Any) -> torch.Tensor:
-    a, b, dtype = res
-    terms = [product(ta, b, dtype)] if ta is not None else []
-    terms += [product(a, tb, dtype)] if tb is not None else []
-    return sum(terms[1:], terms[0])
-
-
 def _product_vmap(size: int, dims: Dims, a: Any, b: Any, dtype: torch.dtype) -> Fold:
     if dims[1] is None and b.dim() == 2:
-        rows = a.shape[1]
-        return Fold(
-            (a.flatten(0, 1), b, dtype),
-            lambda o: (o[0].unflatten(0, (size, rows)),),
-            lambda o: (o[0].flatten(0, 1),),
-        )
+        return Fold((a.flatten(0, 1), b, dtype), unfold_rows(size), refold_rows)
     args = front(a, dims[0], size), front(b, dims[1], size), dtype
     return Fold(args, lambda outs: outs, lambda outs: outs)
 
@@ -295,6 +284,6 @@ product: Operator = declare(
     plain=_product_plain,
     residuals=lambda inputs, outputs: inputs,
     vjp=_product_vjp,
-    jvp=_product_jvp,
+    jvp=bilinear_jvp(lambda: product),
     vmap=_product_vmap,
 )

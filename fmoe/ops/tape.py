@@ -34,7 +34,15 @@ class Recorded(Protocol):
 
 
 def checkpoint(name: str, *, save: bool) -> str:
-    """Declare a name that remat's policies see, and whether the default policy keeps what bears it."""
+    """Declare a name that remat's policies see, and whether the default policy keeps what bears it.
+
+    Gives the name; several operators may bear it.
+
+    >>> from fmoe.transforms import save, save_declared
+    >>> SQUARE = checkpoint("square", save=False)
+    >>> save_declared(SQUARE), save(SQUARE)(SQUARE)
+    (False, True)
+    """
     _CHECKPOINTS[name] = save
     return name
 

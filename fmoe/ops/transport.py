@@ -13,7 +13,10 @@ from .axes import Axes, Group, axis_names, binding, group_of, names_of, resolve
 class InFlight(NamedTuple):
     """Rows on their way back, from :func:`~fmoe.ops.combine.combine_start`.
 
-    Until joined nothing may read ``y_TD``, or write to what is ``held`` for it.
+    Until joined nothing may read ``y_TD`` (T, D), or write to what is ``held`` for it.
+
+    >>> InFlight(torch.ones(2, 3)).held  # what has arrived holds nothing
+    ()
     """
 
     y_TD: torch.Tensor
@@ -26,6 +29,14 @@ class Transport(Protocol):
     It is an immutable value that compares by what it stands for, as it is part of a plan's structure.
     Its functions keep the promises of :func:`fmoe.dispatch` and :func:`fmoe.combine`: they are linear in the
     rows, each other's transpose, and built of declared operators. ``docs/backends.md`` writes one.
+
+    >>> import fmoe
+    >>> from fmoe.parallel.collectives import group_alone
+    >>> backend: Transport = fmoe.parallel.AllToAll(Group(group_alone(), 1, 0))
+    >>> params, x_TD = fmoe.moe_init(0, dim=4, hidden_dim=8, num_experts=16), torch.randn(3, 4)
+    >>> x_SD, plan = backend.dispatch(x_TD, fmoe.route(params.router, x_TD, fmoe.RouterConfig()))
+    >>> torch.equal(backend.combine(x_SD, plan), x_TD), plan.transport == backend
+    (True, True)
     """
 
     def dispatch(self, x_TD: torch.Tensor, routing: Any) -> tuple[torch.Tensor, Any]:
@@ -50,7 +61,15 @@ _default: Callable[[Group], Transport] | None = None
 
 
 def set_default(make: Callable[[Group], Transport]) -> None:
-    """Make ``make(group)`` what carries tokens along an axis that no backend is bound to."""
+    """Make ``make(group)`` what carries tokens along an axis that no backend is bound to.
+
+    >>> from fmoe.ops.axes import Binding, MeshOfSizes, bound
+    >>> from fmoe.parallel import AllToAll
+    >>> set_default(AllToAll)  # as it is from the start
+    >>> with bound(Binding(MeshOfSizes({"ep": 2}))):
+    ...     transport_along("dispatch", "ep")
+    AllToAll(group=Group(name='2', size=2, position=0))
+    """
     global _default
     _default = make
 

@@ -34,6 +34,7 @@ Moves = tuple[tuple[Move, ...], ...]
 
 
 def init_on(
+    function: str,
     mesh: DeviceMesh | None,
     specs: Any,
     seed: int | torch.Generator,
@@ -48,7 +49,7 @@ def init_on(
     if mesh is None:
         return init_params(specs, seed, dtype=dtype, device=device)
     device = mesh.device_type if device is None else device
-    flat, pieces = held_pieces("init", specs, mesh)
+    flat, pieces = held_pieces(function, specs, mesh)
     structure = optree.tree_structure(specs, is_leaf=is_spec)
     tree = optree.tree_unflatten(structure, pieces)
     values = optree.tree_leaves(init_params(specs, seed, dtype=dtype, device=device, pieces=tree))
@@ -87,8 +88,8 @@ def token_axes(mesh: DeviceMesh) -> tuple[str, ...]:
     return tuple(axis for axis in axis_names(mesh) if axis in ("dp", "ep"))
 
 
-def moves(tree: Any, have: Any, wanted: Any, mesh: DeviceMesh) -> Moves:
-    """How to bring every leaf from where it is to where it is wanted.
+def moves(function: str, argument: str, tree: Any, have: Any, wanted: Any, mesh: DeviceMesh) -> Moves:
+    """How to bring every leaf of an argument of ``function`` from where it is to where it is wanted.
 
     Raises ``ValueError`` where an axis would have to change its dimension, and where one doesn't divide.
     """
@@ -100,12 +101,12 @@ def moves(tree: Any, have: Any, wanted: Any, mesh: DeviceMesh) -> Moves:
         if dtensor_beneath(leaf)
         for problem in size_problems(spec, unwrapped(leaf), mesh)
     ]
-    raise_misfits("moe_forward", "params", mesh, misfits)
+    raise_misfits(function, argument, mesh, misfits)
     trios = zip(names, broadcast("moves", "have", have, tree), specs)
-    return tuple(_moves(*trio, mesh) for trio in trios)
+    return tuple(_moves(function, f"{argument}.{name}", old, new, mesh) for name, old, new in trios)
 
 
-def _moves(name: str, have: P, wanted: P, mesh: DeviceMesh) -> tuple[Move, ...]:
+def _moves(function: str, argument: str, have: P, wanted: P, mesh: DeviceMesh) -> tuple[Move, ...]:
     sizes = axis_sizes(mesh)
 
     def many(spec: P) -> list[tuple[str, ...]]:
@@ -121,8 +122,8 @@ def _moves(name: str, have: P, wanted: P, mesh: DeviceMesh) -> tuple[Move, ...]:
         missing = new[len(kept) :]
         if not fits or any(a in axes for a in missing for axes in here):
             raise argument_error(
-                "moe_forward",
-                f"params.{name}",
+                function,
+                argument,
                 got=f"a DTensor placed by {have!r}",
                 expected=f"{wanted!r}, with dimensions further cut along other axes, or whole",
                 remedy="Place it with fmoe.shard_params.",

@@ -26,7 +26,15 @@ SAMPLED_TOKENS = 8192
 
 
 class Plan(NamedTuple):
-    """Stages in order; one where there is no pipeline. ``rows`` is a dispatch's, ``None`` along ``ep=1``."""
+    """Stages in order; one where there is no pipeline. ``rows`` is a dispatch's, ``None`` along ``ep=1``.
+
+    ``peak`` is the most bytes on any device.
+
+    >>> from fmoe.models.deepseek_v3 import preset
+    >>> found = plan(preset("debug", layers=2), "pp=2", batch_size=2, seq_len=16, device_type="cpu")
+    >>> [stage.layers for stage in found.stages], found.peak == max(stage.peak for stage in found.stages)
+    ([(0, 1), (1, 2)], True)
+    """
 
     mesh: dict[str, int]
     tokens_per_device: int

@@ -41,6 +41,12 @@ class StagePlan(NamedTuple):
     ``phases``      the parts of the most there is at once, for each phase of a step
     ``workspaces``  of those parts the workspace, by kind of operator
     ``sent``        bytes sent in a step, by purpose
+
+    >>> from fmoe.models.deepseek_v3 import preset
+    >>> from fmoe.plan import plan
+    >>> (stage,) = plan(preset("debug", layers=2), batch_size=2, seq_len=16, device_type="cpu").stages
+    >>> stage.gradients == stage.parameters, sum(stage.at_peak.values()) == stage.peak
+    (True, True)
     """
 
     layers: tuple[int, int]
@@ -180,7 +186,7 @@ def _stage_loss(
     have = optree.tree_map(lambda spec: known_axes(spec, job.mesh), tree, is_leaf=is_spec)
     wanted = optree.tree_map(lambda spec: computing(spec.partition), tree, is_leaf=is_spec)
     params = optree.tree_map(lambda leaf, spec: enter(leaf, job.mesh, spec), params, have)
-    how, along = moves_of(params, have, wanted, job.mesh), token_axes(job.mesh)
+    how, along = moves_of("plan", params, have, wanted, job.mesh), token_axes(job.mesh)
     x = tokens
     if not first:  # what the stage before sends
         x = torch.empty(*tokens.shape, job.config.dim, dtype=job.compute_dtype, requires_grad=True)

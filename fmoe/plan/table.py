@@ -10,7 +10,16 @@ from .stage import PARTS, StagePlan
 
 
 def report(plan: Plan, console: Console, title: str = "") -> None:
-    """Print what each device holds and sends; stages of equal sizes share a column."""
+    """Print what each device holds and sends, in MiB or GiB; stages of equal sizes share a column.
+
+    >>> from fmoe.models.deepseek_v3 import preset
+    >>> from fmoe.plan import plan
+    >>> console = Console(width=60)
+    >>> with console.capture() as shown:
+    ...     report(plan(preset("debug", layers=2), batch_size=2, seq_len=16, device_type="cpu"), console)
+    >>> print(shown.get().splitlines()[3])
+    │ parameters          │       2.84 │
+    """
     columns = [[*group] for _, group in groupby(plan.stages, key=lambda s: s._replace(layers=(0, 0)))]
     pp, kinds = plan.mesh["pp"], list(dict.fromkeys(k for s in plan.stages for k in s.activations))
     notes = [f"{plan.tokens_per_device:,} tokens a device and step"]

@@ -13,7 +13,14 @@ T = TypeVar("T")
 
 
 class Found(NamedTuple):
-    """One comparison that a law made: how far off, and how far is allowed; NaN is never allowed."""
+    """One comparison that a law made: how far off, and how far is allowed; NaN is never allowed.
+
+    >>> found = Found("the gradient", error=2e-3, allowed=1e-5)
+    >>> print(found)
+    the gradient is off by 2.0e-03, allowed 1.0e-05
+    >>> found.holds
+    False
+    """
 
     what: str
     error: float
@@ -45,6 +52,11 @@ class Report(NamedTuple):
     """What became of every law: the worst that each comparison found on any rank.
 
     ``str()`` of it is a table with a line for each law.
+
+    >>> found = [Found("the output", 2e-7, 6e-5), Found("the gradient", 3e-6, 6e-5)]
+    >>> print(Report("AllToAll", 0, {"oracle": found}, {"oracle": 0.1}))
+    AllToAll, seed 0
+      oracle         holds    0.1 s  at worst, the gradient is off by 3.0e-06, allowed 6.0e-05
     """
 
     title: str
@@ -71,6 +83,17 @@ class LawBroken(AssertionError):
     """Something doesn't do what fmoe promises; the text says what, and how to see it again.
 
     ``report`` is what was found, up to an exception if it was that.
+
+    >>> import fmoe
+    >>> from fmoe.ops.reference import swiglu_reference
+    >>> def doubled(params, x_SD, plan):
+    ...     return 2 * fmoe.experts_grouped_mm(params, x_SD, plan)
+    >>> experts = fmoe.moe_init(0, dim=8, hidden_dim=4, num_experts=4).experts
+    >>> fmoe.testing.check_experts(doubled, experts, swiglu_reference, dim=8, laws=["oracle"])
+    ... # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    fmoe.testing.report.LawBroken: check_experts: doubled, 4 experts, float32: 1 of 1 laws are broken.
+    oracle: ...
     """
 
     def __init__(self, text: str, report: Report) -> None:

@@ -7,7 +7,7 @@ import optree
 import torch
 
 from ..models.moe import MoEParams, moe_specs
-from ..ops.bases import accumulator
+from ..ops.dtypes import accumulator
 from ..ops.route import RouterConfig, Routing
 from ..tree import is_spec
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import pad
 
+from ..dtypes import accumulator
 from .choice import chosen
 
 OVERRIDE = "FMOE_ATTENTION"
@@ -43,13 +44,13 @@ def later(length: int, device: torch.device) -> torch.Tensor:
 
 
 def _plain_forward(q: Any, k: Any, v: Any, scale: float) -> Tensors:
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = accumulator(q.dtype)
     scores = (q.to(wide) @ k.to(wide).mT * scale).masked_fill(later(q.shape[2], q.device), -torch.inf)
     return (scores.softmax(-1) @ v.to(wide)).to(q.dtype), scores.logsumexp(-1)
 
 
 def _plain_backward(g: Any, q: Any, k: Any, v: Any, scale: float, y: Any, lse: Any) -> Tensors:
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = accumulator(q.dtype)
     g, q, k, v, y = (t.to(wide) for t in (g, q, k, v, y))
     p = (q @ k.mT * scale - lse[..., None]).exp().masked_fill(later(q.shape[2], q.device), 0.0)
     g_scores = p * (g @ v.mT - (g * y).sum(-1, keepdim=True)) * scale

@@ -7,8 +7,10 @@ share a file compute the same bits.
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -50,14 +52,36 @@ def file() -> Path:
     return Path(os.environ.get(OVERRIDE) or Path(cache, "fmoe", "tuned.json"))
 
 
-@functools.cache
-def choices(device: torch.device) -> dict[str, Choice]:
-    """What is known of a device, by :func:`key`."""
-    found = _read().get(device_name(device), {})
+# One for all threads: a backward on CUDA has one of its own.
+_in_force: dict[torch.device, Mapping[str, Choice]] = {}
+
+
+def choices(device: torch.device) -> Mapping[str, Choice]:
+    """What products on a device take, by :func:`key`: what the file says, but inside :func:`using`."""
+    if device not in _in_force:
+        found = _read().get(device_name(device), {})
+        try:
+            kept = {k: Choice(engine, tile and Tile(*tile)) for k, (engine, tile) in found.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise _unreadable(error) from error
+        _in_force[device] = MappingProxyType(kept)
+    return _in_force[device]
+
+
+@contextmanager
+def using(device: torch.device, some: Mapping[str, Choice]) -> Iterator[None]:
+    """While the block runs, some products on a device take these choices; the others' stay."""
+    before = choices(device)
+    _in_force[device] = MappingProxyType({**before, **some})
     try:
-        return {k: Choice(engine, tile and Tile(*tile)) for k, (engine, tile) in found.items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise _unreadable(error) from error
+        yield
+    finally:
+        _in_force[device] = before
+
+
+def forget() -> None:
+    """The next product reads the file again."""
+    _in_force.clear()
 
 
 @functools.cache
@@ -72,6 +96,7 @@ def write(device: torch.device, found: dict[str, Choice]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}")
     beside.write_text(json.dumps(table, indent=1))
+    forget()
     return beside.replace(path)
 
 

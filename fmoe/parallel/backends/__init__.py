@@ -18,21 +18,23 @@ _LOG = logging.getLogger("fmoe")
 _SAID: set[str] = set()
 
 
-def choose(name: str, mesh: DeviceMesh | None, like: torch.Tensor | None = None) -> dict[str, Transport]:
-    """What carries tokens along ``ep``, as :func:`fmoe.shard_map` takes it.
+def choose(
+    function: str, name: str, mesh: DeviceMesh | None, like: torch.Tensor | None = None
+) -> dict[str, Transport]:
+    """What carries tokens along ``ep``, as :func:`fmoe.shard_map` takes it, for ``function``.
 
     ``"auto"`` says in the log what it chose and why; ``like`` is a tensor of the rows' device, dtype and
     last dimension. Raises ``ValueError`` for what can't be met.
     """
     if name not in NAMES:
         raise argument_error(
-            "moe_forward", "backend", got=repr(name), expected=f"one of {NAMES}", remedy="Use 'auto'."
+            function, "backend", got=repr(name), expected=f"one of {NAMES}", remedy="Use 'auto'."
         )
     along = mesh is not None and "ep" in axis_names(mesh)
     group = group_of(mesh, ("ep",)) if mesh is not None and along else Group("", 1, 0)
     if name == "local" and group.size > 1:
         raise argument_error(
-            "moe_forward",
+            function,
             "backend",
             got=f"'local' with ep={group.size}",
             expected="a backend that moves tokens",

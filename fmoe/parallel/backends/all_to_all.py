@@ -19,7 +19,7 @@ from ...ops.combine import COMBINE, weighted_sum_kernel
 from ...ops.derive import Dims, Tensors
 from ...ops.dispatch import DISPATCH, Plan, check_ids, layout_kernel, layout_plain, received_fake
 from ...ops.primitive import Fold, Operator, declare
-from ...ops.refuse import Unsupported
+from ...ops.refuse import ALL_MOVE
 from ...ops.route import Routing
 from ...ops.transport import InFlight, check_experts_divide, set_default
 from ..collectives import group_alone
@@ -159,12 +159,6 @@ def _send_both_back_kernel(
 # ---- operators: the tensors after the rows are a plan's ``sent`` -----------------------------------
 
 
-_REMEDY = Unsupported(
-    "Tokens and routes of every example would have to move together: loop over the examples, or batch before "
-    "routing."
-)
-
-
 def _batched(op: Callable[[], Operator]) -> Callable[..., Any]:
     """The vmap rule: rows that go one way are wider rows; examples that go different ways go one by one."""
 
@@ -287,7 +281,7 @@ exchange: Operator = declare(
     ),
     vjp=_exchange_vjp,
     jvp=_exchange_jvp,
-    vmap=_REMEDY,
+    vmap=ALL_MOVE,
 )
 
 set_default(AllToAll)

@@ -23,6 +23,7 @@ from . import deepep as adapter
 from .deepep import CLASSES, Alone, Sizes, refuse
 from .deepep_elastic import Elastic
 from .deepep_legacy import Legacy
+from .wire import process_group
 
 ENGINES: dict[str, Any] = {"buffer": Legacy, "elastic": Elastic}
 ALONE = "deepep alone"
@@ -74,7 +75,7 @@ class Held:
         align, most_dim = self.engine.rows(self.group.size())
         problems = [
             f"{value} {name} where it was sized for {most}"
-            for name, value, most in zip(_SIZE_NAMES, wanted, self.sizes)
+            for name, value, most in zip(Sizes._fields, wanted, self.sizes)
             if value > most
         ]
         if problems:
@@ -101,9 +102,6 @@ class Held:
         engine, self.engine = self.engine, None
         if engine is not None:
             engine.destroy()
-
-
-_SIZE_NAMES = ("tokens", "dim", "top_k", "num_experts")
 
 
 def check_rows(x: torch.Tensor) -> None:
@@ -226,11 +224,6 @@ def opened(line: DeviceMesh, sizes: Sizes, kind: str | None, overlap: bool) -> I
     held.destroy()
 
 
-def process_group(name: str) -> Any:
-    resolve: Any = dist.distributed_c10d._resolve_process_group
-    return resolve(name)
-
-
 def _group(line: Any) -> Group:
     if not isinstance(line, DeviceMesh) or line.ndim != 1:
         got = f"a mesh of {line.ndim} dimensions" if isinstance(line, DeviceMesh) else f"{line!r}"
@@ -239,7 +232,7 @@ def _group(line: Any) -> Group:
 
 
 def check(sizes: Sizes, kind: str | None, group: Group, device_type: str) -> None:
-    for name, value in zip(("max_tokens_per_rank", *_SIZE_NAMES[1:]), sizes):
+    for name, value in zip(("max_tokens_per_rank", *Sizes._fields[1:]), sizes):
         if not isinstance(value, int) or value < 1:
             raise refuse(repr(value), "an integer of at least 1", "Correct it.", name)
     if kind not in (None, *CLASSES):

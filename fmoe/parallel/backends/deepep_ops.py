@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
-from ...ops.bases import random
+from ...ops.bases import random, total
 from ...ops.combine import COMBINE
 from ...ops.derive import Dims, Tensors
 from ...ops.dispatch import DISPATCH, check_ids, layout_kernel, layout_plain, received_fake
 from ...ops.primitive import Operator, declare
-from ...ops.refuse import Unsupported
+from ...ops.refuse import ALL_MOVE
 from ...ops.tape import checkpoint
 from .deepep_buffers import alone, find
 from .deepep_handle import PARTS, SENT, pack, sent_example, sent_fake, unpack
@@ -74,12 +74,6 @@ def _join_kernel(y: torch.Tensor, plus: torch.Tensor | None, *how: Any) -> torch
 
 
 # ---- operators ----------------------------------------------------------------------------------------
-
-
-_ALL_MOVE = Unsupported(
-    "Tokens and routes of every example would have to move together: loop over the examples, or batch before "
-    "routing."
-)
 
 
 def _each(op: Any) -> Any:
@@ -194,14 +188,9 @@ deepep_join: Operator = declare(
     example=lambda: (random(4, 3), random(4, 3), random(4, 3), *sent_example(), alone()),
     plain=lambda y, plus, *how: y.clone() if plus is None else y + plus,
     vjp=lambda how, needs, g: (g, g if needs[1] else None, None, *_NO_MORE, None),
-    jvp=lambda how, t_y, t_plus, *_: _sum(t_y, t_plus),
+    jvp=lambda how, t_y, t_plus, *_: total(t_y, t_plus).clone(),
     vmap=_each(lambda: deepep_join),
 )
-
-
-def _sum(*terms: torch.Tensor | None) -> torch.Tensor:
-    present = [t for t in terms if t is not None]
-    return present[0].clone() if len(present) == 1 else present[0] + present[1]
 
 
 def _dispatch_plain(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, *statics: Any) -> Tensors:
@@ -251,5 +240,5 @@ deepep_dispatch: Operator = declare(
     residuals=_dispatch_residuals,
     vjp=_dispatch_vjp,
     jvp=_dispatch_jvp,
-    vmap=_ALL_MOVE,
+    vmap=ALL_MOVE,
 )

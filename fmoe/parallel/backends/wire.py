@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 _c10d = torch.ops._c10d_functional
-_group_named: Any = dist.distributed_c10d._resolve_process_group  # versions differ in how they type the name
+process_group: Any = dist.distributed_c10d._resolve_process_group  # versions differ in how they type the name
 
 
 class Traffic(NamedTuple):
@@ -38,7 +38,7 @@ def swap_rows(
     rows = rows.contiguous()
     came = _c10d.wait_tensor(_c10d.all_to_all_single(rows, received, sent, group))
     if _counts:
-        here = _group_named(group).rank()
+        here = process_group(group).rank()
         kept = rows[: sent[here]].nbytes
         found = Traffic(rows.nbytes - kept, came.nbytes - kept, kept)
         for count in _counts:
