@@ -133,6 +133,8 @@ def schedule(args: argparse.Namespace) -> Callable[[int], float]:
 
 def start(args: argparse.Namespace, state: Any, run: Any) -> checkpoint.Loaded:
     """The state to begin with: with ``--resume`` that of the newest checkpoint."""
+    if args.save_every:
+        checkpoint.check_ranks("--save-every")  # now, not at the first checkpoint
     newest = checkpoint.latest(args.out)
     named = max(args.out.glob("step-" + "[0-9]" * 8), default=None)
     check_alike(
@@ -214,6 +216,10 @@ def main() -> None:
     step_of = gradients.accumulate(fmoe.value_and_grad(loss_of, has_aux=True), args.micro_batches)
     rate, flops = schedule(args), deepseek_v3.flops_per_token(config, args.seq_len)
     path, start_time = args.out / "metrics.jsonl", time.perf_counter()
+    if first_rank and not first and path.exists():
+        others = (path.with_stem(f"metrics-{n}") for n in itertools.count(1))
+        earlier = path.rename(next(other for other in others if not other.exists()))
+        console.print(f"the metrics of an earlier run are {earlier} now", soft_wrap=True)
     # The first rank writes what all ranks know.
     file = metrics.MetricsFile(path, first_step=first) if first_rank else metrics.MetricsFile(os.devnull)
     with file, metrics.LiveView(args.steps, console=console) as view:

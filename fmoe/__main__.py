@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from . import plot
 from .bench.layers import ROUTINGS, SHAPES, Shape, layer_memory
@@ -22,6 +22,7 @@ from .bench.tune import report as tuning
 from .bench.tune import tune
 from .doctor import diagnose, self_test
 from .doctor import report as diagnosis
+from .errors import argument_error
 from .introspect import Support, operator_support
 from .metrics import read_metrics
 from .models import deepseek_v3
@@ -50,10 +51,10 @@ def show_operators(args: argparse.Namespace) -> None:
     if args.markdown:
         print(markdown_table([*Support._fields], operator_rows()))
         return
-    table = Table(*Support._fields)
+    table = Table(*(Column(name, overflow="fold") for name in Support._fields))
     for row in operator_rows():
         table.add_row(*row)
-    Console().print(table)
+    Console(width=None if Console().is_terminal else 200).print(table)
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -143,12 +144,27 @@ def plan(args: argparse.Namespace) -> None:
     planned(found, Console(width=None if Console().is_terminal else 150), title)
 
 
+def _layers(path: Path) -> list[dict[str, Any]]:
+    """What ``bench layer --json`` wrote."""
+    try:
+        found: list[dict[str, Any]] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise argument_error(
+            "plot",
+            "metrics",
+            got=f"{path}: {error}",
+            expected="a file of bench layer --json, for --what layers",
+            remedy="Name that file.",
+        ) from error
+    return found
+
+
 def draw(args: argparse.Namespace) -> None:
     if (args.what == "memory") == bool(args.metrics):
         raise ValueError("plot: name the metrics.jsonl of a run, or --what memory")
     pictures: list[tuple[Path, Callable[[], Any]]] = []
     if args.what == "layers":
-        results = [result for path in args.metrics for result in json.loads(path.read_text())]
+        results = [result for path in args.metrics for result in _layers(path)]
         pictures.append((args.metrics[0].with_suffix(".svg"), lambda: plot.plot_layers(results)))
     runs = {path: read_metrics(path) for path in args.metrics if args.what != "layers"}
     if args.what in ("loss", None):

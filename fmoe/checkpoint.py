@@ -10,6 +10,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,18 @@ class Loaded(NamedTuple):
 
     state: Any
     step: int
+
+
+def check_ranks(function: str) -> None:
+    """Raise ``ImportError`` where several ranks can't save or load together, for lack of numpy.
+
+    >>> check_ranks("train")  # one rank needs none
+    """
+    if num_ranks() > 1 and not find_spec("numpy"):
+        raise ImportError(
+            f"{function}: between ranks torch.distributed.checkpoint needs numpy. "
+            "Install it with: pip install numpy."
+        )
 
 
 def save(
@@ -72,6 +85,7 @@ def save(
     target = Path(folder, f"step-{step:08d}")
     unfinished = target.with_suffix(".tmp")
     with together():
+        check_ranks("save")
         leaves, run = _named("save", state), json.loads(json.dumps(run or {}))
         if keep is not None and keep < 1:
             raise argument_error(
@@ -148,6 +162,7 @@ def load(
     """
     path, reader = Path(path), PlainReader(path)
     with together():
+        check_ranks("load")
         leaves = _named("load", like)
         description = folders.described(path)
         if damage := folders.damage(path):

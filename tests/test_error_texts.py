@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import json
 import re
 from collections import Counter
@@ -275,6 +276,25 @@ CASES = {
             grouped.mm(torch.ones(2, 2), torch.ones(1, 2, 2), torch.tensor([2], dtype=torch.int32)),
         )
     ),
+    "…: between ranks torch.distributed.checkpoint needs numpy. Install it with: pip install numpy.": (
+        lambda monkeypatch: (
+            monkeypatch.setattr(checkpoint, "num_ranks", lambda: 2),
+            monkeypatch.setattr(checkpoint, "find_spec", lambda _: None),
+            checkpoint.check_ranks("--save-every"),
+        )
+    ),
+    "bench_model: config: got a step that needs … GiB, expected at most … GiB, the memory of this machine": (
+        lambda monkeypatch: (
+            monkeypatch.setattr(model.os, "sysconf", lambda _: 1),
+            model.bench_model(deepseek_v3.preset("debug"), device="cpu", batch_size=1, seq_len=16),
+        )
+    ),
+    "plot: metrics: got …: …, expected a file of bench layer --json, for --what layers": lambda tmp: (
+        importlib.import_module("fmoe.__main__")._layers(written(tmp / "metrics.jsonl", "{}\n{}\n"))
+    ),
+    "…: mesh: got None, for params that are DTensors, expected the mesh they lie on": lambda: (
+        deepseek_v3.forward(deepseek_v3.init(CONFIG, 0, mesh=fmoe.make_mesh()), tokens(1, 4), CONFIG)
+    ),
     # ---- meshes
     "plot_loss: runs[…]: got no finite loss, expected at least one": lambda: plot.plot_loss(
         {"a run": [{"step": 0, "loss": float("nan")}]}
@@ -424,12 +444,10 @@ def open_buffer(**changes):
 
 
 def differing_deepeps(monkeypatch):
-    def everyone(found, mine, group):
-        found[:] = [("host", "", "buffer"), ("host", "", "elastic")]
-
+    everyone = [("host", "", "buffer"), ("host", "", "elastic")]
     monkeypatch.setattr(deepep_buffers.adapter, "load", lambda: None)
     monkeypatch.setattr(deepep_buffers.adapter, "choose_kind", lambda *_: "buffer")
-    monkeypatch.setattr(deepep_buffers.dist, "all_gather_object", everyone)
+    monkeypatch.setattr(deepep_buffers, "from_all", lambda *_: everyone)
     deepep_buffers._agreement(SimpleNamespace(size=lambda: 2), None)
 
 
@@ -454,7 +472,7 @@ def test_the_text_is_what_is_raised(text, tmp_path, monkeypatch):
     case = CASES[text]
     takes = case.__code__.co_varnames[: case.__code__.co_argcount]
     given = {"tmp": tmp_path, "monkeypatch": monkeypatch}
-    with pytest.raises((ValueError, RuntimeError, TypeError)) as raised:
+    with pytest.raises((ValueError, RuntimeError, TypeError, ImportError)) as raised:
         case(**{name: given[name] for name in takes})
     assert re.match(pattern(text), str(raised.value), re.DOTALL), str(raised.value)
     if ": got " in text:

@@ -280,5 +280,5 @@ def test_weights_are_not_written_over(tmp_path):
 def test_without_safetensors_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.delitem(sys.modules, "fmoe.models.huggingface")
-    with pytest.raises(ImportError, match=re.escape("pip install 'fmoe[huggingface]'")):
+    with pytest.raises(ImportError, match=re.escape("pip install -e '.[huggingface]'")):
         importlib.import_module("fmoe.models.huggingface")

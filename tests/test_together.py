@@ -1,9 +1,23 @@
 """Ranks that succeed or fail together."""
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from fmoe.parallel.together import check_alike, from_all, num_ranks, this_rank, together
+
+
+def without_numpy():
+    """What all ranks pass, of different lengths, where PyTorch can't make arrays."""
+    before, torch.Tensor.numpy = torch.Tensor.numpy, None
+    try:
+        return from_all("x" * 10 ** dist.get_rank())
+    finally:
+        torch.Tensor.numpy = before
+
+
+def test_values_come_from_all_without_numpy(pool):
+    assert pool.run(3, without_numpy) == [["x", "x" * 10, "x" * 100]] * 3
 
 
 def outcome(failing):

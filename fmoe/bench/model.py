@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from torch.profiler import record_function
 
 from .. import data as text
 from ..documents import read_documents
+from ..errors import argument_error
 from ..gradients import computing_in
 from ..metrics import PEAK_FLOPS
 from ..models import deepseek_v3
@@ -59,7 +61,8 @@ def bench_model(
     =========  ===============================================================
 
     Raises ``RuntimeError`` if the first loss isn't that of an untrained model, or the last isn't finite, and
-    ``ValueError`` for fewer than two steps and for what :func:`fmoe.plan.plan` refuses.
+    ``ValueError`` for fewer than two steps, for what :func:`fmoe.plan.plan` refuses, and for a step on a CPU
+    that its memory doesn't hold.
 
     >>> config = deepseek_v3.preset("debug", layers=2)
     >>> how = dict(batch_size=2, seq_len=16, steps=2, dtype=torch.float32, device="cpu", seed=0)
@@ -76,6 +79,15 @@ def bench_model(
         config, batch_size=batch_size, seq_len=seq_len, dtype=dtype, compute_dtype=compute_dtype,
         per_layer=per_layer(remat), optimizer=optimizer, device_type=torch.device(device).type,
     ).stages[0]  # fmt: skip
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not on_cuda and planned.peak > memory:
+        raise argument_error(
+            "bench_model",
+            "config",
+            got=f"a step that needs {planned.peak / 2**30:.1f} GiB",
+            expected=f"at most {memory / 2**30:.1f} GiB, the memory of this machine",
+            remedy="Take fewer layers, a smaller batch, or a GPU.",
+        )
     wrap = per_layer(remat, compiled=compiled)
     run = _Training(config, dtype, compute_dtype, optimizer, wrap, device, seed)
     batches = _batches(config, batch_size, seq_len, data, device, seed)

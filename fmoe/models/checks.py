@@ -61,6 +61,18 @@ def check_layer(params: Any, x: torch.Tensor) -> None:
             )
 
 
+def check_on_one_device(function: str, param: torch.Tensor) -> None:
+    """Raise ``ValueError`` for a DTensor among the params of a call without a mesh."""
+    if dtensor_beneath(param):
+        raise argument_error(
+            function,
+            "mesh",
+            got="None, for params that are DTensors",
+            expected="the mesh they lie on",
+            remedy="Pass it.",
+        )
+
+
 def check_params(function: str, params: Any, specs: Any, wanted: Any, mesh: DeviceMesh) -> None:
     """Raise ``ValueError`` unless DTensors have the specs' shapes, and plain params this device's part."""
     sizes, wrong = axis_sizes(mesh), []

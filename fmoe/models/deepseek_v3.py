@@ -19,7 +19,7 @@ from ..parallel.placement import computing, init_on, token_axes, where_placed
 from ..parallel.shard_map import shard_map
 from ..parallel.spec import named_axes
 from ..tree import P, partition_specs
-from .checks import check_heads, check_params, check_same, check_token_spec, check_tokens
+from .checks import check_heads, check_on_one_device, check_params, check_same, check_token_spec, check_tokens
 from .config import DeepSeekV3Config as DeepSeekV3Config  # re-exported
 from .config import preset as preset
 from .counts import flops_per_token as flops_per_token
@@ -146,6 +146,7 @@ def _on_mesh(
 ) -> Any:
     """``run(how, along, params, *inputs)``: ``how`` params move, and ``along`` which axes tokens lie."""
     if mesh is None:
+        check_on_one_device(function, params.embedding)
         choose(function, backend, None)
         how = ModelParams._make([(), [()] * len(params.layers), (), ()])
         return run(how, (), params, *inputs)

@@ -29,7 +29,7 @@ try:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 except ImportError as error:
-    raise ImportError("fmoe.models.huggingface needs safetensors: pip install 'fmoe[huggingface]'") from error
+    raise ImportError("fmoe.models.huggingface needs safetensors: pip install -e '.[huggingface]'") from error
 
 INDEX = "model.safetensors.index.json"
 

@@ -21,7 +21,7 @@ from ..parallel.placement import computing, init_on, moved, moves, token_axes, w
 from ..parallel.shard_map import shard_map
 from ..parallel.spec import distribute, named_axes
 from ..tree import P, is_spec, param
-from .checks import check_layer, check_token_spec
+from .checks import check_layer, check_on_one_device, check_token_spec
 
 
 class MoEParams(NamedTuple):
@@ -197,6 +197,7 @@ def moe_forward(
     """
     check_layer(params, x)
     if mesh is None:
+        check_on_one_device("moe_forward", params.router.weight_ED)
         choose("moe_forward", backend, None)
         y, routing = moe_layer(params, x, router)
         return (y, moe_stats(routing)) if return_stats else y

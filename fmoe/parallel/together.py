@@ -3,10 +3,12 @@
 Without a process group there is one rank, and nothing is sent.
 """
 
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from ..errors import argument_error
@@ -22,13 +24,24 @@ def this_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def from_all(value: T) -> list[T]:
-    """The values all ranks pass, by rank; they are pickled, and should be small."""
-    if num_ranks() == 1:
+def from_all(value: T, group: Any = None) -> list[T]:
+    """The values all ranks pass, by rank; they are pickled, and should be small.
+
+    As ``all_gather_object``, which wants numpy.
+    """
+    number = dist.get_world_size(group) if dist.is_initialized() else 1
+    if number == 1:
         return [value]
-    values: list[Any] = [None] * num_ranks()
-    dist.all_gather_object(values, value)
-    return values
+    coll: Any = dist.distributed_c10d
+    device, message = coll._get_object_coll_device(group), pickle.dumps(value)
+    size = torch.tensor([len(message)], device=device)
+    sizes = [torch.empty_like(size) for _ in range(number)]
+    dist.all_gather(sizes, size, group=group)
+    longest = max(int(each) for each in sizes)
+    mine = torch.frombuffer(bytearray(message.ljust(longest, b"\0")), dtype=torch.uint8).to(device)
+    found = [torch.empty_like(mine) for _ in range(number)]
+    dist.all_gather(found, mine, group=group)
+    return [pickle.loads(bytes(each.tolist())) for each in found]  # which stops where the pickle does
 
 
 @contextmanager

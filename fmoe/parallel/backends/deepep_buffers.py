@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ...ops.axes import Group, axis_names, group_of
 from ...ops.dynamo import constant_to_dynamo
+from ..together import from_all
 from . import deepep as adapter
 from .deepep import CLASSES, Alone, Sizes, refuse
 from .deepep_elastic import Elastic
@@ -177,9 +178,7 @@ def _agreement(group: Any, kind: str | None) -> tuple[str, Any]:
         kind = adapter.choose_kind(module, group.size(), kind)
     except ValueError as error:
         problem = str(error)
-    everyone: list[Any] = [None] * group.size()
-    dist.all_gather_object(everyone, (socket.gethostname(), problem, kind), group=group)
-    hosts, problems, kinds = zip(*everyone)
+    hosts, problems, kinds = zip(*from_all((socket.gethostname(), problem, kind), group))
     if any(problems):
         raise ValueError(next(filter(None, problems)))
     if len({*kinds}) > 1:
