@@ -79,15 +79,8 @@ def bench_model(
         config, batch_size=batch_size, seq_len=seq_len, dtype=dtype, compute_dtype=compute_dtype,
         per_layer=per_layer(remat), optimizer=optimizer, device_type=torch.device(device).type,
     ).stages[0]  # fmt: skip
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if not on_cuda and planned.peak > memory:
-        raise argument_error(
-            "bench_model",
-            "config",
-            got=f"a step that needs {planned.peak / 2**30:.1f} GiB",
-            expected=f"at most {memory / 2**30:.1f} GiB, the memory of this machine",
-            remedy="Take fewer layers, a smaller batch, or a GPU.",
-        )
+    if not on_cuda:
+        _check_memory(planned.peak)
     wrap = per_layer(remat, compiled=compiled)
     run = _Training(config, dtype, compute_dtype, optimizer, wrap, device, seed)
     batches = _batches(config, batch_size, seq_len, data, device, seed)
@@ -109,6 +102,19 @@ def bench_model(
         planned_bytes=planned.peak, planned=planned._asdict(),
         planned_over_peak=planned.peak / peak if peak else None,
     )  # fmt: skip
+
+
+def _check_memory(needed: int) -> None:
+    """Raise ``ValueError`` for more bytes than this machine has."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise argument_error(
+            "bench_model",
+            "config",
+            got=f"a step that needs {needed / 2**30:.1f} GiB",
+            expected=f"at most {there / 2**30:.1f} GiB, the memory of this machine",
+            remedy="Take fewer layers, a smaller batch, or a GPU.",
+        )
 
 
 def _measured(
