@@ -183,9 +183,8 @@ def train(args: argparse.Namespace) -> dict[str, list[float]]:
     """The example's losses in one process and in two over each backend, from the same parameters and data."""
     runs = {}
     for name in ["one process", "all_to_all", "deepep"]:
-        launcher, along = (
-            ([], []) if name == "one process" else (TWO, ["--mesh", "ep=2", "--ep-backend", name])
-        )
+        alone = name == "one process"
+        launcher, along = [] if alone else TWO, [] if alone else ["--mesh", "ep=2", "--ep-backend", name]
         what = [str(ROOT / "examples/train_deepseek_v3.py"), *SHAPE, *along, "--learning-rate", "1e-3"]
         how = ["--steps", str(args.steps), "--device", args.device, "--out", str(args.out / name)]
         command = [sys.executable, *launcher, *what, *how]

@@ -99,9 +99,10 @@ def moves_of(
 ) -> ModelParams:
     """How the parameters move: those of a layer in the layer, where they are used."""
 
-    def of(name: str, *trees: Any) -> Moves:
-        held, placed, goal = trees or (getattr(tree, name) for tree in (params, have, wanted))
-        return moves(function, f"params.{name}", held, placed, goal, mesh)
+    def of(name: str, trees: tuple[Any, Any, Any]) -> Moves:
+        return moves(function, f"params.{name}", *trees, mesh)
 
-    layers = [of(f"layers.{i}", *t) for i, t in enumerate(zip(params.layers, have.layers, wanted.layers))]
-    return ModelParams._make([of("embedding"), layers, of("norm"), of("head")])
+    parts: dict[str, Any] = dict(zip(ModelParams._fields, zip(params, have, wanted)))
+    layers: Any = [of(f"layers.{i}", trees) for i, trees in enumerate(zip(*parts.pop("layers")))]
+    how: dict[str, Any] = {name: of(name, trees) for name, trees in parts.items()}
+    return ModelParams(layers=layers, **how)

@@ -6,11 +6,10 @@ import torch.nn.functional as F
 from ..errors import argument_error
 from ..ops.axes import present
 from ..ops.cross_entropy import LOGITS_BYTES as LOGITS_BYTES
-from ..ops.cross_entropy import cross_entropy_terms
+from ..ops.cross_entropy import REMEDY, cross_entropy_terms
 from ..parallel.collectives import all_gather, axis_index, axis_size, psum
 
 IGNORED = -100
-REMEDY = "Use the tokenizer that the model is for."
 
 
 def embed(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -20,9 +20,10 @@ from .tape import checkpoint
 
 LOSS = checkpoint("loss", save=False)
 LOGITS_BYTES = 2**28
+REMEDY = "Use the tokenizer that the model is for."
 OUTSIDE = (
     "cross_entropy_terms: index: got a target outside the vocabulary, expected 0 to vocab_size - 1, or -100 "
-    "for none. Use the tokenizer that the model is for."
+    f"for none. {REMEDY}"
 )
 STEP = 64  # a block's columns are a multiple of it
 
