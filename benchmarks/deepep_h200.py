@@ -30,13 +30,13 @@ import fmoe
 from fmoe.bench.timing import syncs
 from fmoe.doctor import diagnose, report
 from fmoe.introspect import raw_calls
-from fmoe.metrics import read_metrics
 from fmoe.parallel import deepep
 from fmoe.parallel.processes import prepare
-from fmoe.plot import plot_loss, save_figure
 from fmoe.testing import check_backend
 from fmoe.testing.backend import LAWS
 from fmoe.testing.setting import Setting, case_of
+from fmoe.training.metrics import read_metrics
+from fmoe.training.plot import plot_loss, save_figure
 
 # Of the model that laws are tried with: what DeepEP takes.
 SIZES = dict(dim=256, top_k=3, num_experts=8)

@@ -12,7 +12,7 @@ import fmoe
 from fmoe.__main__ import markdown_table
 from fmoe.introspect import kept_bytes, raw_calls, saved_bytes
 from fmoe.models.deepseek_v3 import preset
-from fmoe.ops.tape import Policy
+from fmoe.ops.core.tape import Policy
 
 TOKENS, DIM, HIDDEN, EXPERTS = 512, 128, 64, 16
 POLICIES: dict[str, Policy | None] = {

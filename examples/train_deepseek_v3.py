@@ -28,14 +28,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import fmoe
-from fmoe import checkpoint, data, documents, gradients, metrics, optim, plot, schedules
 from fmoe.models import deepseek_v3
 from fmoe.models.sampling import sample
-from fmoe.ops.axes import group_of
+from fmoe.ops.core.axes import group_of
 from fmoe.parallel import backends
 from fmoe.parallel.placement import token_axes
 from fmoe.parallel.together import check_alike
-from fmoe.tokenizer import BYTES, Tokenizer, load_tokenizer
+from fmoe.training import checkpoint, data, documents, gradients, metrics, optim, plot, schedules
+from fmoe.training.tokenizer import BYTES, Tokenizer, load_tokenizer
 from fmoe.transforms import per_layer
 
 DTYPES = ["float32", "bfloat16", "float64"]

@@ -14,8 +14,8 @@ from .ops.experts import ExpertParams, experts_grouped_mm
 from .ops.route import RouterConfig, RouterParams, Routing, route
 from .parallel.mesh import make_mesh
 from .parallel.shard_map import shard_map
+from .params import P
 from .transforms import remat, save, save_everything, save_nothing, value_and_grad
-from .tree import P
 
 __version__ = "0.1.0"
 

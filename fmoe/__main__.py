@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
-from . import plot
 from .bench.layers import ROUTINGS, SHAPES, Shape, layer_memory
 from .bench.measure import bench_layer, report, write_json
 from .bench.model import bench_model
@@ -24,13 +23,14 @@ from .doctor import diagnose, self_test
 from .doctor import report as diagnosis
 from .errors import argument_error
 from .introspect import Support, operator_support
-from .metrics import read_metrics
 from .models import deepseek_v3
 from .models.config import PRESETS
-from .optim import adamw
 from .parallel.together import this_rank
 from .plan import plan as plan_step
 from .plan import report as planned
+from .training import plot
+from .training.metrics import read_metrics
+from .training.optim import adamw
 from .transforms import per_layer
 
 DTYPES = ("bfloat16", "float32", "float64")

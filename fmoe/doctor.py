@@ -13,8 +13,9 @@ from .models.moe import moe_init
 from .ops.experts import experts_grouped_mm
 from .ops.reference import swiglu_reference
 from .ops.route import RouterConfig, RouterParams, Routing, route
-from .parallel.backends import choose, deepep
-from .parallel.backends.deepep_transport import DeepEP
+from .parallel.backends import choose
+from .parallel.backends.deepep import adapter as deepep
+from .parallel.backends.deepep.transport import DeepEP
 from .parallel.mesh import make_mesh, num_processes
 from .parallel.together import num_ranks, this_rank
 from .testing import LawBroken, Report, check_backend, check_experts, check_router

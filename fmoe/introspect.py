@@ -14,9 +14,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import ops, parallel
-from .ops.primitive import NAMESPACE, Operator, operators
-from .ops.refuse import Unsupported
-from .ops.tape import Policy, Tape, checkpoint_names
+from .ops.core.primitive import NAMESPACE, Operator, operators
+from .ops.core.refuse import Unsupported
+from .ops.core.tape import Policy, Tape, checkpoint_names
 from .parallel.backends.wire import Traffic, close_count, open_count
 from .transforms import save_declared
 
@@ -197,7 +197,7 @@ def wire_bytes() -> Iterator[dict[str, Traffic]]:
     itself crosses no wire and counts apart, as ``kept``. With all experts on one device nothing is sent.
 
     >>> import fmoe
-    >>> from fmoe.ops.axes import Group
+    >>> from fmoe.ops.core.axes import Group
     >>> from fmoe.parallel.collectives import group_alone
     >>> router = fmoe.RouterConfig(top_k=2, num_groups=1, top_groups=1)
     >>> x = torch.randn(4, 8)

@@ -13,10 +13,10 @@ import torch
 import torch.utils.checkpoint as torch_checkpoint
 
 from .errors import argument_error
-from .ops.primitive import operators
-from .ops.refuse import refuse_transforms_inside_compile
-from .ops.tape import Policy, checkpoint_names
-from .recompute import recomputing
+from .ops.core.primitive import operators
+from .ops.core.recompute import recomputing
+from .ops.core.refuse import refuse_transforms_inside_compile
+from .ops.core.tape import Policy, checkpoint_names
 from .tree import check_tensors, dotted_names
 
 # ---- policies ----------------------------------------------------------------------------------

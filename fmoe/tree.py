@@ -1,24 +1,14 @@
-"""Pytrees: nodes with static fields, parameter descriptions, and dotted names.
-
-One tree of :class:`ParamSpec` gives a model's shapes, its initial values and its partition
-specs, so the three cannot drift apart.
-"""
+"""Pytrees: nodes with static fields, and dotted names of leaves."""
 
 import dataclasses
-import hashlib
-import math
-import sys
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar, dataclass_transform
+from collections.abc import Iterable
+from typing import Any, TypeVar, dataclass_transform
 
 import optree
 import torch
 import torch.utils._pytree as torch_pytree
 
 from .errors import argument_error
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 # optree wants a namespace for every registration but its own; this is the name of "none".
 _EVERYWHERE = getattr(optree.registry, "__GLOBAL_NAMESPACE")
@@ -82,138 +72,6 @@ def static(*, default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"static": True})
 
 
-class P(tuple[Any, ...]):
-    """A partition spec: for each dimension a mesh axis, a tuple of axes, or ``None``.
-
-    It describes placement and is a leaf, never a pytree node.
-
-    >>> P("ep", None, ("dp", "tp"))
-    P('ep', None, ('dp', 'tp'))
-    """
-
-    __slots__ = ()
-
-    def __new__(cls, *axes: str | tuple[str, ...] | None) -> "P":
-        return super().__new__(cls, axes)
-
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return tuple(self)  # what copies and pickles call P with
-
-    def __repr__(self) -> str:
-        return f"P({', '.join(map(repr, self))})"
-
-
-@dataclasses.dataclass(frozen=True)
-class ParamSpec:
-    """One parameter: its shape, how it starts, and which mesh axes its dimensions lie on.
-
-    ``init`` is ``"normal"`` (standard deviation ``scale``, cut at three of them), ``"zeros"`` or
-    ``"ones"``. ``dtype`` overrides the dtype the tree is initialised with.
-
-    >>> specs = {"w": ParamSpec((4, 2), P("ep", None)), "b": ParamSpec((4,), P("ep"), init="zeros")}
-    >>> params = init_params(specs, 0, dtype=torch.float32)
-    >>> params["b"], partition_specs(specs)["w"], num_params(specs)
-    (tensor([0., 0., 0., 0.]), P('ep', None), 12)
-    """
-
-    shape: tuple[int, ...]
-    partition: P
-    init: Literal["normal", "zeros", "ones"] = "normal"
-    scale: float = 0.02
-    dtype: torch.dtype | None = None
-
-    def draw(
-        self, seed: int, name: str, *, dtype: torch.dtype, device: Any, piece: tuple[slice, ...] = ()
-    ) -> torch.Tensor:
-        """The initial value, or a piece of it: the same numbers whichever piece is asked for."""
-        shape = torch.empty(self.shape, device="meta")[piece].shape
-        out = torch.empty(shape, dtype=self.dtype or dtype, device=device)
-        if self.init != "normal" or out.is_meta:
-            return out if out.is_meta else out.fill_(1.0 if self.init == "ones" else 0.0)
-        if len(self.shape) < 3:
-            return out.copy_(self._normal(f"{seed}/{name}", self.shape, device)[piece])
-        # A matrix at a time, as a device holds few of all experts.
-        first, *rest = piece or (slice(None),)
-        for row, i in zip(out, range(self.shape[0])[first]):
-            row.copy_(self._normal(f"{seed}/{name}/{i}", self.shape[1:], device)[tuple(rest)])
-        return out
-
-    def _normal(self, key: str, shape: tuple[int, ...], device: Any) -> torch.Tensor:
-        digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
-        generator = torch.Generator(device).manual_seed(int.from_bytes(digest))
-        # In float32, so that one seed means the same parameters in every dtype.
-        draw = torch.empty(shape, dtype=torch.float32, device=device)
-        cut = 3 * self.scale
-        return torch.nn.init.trunc_normal_(draw, std=self.scale, a=-cut, b=cut, generator=generator)
-
-
-def param(shape: tuple[int, ...], partition: P, **how: Any) -> Any:
-    """A :class:`ParamSpec`, typed to stand in a tree where a tensor will.
-
-    >>> param((4,), P("ep"), init="zeros").shape
-    (4,)
-    """
-    return ParamSpec(shape, partition, **how)
-
-
-def is_spec(value: Any) -> bool:
-    return isinstance(value, ParamSpec)
-
-
-def init_params(
-    specs: Any,
-    seed: int | torch.Generator,
-    *,
-    dtype: torch.dtype,
-    device: str | torch.device | None = None,
-    pieces: Any = None,
-) -> Any:
-    """Initial values for a tree of :class:`ParamSpec`, or pieces of them: a tree of tuples of slices.
-
-    Every leaf, and every entry of its first dimension if it has three, draws from a generator of its own,
-    seeded by ``seed`` and the leaf's dotted name, so adding or removing a parameter changes no other, and a
-    piece costs no more than it has to. A generator gives one number, the seed; values depend on the device
-    type, as PyTorch's generators do.
-
-    Raises ``ValueError`` where ``pieces`` is another tree than ``specs``.
-
-    >>> specs = {"b": ParamSpec((3,), P(None), init="zeros"), "w": ParamSpec((2, 3), P(None, "tp"))}
-    >>> params = init_params(specs, 0, dtype=torch.bfloat16)
-    >>> right = init_params(specs, 0, dtype=torch.bfloat16, pieces={"b": (), "w": (slice(2), slice(1, 3))})
-    >>> params["b"], torch.equal(right["w"], params["w"][:, 1:])
-    (tensor([0., 0., 0.], dtype=torch.bfloat16), True)
-    """
-    device = torch.get_default_device() if device is None else device
-    if isinstance(seed, torch.Generator):
-        seed = int(torch.randint(2**62, (), generator=seed, device=seed.device))
-    leaves, treedef = optree.tree_flatten(specs, is_leaf=is_spec)
-    which = [()] * len(leaves) if pieces is None else treedef.flatten_up_to(pieces)
-    names = dotted_names(specs, is_leaf=is_spec)
-    values = [
-        leaf.draw(seed, name, dtype=dtype, device=device, piece=piece)
-        for name, leaf, piece in zip(names, leaves, which)
-    ]
-    return optree.tree_unflatten(treedef, values)
-
-
-def partition_specs(specs: Any) -> Any:
-    """The :class:`P` of every parameter in a tree of :class:`ParamSpec`.
-
-    >>> partition_specs({"w": ParamSpec((4, 2), P("ep", None)), "b": ParamSpec((4,), P("ep"))})
-    {'w': P('ep', None), 'b': P('ep')}
-    """
-    return optree.tree_map(lambda spec: spec.partition, specs, is_leaf=is_spec)
-
-
-def num_params(specs: Any) -> int:
-    """How many numbers a tree of :class:`ParamSpec` holds; allocates nothing.
-
-    >>> num_params({"w": ParamSpec((256, 2048, 7168), P("ep", None, None)), "b": ParamSpec((256,), P("ep"))})
-    3758096640
-    """
-    return sum(math.prod(spec.shape) for spec in optree.tree_leaves(specs, is_leaf=is_spec))
-
-
 def dotted_names(tree: Any, *, is_leaf: Any = None, none_is_leaf: bool = False) -> list[str]:
     """Names of the leaves, in flattening order: ``layers.0.moe.experts.w_in``.
 
@@ -222,37 +80,6 @@ def dotted_names(tree: Any, *, is_leaf: Any = None, none_is_leaf: bool = False) 
     """
     accessors = optree.tree_accessors(tree, is_leaf=is_leaf, none_is_leaf=none_is_leaf)
     return [".".join(str(getattr(e, "field", None) or e.entry) for e in a) for a in accessors]
-
-
-def is_dtensor(value: Any) -> "TypeGuard[DTensor]":
-    """Whether it is one; nothing is before PyTorch's module, which takes half a second, has been imported."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(value, DTensor)
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This device's piece of a DTensor; a plain tensor as it is."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor
-
-
-def map_local(fn: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
-    """``fn``, which treats every element alike, of a tensor, or of every device's piece of a DTensor.
-
-    On a mesh of many axes DTensor itself takes a second for every new operation and shape.
-    """
-    if not is_dtensor(tensor):
-        return fn(tensor)
-    from torch.distributed.tensor import DTensor
-
-    piece = fn(tensor.to_local())
-    whole = torch.empty(tensor.shape, device="meta")
-    stride = whole.stride() if piece.is_contiguous() else tensor.stride()
-    return DTensor.from_local(
-        piece, tensor.device_mesh, tensor.placements, run_check=False, shape=whole.shape, stride=stride
-    )
 
 
 def check_tensors(function: str, argument: str, tree: Any) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ import hypothesis
 import pytest
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "support"))
 
 from workers import Pool
 

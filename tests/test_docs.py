@@ -15,7 +15,7 @@ from pages import DOCS, blocks, run_page
 import fmoe
 import fmoe.plan
 import fmoe.testing
-from fmoe.ops.axes import group_of
+from fmoe.ops.core.axes import group_of
 from fmoe.testing import check_backend
 from fmoe.testing.backend import LAWS
 
@@ -29,7 +29,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 @pytest.mark.parametrize("page", ["tutorial.md", "operators.md", "backends.md"])
 def test_a_page_runs(page):
     """In a process of its own, as what is declared stays declared, and what is compiled stays compiled."""
-    program = [sys.executable, str(ROOT / "tests/pages.py"), page]
+    program = [sys.executable, str(ROOT / "tests/support/pages.py"), page]
     done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, env=os.environ | ON_CPU)
     assert done.returncode == 0, done.stderr
 

@@ -15,35 +15,24 @@ import torch
 from error_sites import HOLE, sites
 
 import fmoe
-from fmoe import (
-    ExpertParams,
-    P,
-    RouterConfig,
-    Routing,
-    checkpoint,
-    data,
-    documents,
-    gradients,
-    metrics,
-    optim,
-    plot,
-    schedules,
-    tokenizer,
-)
+from fmoe import ExpertParams, P, RouterConfig, Routing
 from fmoe.bench import measure, model
 from fmoe.bench.layers import Shape
 from fmoe.models import checks, deepseek_v3, huggingface, published, vocabulary
 from fmoe.models.config import Yarn
 from fmoe.models.sampling import sample
-from fmoe.ops import tape, transport
+from fmoe.ops import transport
 from fmoe.ops.attention import causal_attention
-from fmoe.ops.axes import Group
+from fmoe.ops.core import tape
+from fmoe.ops.core.axes import Group
+from fmoe.ops.core.primitive import declare
 from fmoe.ops.kernels import grouped
-from fmoe.ops.primitive import declare
 from fmoe.parallel import backends, boundary, placement
-from fmoe.parallel.backends import deepep, deepep_buffers
+from fmoe.parallel.backends.deepep import adapter as deepep
+from fmoe.parallel.backends.deepep import buffers as deepep_buffers
 from fmoe.parallel.together import check_alike, together
 from fmoe.testing import check_backend
+from fmoe.training import checkpoint, data, documents, gradients, metrics, optim, plot, schedules, tokenizer
 
 LONG_ENOUGH = 24  # characters in a row, by which a test of a text tells it from others
 
@@ -511,7 +500,7 @@ def test_every_text_is_asserted_somewhere():
     """In the table above, or in a test: whole, or so many characters in a row that no other text has."""
     texts = {site.text for site in sites()}
     assert set(CASES) <= texts, "cases of texts that no error has"
-    files = [p for p in Path(__file__).parent.glob("test_*.py") if p.name != Path(__file__).name]
+    files = [p for p in Path(__file__).parent.rglob("test_*.py") if p.name != Path(__file__).name]
     strings = {
         node.value.replace("\\", "")
         for path in files

@@ -10,9 +10,8 @@ import pytest
 import fmoe
 
 ROOT = pathlib.Path(fmoe.__file__).parent
-ORDER = ["errors", "tree", "ops", "recompute", "transforms", "parallel", "models"]
-# Of what comes after these, in which order.
-AFTER = ["optim", "gradients", "introspect", "plan", "bench", "plot", "testing", "doctor", "__main__"]
+ORDER = ["errors", "tree", "params", "ops", "transforms", "parallel", "models", "training"]
+ORDER += ["introspect", "plan", "bench", "testing", "doctor", "__main__"]
 OPTIONAL = {
     "cloudpickle",
     "deep_ep",
@@ -26,20 +25,13 @@ OPTIONAL = {
 MAY_IMPORT = {
     "models/huggingface.py": {"safetensors"},
     "parallel/processes.py": {"cloudpickle"},
-    "plot.py": {"matplotlib"},
-    "tokenizer.py": {"tokenizers"},
-    "parallel/backends/deepep.py": {"deep_ep"},
+    "training/plot.py": {"matplotlib"},
+    "training/tokenizer.py": {"tokenizers"},
+    "parallel/backends/deepep/adapter.py": {"deep_ep"},
 } | {
     f"ops/kernels/{name}.py": {"triton"}
     for name in ("activation", "logits", "persistent", "plan", "router", "rows")
 }
-
-
-def rank(module: str) -> int:
-    """Helpers of training that are in neither list come between the two."""
-    if module in AFTER:
-        return len(ORDER) + 1 + AFTER.index(module)
-    return ORDER.index(module) if module in ORDER else len(ORDER)
 
 
 def imports(path: pathlib.Path, source: str) -> list[str]:
@@ -60,7 +52,7 @@ def against_the_order(path: pathlib.Path, source: str) -> list[str]:
     me = path.relative_to(ROOT).parts[0].removesuffix(".py")
     names = [name for name in imports(path, source) if name.startswith("fmoe.")]
     public = {f"fmoe.{name}": getattr(fmoe, name).__module__ for name in fmoe.__all__}
-    return [name for name in names if rank(public.get(name, name).split(".")[1]) > rank(me)]
+    return [name for name in names if ORDER.index(public.get(name, name).split(".")[1]) > ORDER.index(me)]
 
 
 def test_imports_point_one_way():
@@ -72,10 +64,10 @@ def test_imports_point_one_way():
 @pytest.mark.parametrize(
     ("source", "wrong"),
     [
-        ("import fmoe.optim", ["fmoe.optim"]),
+        ("import fmoe.training.optim", ["fmoe.training.optim"]),
         ("from ..models.moe import moe_init", ["fmoe.models.moe.moe_init"]),
         ("from .. import models, tree", ["fmoe.models"]),
-        ("from fmoe import optim", ["fmoe.optim"]),
+        ("from fmoe import training", ["fmoe.training"]),
         ("from fmoe import moe_init, P", ["fmoe.moe_init"]),
         ("def late():\n    from .. import shard_map", ["fmoe.shard_map"]),
         ("from . import kernels, route", []),
@@ -106,7 +98,8 @@ CALL = "fmoe.moe_forward(fmoe.moe_init(0, dim=4, hidden_dim=4, num_experts=16), 
 def test_importing_is_silent_and_loads_nothing_heavy(absent):
     """Nor does a layer's first call."""
     code = f"""
-import sys; sys.modules |= dict.fromkeys({absent}); import fmoe, fmoe.plot, fmoe.tokenizer, torch; {CALL}
+import sys; sys.modules |= dict.fromkeys({absent})
+import fmoe, fmoe.training.plot, fmoe.training.tokenizer, torch; {CALL}
 print([name for name in {HEAVY} if sys.modules.get(name)])
 """
     command = [sys.executable, "-W", "error", "-c", code]

@@ -26,8 +26,8 @@ import fmoe
 from fmoe.errors import TransformError
 from fmoe.introspect import kept_bytes, raw_calls, saved_bytes
 from fmoe.ops.bases import gather, scatter_add
+from fmoe.ops.core.tape import checkpoint_names
 from fmoe.ops.reference import moe_reference
-from fmoe.ops.tape import checkpoint_names
 
 pytestmark = pytest.mark.usefixtures("device")
 

@@ -9,18 +9,8 @@ import pytest
 import torch
 import torch.utils._pytree as torch_pytree
 
-from fmoe.tree import (
-    P,
-    ParamSpec,
-    check_tensors,
-    dotted_names,
-    init_params,
-    is_spec,
-    node,
-    num_params,
-    partition_specs,
-    static,
-)
+from fmoe.params import P, ParamSpec, init_params, is_spec, num_params, partition_specs
+from fmoe.tree import check_tensors, dotted_names, node, static
 
 
 @node

@@ -17,8 +17,8 @@ from ..ops.combine import combine
 from ..ops.dispatch import align_rows, dispatch
 from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
 from ..ops.route import RouterConfig, RouterParams, route
+from ..params import is_spec
 from ..transforms import save, save_everything, save_nothing
-from ..tree import is_spec
 
 Layer = Callable[[MoEParams, torch.Tensor], torch.Tensor]
 
@@ -55,7 +55,7 @@ def config_for(shape: Shape, routing: str) -> RouterConfig:
 
 
 def layer_memory(shape: Shape) -> dict[str, dict[str, int]]:
-    """What one bfloat16 layer keeps under policies of ``remat``, as :func:`fmoe.plot.plot_memory` takes it.
+    """What one bfloat16 layer keeps by policy of ``remat``: input of :func:`fmoe.training.plot.plot_memory`.
 
     Bytes between forward and backward by checkpoint name. Nothing is computed, so any size will do.
 

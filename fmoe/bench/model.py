@@ -15,15 +15,15 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import record_function
 
-from .. import data as text
-from ..documents import read_documents
 from ..errors import argument_error
-from ..gradients import computing_in
-from ..metrics import PEAK_FLOPS
 from ..models import deepseek_v3
 from ..models.config import DeepSeekV3Config
-from ..optim import Optimizer, adamw, clip_factor, global_norm
 from ..plan import plan
+from ..training import data as text
+from ..training.documents import read_documents
+from ..training.gradients import computing_in
+from ..training.metrics import PEAK_FLOPS
+from ..training.optim import Optimizer, adamw, clip_factor, global_norm
 from ..transforms import per_layer, value_and_grad
 from .breakdown import OPTIMIZER, breakdown
 from .timing import check_number, matmul_rate, syncs

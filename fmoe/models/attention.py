@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from ..ops.attention import causal_attention
-from ..ops.axes import present
-from ..ops.dtypes import accumulator
+from ..ops.core.axes import present
+from ..ops.core.dtypes import accumulator
 from ..parallel.collectives import psum
-from ..tree import P, param
+from ..params import P, param
 from .config import DeepSeekV3Config
 
 FSDP = ("dp", "ep")

@@ -8,10 +8,11 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
-from ..ops.axes import axis_sizes, describe
+from ..ops.core.axes import axis_sizes, describe
 from ..parallel.boundary import dtensor_beneath, unwrapped
 from ..parallel.spec import axes_by_dim, named_axes
-from ..tree import P, check_tensors, dotted_names, is_spec
+from ..params import P, is_spec
+from ..tree import check_tensors, dotted_names
 
 
 def check_token_spec(function: str, argument: str, x: torch.Tensor, spec: P) -> None:

@@ -2,8 +2,8 @@
 
 import optree
 
-from ..tree import is_spec
-from ..tree import num_params as num_numbers
+from ..params import is_spec
+from ..params import num_params as num_numbers
 from .config import DeepSeekV3Config
 from .moe import MoEParams
 from .params import ModelParams, specs

@@ -11,14 +11,14 @@ import optree
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..ops.axes import axis_names
 from ..ops.balance import MoEStats, update_expert_bias
+from ..ops.core.axes import axis_names
 from ..parallel.backends import choose
 from ..parallel.boundary import dtensor_beneath
 from ..parallel.placement import computing, init_on, token_axes, where_placed
 from ..parallel.shard_map import shard_map
 from ..parallel.spec import named_axes
-from ..tree import P, partition_specs
+from ..params import P, partition_specs
 from .checks import check_heads, check_on_one_device, check_params, check_same, check_token_spec, check_tokens
 from .config import DeepSeekV3Config as DeepSeekV3Config  # re-exported
 from .config import preset as preset

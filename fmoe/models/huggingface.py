@@ -16,10 +16,12 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
+from ..ops.core.dtensors import is_dtensor
 from ..parallel.placement import held_pieces
 from ..parallel.spec import as_dtensor, size_problems, spec_of
 from ..parallel.together import this_rank, together
-from ..tree import check_tensors, dotted_names, is_dtensor, is_spec
+from ..params import is_spec
+from ..tree import check_tensors, dotted_names
 from .config import DeepSeekV3Config
 from .params import ModelParams, specs
 from .published import export_config, import_config

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
-from ..ops.axes import axis_names, present
 from ..ops.balance import MoEStats, moe_stats
 from ..ops.combine import combine, combine_start, join
+from ..ops.core.axes import axis_names, present
 from ..ops.dispatch import dispatch
 from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
 from ..ops.route import RouterConfig, RouterParams, Routing, route
@@ -20,7 +20,7 @@ from ..parallel.collectives import psum
 from ..parallel.placement import computing, init_on, moved, moves, token_axes, where_placed
 from ..parallel.shard_map import shard_map
 from ..parallel.spec import distribute, named_axes
-from ..tree import P, is_spec, param
+from ..params import P, is_spec, param
 from .checks import check_layer, check_on_one_device, check_token_spec
 
 

@@ -7,7 +7,7 @@ import optree
 import torch
 
 from ..ops.experts import ExpertParams
-from ..tree import P, is_spec, param
+from ..params import P, is_spec, param
 from .attention import FSDP, AttentionParams, attention_specs
 from .config import DeepSeekV3Config
 from .moe import MoEParams, mlp_specs, moe_specs
@@ -52,7 +52,7 @@ class ModelParams(NamedTuple):
 
 
 def specs(config: DeepSeekV3Config) -> ModelParams:
-    """Shapes, initial values and placement of every parameter: a tree of :class:`~fmoe.tree.ParamSpec`.
+    """Shapes, initial values and placement of every parameter: a tree of :class:`~fmoe.params.ParamSpec`.
 
     >>> from fmoe.models.config import preset
     >>> tree = specs(preset("671B"))  # nothing is allocated

@@ -13,9 +13,11 @@ import optree
 import torch
 import torch.distributed as dist
 
-from ..ops.axes import axis_names
+from ..ops.core.axes import axis_names
+from ..ops.core.dtensors import is_dtensor
 from ..parallel.spec import local_piece, named_axes, spec_of
-from ..tree import ParamSpec, dotted_names, is_dtensor, is_spec
+from ..params import ParamSpec, is_spec
+from ..tree import dotted_names
 from .config import DeepSeekV3Config
 from .params import specs
 

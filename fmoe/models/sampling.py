@@ -4,8 +4,9 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
+from ..ops.core.dtensors import is_dtensor
 from ..parallel.spec import distribute
-from ..tree import P, is_dtensor
+from ..params import P
 from .config import DeepSeekV3Config
 from .deepseek_v3 import ModelParams, forward
 

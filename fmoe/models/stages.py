@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..ops.axes import present
 from ..ops.balance import MoEStats, moe_stats
+from ..ops.core.axes import present
 from ..ops.experts import ExpertParams
 from ..parallel.collectives import psum
 from ..parallel.placement import Moves, moved, moves

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import argument_error
-from ..ops.axes import present
+from ..ops.core.axes import present
 from ..ops.cross_entropy import LOGITS_BYTES as LOGITS_BYTES
 from ..ops.cross_entropy import REMEDY, cross_entropy_terms
 from ..parallel.collectives import all_gather, axis_index, axis_size, psum

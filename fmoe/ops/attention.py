@@ -10,11 +10,11 @@ import torch
 
 from ..errors import argument_error
 from .bases import random, refold_rows, unfold_rows
-from .derive import Dims, Tensors, pullback
-from .dtypes import accumulator
+from .core.derive import Dims, Tensors, pullback
+from .core.dtypes import accumulator
+from .core.primitive import Fold, Operator, declare, front
+from .core.tape import checkpoint
 from .kernels import attention as kernels
-from .primitive import Fold, Operator, declare, front
-from .tape import checkpoint
 
 ATTENTION = checkpoint("attention", save=False)
 

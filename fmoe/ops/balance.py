@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import argument_error
-from ..tree import is_dtensor, local, map_local
+from .core.dtensors import is_dtensor, local, map_local
 from .route import Routing
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from . import kernels
-from .derive import Dims, Tensors
-from .dtypes import accumulator
+from .core.derive import Dims, Tensors
+from .core.dtypes import accumulator
+from .core.primitive import Fold, Operator, declare, front
+from .core.tape import checkpoint
 from .kernels import grouped
-from .primitive import Fold, Operator, declare, front
-from .tape import checkpoint
 
 GATHER = checkpoint("gather", save=False)
 GROUPED_MM = checkpoint("grouped_mm", save=False)

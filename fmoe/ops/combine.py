@@ -6,11 +6,11 @@ import torch
 
 from . import kernels
 from .bases import gather, gather_kernel, random, scatter_add, scatter_add_kernel
-from .derive import Tensors, pullback
+from .core.derive import Tensors, pullback
+from .core.dtypes import accumulator
+from .core.primitive import Operator, declare
+from .core.tape import checkpoint
 from .dispatch import Plan, check_rows, plan_example, rows_of_slots
-from .dtypes import accumulator
-from .primitive import Operator, declare
-from .tape import checkpoint
 from .transport import InFlight
 
 COMBINE = checkpoint("combine", save=True)

@@ -12,11 +12,11 @@ import torch
 
 from . import kernels
 from .bases import gather, random
-from .derive import Tensors, pullback
-from .dtypes import accumulator
-from .primitive import Operator, declare
+from .core.derive import Tensors, pullback
+from .core.dtypes import accumulator
+from .core.primitive import Operator, declare
+from .core.tape import checkpoint
 from .route import product
-from .tape import checkpoint
 
 LOSS = checkpoint("loss", save=False)
 LOGITS_BYTES = 2**28

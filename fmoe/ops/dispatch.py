@@ -10,12 +10,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..errors import argument_error
 from ..tree import node, static
 from . import kernels
-from .axes import Axes
 from .bases import gather, random
-from .derive import Dims, Tensors
-from .primitive import Operator, declare
+from .core.axes import Axes
+from .core.derive import Dims, Tensors
+from .core.primitive import Operator, declare
+from .core.tape import checkpoint
 from .route import Routing
-from .tape import checkpoint
 from .transport import transport_along
 
 DISPATCH = checkpoint("dispatch", save=True)

@@ -13,12 +13,12 @@ from ..errors import argument_error
 from . import kernels
 from .bases import gather, gather_kernel, grouped_mm, random, scatter_add
 from .combine import weight_gradients_kernel, weighted_sum_kernel
-from .derive import Tensors, pullback
+from .core.derive import Tensors, pullback
+from .core.dtypes import accumulator
+from .core.primitive import Operator, declare
+from .core.tape import checkpoint
 from .dispatch import Plan, check_rows, plan_example, rows_of_slots
-from .dtypes import accumulator
 from .kernels import grouped
-from .primitive import Operator, declare
-from .tape import checkpoint
 
 EXPERTS = checkpoint("experts_grouped_mm", save=False)
 

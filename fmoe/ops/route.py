@@ -9,10 +9,10 @@ from ..errors import argument_error
 from ..tree import node, static
 from . import kernels
 from .bases import bilinear_jvp, gather, random, refold_rows, unfold_rows
-from .derive import Dims, Tensors
-from .dtypes import accumulator
-from .primitive import Fold, Operator, declare, front
-from .tape import checkpoint
+from .core.derive import Dims, Tensors
+from .core.dtypes import accumulator
+from .core.primitive import Fold, Operator, declare, front
+from .core.tape import checkpoint
 
 TOPK = checkpoint("topk", save=True)
 ROUTER = checkpoint("router", save=False)

@@ -7,7 +7,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
-from .axes import Axes, Group, axis_names, binding, group_of, names_of, resolve
+from .core.axes import Axes, Group, axis_names, binding, group_of, names_of, resolve
 
 
 class InFlight(NamedTuple):
@@ -63,7 +63,7 @@ _default: Callable[[Group], Transport] | None = None
 def set_default(make: Callable[[Group], Transport]) -> None:
     """Make ``make(group)`` what carries tokens along an axis that no backend is bound to.
 
-    >>> from fmoe.ops.axes import Binding, MeshOfSizes, bound
+    >>> from fmoe.ops.core.axes import Binding, MeshOfSizes, bound
     >>> from fmoe.parallel import AllToAll
     >>> set_default(AllToAll)  # as it is from the start
     >>> with bound(Binding(MeshOfSizes({"ep": 2}))):

@@ -1,7 +1,7 @@
 """Many devices: meshes, partition specs, ``shard_map``, collectives, and backends for ``dispatch``."""
 
 from .backends.all_to_all import AllToAll
-from .backends.deepep_transport import DeepEP, deepep
+from .backends.deepep.transport import DeepEP, deepep
 from .collectives import (
     all_gather,
     all_to_all,

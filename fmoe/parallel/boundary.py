@@ -21,8 +21,9 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import TransformError
-from ..ops.axes import group_of
-from ..tree import P, is_dtensor
+from ..ops.core.axes import group_of
+from ..ops.core.dtensors import is_dtensor
+from ..params import P
 from .collectives import psum_op
 from .spec import Placements, placements, unnamed_axes
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ..ops.bases import random
-from ..ops.derive import Dims, Tensors
-from ..ops.primitive import Fold, Operator, declare
-from ..ops.tape import checkpoint
+from ..ops.core.derive import Dims, Tensors
+from ..ops.core.primitive import Fold, Operator, declare
+from ..ops.core.tape import checkpoint
 from .mesh import make_mesh
 
 _c10d = torch.ops._c10d_functional

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import argument_error
-from ..ops.axes import Axes, Group, resolve
-from ..ops.primitive import Operator
+from ..ops.core.axes import Axes, Group, resolve
+from ..ops.core.primitive import Operator
 from .collective_ops import (
     all_gather_op,
     all_to_all_op,

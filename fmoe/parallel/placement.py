@@ -13,8 +13,9 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
-from ..ops.axes import axis_names, axis_sizes
-from ..tree import P, dotted_names, init_params, is_spec
+from ..ops.core.axes import axis_names, axis_sizes
+from ..params import P, init_params, is_spec
+from ..tree import dotted_names
 from .boundary import dtensor_beneath, unwrapped
 from .collectives import axis_index, axis_size, gather_params
 from .spec import (

@@ -10,9 +10,11 @@ from torch._C import _functorch as functorch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error, captured_error
-from ..ops.axes import Binding, Group, axis_names, bound, describe, group_of
+from ..ops.core.axes import Binding, Group, axis_names, bound, describe, group_of
+from ..ops.core.dtensors import is_dtensor
 from ..ops.transport import Transport
-from ..tree import P, check_tensors, dotted_names, is_dtensor
+from ..params import P
+from ..tree import check_tensors, dotted_names
 from .boundary import dtensor_beneath, dtensor_error, enter, leave, unwrapped
 from .collectives import all_gather_op, psum_op
 from .spec import (

@@ -9,9 +9,10 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
-from ..ops.axes import axis_names, axis_sizes, describe, group_of, names_of
-from ..ops.dynamo import constant_to_dynamo
-from ..tree import P, ParamSpec, dotted_names, is_spec
+from ..ops.core.axes import axis_names, axis_sizes, describe, group_of, names_of
+from ..ops.core.dynamo import constant_to_dynamo
+from ..params import P, ParamSpec, is_spec
+from ..tree import dotted_names
 
 if TYPE_CHECKING:  # it takes half a second to import
     from torch.distributed.tensor import DTensor, Placement

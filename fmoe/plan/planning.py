@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 
 from ..models.config import DeepSeekV3Config
-from ..ops.axes import MeshOfSizes, axis_sizes
+from ..ops.core.axes import MeshOfSizes, axis_sizes
 from ..ops.cross_entropy import LOGITS_BYTES
 from ..ops.route import topk
-from ..optim import Optimizer, adamw
 from ..parallel.mesh import AXES, parse_axes
 from ..parallel.placement import token_axes
+from ..training.optim import Optimizer, adamw
 from .dry_run import Rows
 from .stage import Job, StagePlan, check_divides, dry_run_stage, plan_error
 

@@ -11,18 +11,18 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import argument_error
-from ..gradients import accumulate, computing_in
 from ..introspect import operator_class
 from ..models.config import DeepSeekV3Config
 from ..models.params import ModelParams, specs
 from ..models.stages import moves_of, stage_loss
-from ..ops.axes import Binding, axis_sizes, bound
-from ..optim import Optimizer, clip_factor, global_norm
+from ..ops.core.axes import Binding, axis_sizes, bound
 from ..parallel.boundary import enter
 from ..parallel.placement import computing, token_axes
 from ..parallel.spec import axes_by_dim, known_axes
+from ..params import is_spec
+from ..training.gradients import accumulate, computing_in
+from ..training.optim import Optimizer, clip_factor, global_norm
 from ..transforms import value_and_grad
-from ..tree import is_spec
 from .dry_run import CUBLAS, DryRun, Rows
 
 PHASES = ("forward", "backward", "clip", "update")

@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..errors import TransformError, argument_error
 from ..introspect import raw_calls
 from ..models.moe import moe_forward
-from ..ops.axes import axis_names, axis_sizes, describe
-from ..ops.primitive import operators
-from ..ops.tape import checkpoint_names
+from ..ops.core.axes import axis_names, axis_sizes, describe
+from ..ops.core.primitive import operators
+from ..ops.core.tape import checkpoint_names
 from ..ops.transport import Transport
 from ..parallel.together import from_all, num_ranks
 from ..transforms import remat, save_nothing, value_and_grad

@@ -11,7 +11,7 @@ from ..ops.dispatch import Plan, dispatch, expand
 from ..ops.route import Routing, route
 from ..parallel.collectives import psum
 from ..parallel.placement import token_axes
-from ..tree import P
+from ..params import P
 from .report import Found
 from .samples import ROUTES, error, routing_of, same_bits, whole_numbers
 from .setting import Setting

@@ -7,9 +7,9 @@ import optree
 import torch
 
 from ..models.moe import MoEParams, moe_specs
-from ..ops.dtypes import accumulator
+from ..ops.core.dtypes import accumulator
 from ..ops.route import RouterConfig, Routing
-from ..tree import is_spec
+from ..params import is_spec
 
 # How far results may be from float64's, relative to the largest value: a few roundings.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 0.01, torch.bfloat16: 0.06}

@@ -9,14 +9,14 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..models.moe import COMPUTING, MoEParams, moe_layer
-from ..ops.axes import Group, group_of
+from ..ops.core.axes import Group, group_of
 from ..ops.reference import moe_reference
 from ..ops.route import RouterConfig, route
 from ..ops.transport import Transport
 from ..parallel.placement import token_axes
 from ..parallel.shard_map import shard_map
 from ..parallel.spec import distribute, known_axes
-from ..tree import P
+from ..params import P
 from .report import Found
 from .samples import TOLERANCE, error, random_layer, router_config, widened
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from ..dtypes import accumulator
+from ..core.dtypes import accumulator
 from .choice import chosen
 
 OVERRIDE = "FMOE_ATTENTION"

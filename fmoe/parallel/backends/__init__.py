@@ -6,12 +6,12 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...errors import argument_error
-from ...ops.axes import Group, axis_names, group_of
-from ...ops.dynamo import constant_to_dynamo
+from ...ops.core.axes import Group, axis_names, group_of
+from ...ops.core.dynamo import constant_to_dynamo
 from ...ops.transport import Transport
-from . import deepep_buffers
 from .all_to_all import AllToAll
-from .deepep_transport import DeepEP
+from .deepep import buffers as deepep_buffers
+from .deepep.transport import DeepEP
 
 NAMES = ("auto", "local", "all_to_all", "deepep")
 _LOG = logging.getLogger("fmoe")

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...ops.axes import Group
 from ...ops.bases import gather_kernel, random
 from ...ops.combine import COMBINE, weighted_sum_kernel
-from ...ops.derive import Dims, Tensors
+from ...ops.core.axes import Group
+from ...ops.core.derive import Dims, Tensors
+from ...ops.core.primitive import Fold, Operator, declare
+from ...ops.core.refuse import ALL_MOVE
 from ...ops.dispatch import DISPATCH, Plan, check_ids, layout_kernel, layout_plain, received_fake
-from ...ops.primitive import Fold, Operator, declare
-from ...ops.refuse import ALL_MOVE
 from ...ops.route import Routing
 from ...ops.transport import InFlight, check_experts_divide, set_default
 from ..collectives import group_alone

@@ -1,0 +1,1 @@
+"""What declares operators and runs them: their rules, tapes for recomputation, modes and named axes."""

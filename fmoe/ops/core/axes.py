@@ -1,0 +1,145 @@
+"""Named mesh axes: what is bound here, and the process group that axes of it stand for.
+
+:func:`fmoe.shard_map` binds its mesh, and what carries tokens along its axes, while its function runs.
+Collectives resolve axis names when they are called and keep group names and sizes as static arguments,
+so their derivatives need no binding; whatever runs a function again later binds the same again.
+"""
+
+import math
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ...errors import argument_error
+from .dynamo import constant_to_dynamo
+
+Axes = str | tuple[str, ...]
+
+
+class Group(NamedTuple):
+    """The devices along some axes: a process group's name, its size, and this device's place in it.
+
+    One device has no process group; its name is empty.
+
+    >>> import fmoe
+    >>> group_of(fmoe.make_mesh("ep=1", device_type="cpu"), ("ep",))
+    Group(name='', size=1, position=0)
+    """
+
+    name: str
+    size: int
+    position: int
+
+
+class Binding(NamedTuple):
+    """A mesh whose axes have a meaning here, and the backend of each axis that dispatch may go along."""
+
+    mesh: DeviceMesh | None = None
+    backends: tuple[tuple[str, Any], ...] = ()
+
+
+class MeshOfSizes:
+    """The axes and sizes of a mesh without its devices: what it is bound for runs on fake tensors."""
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        self.mesh_dim_names = tuple(sizes)
+        self._sizes = tuple(sizes.values())
+
+    def size(self, dim: int | None = None) -> int:
+        return math.prod(self._sizes) if dim is None else self._sizes[dim]
+
+
+class _Bound(threading.local):
+    # Dynamo traces no ContextVar, but a thread-local, whose default it must find on the instance.
+    def __init__(self) -> None:
+        self.now = Binding()
+
+
+_BOUND = _Bound()
+
+# Per default process group, so that nothing outlives it: flattening a mesh takes half a millisecond.
+_GROUPS: "weakref.WeakKeyDictionary[Any, dict[Any, tuple[str, int, int]]]" = weakref.WeakKeyDictionary()
+
+
+def binding() -> Binding:
+    """What is bound here."""
+    return _BOUND.now
+
+
+@contextmanager
+def bound(binding: Binding) -> Iterator[None]:
+    """Bind a mesh's axes inside."""
+    outer, _BOUND.now = _BOUND.now, binding
+    try:
+        yield
+    finally:
+        _BOUND.now = outer
+
+
+def present(*axes: str) -> tuple[str, ...]:
+    """Those of the axes that are bound here; none outside :func:`fmoe.shard_map`."""
+    mesh = _BOUND.now.mesh
+    return () if mesh is None else tuple(axis for axis in axes if axis in axis_names(mesh))
+
+
+def axis_names(mesh: DeviceMesh) -> tuple[str, ...]:
+    return mesh.mesh_dim_names or ()
+
+
+def axis_sizes(mesh: DeviceMesh) -> dict[str, int]:
+    # Dynamo on torch 2.11 knows a mesh's ndim, size() and mesh_dim_names, but not its shape.
+    return {name: mesh.size(i) for i, name in enumerate(axis_names(mesh))}
+
+
+def describe(mesh: DeviceMesh) -> str:
+    return "(" + ", ".join(f"{name}={size}" for name, size in axis_sizes(mesh).items()) + ")"
+
+
+def names_of(axes: Axes) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def group_of(mesh: DeviceMesh, axes: tuple[str, ...]) -> Group:
+    """The group of the devices along ``axes``, given in the mesh's order."""
+    return Group(*_group(mesh, axes))
+
+
+@constant_to_dynamo
+def _group(mesh: DeviceMesh, axes: tuple[str, ...]) -> tuple[str, int, int]:
+    sizes = axis_sizes(mesh)
+    axes = tuple(a for a in axes if sizes[a] > 1)
+    if not axes:
+        return "", 1, 0
+    if isinstance(mesh, MeshOfSizes):
+        size = math.prod(sizes[a] for a in axes)
+        return str(size), size, 0
+    known = _GROUPS.setdefault(dist.group.WORLD, {})
+    if (mesh, axes) not in known:
+        line = mesh[axes]._flatten() if len(axes) > 1 else mesh[axes[0]]
+        known[mesh, axes] = line.get_group().group_name, line.size(), line.get_local_rank()
+    return known[mesh, axes]
+
+
+def resolve(function: str, axes: Axes) -> Group:
+    """The group that ``axes`` stand for where ``function`` is called."""
+    mesh, names = _BOUND.now.mesh, names_of(axes)
+    if not names:
+        return Group("", 1, 0)
+    have = () if mesh is None else axis_names(mesh)
+    if mesh is not None and [n for n in have if n in names] == list(names):
+        return group_of(mesh, names)
+    if mesh is None:
+        expected = "a mesh axis that is bound; none is bound here"
+        remedy = "Call it inside a function given to fmoe.shard_map."
+    elif not set(names) <= set(have):
+        expected = f"axes of the mesh {describe(mesh)} that shard_map bound"
+        remedy = "Correct the name, or give shard_map a mesh with this axis."
+    else:
+        expected = f"each axis once, in the mesh's order {have}"
+        remedy = "Reorder the axes."
+    raise argument_error(function, "axis", got=repr(axes), expected=expected, remedy=remedy)

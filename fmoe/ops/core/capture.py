@@ -1,0 +1,45 @@
+"""Differentiable tensors that come into a function by the back door."""
+
+from typing import Any
+
+import optree
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch._C import _functorch as functorch
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.overrides import TorchFunctionMode
+
+from ...errors import captured_error
+
+
+class Guard(TorchFunctionMode):
+    """Finds differentiable tensors that a region uses without having them as arguments.
+
+    Inside the region nothing requires a gradient and no transform from outside is active, so whatever
+    does, or belongs to such a transform, was captured. To detach it is no use of it.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.Tensor.detach:
+            with torch._C.DisableTorchFunction():
+                check_captured((args, kwargs), getattr(func, "__name__", str(func)))
+        return func(*args, **(kwargs or {}))
+
+
+def check_captured(values: Any, operation: str) -> None:
+    for leaf in optree.tree_leaves(values):
+        if isinstance(leaf, torch.Tensor) and _is_captured(leaf):
+            raise captured_error("remat", leaf, f" in {operation}")
+
+
+def _is_captured(tensor: torch.Tensor) -> bool:
+    if forward_ad._current_level >= 0 and not functorch.is_functorch_wrapped_tensor(tensor):
+        with _set_fwd_grad_enabled(True):
+            if forward_ad.unpack_dual(tensor).tangent is not None:
+                return True
+    level = functorch.maybe_current_level() or 0
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.maybe_get_level(tensor) > level:
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor.requires_grad and torch.is_grad_enabled()

@@ -1,0 +1,80 @@
+"""Rules of an operator from a reference: the same function composed of other operators."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+Tensors = tuple[torch.Tensor, ...]
+Dims = tuple[int | None, ...]
+
+
+class Rules(NamedTuple):
+    """How an operator behaves under transforms; ``ops/core/primitive.py`` says what each rule takes."""
+
+    residuals: Callable[[tuple[Any, ...], Tensors], tuple[Any, ...]]
+    vjp: Any
+    jvp: Any
+    vmap: Any
+
+
+def few(values: tuple[Any, ...]) -> Any:
+    """A tuple of values, or the only one."""
+    return values[0] if len(values) == 1 else values
+
+
+def derive(reference: Callable[..., Any], num_inputs: int) -> Rules:
+    """Rules of an operator from the same function composed of other operators."""
+
+    def as_function_of(inputs: Sequence[Any], where: Sequence[int]) -> Callable[..., Any]:
+        def call(*values: Any) -> Any:
+            args = list(inputs)
+            for i, value in zip(where, values):
+                args[i] = value
+            return reference(*args)
+
+        return call
+
+    def floats(inputs: Sequence[Any]) -> list[int]:
+        return [i for i, a in enumerate(inputs) if isinstance(a, torch.Tensor) and a.is_floating_point()]
+
+    def residuals(inputs: tuple[Any, ...], outputs: Tensors) -> tuple[Any, ...]:
+        return inputs
+
+    def vjp(inputs: Sequence[Any], needs: Sequence[bool], *cotangents: Any) -> tuple[Any, ...]:
+        where = [i for i in floats(inputs) if needs[i]]
+        out, pull, *_ = torch.func.vjp(as_function_of(inputs, where), *(inputs[i] for i in where))
+        outs = out if isinstance(out, tuple) else (out,)
+        padded = (*cotangents, *[None] * (len(outs) - len(cotangents)))
+        filled = tuple(torch.zeros_like(o) if c is None else c for o, c in zip(outs, padded))
+        found = dict(zip(where, pull(few(filled) if not isinstance(out, tuple) else filled)))
+        return tuple(found.get(i) for i in range(num_inputs))
+
+    def jvp(inputs: Sequence[Any], *tangents: Any) -> Any:
+        where = [i for i in floats(inputs) if i < num_inputs and tangents[i] is not None]
+        call = as_function_of(inputs[:num_inputs], where)
+        return torch.func.jvp(call, tuple(inputs[i] for i in where), tuple(tangents[i] for i in where))[1]
+
+    def vmap(size: int, dims: Dims, *inputs: Any) -> Tensors:
+        out = torch.vmap(reference, in_dims=dims)(*inputs)
+        # An output that no input reaches comes out expanded, and forward AD can't write a tangent to that.
+        return tuple(o.contiguous() for o in (out if isinstance(out, tuple) else (out,)))
+
+    return Rules(residuals, vjp, jvp, vmap)
+
+
+def pullback(reference: Callable[..., Any]) -> Callable[..., Tensors]:
+    """``(cotangent, *inputs)`` -> cotangents of the floating-point inputs of ``reference``'s first output.
+
+    It is the reference of a fused operator's backward.
+
+    >>> pullback(lambda x, y: x * y)(torch.tensor(2.0), torch.tensor(3.0), torch.tensor(5.0))
+    (tensor(10.), tensor(6.))
+    """
+
+    def call(cotangent: torch.Tensor, *inputs: Any) -> Tensors:
+        num = reference.__code__.co_argcount
+        grads = derive(reference, num).vjp(inputs[:num], (True,) * num, cotangent)
+        return tuple(g for g in grads if g is not None)
+
+    return call

@@ -1,0 +1,247 @@
+"""Recomputation as an ``autograd.Function``: what :func:`fmoe.remat` does outside ``torch.compile``.
+
+A remat'ed call is a *region*. Its forward runs the function once, on a tape that records the outputs
+of the operators its policy names; they become extra outputs of the Function. Its derivatives run the
+function again, under ``torch.func.vjp`` or ``jvp``, on a tape that hands those outputs back. Under
+``vmap`` the region becomes the region of the batched function. So every transform, in any order and
+nesting, meets one Function whose rules are made of other transforms.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import compress
+from typing import Any
+
+import optree
+import torch
+import torch.utils._pytree as torch_pytree
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+
+from ...errors import argument_error
+from .capture import Guard, check_captured
+from .dynamo import hidden_from_dynamo
+from .modes import Modes, Rng
+from .primitive import front, primal
+from .refuse import refusing_nested_forward_mode
+from .tape import Entry, PlainTape, Policy, Tape, current_tape, replay_error
+
+# For every entry of a tape its operator, its checkpoint name, and how many outputs it has, if any.
+Layout = Sequence[tuple[str, str, int | None]]
+
+
+def _nothing(name: str) -> bool:
+    return False
+
+
+@hidden_from_dynamo  # Dynamo has its own way; here it would only look into the tape's functions
+def recomputing(fn: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) -> Any:
+    """``fn(*args, **kwargs)``, whose derivatives run it again with what ``policy`` kept handed back."""
+    outer = current_tape()
+    if isinstance(outer, PlainTape):
+        return fn(*args, **kwargs)
+    leaves, treedef = optree.tree_flatten((args, kwargs), none_is_leaf=True)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    given = outer.rest() if outer else ()
+    found = _Found()
+    region = _Region(
+        fn,
+        treedef,
+        _statics(leaves),
+        len(tensors),
+        record=(lambda name: policy(name) or outer.record(name)) if outer else policy,
+        serve=outer.serve if outer else _nothing,
+        handed=_layout(given),
+        found=found,
+        modes=Modes.now(tensors),
+    )
+    out = _Remat.apply(region, *tensors, *_outputs(given))
+    num_outputs = len(found.differentiable)
+    if outer:
+        outer.absorb(found.served, _entries(out[num_outputs:], found.recorded))
+    return optree.tree_unflatten(found.out_treedef, _merge(found.out_statics, out[:num_outputs]))
+
+
+@dataclass
+class _Found:
+    """What running a region told about it."""
+
+    out_treedef: Any = None
+    out_statics: Sequence[Any] = ()
+    differentiable: Sequence[bool] = ()
+    recorded: Layout = ()
+    served: int = 0
+    rng: Rng | None = None
+
+
+@dataclass(frozen=True)
+class _Region:
+    """One call of a remat'ed function: all of it but the tensors.
+
+    ``statics`` has a 1-tuple for every leaf of the arguments that isn't a tensor. ``batches`` has the
+    ``in_dims`` of the vmaps around the call, innermost first. ``handed`` describes the entries handed to it.
+    """
+
+    fn: Callable[..., Any]
+    treedef: Any
+    statics: Sequence[Any]
+    num_tensors: int
+    record: Policy
+    serve: Policy
+    handed: Layout
+    found: _Found
+    modes: Modes
+    batches: tuple[tuple[Any, str], ...] = ()
+
+    def execute(self, tensors: Sequence[torch.Tensor], *, check: bool = False) -> tuple[torch.Tensor, ...]:
+        """``(*arguments, *values to hand back)`` -> ``(*outputs, *values recorded)``.
+
+        ``check`` looks out for captured tensors; the arguments must be detached then.
+        """
+        n, found = self.num_tensors, self.found
+
+        def body(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            args, kwargs = optree.tree_unflatten(self.treedef, _merge(self.statics, tensors[:n]))
+            entries = _entries(tensors[n:], self.handed)
+            look = check_captured if check else None
+            tape = Tape(record=self.record, serve=self.serve, entries=entries, check=look)
+            with self.modes.entered(), tape.run():
+                with Guard() if check else nullcontext():
+                    out = self.fn(*args, **kwargs)
+                outputs, found.out_treedef = optree.tree_flatten(out, none_is_leaf=True)
+                if check:
+                    check_captured(outputs, "its result")
+            found.out_statics = _statics(outputs)
+            found.served = tape.position
+            found.recorded = _layout(tape.recorded)
+            values = [o for o in outputs if isinstance(o, torch.Tensor)]
+            found.differentiable = [_differentiable(v) for v in values]
+            return (*values, *[t.detach() for t in _outputs(tape.recorded)])
+
+        run = body
+        for in_dims, randomness in self.batches:
+            run = torch.vmap(run, in_dims=in_dims + (0,) * (len(tensors) - n), randomness=randomness)
+        return run(*tensors)
+
+    def replayed(self) -> "_Region":
+        """The same region, handed back what its forward recorded."""
+        found = dataclasses.replace(self.found)
+        return dataclasses.replace(
+            self, record=_nothing, serve=self.record, handed=found.recorded, found=found
+        )
+
+    def derivative(
+        self, saved: Sequence[torch.Tensor], wanted: Sequence[bool]
+    ) -> tuple[Callable[..., tuple[torch.Tensor, ...]], list[int]]:
+        """The differentiable outputs as a function of the arguments wanted, and which those are."""
+        where = [i for i, w in enumerate(wanted) if w and _differentiable(saved[i])]
+        region, rng, differentiable = self.replayed(), self.found.rng, self.found.differentiable
+
+        def call(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            tensors = list(saved)
+            for i, value in zip(where, values):
+                tensors[i] = value
+            with rng.replayed() if rng else nullcontext():
+                outputs = region.execute(tensors)
+            if region.found.served < len(region.handed):
+                raise replay_error(f"no {region.handed[region.found.served][0]} where it was called first")
+            return tuple(compress(outputs, differentiable))
+
+        return call, where
+
+
+def _differentiable(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _statics(leaves: Sequence[Any]) -> list[Any]:
+    for leaf in leaves:
+        hidden = [*torch_pytree.tree_leaves(leaf), *getattr(leaf, "__dict__", {}).values()]
+        if not isinstance(leaf, torch.Tensor) and any(isinstance(t, torch.Tensor) for t in hidden):
+            raise argument_error(
+                "remat",
+                "fn",
+                got=f"a {type(leaf).__name__} that holds tensors",
+                expected="containers that optree knows, in arguments and results",
+                remedy="Use tuples, NamedTuples and dicts, or register it with optree.",
+            )
+    return [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
+
+
+def _merge(statics: Sequence[Any], tensors: Sequence[torch.Tensor]) -> list[Any]:
+    rest = iter(tensors)
+    return [next(rest) if s is None else s[0] for s in statics]
+
+
+def _layout(entries: Iterable[Entry]) -> Layout:
+    return [(e.operator, e.checkpoint, None if e.outputs is None else len(e.outputs)) for e in entries]
+
+
+def _outputs(entries: Iterable[Entry]) -> list[torch.Tensor]:
+    return [t for entry in entries for t in entry.outputs or ()]
+
+
+def _entries(outputs: Sequence[torch.Tensor], layout: Layout) -> list[Entry]:
+    rest = iter(outputs)
+    return [
+        Entry(operator, name, None if n is None else tuple(next(rest) for _ in range(n)))
+        for operator, name, n in layout
+    ]
+
+
+class _Remat(torch.autograd.Function):
+    """``_Region.execute`` with the derivatives that recompute; ``(region, *tensors)``."""
+
+    @staticmethod
+    def forward(region: _Region, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        n = region.num_tensors
+        rng = Rng.now(tensors)
+        inputs = [t.detach() for t in tensors[:n]]
+        outputs = region.execute((*inputs, *tensors[n:]), check=True)
+        region.found.rng = rng if rng.moved() else None
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        region, *tensors = inputs
+        recorded = output[len(region.found.differentiable) :]
+        ctx.region, ctx.num_tensors = region, len(tensors)
+        ctx.save_for_backward(*tensors[: region.num_tensors], *recorded)
+        ctx.save_for_forward(*tensors[: region.num_tensors], *recorded)
+        constant = [o for o, smooth in zip(output, region.found.differentiable) if not smooth]
+        ctx.mark_non_differentiable(*recorded, *constant)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[Any, ...]:
+        region = ctx.region
+        saved = unwrap_dead_wrappers(ctx.saved_tensors)
+        call, where = region.derivative(saved, ctx.needs_input_grad[1 : 1 + region.num_tensors])
+        pull = torch.func.vjp(call, *(saved[i] for i in where))[1]
+        grads = pull(tuple(compress(unwrap_dead_wrappers(cotangents), region.found.differentiable)))
+        found = dict(zip(where, grads))
+        return None, *(found.get(i) for i in range(ctx.num_tensors))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Any, ...]:
+        region = ctx.region
+        if not any(region.found.differentiable):
+            return (None,) * (len(region.found.differentiable) + len(ctx.saved_tensors) - region.num_tensors)
+        with _set_fwd_grad_enabled(True), refusing_nested_forward_mode("remat"):
+            saved = [primal(t) for t in ctx.saved_tensors]
+            call, where = region.derivative(saved, [t is not None for t in tangents[: region.num_tensors]])
+            moving = tuple(saved[i] for i in where), tuple(tangents[i] for i in where)
+            moved = iter(torch.func.jvp(call, *moving)[1])
+        num_recorded = len(saved) - region.num_tensors
+        return *(next(moved) if f else None for f in region.found.differentiable), *[None] * num_recorded
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], region: _Region, *tensors: torch.Tensor) -> Any:
+        n, dims = region.num_tensors, in_dims[1:]
+        handed = [front(t, d, info.batch_size) for t, d in zip(tensors[n:], dims[n:])]
+        batch = dims[:n], info.randomness
+        outputs = _Remat.apply(
+            dataclasses.replace(region, batches=(*region.batches, batch)), *tensors[:n], *handed
+        )
+        return outputs, (0,) * len(outputs)

@@ -1,0 +1,1 @@
+"""Tokens over DeepEP's kernels, by either of its two generations."""

@@ -1,0 +1,291 @@
+"""DeepEP's two generations behind one interface; the only file that imports ``deep_ep``, when asked for.
+
+An *engine* is a communication buffer along one group, and moves rows through it:
+
+``dispatch(x, weights, ids, num_experts)``  tokens to the devices that hold their experts ->
+                                            :class:`Arrived`
+``send(x, handle)``                         rows the same way again
+``combine(y, handle, weights, wait)``       rows back, summed, and the weights of each with them;
+                                            without ``wait`` the current stream goes on meanwhile
+``send_weights``, ``combine_weights``       weights alone, either way
+``join()``                                  the current stream waits for what it went on without
+``destroy()``
+
+A handle is how rows were sent: tensors, the first with a row per token, and a few numbers. Users install
+DeepEP themselves, as it is built against their CUDA. What it does here was read off v1.2.1 and 2.1.0.
+"""
+
+import importlib.metadata
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from ....errors import argument_error
+
+# What DeepEP's kernels take.
+DEVICES = ("cuda",)
+PAYLOADS = (torch.bfloat16,)
+MOST_CHOICES = 32  # experts per token: one per lane of a warp
+MOST_EXPERTS = 1024  # on one device
+WEIGHTS_DIM = 256  # what rows of weights, as bytes, are padded to: long enough for every kernel
+PEERS = 8  # devices of a node that Buffer reaches by NVLink
+NCCL_NEEDED = (2, 30, 4)  # by ElasticBuffer
+
+CLASSES = {"buffer": "Buffer", "elastic": "ElasticBuffer"}
+_NO_DEEP_EP = 'Use backend="all_to_all", or install DeepEP as docs/deepep.md says.'
+
+
+class Sizes(NamedTuple):
+    """What a buffer has to hold: each is the most there may be."""
+
+    tokens: int
+    dim: int
+    top_k: int
+    num_experts: int
+
+
+class Handle(NamedTuple):
+    tensors: tuple[torch.Tensor | None, ...]
+    numbers: tuple[int, ...] = ()
+
+
+class Arrived(NamedTuple):
+    """Rows that came for the experts held here, with weights and ids of these, -1 for those elsewhere."""
+
+    x_SD: torch.Tensor
+    weights_SK: torch.Tensor
+    ids_SK: torch.Tensor
+    num_pairs: int
+    handle: Handle
+
+
+def refuse(got: str, expected: str, remedy: str = _NO_DEEP_EP, argument: str = "deep_ep") -> ValueError:
+    return argument_error("deepep", argument, got=got, expected=expected, remedy=remedy)
+
+
+def version() -> str | None:
+    """Of the DeepEP that is installed, whether or not it can be loaded."""
+    for name in ("deep_ep", "deep-ep"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def version_of(module: Any) -> str:
+    return getattr(module, "__version__", None) or version() or "1.x"
+
+
+def load() -> Any:
+    """``deep_ep``, if it is there and has what this file calls. Raises ``ValueError`` if not."""
+    try:
+        import deep_ep as module
+    except ModuleNotFoundError as error:
+        if error.name == "deep_ep":
+            raise refuse("no package deep_ep", "DeepEP, 1.2.1 or newer") from error
+        raise _not_loaded(error) from error
+    except Exception as error:  # a library that is missing or too old, or its own assertions
+        raise _not_loaded(error) from error
+    lacking = [*_lacking(module)]
+    if lacking:
+        raise refuse(
+            f"version {version_of(module)}, without {', '.join(lacking)}",
+            "the interface of 1.2.1 to 2.1",
+            "Install a version between: older and newer ones differ.",
+        )
+    return module
+
+
+def _not_loaded(error: Exception) -> ValueError:
+    remedy = "Build it again, against this PyTorch and CUDA."
+    if "nccl" in str(error).lower():
+        remedy = 'Install its NCCL: pip install --no-deps "nvidia-nccl-cu13>=2.30.4".'
+    elif "nvshmem" in str(error).lower():
+        remedy = "Make the NVSHMEM it was built with visible, or build it without."
+    return refuse(f"{type(error).__name__}: {error}", f"a DeepEP ({version()}) that loads", remedy)
+
+
+_CALLED = {
+    "Buffer.__init__": "num_nvl_bytes num_rdma_bytes explicitly_destroy",
+    "Buffer.dispatch": "handle topk_idx topk_weights num_tokens_per_rdma_rank config",
+    "Buffer.combine": "topk_weights config async_finish",
+    "Buffer.get_dispatch_layout": "topk_idx num_experts",
+    "Buffer.get_dispatch_config": "num_ranks",
+    "ElasticBuffer.__init__": "num_max_tokens_per_rank hidden num_topk deterministic explicitly_destroy",
+    "ElasticBuffer.dispatch": "topk_idx topk_weights num_experts num_sms handle",
+    "ElasticBuffer.combine": "topk_weights num_sms async_with_compute_stream",
+}
+
+
+def _lacking(module: Any) -> Iterator[str]:
+    for path, arguments in _CALLED.items():
+        owner, name = path.split(".")
+        if owner == "ElasticBuffer" and not hasattr(module, owner):
+            continue  # an older generation has none
+        function = getattr(getattr(module, owner, None), name, None)
+        have = inspect.signature(function).parameters if function else {}
+        missing = [argument for argument in arguments.split() if argument not in have]
+        if missing:
+            yield f"{path}({', '.join(missing)})"
+
+
+def choose_kind(module: Any, size: int, kind: str | None) -> str:
+    """Which of DeepEP's buffers serves a group of ``size`` devices. Raises ``ValueError`` if none does.
+
+    Within a node it is ``Buffer``, which needs no NCCL; across nodes ``ElasticBuffer``, where there is one,
+    as the other needs NVSHMEM.
+    """
+    elastic = hasattr(module, "ElasticBuffer")
+    if kind == "elastic" and not elastic:
+        raise refuse("'elastic', with DeepEP 1.x", "DeepEP 2.x for it", "Leave kind out, or upgrade.", "kind")
+    takes = _buffer_takes(module, size)
+    if kind == "buffer" and not takes:
+        raise refuse(
+            f"a group of {size}", "a size that DeepEP's Buffer supports, as 2, 4, 8, 16", _NO_DEEP_EP, "line"
+        )
+    if kind is not None:
+        return kind
+    if takes and (size <= PEERS or not elastic):
+        return "buffer"
+    if elastic:
+        return "elastic"
+    raise refuse(
+        f"a group of {size}", "a size that DeepEP's Buffer supports, as 2, 4, 8, 16", _NO_DEEP_EP, "line"
+    )
+
+
+def _buffer_takes(module: Any, size: int) -> bool:
+    try:
+        module.Buffer.get_dispatch_config(size)
+    except AssertionError:
+        return False
+    return True
+
+
+def check_kind(kind: str, hosts: list[str]) -> None:
+    """Raise ``ValueError`` where a buffer of this kind can't connect the group's hosts."""
+    nodes = [set(hosts[i : i + PEERS]) for i in range(0, len(hosts), PEERS)]
+    if kind == "buffer" and any(len(node) > 1 for node in nodes):
+        raise refuse(
+            f"{len(hosts)} devices on hosts {hosts}",
+            f"every {PEERS} in a row on one node, between which Buffer uses NVLink",
+            'Order the mesh so that "ep" lies within nodes, or pass kind="elastic".',
+            "line",
+        )
+    nccl = nccl_version()
+    if kind == "elastic" and nccl is not None and nccl < NCCL_NEEDED:
+        raise refuse(
+            f"NCCL {'.'.join(map(str, nccl))}",
+            f"NCCL {'.'.join(map(str, NCCL_NEEDED))} or newer, for ElasticBuffer",
+            'Install it: pip install --no-deps "nvidia-nccl-cu13>=2.30.4"; or pass kind="buffer".',
+        )
+
+
+def nccl_version() -> tuple[int, ...] | None:
+    """Of the NCCL this process has loaded; ``None`` for a PyTorch without CUDA."""
+    return tuple(torch.cuda.nccl.version()) if torch.cuda.is_available() else None
+
+
+@contextmanager
+def setting_up(kind: str) -> Iterator[None]:
+    """DeepEP's own errors while it connects devices, with a remedy."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        if "NVSHMEM" in text:
+            remedy = 'Build DeepEP with NVSHMEM, or pass kind="elastic" (2.x).'
+        elif "nccl" in text.lower():
+            remedy = "Use the NCCL that DeepEP was built with, and one GPU per process."
+        elif "out of memory" in text:
+            remedy = "Lower max_tokens_per_rank or dim, or leave it more memory."
+        else:
+            remedy = (
+                "Its devices must reach each other, by NVLink in a node (nvidia-smi topo -m); by RDMA "
+                'between nodes (ibstat); else use backend="all_to_all".'
+            )
+        raise refuse(
+            f"{type(error).__name__}: {text}", f"a group that its {kind} connects", remedy
+        ) from error
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def payload_dim(sizes: Sizes) -> int:
+    """Of a row that is sent: a token, or the weights of its choices as bytes."""
+    return max(sizes.dim, round_up(2 * sizes.top_k, WEIGHTS_DIM))
+
+
+class Engine:
+    """What both buffers have in common."""
+
+    id_dtype: torch.dtype
+    buffer: Any
+    latest: Any = None  # of the events of kernels that the current stream went on without
+
+    @staticmethod
+    def rows(size: int) -> tuple[int, int | None]:
+        """What a row's length is a multiple of in a group of this size, and the most it may be."""
+        raise NotImplementedError
+
+    def send(self, x: torch.Tensor, handle: Handle) -> torch.Tensor:
+        raise NotImplementedError
+
+    def combine(self, y: Any, handle: Handle, weights: Any = None, wait: bool = True) -> tuple[Any, Any]:
+        raise NotImplementedError
+
+    def send_weights(self, weights: torch.Tensor, handle: Handle) -> torch.Tensor:
+        """By a handle DeepEP sends rows only; as bytes, weights are rows."""
+        dtype = PAYLOADS[0]
+        rows = weights.contiguous().view(dtype)
+        width = rows.shape[1]
+        rows = torch.nn.functional.pad(rows, (0, round_up(width, WEIGHTS_DIM) - width))
+        return self.send(rows, handle)[:, :width].contiguous().view(weights.dtype)
+
+    def combine_weights(self, weights: torch.Tensor, handle: Handle) -> torch.Tensor:
+        rows = weights.new_zeros(weights.shape[0], WEIGHTS_DIM, dtype=PAYLOADS[0])
+        return self.combine(rows, handle, weights)[1]
+
+    def join(self) -> None:
+        # Kernels of one buffer run in turn on its own stream: the latest ends after all others.
+        if self.latest is not None:
+            self.latest.current_stream_wait()
+
+    def destroy(self) -> None:
+        self.latest = None
+        self.buffer.destroy()
+
+
+class Alone(Engine):
+    """A group of one device, where tokens with an expert stay: what the other engines do, without DeepEP."""
+
+    id_dtype = torch.int64
+
+    def dispatch(self, x: Any, weights: Any, ids: Any, num_experts: int) -> Arrived:
+        stays = (ids >= 0).any(1)
+        token = stays.nonzero()[:, 0]
+        row_T1 = torch.where(stays, stays.cumsum(0) - 1, -1)[:, None]
+        handle = Handle((row_T1, token))
+        return Arrived(x[token], weights[token], ids[token], int((ids >= 0).sum()), handle)
+
+    def send(self, x: torch.Tensor, handle: Handle) -> torch.Tensor:
+        return x[handle.tensors[1]]
+
+    def combine(self, y: Any, handle: Handle, weights: Any = None, wait: bool = True) -> tuple[Any, Any]:
+        return self.combine_weights(y, handle), None if weights is None else self.combine_weights(
+            weights, handle
+        )
+
+    def send_weights(self, weights: torch.Tensor, handle: Handle) -> torch.Tensor:
+        return self.send(weights, handle)
+
+    def combine_weights(self, weights: torch.Tensor, handle: Handle) -> torch.Tensor:
+        row_T1, token = handle.tensors
+        assert row_T1 is not None and token is not None
+        return weights.new_zeros(row_T1.shape[0], weights.shape[1]).index_copy_(0, token, weights)

@@ -1,0 +1,284 @@
+"""Communication buffers: made, found by name, grown, freed.
+
+Raw operators can't take Python objects, so a process has one table from names to buffers. What one call
+leaves for another never goes there: that is in its plan.
+"""
+
+import atexit
+import itertools
+import socket
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ....ops.core.axes import Group, axis_names, group_of
+from ....ops.core.dynamo import constant_to_dynamo
+from ...together import from_all
+from ..wire import process_group
+from . import adapter
+from .adapter import CLASSES, Alone, Sizes, refuse
+from .elastic import Elastic
+from .legacy import Legacy
+
+ENGINES: dict[str, Any] = {"buffer": Legacy, "elastic": Elastic}
+ALONE = "deepep alone"
+_SERIAL = itertools.count()
+
+
+class Held:
+    """A buffer and what it was sized for. One that ``grows`` is made when it is first used."""
+
+    def __init__(self, group: Any, kind: str | None, *, overlap: bool = True, grows: bool = False) -> None:
+        self.group, self.overlap, self.grows = group, overlap, grows
+        self.kind: Any = kind
+        self.sizes = Sizes(0, 0, 0, 0)
+        self.engine: Any = None
+        self.device: torch.device | None = None
+
+    def make(self, sizes: Sizes) -> None:
+        """All devices of the group together, and with one size: DeepEP connects them."""
+        self.destroy()
+        kind, module = agree(self.group, self.kind)
+        with adapter.setting_up(CLASSES[kind]):
+            self.engine = ENGINES[kind](module, self.group, sizes)
+        self.kind, self.sizes = kind, sizes
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", torch.cuda.current_device())
+
+    def ready(self, x: torch.Tensor, ids: torch.Tensor, num_experts: int) -> Any:
+        """The engine, for a dispatch of these. Raises ``ValueError`` for what it can't take."""
+        wanted = Sizes(x.shape[0], x.shape[1], ids.shape[1], num_experts)
+        check_rows(x)
+        if self.grows:
+            self._grow(wanted, x.device)
+        self._check(x, wanted)
+        return self.engine
+
+    def _grow(self, wanted: Sizes, device: torch.device) -> None:
+        """Only tokens, which ElasticBuffer counts, may differ between devices."""
+        tokens, elastic = wanted.tokens, self.kind == "elastic"
+        if elastic:
+            most = torch.tensor([tokens], device=device)
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
+            tokens = 1 << max(0, int(most) - 1).bit_length()
+        grown = Sizes(*map(max, self.sizes, wanted._replace(tokens=tokens)))
+        if self.engine is None or grown[1:] != self.sizes[1:] or (elastic and grown != self.sizes):
+            self.make(grown)
+        self.sizes = grown
+
+    def _check(self, x: torch.Tensor, wanted: Sizes) -> None:
+        align, most_dim = self.engine.rows(self.group.size())
+        problems = [
+            f"{value} {name} where it was sized for {most}"
+            for name, value, most in zip(Sizes._fields, wanted, self.sizes)
+            if value > most
+        ]
+        if problems:
+            raise refuse(
+                ", ".join(problems), "at most what the buffer was sized for", "Size it for more.", "sizes"
+            )
+        if wanted.dim % align or (most_dim and wanted.dim > most_dim):
+            most = f", at most {most_dim}" if most_dim else ""
+            raise refuse(
+                f"dim {wanted.dim}",
+                f"a multiple of {align}{most}, for DeepEP's {CLASSES[self.kind]}",
+                'Change the model\'s dim, or use backend="all_to_all".',
+                "x_TD",
+            )
+        if self.device is not None and x.is_cuda and x.device != self.device:
+            raise refuse(
+                f"a tensor on {x.device}",
+                f"one on {self.device}, where the buffer was made",
+                "Call torch.cuda.set_device(local_rank) before you make it.",
+                "x_TD",
+            )
+
+    def destroy(self) -> None:
+        engine, self.engine = self.engine, None
+        if engine is not None:
+            engine.destroy()
+
+
+def check_rows(x: torch.Tensor) -> None:
+    """Raise ``ValueError`` for rows that DeepEP's kernels don't take, whatever the buffer."""
+    if x.device.type not in adapter.DEVICES:
+        raise refuse(
+            f"a tensor on {x.device}", "one on cuda", 'Use backend="all_to_all" on other devices.', "x_TD"
+        )
+    if x.dtype not in adapter.PAYLOADS:
+        raise refuse(
+            str(x.dtype),
+            "bfloat16, in which DeepEP sends and sums rows",
+            'Convert params and x with .to(torch.bfloat16), or use backend="all_to_all".',
+            "x_TD",
+        )
+
+
+class _HeldAlone(Held):
+    def ready(self, x: torch.Tensor, ids: torch.Tensor, num_experts: int) -> Any:
+        return self.engine
+
+
+def alone() -> str:
+    """The name of a buffer for this device alone."""
+    if ALONE not in _BUFFERS:
+        _BUFFERS[ALONE] = held = _HeldAlone(None, None)
+        held.engine = Alone()
+    return ALONE
+
+
+_BUFFERS: dict[str, Held] = {}
+
+
+def find(name: str) -> Held:
+    if name not in _BUFFERS:
+        raise refuse(
+            f"{name!r}, which was closed",
+            "a buffer that is open",
+            "Call the layer, and its backward, inside the `with deepep(...)` that made the buffer.",
+            "backend",
+        )
+    return _BUFFERS[name]
+
+
+def names() -> list[str]:
+    """Of the buffers that are open."""
+    return [name for name in _BUFFERS if name != ALONE]
+
+
+# ---- what all devices of a group do together ------------------------------------------------------
+
+# Per process group, what its devices found out together: a kind and DeepEP's module, or what is wrong.
+_AGREED: "weakref.WeakKeyDictionary[Any, dict[str | None, Any]]" = weakref.WeakKeyDictionary()
+
+
+def agree(group: Any, kind: str | None) -> tuple[str, Any]:
+    """The kind of buffer for a group, and DeepEP's module. What is wrong on one device is raised on all."""
+    known = _AGREED.setdefault(group, {})
+    if kind not in known:
+        try:
+            known[kind] = _agreement(group, kind)
+        except ValueError as error:
+            known[kind] = str(error)
+    if isinstance(known[kind], str):
+        raise ValueError(known[kind])
+    return known[kind]
+
+
+def _agreement(group: Any, kind: str | None) -> tuple[str, Any]:
+    problem, module = "", None
+    try:
+        module = adapter.load()
+        kind = adapter.choose_kind(module, group.size(), kind)
+    except ValueError as error:
+        problem = str(error)
+    hosts, problems, kinds = zip(*from_all((socket.gethostname(), problem, kind), group))
+    if any(problems):
+        raise ValueError(next(filter(None, problems)))
+    if len({*kinds}) > 1:
+        raise refuse("different DeepEPs", "one version on all hosts", "Install the same everywhere.")
+    adapter.check_kind(kinds[0], [*hosts])
+    return kinds[0], module
+
+
+def supports(group_name: str, device_type: str, dtype: Any, dim: int) -> tuple[str, bool]:
+    """Whether DeepEP can serve a group, and its rows if their dtype is known, and why (not)."""
+    if device_type not in adapter.DEVICES:
+        return f"the mesh is of {device_type} devices", False
+    try:
+        kind, module = agree(process_group(group_name), None)
+    except ValueError as error:
+        return str(error), False
+    align, most = ENGINES[kind].rows(process_group(group_name).size())
+    if dtype is not None and (dtype not in adapter.PAYLOADS or dim % align or (most and dim > most)):
+        return f"rows are {dtype} of {dim}, and DeepEP takes bfloat16 of a multiple of {align}", False
+    return f"DeepEP {adapter.version_of(module)}'s {CLASSES[kind]}", True
+
+
+@contextmanager
+def opened(line: DeviceMesh, sizes: Sizes, kind: str | None, overlap: bool) -> Iterator[tuple[Group, str]]:
+    """A buffer of these sizes for the devices of a mesh's one dimension, freed at the end."""
+    group = _group(line)
+    check(sizes, kind, group, line.device_type)
+    if group.size == 1:
+        yield group, alone()
+        return
+    name = f"deepep {next(_SERIAL)}"
+    held = Held(process_group(group.name), kind, overlap=overlap)
+    held.make(sizes)
+    _BUFFERS[name] = held
+    try:
+        yield group, name
+    except BaseException:
+        # DeepEP's devices free their buffers together, and the others may never come: only forget it.
+        del _BUFFERS[name]
+        raise
+    del _BUFFERS[name]
+    held.destroy()
+
+
+def _group(line: Any) -> Group:
+    if not isinstance(line, DeviceMesh) or line.ndim != 1:
+        got = f"a mesh of {line.ndim} dimensions" if isinstance(line, DeviceMesh) else f"{line!r}"
+        raise refuse(got, "a mesh of one dimension", 'Pass mesh["ep"].', "line")
+    return group_of(line, axis_names(line))
+
+
+def check(sizes: Sizes, kind: str | None, group: Group, device_type: str) -> None:
+    for name, value in zip(("max_tokens_per_rank", *Sizes._fields[1:]), sizes):
+        if not isinstance(value, int) or value < 1:
+            raise refuse(repr(value), "an integer of at least 1", "Correct it.", name)
+    if kind not in (None, *CLASSES):
+        raise refuse(repr(kind), f"one of {tuple(CLASSES)}, or None", "Leave it out.", "kind")
+    if sizes.num_experts % group.size or sizes.num_experts // group.size > adapter.MOST_EXPERTS:
+        raise refuse(
+            f"{sizes.num_experts} experts for {group.size} devices",
+            f"a multiple of the devices, at most {adapter.MOST_EXPERTS} each",
+            "Choose a number of experts, or an axis, that divides.",
+            "num_experts",
+        )
+    if sizes.top_k > adapter.MOST_CHOICES:
+        raise refuse(str(sizes.top_k), f"at most {adapter.MOST_CHOICES}", "Lower it.", "top_k")
+    if group.size > 1 and device_type not in adapter.DEVICES:
+        raise refuse(
+            f"a mesh of {device_type} devices",
+            "one of CUDA devices",
+            'Use backend="all_to_all" on other devices.',
+            "line",
+        )
+
+
+# ---- buffers kept for a run -------------------------------------------------------------------------
+
+
+@constant_to_dynamo  # found while Dynamo traces, too
+def kept(group_name: str) -> str:
+    """The name of the buffer that ``moe_forward`` keeps for a group; made on first use, freed at exit."""
+    name = f"deepep kept for {group_name}"
+    group = process_group(group_name)
+    if name in _BUFFERS and _BUFFERS[name].group is not group:
+        with suppress(Exception):  # its process group is gone, and perhaps what it connected
+            _BUFFERS.pop(name).destroy()
+    if name not in _BUFFERS:
+        kind, _ = agree(group, None)
+        _BUFFERS[name] = Held(group, kind, grows=True)
+    return name
+
+
+def free_kept() -> None:
+    """Free every buffer that ``moe_forward`` keeps; all devices together."""
+    for name in [name for name, held in _BUFFERS.items() if held.grows]:
+        _BUFFERS.pop(name).destroy()
+
+
+@atexit.register
+def _free_at_exit() -> None:
+    # As above: where this process failed, the others may not come.
+    if not hasattr(sys, "last_value"):
+        free_kept()

@@ -1,0 +1,80 @@
+"""``deep_ep.ElasticBuffer``, DeepEP 2.x's own, with the interface of ``deepep.py``."""
+
+from typing import Any
+
+import torch
+
+from .adapter import Arrived, Engine, Handle, Sizes, payload_dim
+
+# The tensors of an EPHandle, the one with a row per token first.
+_TENSORS = (
+    "topk_idx",
+    "psum_num_recv_tokens_per_scaleup_rank",
+    "psum_num_recv_tokens_per_expert",
+    "num_unaligned_recv_tokens_per_expert",
+    "recv_src_metadata",
+    "dst_buffer_slot_idx",
+    "token_metadata_at_forward",
+    "channel_linked_list",
+)
+_SORTED = "cached_recv_src_metadata_before_sort"  # kept by deterministic buffers, set after construction
+
+
+class Elastic(Engine):
+    @staticmethod
+    def rows(size: int) -> tuple[int, int | None]:
+        return 256, None
+
+    def __init__(self, module: Any, group: Any, sizes: Sizes) -> None:
+        self.make_handle = module.EPHandle
+        self.id_dtype = module.topk_idx_t
+        self.buffer = module.ElasticBuffer(
+            group,
+            num_max_tokens_per_rank=sizes.tokens,
+            hidden=payload_dim(sizes),
+            num_topk=sizes.top_k,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            explicitly_destroy=True,
+        )
+        # Combine must use as many as the dispatch did.
+        self.num_sms = self.buffer.get_theoretical_num_sms(sizes.num_experts, sizes.top_k)
+
+    def dispatch(self, x: Any, weights: Any, ids: Any, num_experts: int) -> Arrived:
+        x, ids, weights, handle, _ = self.buffer.dispatch(
+            x, topk_idx=ids, topk_weights=weights, num_experts=num_experts, num_sms=self.num_sms
+        )
+        tensors = (*(getattr(handle, name) for name in _TENSORS), getattr(handle, _SORTED))
+        numbers = handle.num_experts, handle.num_max_tokens_per_rank, handle.num_sms
+        pairs = sum(handle.num_recv_tokens_per_expert_list)
+        return Arrived(x, weights, ids, pairs, Handle(tensors, numbers))
+
+    def _handle(self, handle: Handle) -> Any:
+        named: dict[str, Any] = dict(zip(_TENSORS, handle.tensors))
+        num_experts, max_tokens, num_sms = handle.numbers
+        made = self.make_handle(
+            do_expand=False,
+            num_experts=num_experts,
+            expert_alignment=1,
+            num_max_tokens_per_rank=max_tokens,
+            num_sms=num_sms,
+            num_recv_tokens=named["recv_src_metadata"].shape[0],
+            num_expanded_tokens=0,  # of the layout that isn't used
+            num_recv_tokens_per_expert_list=[],
+            **named,
+        )
+        setattr(made, _SORTED, handle.tensors[len(_TENSORS)])
+        return made
+
+    def send(self, x: torch.Tensor, handle: Handle) -> torch.Tensor:
+        return self.buffer.dispatch(x, handle=self._handle(handle), num_sms=handle.numbers[-1])[0]
+
+    def combine(self, y: Any, handle: Handle, weights: Any = None, wait: bool = True) -> tuple[Any, Any]:
+        y, weights, event = self.buffer.combine(
+            y,
+            self._handle(handle),
+            topk_weights=weights,
+            num_sms=handle.numbers[-1],
+            async_with_compute_stream=not wait,
+        )
+        self.latest = self.latest if wait else event
+        return y, weights

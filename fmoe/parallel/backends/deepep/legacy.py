@@ -1,0 +1,63 @@
+"""``deep_ep.Buffer``, all of DeepEP 1.x and kept in 2.x, with the interface of ``deepep.py``."""
+
+from typing import Any
+
+import torch
+
+from . import adapter
+from .adapter import Arrived, Engine, Handle, Sizes, payload_dim
+
+
+class Legacy(Engine):
+    """``deep_ep.Buffer``: 1.x, and 2.x too."""
+
+    @staticmethod
+    def rows(size: int) -> tuple[int, int | None]:
+        # Within a node half a row at a time goes through shared memory; and the lanes of a warp that combines
+        # rows meet at barriers, so that without a piece of 16 bytes for each of the 32 rows come out wrong,
+        # of which DeepEP says nothing.
+        return 256, 7936 if size <= adapter.PEERS else None
+
+    def __init__(self, module: Any, group: Any, sizes: Sizes) -> None:
+        self.within_node = group.size() <= adapter.PEERS
+        self.id_dtype = getattr(module, "topk_idx_t", torch.int64)
+        self.configs = [
+            get(group.size()) for get in (module.Buffer.get_dispatch_config, module.Buffer.get_combine_config)
+        ]
+        row = payload_dim(sizes) * max(dtype.itemsize for dtype in adapter.PAYLOADS)
+        near = max(c.get_nvl_buffer_size_hint(row, group.size()) for c in self.configs)
+        # A DeepEP without NVSHMEM refuses to say how much it would need.
+        far = (
+            [] if self.within_node else [c.get_rdma_buffer_size_hint(row, group.size()) for c in self.configs]
+        )
+        self.buffer = module.Buffer(group, near, max(far, default=0), explicitly_destroy=True)
+
+    def dispatch(self, x: Any, weights: Any, ids: Any, num_experts: int) -> Arrived:
+        to_rank, to_node, to_expert, goes, _ = self.buffer.get_dispatch_layout(ids, num_experts)
+        x, ids, weights, counts, handle, _ = self.buffer.dispatch(
+            x,
+            topk_idx=ids,
+            topk_weights=weights,
+            num_tokens_per_rank=to_rank,
+            num_tokens_per_rdma_rank=to_node,
+            num_tokens_per_expert=to_expert,
+            is_token_in_rank=goes,
+            config=self.configs[0],
+        )
+        first = 4 if self.within_node else 0  # where is_token_in_rank lies
+        tensors = (handle[first], *handle[:first], *handle[first + 1 :])
+        return Arrived(x, weights, ids, sum(counts), Handle(tensors))
+
+    def _handle(self, handle: Handle) -> tuple[Any, ...]:
+        goes, *rest = handle.tensors
+        return (*rest[:4], goes, *rest[4:]) if self.within_node else (goes, *rest)
+
+    def send(self, x: torch.Tensor, handle: Handle) -> torch.Tensor:
+        return self.buffer.dispatch(x, handle=self._handle(handle), config=self.configs[0])[0]
+
+    def combine(self, y: Any, handle: Handle, weights: Any = None, wait: bool = True) -> tuple[Any, Any]:
+        y, weights, event = self.buffer.combine(
+            y, self._handle(handle), topk_weights=weights, config=self.configs[1], async_finish=not wait
+        )
+        self.latest = self.latest if wait else event
+        return y, weights

@@ -1,0 +1,1 @@
+"""Training as functions of values: optimizers, schedules, gradients, data, metrics, plots, checkpoints."""

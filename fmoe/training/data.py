@@ -1,0 +1,159 @@
+"""Token streams: documents packed into one, and batches that depend on nothing but (seed, step)."""
+
+import ctypes
+import hashlib
+import itertools
+from array import array
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import argument_error
+from .tokenizer import BYTES, Tokenizer
+
+
+class Batch(NamedTuple):
+    """Two int64 tensors ``(batch_size, seq_len)``; ``targets[b, i]`` is the token after ``tokens[b, i]``.
+
+    >>> tokens, targets = batch_at(0, torch.arange(9), batch_size=2, seq_len=4, seed=0)
+    >>> torch.equal(targets[:, :-1], tokens[:, 1:])
+    True
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+
+
+def pack(documents: Iterable[bytes], tokenizer: Tokenizer = BYTES) -> torch.Tensor:
+    """The tokens of all documents as one stream, with the tokenizer's separator between two.
+
+    The stream is uint8 ``(N,)`` where the vocabulary allows it, else int32: one or four bytes a token.
+    Sequences are cut out of it wherever they fall, so none is padded.
+
+    Raises ``ValueError`` where there is no token.
+
+    >>> pack([b"a", b"bc"])
+    tensor([97, 10, 98, 99], dtype=torch.uint8)
+    """
+    code, dtype = ("B", torch.uint8) if tokenizer.vocab_size <= 256 else ("i", torch.int32)
+    stream = array(code)
+    for i, document in enumerate(documents):
+        if i:
+            stream.append(tokenizer.separator)
+        ids = tokenizer.encode(document)
+        if code == "B" and isinstance(ids, bytes):
+            stream.frombytes(ids)
+        else:
+            stream.extend(ids)
+    if not stream:
+        raise argument_error("pack", "documents", got="no token", expected="text", remedy="Read some.")
+    return torch.frombuffer(stream, dtype=dtype)
+
+
+def check_vocabulary(ids: torch.Tensor | Tokenizer, vocab_size: int) -> None:
+    """Raise ``ValueError`` unless the ids of a stream, or of a tokenizer, are in a model's vocabulary.
+
+    >>> check_vocabulary(BYTES, 256)
+    >>> check_vocabulary(torch.tensor([3, 256]), 256)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: check_vocabulary: ids: got token ids from 3 to 256, expected 0 to 255, as the model's ...
+    """
+    if isinstance(ids, torch.Tensor):
+        low, high = (int(x) for x in ids.aminmax())
+    else:
+        low, high = 0, ids.vocab_size - 1
+    if low < 0 or high >= vocab_size:
+        raise argument_error(
+            "check_vocabulary",
+            "ids",
+            got=f"token ids from {low} to {high}",
+            expected=f"0 to {vocab_size - 1}, as the model's vocab_size is {vocab_size}",
+            remedy="Give the model a larger vocabulary, or use another tokenizer.",
+        )
+
+
+def unigram_entropy(tokens: torch.Tensor) -> float:
+    """The entropy of the tokens' frequencies in nats: the loss of the best model that ignores context.
+
+    ``tokens`` is an integer tensor of any shape. Raises ``ValueError`` where it is empty.
+
+    >>> round(unigram_entropy(torch.tensor([0, 1, 0, 1])), 4)  # ln 2
+    0.6931
+    """
+    if not tokens.numel():
+        raise argument_error(
+            "unigram_entropy", "tokens", got="none", expected="at least one", remedy="Pass some text."
+        )
+    counts = torch.bincount(tokens.flatten())
+    shares = counts[counts > 0].double() / tokens.numel()
+    return -(shares * shares.log()).sum().item()
+
+
+def fingerprint(tokens: torch.Tensor) -> str:
+    """A digest of a stream's dtype and tokens, by which a resumed run knows that its data is the same.
+
+    >>> fingerprint(pack([b"a", b"bc"]))
+    '900f945e01dca2e3'
+    """
+    whole = tokens.contiguous().cpu()
+    memory = (ctypes.c_ubyte * whole.nbytes).from_address(whole.data_ptr())
+    return hashlib.blake2b(memory, digest_size=8, key=str(whole.dtype).encode()).hexdigest()
+
+
+def batch_at(
+    step: int,
+    tokens: torch.Tensor,
+    *,
+    batch_size: int,
+    seq_len: int,
+    seed: int,
+    part: tuple[int, int] = (0, 1),
+) -> Batch:
+    """The batch of one step: random windows of ``seq_len + 1`` tokens, chosen by ``(seed, step)`` alone.
+
+    ``tokens`` is a one-dimensional integer tensor. With ``part=(i, n)`` only part ``i`` of ``n`` equal ones
+    of the batch is read, as a device reads its own. Raises ``ValueError`` where no window fits, and for a
+    batch that can't be parted so.
+
+    >>> batch_at(7, torch.arange(4), batch_size=1, seq_len=3, seed=0)
+    Batch(tokens=tensor([[0, 1, 2]]), targets=tensor([[1, 2, 3]]))
+    """
+    if not 1 <= seq_len < len(tokens):
+        raise argument_error(
+            "batch_at",
+            "seq_len",
+            got=seq_len,
+            expected=f"1 to {len(tokens) - 1}, as there are {len(tokens)} tokens",
+            remedy="Shorten the sequences or read more text.",
+        )
+    index, count = part
+    if batch_size % count:
+        raise argument_error(
+            "batch_at",
+            "batch_size",
+            got=f"{batch_size} sequences for {count} devices",
+            expected="a multiple",
+            remedy="Change one of the two.",
+        )
+    digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest))
+    starts = torch.randint(len(tokens) - seq_len, (batch_size,), generator=generator, device="cpu")
+    mine = starts.chunk(count)[index]
+    windows = tokens.unfold(0, seq_len + 1, 1)[mine.to(tokens.device)].long()
+    return Batch(windows[:, :-1], windows[:, 1:])
+
+
+def batches(tokens: torch.Tensor, *, start_step: int = 0, **cut: Any) -> Iterator[Batch]:
+    """All batches from ``start_step`` on, without end: :func:`batch_at` of each step, with its options.
+
+    A batch does not depend on those before it, so to resume is to pass the step.
+
+    >>> options = dict(batch_size=2, seq_len=3, seed=0)
+    >>> resumed = batches(torch.arange(100), **options, start_step=1)
+    >>> _, second, *_ = itertools.islice(batches(torch.arange(100), **options), 2)
+    >>> torch.equal(next(resumed).tokens, second.tokens)
+    True
+    """
+    batch_at(start_step, tokens, **cut)  # what is wrong with the options is said now
+    return (batch_at(step, tokens, **cut) for step in itertools.count(start_step))

@@ -1,0 +1,180 @@
+"""Around the gradient of a step: micro-batches, the dtype to compute in, and what isn't finite."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import torch
+
+from ..errors import argument_error
+from ..ops.balance import MoEStats, merge_stats
+from ..ops.core.dtensors import local, map_local
+from ..ops.core.dtypes import accumulator
+from ..parallel.boundary import dtensor_beneath, unwrapped
+from ..parallel.shard_map import shard_map
+from ..parallel.spec import spec_of
+from ..tree import check_tensors, dotted_names
+from .optim import global_norm, is_trained
+
+NAMES_SHOWN = 8
+REMEDY = "Resume from the last checkpoint with a lower learning rate, a longer warm-up or other data."
+
+
+def accumulate(value_and_grad_fn: Callable[..., Any], num_micro_batches: int) -> Callable[..., Any]:
+    """``value_and_grad_fn`` of a batch, taken a part at a time, so that only a part's activations are held.
+
+    ==================  =======================================================================
+    value_and_grad_fn   ``(params, *batch) -> (value, grads)`` or ``((value, aux), grads)``, as
+                        ``fmoe.value_and_grad`` makes it; the value is a mean over the batch
+    num_micro_batches   into how many equal parts the first dimension of every batch tensor is cut
+    -> function         the same function of the whole batch, within summation order
+    ==================  =======================================================================
+
+    Parts weigh equally: a mean over what is counted equals the batch's where each part counts as much.
+    Values and gradients are averaged in float32 or wider whatever their dtype, and returned in it. In ``aux``
+    every :class:`fmoe.MoEStats` is merged, token counts summed; other tensors are averaged, integers summed.
+
+    Raises ``ValueError`` where a batch cannot be cut so.
+
+    >>> from fmoe import value_and_grad
+    >>> mean = value_and_grad(lambda w, x: (w * x).mean())
+    >>> accumulate(mean, 2)(torch.tensor(1.0), torch.tensor([1.0, 2.0, 3.0, 6.0]))
+    (tensor(3.), tensor(3.))
+    """
+    if num_micro_batches < 1:
+        raise argument_error(
+            "accumulate", "num_micro_batches", got=num_micro_batches, expected="at least 1", remedy="Use 1."
+        )
+    if num_micro_batches == 1:
+        return value_and_grad_fn
+
+    @functools.wraps(value_and_grad_fn)
+    def call(params: Any, *batch: torch.Tensor) -> Any:
+        sizes = [len(tensor) for tensor in batch]
+        if any(size == 0 or size % num_micro_batches for size in sizes):
+            raise argument_error(
+                "accumulate",
+                "batch",
+                got=f"tensors of {sizes} rows",
+                expected=f"multiples of num_micro_batches={num_micro_batches}",
+                remedy="Change one of the two.",
+            )
+        values, dtypes = [], []
+        total: list[torch.Tensor] = []
+        for part in zip(*(tensor.chunk(num_micro_batches) for tensor in batch)):
+            value, grads = value_and_grad_fn(params, *part)
+            values.append(value)
+            leaves, structure = optree.tree_flatten(grads)
+            if not total:
+                dtypes = [leaf.dtype for leaf in leaves]
+                # Copies: two leaves of a gradient may be one tensor.
+                total = [map_local(lambda t: t.to(accumulator(t.dtype), copy=True), leaf) for leaf in leaves]
+            else:
+                total = [_added(mine, leaf) for mine, leaf in zip(total, leaves)]
+            del grads, leaves  # before the next part's are made
+        means = [
+            map_local(functools.partial(_mean, count=num_micro_batches, dtype=dtype), mine)
+            for mine, dtype in zip(total, dtypes)
+        ]
+        merged = optree.tree_map(_merged, *values, is_leaf=lambda x: isinstance(x, MoEStats))
+        return merged, optree.tree_unflatten(structure, means)
+
+    return call
+
+
+def computing_in(fn: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    """``fn`` with its params, the first argument, converted to ``dtype``, but for every ``bias_E``.
+
+    Differentiated, it gives gradients in the dtype the params are kept in: float32 master weights with
+    bfloat16 computation, say. Where they are in ``dtype`` already, nothing is converted.
+
+    >>> half = computing_in(lambda p, x: (p["w"] @ x).sum(), torch.bfloat16)
+    >>> params, x = {"w": torch.ones(2, 2)}, torch.ones(2, dtype=torch.bfloat16)
+    >>> half(params, x).dtype, torch.func.grad(half)(params, x)["w"].dtype
+    (torch.bfloat16, torch.float32)
+    """
+
+    @functools.wraps(fn)
+    def call(params: Any, *args: Any, **kwargs: Any) -> Any:
+        leaves, structure = optree.tree_flatten(params)
+        converted = [
+            _converted(leaf, dtype) if is_trained(name) and leaf.dtype != dtype else leaf
+            for name, leaf in zip(dotted_names(params), leaves)
+        ]
+        return fn(optree.tree_unflatten(structure, converted), *args, **kwargs)
+
+    return call
+
+
+def _converted(leaf: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if not dtensor_beneath(leaf):
+        return leaf.to(dtype)
+    inner = unwrapped(leaf)
+    spec = spec_of(inner)
+    convert = shard_map(lambda t: t.to(dtype), inner.device_mesh, in_specs=spec, out_specs=spec)
+    return convert(leaf)
+
+
+def check_finite(step: int, loss: float, grad_norm: float, grads: Any) -> None:
+    """Raise ``FloatingPointError`` unless the loss and the gradients' norm are finite.
+
+    The message names the step and every tensor whose gradient has no finite norm, from the last layer to
+    the first, as the backward pass reached them. ``grads`` is read in that case only, so a healthy step does
+    not wait for the device; :func:`fmoe.training.optim.clip_factor` leaves such gradients as they are. With
+    DTensors every rank calls this and raises the same.
+
+    >>> grads = {"a": torch.tensor(1.0), "b": torch.tensor(torch.nan)}
+    >>> check_finite(7, 0.5, torch.nan, grads)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    FloatingPointError: step 7: the loss is 0.5 and the norm of its gradient nan. Not finite ...
+    """
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    raise FloatingPointError(
+        f"step {step}: the loss is {loss} and the norm of its gradient {grad_norm}. Not finite are the "
+        f"gradients of {_not_finite(grads)}, in the order in which the backward pass met them. {REMEDY}"
+    )
+
+
+def check_params(step: int, params: Any) -> None:
+    """Raise ``FloatingPointError`` unless all parameters are finite: what isn't must not be saved.
+
+    It waits for the device. The message names the step and the tensors.
+
+    >>> check_params(7, {"a": torch.tensor(1.0), "b": torch.tensor(torch.inf)})  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    FloatingPointError: step 7: its update left parameters that are not finite: 1 of 2 tensors: b. ...
+    """
+    if not global_norm(params).isfinite():
+        raise FloatingPointError(
+            f"step {step}: its update left parameters that are not finite: {_not_finite(params)}. {REMEDY}"
+        )
+
+
+def _not_finite(tree: Any) -> str:
+    """Which tensors of a tree have no finite norm, the last first."""
+    leaves = check_tensors("check_finite", "grads", tree)
+    bad = [name for name, leaf in zip(dotted_names(tree), leaves) if not global_norm(leaf).isfinite()][::-1]
+    shown = ", ".join(bad[:NAMES_SHOWN]) or "none"
+    rest = f" and {len(bad) - NAMES_SHOWN} more" if len(bad) > NAMES_SHOWN else ""
+    return f"{len(bad)} of {len(leaves)} tensors: {shown}{rest}"
+
+
+def _added(total: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+    local(total).add_(local(leaf))
+    return total
+
+
+def _mean(total: torch.Tensor, *, count: int, dtype: torch.dtype) -> torch.Tensor:
+    return total.div_(count).to(dtype)
+
+
+def _merged(*parts: Any) -> Any:
+    if isinstance(parts[0], MoEStats):
+        return merge_stats(parts)
+    together = torch.stack(parts)
+    if not together.is_floating_point():
+        return together.sum(0)
+    return together.to(accumulator(together.dtype)).mean(0).to(together.dtype)

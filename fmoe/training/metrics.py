@@ -1,0 +1,268 @@
+"""What a training loop shows and records: a step's numbers, a JSONL file, a live view."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, Self, TextIO
+
+import torch
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import argument_error
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+PLAIN_LINES = 20
+
+
+# Dense bfloat16 FLOP/s by the vendor's data sheets, for the names the devices report.
+PEAK_FLOPS = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+}
+
+
+def speed(flops_per_second: float, device: torch.device) -> dict[str, float]:
+    """``tflops_per_second`` and, on a device of ``PEAK_FLOPS``, ``mfu``: as :class:`Step` takes them.
+
+    >>> speed(5e12, torch.device("cpu"))
+    {'tflops_per_second': 5.0}
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    mfu = {"mfu": flops_per_second / PEAK_FLOPS[name]} if name in PEAK_FLOPS else {}
+    return {"tflops_per_second": flops_per_second / 1e12, **mfu}
+
+
+class Step(NamedTuple):
+    """One step's numbers: loss in nats per token, and how many tokens each expert of each layer got.
+
+    ``tflops_per_second`` counts what the model needs, not what is recomputed; ``mfu`` is its share of the
+    device's peak. What is ``None`` is not known and not recorded.
+
+    >>> Step(0, 5.5, 1.0, 1e-3, 2e4, [[3, 1]]).overload  # the busier of two experts has 1.5 times its share
+    1.5
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens_per_second: float
+    tokens_per_expert: Sequence[Sequence[int]]
+    tflops_per_second: float | None = None
+    mfu: float | None = None
+    held_out_loss: float | None = None
+
+    @property
+    def overload(self) -> float:
+        """How many times its fair share the busiest expert got, in the worst layer; 1 is perfect balance."""
+        return max((_overload(layer) for layer in self.tokens_per_expert), default=1.0)
+
+    def record(self) -> dict[str, Any]:
+        """The known fields and ``overload``, as JSON takes them."""
+        known = {name: value for name, value in self._asdict().items() if value is not None}
+        return {**known, "overload": self.overload}
+
+
+class MetricsFile:
+    """A context manager that appends a step a line to a JSONL file, at once, so that a crash loses nothing.
+
+    ``first_step`` is the step the run begins with: what the file holds of it and later ones, or of a line a
+    crash cut short, is removed when the first step is written. ``None`` keeps everything.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "metrics.jsonl")
+    ...     with MetricsFile(path) as metrics:
+    ...         metrics.write(Step(0, 5.5, 1.0, 1e-3, 2e4, [[3, 1]]))
+    ...     read_metrics(path)[0]["overload"]
+    1.5
+    """
+
+    def __init__(self, path: str | Path, *, first_step: int | None = None) -> None:
+        self.path = Path(path)
+        self.first_step = first_step
+        self._entered = False
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._entered = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._entered = False
+        if self._file:
+            self._file.close()
+
+    def _keep_before(self, step: int) -> None:
+        text = self.path.read_text(encoding="utf-8") if step else ""
+        self._replace(text[: text.rfind("\n") + 1])
+        kept = [record for record in read_metrics(self.path) if record["step"] < step]
+        self._replace("".join(json.dumps(record) + "\n" for record in kept))
+
+    def _replace(self, text: str) -> None:
+        beside = self.path.with_suffix(".tmp")
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, self.path)
+
+    def write(self, step: Step) -> None:
+        if not self._entered:
+            raise RuntimeError("MetricsFile.write: the file is not open. Use it in a with statement.")
+        if not self._file:  # not before: a run that fails in its first step leaves the file as it was
+            if self.first_step is not None and self.path.exists():
+                self._keep_before(self.first_step)
+            self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        self._file.write(json.dumps(step.record()) + "\n")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file, in order. Raises ``ValueError``, with the line, for anything else.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "metrics.jsonl")
+    ...     size = path.write_text('{"step": 0, "loss": 5.5}')
+    ...     read_metrics(path)
+    [{'step': 0, 'loss': 5.5}]
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise argument_error(
+            "read_metrics", "path", got=error, expected="a readable JSONL file", remedy="Check the path."
+        ) from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if not isinstance(record, dict):
+            raise argument_error(
+                "read_metrics",
+                f"{path}, line {number}",
+                got=repr(line[:60]),
+                expected="one JSON object",
+                remedy="Remove the line if a crash cut it short.",
+            )
+        records.append(record)
+    return records
+
+
+class LiveView:
+    """A context manager that shows a run as it goes: time left, loss, and the load of every expert.
+
+    In a terminal each MoE layer has a row of blocks, an expert a block (neighbours share one where the
+    terminal is narrow): half height is a fair share, red is twice that, ``·`` is an expert without
+    tokens; the row ends with the layer's overload. Elsewhere it prints about twenty plain lines over
+    the run.
+
+    >>> import sys
+    >>> with LiveView(total_steps=1, console=Console(file=sys.stdout)) as view:
+    ...     view.update(Step(0, 5.5, 1.0, 1e-3, 2e4, [[3, 1]]))
+    step 1/1  0:00:00 left  loss 5.500  gradient norm 1.00  lr 1.0e-03  20,000 tokens/s  overload 1.50
+    """
+
+    def __init__(self, total_steps: int, *, console: Console | None = None) -> None:
+        self.total_steps = total_steps
+        self.console = console or Console()
+        self._step: Step | None = None
+        self._first = (0, 0.0)
+        self._left = "-:--:--"
+        self._printed = -1
+        self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def update(self, step: Step) -> None:
+        """Show a step; steps count from 0."""
+        # The first step is left out of the estimate: it compiles and warms up.
+        if self._step is None:
+            self._first = (step.step, time.monotonic())
+        elif step.step > self._first[0]:
+            rate = (time.monotonic() - self._first[1]) / (step.step - self._first[0])
+            self._left = str(timedelta(seconds=round(rate * (self.total_steps - step.step - 1))))
+        if step.step + 1 >= self.total_steps:
+            self._left = "0:00:00"
+        self._step = step
+        if not self.console.is_terminal:
+            self._print_line(step)
+
+    def _print_line(self, step: Step) -> None:
+        part = (step.step + 1) * PLAIN_LINES // max(1, self.total_steps)
+        if part != self._printed:
+            self._printed = part
+            line = "  ".join(
+                [f"step {step.step + 1}/{self.total_steps}", f"{self._left} left", *_numbers(step)]
+            )
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _render(self) -> Group | Text:
+        step = self._step
+        if step is None:
+            return Text("waiting for the first step")
+        progress = Table.grid(padding=(0, 2), expand=True)
+        progress.add_column(ratio=1)
+        progress.add_row(
+            ProgressBar(total=self.total_steps, completed=step.step + 1),
+            f"{step.step + 1}/{self.total_steps}",
+            f"{self._left} left",
+        )
+        load = Table.grid(padding=(0, 2))
+        for i, counts in enumerate(step.tokens_per_expert):
+            width = max(1, self.console.width - 24)
+            load.add_row(f"layer {i}", load_row(counts, width), f"{_overload(counts):.2f}")
+        return Group(progress, Text("  ".join(_numbers(step))), load)
+
+
+def load_row(counts: Sequence[int], width: int) -> Text:
+    """An expert a block, its height and colour its load: half height, green, is a fair share.
+
+    >>> load_row([4, 8, 0, 4], width=4).plain
+    '▄█·▄'
+    """
+    share = sum(counts) / max(1, len(counts))
+    each = math.ceil(len(counts) / width)
+    text = Text()
+    for start in range(0, len(counts), each):
+        busiest = max(counts[start : start + each])
+        load = busiest / share if share else 0.0
+        block = BLOCKS[min(7, max(0, round(4 * load) - 1))] if busiest else "·"
+        text.append(block, style="red" if load >= 2 else "yellow" if load >= 1.5 else "green")
+    return text
+
+
+def _overload(counts: Sequence[int]) -> float:
+    return max(counts) * len(counts) / sum(counts) if any(counts) else 1.0
+
+
+def _numbers(step: Step) -> list[str]:
+    speed = [] if step.tflops_per_second is None else [f"{step.tflops_per_second:,.3g} TFLOP/s"]
+    if step.mfu is not None:
+        speed.append(f"MFU {step.mfu:.1%}")
+    return [
+        f"loss {step.loss:.3f}",
+        f"gradient norm {step.grad_norm:.2f}",
+        f"lr {step.learning_rate:.1e}",
+        f"{step.tokens_per_second:,.0f} tokens/s",
+        *speed,
+        f"overload {step.overload:.2f}",
+    ]

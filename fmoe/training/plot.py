@@ -1,0 +1,251 @@
+"""Pictures of runs and of what layers keep, drawn by matplotlib (extra ``plots``).
+
+Each function takes plain values and returns a matplotlib ``Figure``, which a notebook shows and
+:func:`save_figure` writes. ``python -m fmoe plot`` draws them from files.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import argument_error
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Records = Sequence[Mapping[str, Any]]
+MOST_MARKS, MOST_COLUMNS = 1000, 300  # on the x axis; more would show nothing that these don't
+
+
+def plot_loss(runs: Mapping[str, Records], *, reference: Mapping[str, float] = {}) -> "Figure":
+    """Loss by step of one or several runs: points, moving averages, held-out losses, reference lines.
+
+    ``runs`` maps labels to records of :func:`~fmoe.training.metrics.read_metrics`. Losses that aren't finite
+    are left out. ``reference`` maps labels to losses, such as the entropy of single bytes.
+
+    Raises ``ValueError`` for a run without a loss or with one that is no number, and ``ImportError``
+    without matplotlib.
+
+    >>> figure = plot_loss({"debug": [{"step": 0, "loss": 5.5}]}, reference={"uniform": 5.545})
+    >>> [line.get_label() for line in figure.axes[0].lines if not line.get_label().startswith("_")]
+    ['debug', 'uniform, 5.54']
+    """
+    if not runs:
+        raise _nothing("plot_loss", "runs", "no run", "at least one")
+    figure = empty_figure("plot_loss", 8, 4.4)
+    ax = figure.subplots()
+    ax.set(xlabel="step", ylabel="loss (nats per token)")
+    for number, (label, records) in enumerate(runs.items()):
+        steps, losses = _finite(f"runs[{label!r}]", records, "loss")
+        if not steps:
+            raise _nothing("plot_loss", f"runs[{label!r}]", "no finite loss", "at least one")
+        color, every = f"C{number}", math.ceil(len(steps) / MOST_MARKS)
+        size = 3 if len(steps) > 100 else 6
+        # As pixels: a thousand points are as heavy as the rest of an SVG picture ten times over.
+        marks: dict[str, Any] = dict(marker="o", linestyle="", markeredgewidth=0, rasterized=True)
+        ax.plot(steps[::every], losses[::every], **marks, markersize=size, color=color, alpha=0.3)
+        ax.plot(steps[::every], _moving_average(losses)[::every], color=color, label=label)
+        held_out = _finite(f"runs[{label!r}]", records, "held_out_loss")
+        if held_out[0]:
+            ax.plot(*held_out, "D--", color=color, markersize=4, linewidth=0.8, label=f"{label}, held out")
+    for label, loss in reference.items():
+        ax.axhline(loss, color="0.4", linewidth=1, linestyle="--", label=f"{label}, {loss:.2f}")
+    ax.legend()
+    return figure
+
+
+def plot_load(records: Records) -> "Figure":
+    """Tokens of every expert over time, in fair shares: a panel for each MoE layer, a row for each expert.
+
+    ``records`` are those of :func:`~fmoe.training.metrics.read_metrics`. Where they are many, neighbouring
+    steps are averaged. A fair share is what every expert would get if they were loaded evenly.
+
+    Raises ``ValueError`` for records without ``tokens_per_expert`` or whose layers and experts change,
+    and ``ImportError``
+    without matplotlib.
+
+    >>> figure = plot_load([{"step": i, "tokens_per_expert": [[3, 1], [2, 2]]} for i in range(4)])
+    >>> [ax.get_title() for ax in figure.axes]
+    ['MoE layer 0', 'MoE layer 1', '']
+    """
+    known = [record for record in records if record.get("tokens_per_expert")]
+    if not known:
+        raise _nothing("plot_load", "records", "no tokens_per_expert", "counts by layer and expert")
+    counts = [record["tokens_per_expert"] for record in known]
+    for what, sizes in (
+        ("layers a record", {len(layers) for layers in counts}),
+        ("experts a layer", {len(layer) for layers in counts for layer in layers}),
+    ):
+        if len(sizes) > 1:
+            raise argument_error(
+                "plot_load",
+                "records",
+                got=f"{' or '.join(map(str, sorted(sizes)))} {what}",
+                expected="the same number everywhere",
+                remedy="Draw the records of one model.",
+            )
+    steps = [_number("plot_load", "records", record, "step") for record in known]
+    share_NLE = torch.tensor(counts, dtype=torch.float64)
+    share_NLE = share_NLE / share_NLE.mean(-1, keepdim=True).clamp_min(1e-20)
+    each = math.ceil(len(known) / MOST_COLUMNS)
+    share_NLE = torch.stack([part.mean(0) for part in share_NLE.split(each)])
+
+    _, layers, experts = share_NLE.shape
+    columns = math.ceil(math.sqrt(layers / 4))
+    rows = math.ceil(layers / columns)
+    figure = empty_figure("plot_load", 8, 1.0 + 1.5 * rows)
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for layer, ax in enumerate(axes[:layers]):
+        image = ax.imshow(
+            share_NLE[:, layer].T.tolist(),
+            extent=(steps[0], steps[-1] + 1, experts - 0.5, -0.5),
+            aspect="auto",
+            interpolation="nearest",
+            cmap="RdBu_r",
+            vmin=0,
+            vmax=2,
+        )
+        ax.set_title(f"MoE layer {layer}", fontsize="medium")
+        ax.yaxis.get_major_locator().set_params(integer=True)
+    for ax in axes[layers:]:
+        figure.delaxes(ax)
+    figure.supxlabel("step", fontsize="medium")
+    figure.supylabel("expert", fontsize="medium")
+    figure.colorbar(image, ax=list(axes[:layers]), extend="max", label="tokens, in fair shares")
+    return figure
+
+
+def plot_memory(kept: Mapping[str, Mapping[str, int]]) -> "Figure":
+    """Bytes kept between forward and backward: a bar for each policy, a part for each operator.
+
+    ``kept`` maps names of policies to bytes by checkpoint name, as :func:`fmoe.introspect.saved_bytes` gives
+    them, and :func:`fmoe.bench.layers.layer_memory` for one layer. Raises ``ValueError`` if it is empty, and
+    ``ImportError`` without matplotlib.
+
+    >>> figure = plot_memory({"save_nothing": {}, "default": {"topk": 2**20, "dispatch": 2**21}})
+    >>> [text.get_text() for text in figure.axes[0].texts]
+    ['0.00 MiB', '3.00 MiB']
+    """
+    if not kept:
+        raise _nothing("plot_memory", "kept", "no policy", "at least one")
+    figure = empty_figure("plot_memory", 8, 1.2 + 0.45 * len(kept))
+    ax = figure.subplots()
+    left = [0.0] * len(kept)
+    for name in dict.fromkeys(name for parts in kept.values() for name in parts):
+        part = [parts.get(name, 0) / 2**20 for parts in kept.values()]
+        bars = ax.barh([*kept], part, left=left, label=name)
+        left = [a + b for a, b in zip(left, part)]
+    if not any(kept.values()):
+        bars = ax.barh([*kept], left)
+    ax.bar_label(bars, [f"{total:.2f} MiB" for total in left], padding=4)
+    ax.set(xlabel="MiB kept between forward and backward")
+    ax.margins(x=0.2)
+    ax.invert_yaxis()
+    if any(kept.values()):
+        ax.legend()
+    return figure
+
+
+def plot_layers(results: Sequence[Mapping[str, Any]]) -> "Figure":
+    """TFLOP/s of layers: a group of bars for each result, a line across it for the matrix product of its run.
+
+    ``results`` are those of :func:`fmoe.bench.measure.bench_layer`, as ``python -m fmoe bench layer --json``
+    writes them. Raises ``ValueError`` if they have no layer, and ``ImportError`` without matplotlib.
+
+    >>> shape = {"tokens": 64, "dim": 8, "hidden": 4, "experts": 4, "top_k": 2}
+    >>> result = {"shape": shape, "routing": "random", "device": "CPU", "dtype": "torch.float32",
+    ...           "matmul_tflops": 0.1, "layers": [{"layer": "fmoe", "rate": 0.07}]}
+    >>> [text.get_text() for text in plot_layers([result]).axes[0].texts]
+    ['0.07']
+    """
+    rows = [result["layers"] if isinstance(result, Mapping) else [] for result in results]
+    rates = [{row["layer"]: row["rate"] for row in each} for each in rows]
+    names = [*dict.fromkeys(name for each in rates for name in each)]
+    if not names:
+        raise _nothing("plot_layers", "results", "no layer", "results of bench_layer")
+    figure = empty_figure("plot_layers", max(8, 3 + 0.5 * len(names) * len(results)), 4.4)
+    ax = figure.subplots()
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        known = [group for group, each in enumerate(rates) if name in each]
+        left = [group - 0.4 + number * width for group in known]
+        bars = ax.bar(left, [rates[group][name] for group in known], width, align="edge", label=name)
+        ax.bar_label(bars, fmt="%.3g", fontsize="small")
+    for group, result in enumerate(results):
+        label = "a large matrix product" if group == 0 else None
+        ax.plot([group - 0.4, group + 0.4], [result["matmul_tflops"]] * 2, "--", color="0.4", label=label)
+    ax.set_xticks(range(len(results)), [_shape_of(result) for result in results])
+    where = dict.fromkeys(f"{each['device']}, {each['dtype'].removeprefix('torch.')}" for each in results)
+    ax.set(ylabel="TFLOP/s, forward and backward", title="; ".join(where))
+    ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _shape_of(result: Mapping[str, Any]) -> str:
+    sizes = "{tokens} tokens of {dim}, hidden {hidden}\n{top_k} of {experts} experts".format(
+        **result["shape"]
+    )
+    return f"{sizes}, {result['routing']}"
+
+
+def save_figure(figure: "Figure", path: str | Path) -> None:
+    """Write a figure, in the format its ending names (``.svg``, ``.png``); equal figures give equal files.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_figure(plot_memory({"default": {"topk": 2**20}}), Path(folder, "memory.png"))
+    """
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "fmoe", "svg.fonttype": "none"}):
+        undated = {"Date": None} if Path(path).suffix == ".svg" else None
+        figure.savefig(path, dpi=150, metadata=undated)
+
+
+def empty_figure(function: str, width: float = 1, height: float = 1) -> "Figure":
+    """An empty one; not pyplot's, which would keep it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"{function} needs matplotlib: pip install -e '.[plots]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _nothing(function: str, argument: str, got: str, expected: str) -> ValueError:
+    return argument_error(
+        function, argument, got=got, expected=expected, remedy="Pass what there is to draw."
+    )
+
+
+def _finite(argument: str, records: Records, name: str) -> tuple[list[float], list[float]]:
+    known = [record for record in records if name in record]
+    steps, values = ([_number("plot_loss", argument, r, key) for r in known] for key in ("step", name))
+    found = [(step, value) for step, value in zip(steps, values) if math.isfinite(value)]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _number(function: str, argument: str, record: Mapping[str, Any], name: str) -> float:
+    value = record.get(name)
+    if isinstance(value, int | float):
+        return value
+    raise argument_error(
+        function,
+        argument,
+        got=f"a record whose {name} is {value!r}",
+        expected="a number",
+        remedy="Remove such records, or write the number.",
+    )
+
+
+def _moving_average(losses: Sequence[float]) -> list[float]:
+    """Means over a fiftieth of the losses, centred: narrower at the start, cut off at the end."""
+    total = [0.0, *accumulate(losses)]
+    spans = [min(len(losses) // 100, i) for i in range(len(losses))]
+    ends = [min(i + span + 1, len(losses)) for i, span in enumerate(spans)]
+    return [
+        (total[end] - total[i - span]) / (end - i + span) for i, (span, end) in enumerate(zip(spans, ends))
+    ]

@@ -1,0 +1,230 @@
+"""The benchmark measures what it says, and refuses to time what is wrong."""
+
+import json
+import subprocess
+import sys
+
+import optree
+import pytest
+import torch
+from rich.console import Console
+
+import fmoe
+from fmoe import __main__
+from fmoe.bench import measure
+from fmoe.bench import model as bench_of_model
+from fmoe.bench.breakdown import time_by_kind
+from fmoe.bench.layers import ROUTINGS, SHAPES, Shape, config_for, layers, plain_layer, random_params, skewed
+from fmoe.bench.model import bench_model, report
+from fmoe.models import deepseek_v3
+from fmoe.ops.reference import moe_reference
+from fmoe.plan import plan
+from fmoe.training.optim import adamw
+
+TINY = Shape(tokens=48, dim=16, hidden=8, experts=8, top_k=2)
+
+
+def test_the_command_measures_every_layer_and_writes_json(tmp_path):
+    file = tmp_path / "layer.json"
+    command = [sys.executable, "-m", "fmoe", "bench", "layer", "--sizes", *map(str, TINY), "--rounds", "3"]
+    names = "fmoe", "fmoe, rows aligned to 16", "PyTorch eager", "transformers grouped_mm"
+    how = ["--device", "cpu", "--dtype", "float32", "--json", str(file), "--only", *names, "--align", "16"]
+    how += ["--picture", str(file.with_suffix(".svg"))]
+    done = subprocess.run([*command, *how], capture_output=True, text=True, check=True)
+    (result,) = json.loads(file.read_text())
+    assert result["shape"] == TINY._asdict()
+    assert result["torch"] == torch.__version__
+    assert result["engine"] == "loop"
+    assert "our grouped products by 'loop'" in done.stdout.replace("\n", " ")
+    assert [row["layer"] for row in result["layers"]] == list(names)
+    for row in result["layers"]:
+        assert row["layer"] in done.stdout
+        assert row["error"] < 1e-5
+        assert row["rate"] == pytest.approx(3 * TINY.flops / row["step"] / 1e9)
+        assert row["share"] == pytest.approx(row["rate"] / result["matmul_tflops"])
+        assert row["peak"] is row["launches"] is row["syncs"] is None
+    assert f"{result['layers'][0]['rate']:.3g}" in file.with_suffix(".svg").read_text()
+    saved = {row["layer"]: row["saved"] for row in result["layers"]}
+    pairs = TINY.tokens * TINY.top_k
+    assert saved["fmoe"] * 2**20 >= 4 * pairs * 2 * TINY.hidden
+    assert saved["fmoe"] < saved["PyTorch eager"]
+
+
+def test_a_wrong_layer_is_not_timed(monkeypatch):
+    found = layers(TINY, config_for(TINY, "random"))
+    monkeypatch.setattr(measure, "layers", lambda *args: {"wrong": lambda p, x: found["fmoe"](p, x) * 1.1})
+    with pytest.raises(RuntimeError, match=r"bench layer: wrong: relative error 0\.1 against float32"):
+        measure.bench_layer(TINY, dtype=torch.float32, device="cpu", rounds=2)
+
+
+def test_plain_pytorch_is_the_reference():
+    config = config_for(TINY, "random")
+    params = random_params(TINY, 0, dtype=torch.float32, device="cpu")
+    x = torch.randn(TINY.tokens, TINY.dim)
+    ids = fmoe.route(params.router, x, config).expert_ids_TK
+    got = plain_layer(params, x, TINY.top_k, ids)
+    torch.testing.assert_close(got, moe_reference(params, x, config, ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_routings_spread_tokens_as_they_say(routing):
+    shape = SHAPES["small"]
+    config = config_for(shape, routing)
+    params = random_params(shape, 0, dtype=torch.float32, device="cpu")
+    x = torch.randn(shape.tokens, shape.dim)
+    counts = fmoe.route(skewed(params, x, config, routing).router, x, config).counts_E
+    assert counts.sum() == shape.tokens * shape.top_k
+    if routing == "balanced":
+        assert counts.max() == counts.min()
+    if routing == "hot":
+        assert counts[0] == shape.tokens
+        assert counts[-4:].sum() == 0
+    if routing == "zipf":
+        assert (
+            counts[0] > 0.9 * shape.tokens
+        )  # 1 / i of 4 choices: more than one for the first, so all tokens
+        assert 1.5 < counts[3] / counts[7] < 2.7
+
+
+def test_one_expert_a_token_is_no_error():
+    shape = Shape(64, 16, 8, 4, 1)
+    (layer,) = measure.bench_layer(shape, device="cpu", rounds=2, only=["fmoe"])["layers"]
+    assert layer["error"] < 0.02
+
+
+def call(name, number, ts, dur, tid=1, cat="cpu_op"):
+    return {"cat": cat, "name": name, "tid": tid, "ts": ts, "dur": dur, "args": {"External id": number}}
+
+
+def test_time_goes_to_the_kind_of_the_operator_around():
+    spans = [
+        call("fmoe::experts_up", 1, 0, 10),
+        call("aten::mm", 2, 1, 4),
+        call("aten::mm", 3, 12, 5),
+        call("aten::add", 4, 13, 1, tid=2),  # of another thread, and so in nothing
+        call("fmoe::optimizer", 5, 20, 9, cat="user_annotation"),
+        call("aten::_fused_adamw_", 6, 21, 6),
+        call("Torch-Compiled Region", 7, 40, 8),
+        call("triton_poi_fused_add", 8, 41, 2),
+    ]
+    spans += [call("a kernel", number, 100, 10**number, cat="kernel") for number in range(1, 9)]
+    spans += [call("the optimizer's kernels", 5, 100, 10**9, cat="gpu_user_annotation")]
+    spans += [call("a copy", 99, 100, 7, cat="gpu_memcpy")]
+    kinds = {"experts": (10, 110), "matrix products": (5, 10**3), "optimizer": (9, 11 * 10**5)}
+    kinds |= {"elementwise": (3, 10**4 + 10**8), "other": (6, 10**7 + 7)}
+    assert time_by_kind(spans, on_cuda=False) == {kind: times[0] for kind, times in kinds.items()}
+    assert time_by_kind(spans, on_cuda=True) == {kind: times[1] for kind, times in kinds.items()}
+
+
+def model_command(monkeypatch, capsys, tmp_path, *words):
+    file = tmp_path / "model.json"
+    sizes = "--model debug --layers 2 --batch-size 2 --seq-len 32 --steps 4"
+    sizes = [*sizes.split(), "--device", "cpu", "--dtype", "float32"]
+    argv = ["fmoe", "bench", "model", *sizes, "--json", str(file), *words]
+    monkeypatch.setattr(sys, "argv", argv)
+    __main__.main()
+    return json.loads(file.read_text()), capsys.readouterr().out
+
+
+def test_the_model_command_measures_training_steps(monkeypatch, capsys, tmp_path):
+    trace = tmp_path / "trace.json"
+    result, shown = model_command(monkeypatch, capsys, tmp_path, "--remat", "full", "--trace", str(trace))
+    assert (result["layers"], result["dense_layers"]) == (2, 1)
+    assert 0.9 * 5.545 < result["first_loss"] < 1.1 * 5.545  # log(256)
+    config = deepseek_v3.preset("debug", layers=2)
+    rate = deepseek_v3.flops_per_token(config, 32) * result["tokens_per_second"] / 1e12
+    assert result["tflops_per_second"] == pytest.approx(rate)
+    assert result["tokens_per_second"] == pytest.approx(2 * 32 / result["ms"] * 1e3)
+    assert result["mfu_of_matmul"] == pytest.approx(rate / result["matmul_tflops"])
+    assert result["mfu"] is result["peak_bytes"] is result["syncs"] is result["planned_over_peak"] is None
+    assert sum(result["shares"].values()) == pytest.approx(1)
+    kinds = {"attention", "experts", "loss", "matrix products", "optimizer", "elementwise", "routing"}
+    assert kinds <= result["shares"].keys()
+    options = dict(batch_size=2, seq_len=32, per_layer=fmoe.transforms.per_layer("full"), device_type="cpu")
+    assert result["planned_bytes"] == plan(config, **options).peak
+    assert {"fmoe::experts_up", "fmoe::optimizer"} <= {
+        e["name"] for e in json.loads(trace.read_text())["traceEvents"]
+    }
+    for text in ("tokens/s", "of the vendor's peak (MFU)", "planned GiB", *kinds):
+        assert text in shown
+
+
+def test_the_model_command_trains_on_text_with_balanced_experts_compiled(monkeypatch, capsys, tmp_path):
+    text = tmp_path / "words.txt"
+    text.write_text("the same words again and again, " * 200)
+    how = ["--data", str(text), "--balanced", "--compile", "--compute-dtype", "bfloat16", "--steps", "6"]
+    how += ["--moments-dtype", "bfloat16"]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    result, shown = model_command(monkeypatch, capsys, tmp_path, *how)
+    assert result["last_loss"] < result["first_loss"]
+    assert result["balanced"] and result["compiled"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for words in ("experts balanced", "moments torch.bfloat16"):
+        assert words in " ".join(shown.split())
+    params = deepseek_v3.init(deepseek_v3.preset("debug", layers=2), 0)
+    state = adamw(moments_dtype=torch.bfloat16).init(params)
+    assert result["planned"]["optimizer"] == sum(t.nbytes for t in optree.tree_leaves(state))
+
+
+def test_a_model_whose_loss_is_wrong_is_not_timed(monkeypatch):
+    loss = deepseek_v3.loss
+    monkeypatch.setattr(
+        deepseek_v3, "loss", lambda *args, **how: (2 * (found := loss(*args, **how))[0], found[1])
+    )
+    with pytest.raises(RuntimeError, match=r"the first loss is 1[01]\.\d+, of an untrained model 5\.545"):
+        bench_model(
+            deepseek_v3.preset("debug", layers=2), batch_size=2, seq_len=16, device="cpu", dtype=torch.float32
+        )
+
+
+def test_a_result_has_a_report_without_a_name(capsys):
+    config = deepseek_v3.preset("debug", layers=1)
+    result = bench_model(config, batch_size=1, seq_len=16, steps=2, device="cpu", dtype=torch.float32)
+    report(result, Console(width=150))
+    assert "a model: 1 layers (1 dense)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (
+            "model --model debug --device cpu --steps 1",
+            "bench_model: steps: got 1, expected an integer of at least 2",
+        ),
+        ("layer --shape small --rounds 1", "bench_layer: rounds: got 1, expected an integer of at least 2"),
+        (
+            "model --model debug --device cpu --json no/m.json",
+            "[Errno 2] No such file or directory: 'no/m.json'",
+        ),
+        (
+            "model --model debug --device cpu --trace no/m.json",
+            "[Errno 2] No such file or directory: 'no/m.json'",
+        ),
+        ("layer --shape small --json no/m.json", "[Errno 2] No such file or directory: 'no/m.json'"),
+        ("layer --shape small --picture no/m.svg", "[Errno 2] No such file or directory: 'no/m.svg'"),
+        ("layer --shape small --picture m.bar", "Format 'bar' is not supported"),
+    ],
+)
+def test_what_would_be_lost_is_not_measured(monkeypatch, capsys, tmp_path, words, text):
+    def measured(*args, **how):
+        raise AssertionError("it began")
+
+    monkeypatch.chdir(tmp_path)
+    for module, name in ((bench_of_model, "_Training"), (measure, "random_params")):
+        monkeypatch.setattr(module, name, measured)
+    monkeypatch.setattr(sys, "argv", ["fmoe", "bench", *words.split()])
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main()
+    assert capsys.readouterr().err.startswith(text)
+
+
+def test_a_picture_without_matplotlib_is_refused_before_anything_is_measured(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(measure, "random_params", None)
+    picture = tmp_path / "layer.svg"
+    monkeypatch.setattr(sys, "argv", ["fmoe", "bench", "layer", "--picture", str(picture)])
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main()
+    assert capsys.readouterr().err == "bench layer needs matplotlib: pip install -e '.[plots]'\n"
+    assert not picture.exists()

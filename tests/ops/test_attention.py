@@ -1,0 +1,238 @@
+"""Latent attention against transformers', rotary positions, norms."""
+
+import dataclasses
+import math
+
+import optree
+import pytest
+import torch
+from helpers import error
+from parity import their_config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Attention,
+    DeepseekV3RotaryEmbedding,
+)
+
+from fmoe.models.attention import (
+    attention_forward,
+    attention_specs,
+    frequencies,
+    rms_norm,
+    rope_table,
+    softmax_scale,
+)
+from fmoe.models.config import Yarn
+from fmoe.models.deepseek_v3 import preset
+from fmoe.models.published_tensors import NAMES
+from fmoe.ops.attention import causal_attention
+from fmoe.ops.core.tape import plain_operators
+from fmoe.ops.kernels import attention as kernels
+from fmoe.params import init_params
+from fmoe.tree import dotted_names
+
+SIZES = {
+    "query matrix": dict(q_lora_rank=0),
+    "query bottleneck": dict(q_lora_rank=12),
+    "unequal heads, odd sizes": dict(
+        dim=30,
+        num_heads=3,
+        q_lora_rank=7,
+        kv_lora_rank=9,
+        qk_nope_head_dim=5,
+        qk_rope_head_dim=6,
+        v_head_dim=11,
+    ),
+    "YaRN": dict(qk_rope_head_dim=32, yarn=Yarn(32.0, 32, mscale=1.2, mscale_all_dim=0.6)),
+}
+
+
+def theirs(config, params):
+    hf, _ = their_config(config)
+    hf._attn_implementation = "eager"
+    layer = DeepseekV3Attention(hf, 0)
+    names = [NAMES[f"attention.{name}"][0].removeprefix("self_attn.") for name in dotted_names(params)]
+    layer.load_state_dict(dict(zip(names, optree.tree_leaves(params))))
+    return hf, layer
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_parity_with_transformers(sizes):
+    config = dataclasses.replace(preset("debug"), init_std=0.3, **sizes)
+    params = init_params(attention_specs(config), 0, dtype=torch.float32, device="cpu")
+    hf, layer = theirs(config, params)
+    x = torch.randn(2, 13, config.dim)
+    positions = torch.arange(13)[None].expand(2, -1)
+    embedding = DeepseekV3RotaryEmbedding(hf)(x, positions)
+    mask = torch.full((13, 13), -torch.inf).triu(1)[None, None]
+    expected = layer(x, embedding, mask)[0]
+    got = attention_forward(params, x, rope_table(config, 13), config)
+    assert error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["16B", "671B"])
+def test_published_positions(name):
+    config = preset(name)
+    hf, _ = their_config(config)
+    embedding = DeepseekV3RotaryEmbedding(hf)
+    ours, plain = frequencies(config), frequencies(dataclasses.replace(config, yarn=None))
+    torch.testing.assert_close(ours, embedding.inv_freq, rtol=1e-6, atol=0)
+    # Pairs that turn 32 times in 4096 positions keep their frequency, those that turn once or less take 40
+    # times as long.
+    turns = 4096 * plain / (2 * math.pi)
+    assert torch.equal(ours[turns > 40], plain[turns > 40])
+    torch.testing.assert_close(ours[turns < 0.7] * 40, plain[turns < 0.7])
+    assert error(rope_table(config, 5).cos[3], torch.cos(3 * ours)) < 1e-6  # the two magnitudes are equal
+    mscale = config.yarn.mscale_all_dim
+    assert math.isclose(softmax_scale(config), 192**-0.5 * (0.1 * mscale * math.log(40) + 1) ** 2)
+
+
+DTYPES = {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
+WIDTHS = {
+    "equal": (8, 8),
+    "wider queries": (24, 16),
+    "wider values": (8, 24),
+    "odd": (5, 3),
+    "V3": (192, 128),
+}
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("length", [1, 37])
+def test_attention_equals_softmax_attention(dtype, widths, length):
+    """Values and gradients, on the kernel chosen for each dtype, width and device, against float64."""
+    q, k, v = (torch.randn(2, length, 3, n).to(dtype) for n in (widths[0], *widths))
+    g, scale = torch.randn(2, length, 3, widths[1]), widths[0] ** -0.5
+    y, pull = torch.func.vjp(lambda *qkv: causal_attention(*qkv, scale), q, k, v)
+    with plain_operators():
+        expected, expected_pull = torch.func.vjp(
+            lambda *qkv: causal_attention(*qkv, scale), *(t.double() for t in (q, k, v))
+        )
+    assert y.dtype == dtype
+    assert error((y, pull(g.to(dtype))), (expected, expected_pull(g.double()))) < DTYPES[dtype]
+
+
+# ---- engines ---------------------------------------------------------------------------------------
+
+CPU = kernels.CPU["cpu"]
+
+
+def raises(*args):
+    raise RuntimeError("no engine for this card\nat line 7")
+
+
+WRONG = {
+    "another scale": CPU._replace(forward=lambda q, k, v, scale: CPU.forward(q, k, v, 1.3 * scale)),
+    "another lse": CPU._replace(forward=lambda *args: (CPU.forward(*args)[0], CPU.forward(*args)[1] / 2)),
+    "no backward": CPU._replace(backward=lambda *args: tuple(0 * g for g in CPU.backward(*args))),
+    "NaN": CPU._replace(
+        backward=lambda *args: (*CPU.backward(*args)[:2], CPU.backward(*args)[2] * torch.nan)
+    ),
+    "raises": CPU._replace(backward=raises),
+}
+
+
+@pytest.fixture
+def as_cudnn(monkeypatch):
+    """A stand-in for an engine of a GPU, proven on the CPU."""
+    kernels.proven.cache_clear()
+    yield lambda engine: monkeypatch.setitem(kernels.CUDA, "cudnn", engine)
+    kernels.proven.cache_clear()
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_an_engine_that_is_wrong_here_is_not_used_and_that_is_said(wrong, as_cudnn, caplog):
+    as_cudnn(WRONG[wrong])
+    assert not kernels.proven("cudnn", torch.device("cpu"), torch.bfloat16, 192, 128)
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert said.startswith("attention by cudnn on cpu, torch.bfloat16 heads of 192 and 128: not used, as it ")
+    assert ("raises no engine for this card" if wrong == "raises" else "is off by ") in said
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_engine_that_is_right_is_used(dtype, as_cudnn, caplog):
+    as_cudnn(CPU)
+    assert kernels.proven("cudnn", torch.device("cpu"), dtype, 192, 128)
+    assert not caplog.records
+    assert not kernels.proven("cudnn", torch.device("cpu"), torch.float64, 192, 128)
+
+
+def test_an_engine_can_be_asked_for(monkeypatch):
+    q = torch.randn(1, 4, 2, 8)
+    monkeypatch.setenv("FMOE_ATTENTION", "plain")
+    assert kernels.engine(q, q, q) is kernels.PLAIN
+    monkeypatch.setenv("FMOE_ATTENTION", "cudnn")
+    text = r"causal_attention: FMOE_ATTENTION: got 'cudnn', expected one of \['cpu', 'plain'\], which can do"
+    with pytest.raises(ValueError, match=text):
+        causal_attention(q, q, q, 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["cudnn", "flash", "efficient"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("length", [1, 37, 128, 1000])
+def test_every_engine_of_a_gpu_equals_softmax_attention(name, dtype, length, monkeypatch):
+    device = torch.ones(1, device="cuda").device
+    if not kernels.proven(name, device, dtype, 192, 128):
+        pytest.skip(f"{name} isn't used for {dtype} here")
+    monkeypatch.setenv("FMOE_ATTENTION", name)
+    q, k, v = (torch.randn(2, length, 3, n, device=device).to(dtype) for n in (192, 192, 128))
+    g, scale = torch.randn(2, length, 3, 128, device=device), 192**-0.5
+    y, pull = torch.func.vjp(lambda *qkv: causal_attention(*qkv, scale), q, k, v)
+    with plain_operators():
+        expected, expected_pull = torch.func.vjp(
+            lambda *qkv: causal_attention(*qkv, scale), *(t.double() for t in (q, k, v))
+        )
+    assert error((y, pull(g.to(dtype))), (expected, expected_pull(g.double()))) < 2 * DTYPES[dtype]
+
+
+def test_one_position_needs_no_engine(monkeypatch):
+    q = torch.randn(2, 3, 1, 8)
+    monkeypatch.setenv("FMOE_ATTENTION", "cpu")
+    assert kernels.engine(q, q, q) is kernels.PLAIN
+    assert kernels.engine(*[torch.randn(2, 3, 2, 8)] * 3) is kernels.CPU["cpu"]
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("shape", [(0, 4, 3, 8), (2, 0, 3, 8)])
+def test_attention_over_nothing(shape):
+    q = torch.randn(shape)
+    y, pull = torch.func.vjp(lambda q: causal_attention(q, q, q, 1.0), q)
+    assert y.shape == shape == pull(y)[0].shape
+
+
+def test_attention_refuses_what_does_not_fit():
+    q, few = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
+    with pytest.raises(ValueError, match=r"causal_attention: q, k, v: got \(2, 5, 4, 8\) .*\(2, 5, 2, 8\)"):
+        causal_attention(q, few, few, 1.0)
+    with pytest.raises(ValueError, match=r"one dtype on one device. Repeat the heads"):
+        causal_attention(q, q, q.double(), 1.0)
+
+
+def test_no_position_sees_a_later_one():
+    config = preset("debug")
+    params = init_params(attention_specs(config), 1, dtype=torch.float64, device="cpu")
+    x = torch.randn(1, 9, config.dim, dtype=torch.float64)
+    changed = torch.cat([x[:, :5], torch.randn_like(x[:, 5:])], 1)
+    rope = rope_table(config, 9)
+    a, b = (attention_forward(params, v, rope, config) for v in (x, changed))
+    assert error(a[:, :5], b[:, :5]) < 1e-14
+    assert error(a[:, 5:], b[:, 5:]) > 1e-3
+
+
+def test_attention_depends_on_distances_only():
+    config = preset("debug")
+    params = init_params(attention_specs(config), 1, dtype=torch.float64, device="cpu")
+    x = torch.randn(1, 6, config.dim, dtype=torch.float64)
+    table = rope_table(config, 40)
+    late = type(table)(table.cos[30:36], table.sin[30:36])
+    early = type(table)(table.cos[:6], table.sin[:6])
+    assert error(*(attention_forward(params, x, rope, config) for rope in (early, late))) < 1e-6
+
+
+def test_rms_norm_in_low_precision_takes_the_mean_in_float32():
+    x = torch.full((4096,), 100.0, dtype=torch.float16)  # the sum of squares overflows float16
+    assert error(rms_norm(x, torch.ones(4096, dtype=torch.float16), 0.0), torch.ones(4096)) < 1e-3

@@ -1,0 +1,281 @@
+"""How operators are declared: the registry, loud failures, kept outputs, transforms inside compile."""
+
+import re
+
+import pytest
+import torch
+from helpers import (
+    CONFIGS,
+    ORACLE_TRANSFORMS,
+    TRANSFORMS,
+    OperatorExample,
+    error,
+    random_layer,
+    squared,
+)
+from torch.func import grad, jvp, vmap
+
+import fmoe
+from fmoe.errors import TransformError
+from fmoe.introspect import operator_support, raw_calls
+from fmoe.ops.bases import gather, grouped_mm, scatter_add
+from fmoe.ops.core.primitive import declare, operators
+from fmoe.ops.core.refuse import Unsupported
+from fmoe.ops.core.tape import Tape, checkpoint_names, plain_operators
+
+pytestmark = pytest.mark.usefixtures("device")
+
+KEEP_ALL, KEEP_NONE = (lambda name: True), (lambda name: False)
+
+
+def cube_kernel(x, w):
+    return x**3 * w
+
+
+cube = declare(
+    "test_cube(Tensor x, Tensor w) -> Tensor",
+    impl=cube_kernel,
+    fake=lambda x, w: torch.empty_like(x),
+    checkpoint="gather",
+    example=lambda: (torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)),
+    plain=lambda x, w: x**3 * w,
+    residuals=lambda inputs, outputs: inputs,
+    vjp=lambda res, needs, g: (3 * res[0] ** 2 * res[1] * g, res[0] ** 3 * g if needs[1] else None),
+    jvp=Unsupported("Use reverse mode."),
+    vmap=Unsupported("Batch by hand."),
+)
+
+operator_support()  # imports whatever declares one
+OPERATORS = operators()
+
+
+def test_the_registry_lists_every_operator():
+    names = set(operators())
+    assert {
+        "topk",
+        "layout",
+        "gather",
+        "scatter_add",
+        "grouped_mm",
+        "grouped_outer",
+        "experts_up",
+        "experts_down",
+    } <= names
+    assert {op.checkpoint for op in operators().values()} <= set(checkpoint_names())
+    assert all(op.raw.namespace == "fmoe" for op in operators().values())
+
+
+def test_a_rule_that_cannot_exist_is_a_loud_error():
+    x, w = torch.randn(3), torch.randn(3)
+    with pytest.raises(TransformError, match=r"test_cube: cannot run under torch.func.vmap. Batch by"):
+        vmap(cube)(x[None], w[None])
+    with pytest.raises(TransformError, match=r"test_cube: cannot run under torch.func.jvp. Use"):
+        jvp(cube, (x, w), (x, w))
+    assert error(grad(lambda x: cube(x, w).sum())(x), 3 * x**2 * w) < 1e-6
+
+
+def test_a_float_output_without_a_vjp_is_refused(device):
+    wrong = declare(
+        f"test_no_rule_{device}(Tensor x) -> Tensor",
+        impl=lambda x: x * 2,
+        fake=torch.empty_like,
+        checkpoint="gather",
+        example=lambda: (torch.randn(3),),
+        plain=lambda x: x * 2,
+    )
+    with pytest.raises(
+        TypeError, match=f"test_no_rule_{device}: declared without a vjp, yet it has a floating-point"
+    ):
+        grad(lambda x: wrong(x).sum())(torch.randn(3))
+
+
+def test_rules_hear_which_cotangents_are_wanted(device):
+    needed = []
+    recorded = declare(
+        f"test_needs_{device}(Tensor x, Tensor w) -> Tensor",
+        impl=lambda x, w: x * w,
+        fake=lambda x, w: torch.empty_like(x),
+        checkpoint="gather",
+        example=lambda: (torch.randn(3), torch.randn(3)),
+        plain=torch.mul,
+        residuals=lambda inputs, outputs: inputs,
+        vjp=lambda res, needs, g: needed.append(tuple(needs)) or (g * res[1], g * res[0]),
+    )
+    x, w = torch.randn(3), torch.randn(3)
+    grad(lambda x: recorded(x, w).sum())(x)
+    recorded(x, w.clone().requires_grad_()).sum().backward()
+    assert needed == [(True, False), (False, True)]
+
+
+def test_outputs_handed_back_are_values_with_derivatives():
+    x, w = torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    record = Tape(record=KEEP_ALL, serve=KEEP_NONE)
+    with record.run():
+        cube(x, w)
+    (entry,) = record.recorded
+    assert entry[:2] == ("test_cube", "gather")
+    doubled = entry.outputs[0] * 2  # not what the kernel gives, so we see which one is used
+
+    def replay(x):
+        tape = Tape(record=KEEP_NONE, serve=KEEP_ALL, entries=[entry._replace(outputs=(doubled,))])
+        with tape.run():
+            return cube(x, w)
+
+    assert error(replay(x), doubled) == 0
+    assert error(grad(lambda x: replay(x).sum())(x), 3 * x**2 * w) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS)
+def test_fake_kernels_describe_the_real_ones(op, dtype):
+    """``opcheck``'s schema and fake-tensor checks."""
+    inputs = [
+        a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in op.example()
+    ]
+    args = *inputs, *op.dependent(*inputs)
+    torch.library.opcheck(op.raw, args, test_utils=("test_schema", "test_faketensor"))
+
+
+# ---- every operator under every transform ------------------------------------------------------------
+
+
+REMATS = {
+    "plain": lambda fn: fn,
+    "remat, kept": lambda fn: fmoe.remat(fn, fmoe.save_everything),
+    "remat, recomputed": lambda fn: fmoe.remat(fn, fmoe.save_nothing),
+    "nested remat": lambda fn: fmoe.remat(
+        lambda *a: fmoe.remat(fn, fmoe.save_everything)(*a), fmoe.save_nothing
+    ),
+}
+
+
+def is_declared_unsupported(op, text):
+    """Whether an error's text names the operator, a transform it declares it can't do, and the remedy."""
+    said = re.search(r"(\w+): cannot run under torch\.func\.(\w+)\. (.+)", text)
+    if said:
+        return said[1] == op.name and getattr(op.rules, said[2]) == Unsupported(said[3])
+    said = f"{op.name}: cannot be differentiated under torch.compile. Differentiate it uncompiled."
+    in_remat = "mutate UserDefinedExceptionObjectVariable(TransformError)"  # all torch 2.11 lets through
+    return (said in text or in_remat in text) and "vjp" not in op.by_hand
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS)
+def test_every_operator_under_every_transform_is_right_or_loud(op, transform):
+    """Against the plain function it is declared to equal, in float64."""
+    example = OperatorExample(op)
+    with plain_operators():
+        expected = ORACLE_TRANSFORMS[transform](example.scalar(), example)
+    for name, wrap in REMATS.items():
+        try:
+            got = TRANSFORMS[transform](example.scalar(wrap), example)
+        except (TransformError, torch._dynamo.exc.Unsupported) as loud:
+            if not is_declared_unsupported(op, str(loud)):
+                raise
+        else:
+            assert error(got, expected) < 1e-10, name
+
+
+def test_the_matrix_can_fail(device):
+    """An operator with a wrong derivative, and one with a wrong value, do not pass it."""
+    for name, impl, slope in (("test_bad_slope", torch.sin, 1.0), ("test_bad_value", torch.cos, 1.0)):
+        bad = declare(
+            f"{name}_{device}(Tensor x) -> Tensor",
+            impl=impl,
+            fake=torch.empty_like,
+            checkpoint="gather",
+            example=lambda: (torch.randn(3, dtype=torch.float64),),
+            plain=torch.sin,
+            residuals=lambda inputs, outputs: inputs,
+            vjp=lambda res, needs, g, slope=slope: (g * slope,),
+        )
+        with pytest.raises(AssertionError):
+            test_every_operator_under_every_transform_is_right_or_loud(bad, "grad")
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f: grad(f),
+        lambda f: lambda x: jvp(f, (x,), (x,)),
+        lambda f: lambda x: vmap(f)(x[None]),
+        lambda f: lambda x: vmap(grad(f))(x[None]),
+    ],
+    ids=["grad", "jvp", "vmap", "vmap(grad)"],
+)
+@pytest.mark.parametrize("what", ["layer", "remat of PyTorch's own"])
+def test_transforms_inside_compile_raise_under_fullgraph_and_are_right_otherwise(transform, what):
+    params, x = random_layer(dtype=torch.float32), torch.randn(5, 6)
+
+    def loss(x):
+        if what == "layer":
+            return fmoe.moe_forward(params, x, router=CONFIGS["sigmoid, groups"]).pow(2).sum()
+        return fmoe.remat(lambda x: x.sin().exp())(x).sum()
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"inside torch.compile drops custom derivatives \(pytorch#193279\)"):
+        torch.compile(transform(loss), fullgraph=True, backend="aot_eager")(x)
+    torch._dynamo.reset()
+    got = torch.compile(transform(loss), backend="aot_eager")(x)
+    assert error(got, transform(loss)(x)) < 1e-5
+
+
+class Tripled(torch.autograd.Function):
+    """The identity, with a derivative of three."""
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * g
+
+
+def test_pytorch_still_drops_custom_derivatives_in_transforms_inside_compile():
+    """The reason for the error above (pytorch#193279). The day this fails, the check can go."""
+    torch._dynamo.reset()
+    x = torch.randn(3)
+    slope = grad(lambda x: Tripled.apply(x).sum())
+    assert slope(x).tolist() == [3.0] * 3
+    assert torch.compile(slope, backend="aot_eager")(x).tolist() == [1.0] * 3
+
+
+def test_vmap_is_one_larger_call_of_each_kernel():
+    """Batched tokens are more tokens; per-example weight gradients are groups of one product."""
+    params = random_layer()
+    config = CONFIGS["sigmoid, groups"]
+
+    def counts_of(batch):
+        X = torch.randn(batch, 5, 6, dtype=torch.float64)
+        loss = squared(lambda p, x: fmoe.moe_forward(p, x, router=config))
+        with raw_calls() as counts:
+            vmap(grad(loss), (None, 0))(params, X)
+        return counts
+
+    assert counts_of(2) == counts_of(7) != {}
+
+
+def test_absent_rows():
+    x = torch.randn(3, 2, dtype=torch.float64)
+    index = torch.tensor([2, -1, 0, 2])
+    assert error(gather(x, index), torch.stack([x[2], 0 * x[0], x[0], x[2]])) == 0
+    y = torch.randn(4, 2, dtype=torch.float64)
+    y[1] = torch.nan
+    assert error(scatter_add(y, index, 3), torch.stack([y[2], 0 * x[0], y[0] + y[3]])) < 1e-14
+    assert gather(torch.empty(0, 2), torch.tensor([-1])).tolist() == [[0, 0]]
+    half = torch.full((2048, 1), 1.0, dtype=torch.bfloat16)  # 1 + 1 + ... stops at 256 in bfloat16
+    assert scatter_add(half, torch.zeros(2048, dtype=torch.int64), 1).item() == 2048
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_grouped_mm_takes_any_dtype_and_width(dtype):
+    x, w = torch.randn(7, 5).to(dtype), torch.randn(3, 5, 3).to(dtype)
+    offsets = torch.tensor([2, 2, 6], dtype=torch.int32)
+    out = grouped_mm(x, w, offsets)[:6].double()
+    expected = torch.cat([x[:2].double() @ w[0].double(), x[2:6].double() @ w[2].double()])
+    assert error(out, expected) < {torch.float64: 1e-14, torch.float32: 1e-6}.get(dtype, 2e-2)

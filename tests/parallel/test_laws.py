@@ -1,0 +1,121 @@
+"""The laws of fmoe.testing and tests/support/laws.py on every mesh, backend and device there is."""
+
+import functools
+
+import laws
+import pytest
+import torch
+from laws import Where, ranks_of
+from workers import Pool
+
+from fmoe.testing.backend import LAWS
+
+BACKENDS = ["all_to_all"]
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+# Every mesh of up to four processes along which tokens or experts lie, and a plain one.
+MESHES = ["ep=1", "ep=2", "ep=4", "dp=2", "dp=4", "tp=2", "tp=4", "dp=2,ep=2", "dp=2,tp=2", "ep=2,tp=2"]
+ALONG_EP = [axes for axes in MESHES if "ep" in axes]
+SOME = ["ep=4", "dp=2,ep=2", "ep=2,tp=2"]
+TOLERANCE = 1e-10
+
+EVERYWHERE = [Where(axes, b, device) for device in DEVICES for b in BACKENDS for axes in MESHES]
+
+every = pytest.mark.parametrize("where", EVERYWHERE, ids=str)
+some = pytest.mark.parametrize("where", [w for w in EVERYWHERE if w.axes in SOME], ids=str)
+along_ep = pytest.mark.parametrize("where", [w for w in EVERYWHERE if w.axes in ALONG_EP], ids=str)
+
+
+def hold(pool, law, where, *args, tolerance=TOLERANCE, timeout=90):
+    for rank, found in enumerate(pool.run(ranks_of(where.axes), law, where, *args, timeout=timeout)):
+        wrong = {name: value for name, value in found.items() if not value <= tolerance}
+        assert found and not wrong, (rank, wrong)
+
+
+@every
+def test_equals_the_oracle(pool, where):
+    hold(pool, laws.oracle, where, "sigmoid, groups")
+
+
+# What differs between meshes doesn't differ between routers, nor between first and second derivatives.
+@some
+@pytest.mark.parametrize("config", ["softmax, before", "balanced"])
+def test_any_router_equals_the_oracle(pool, where, config):
+    hold(pool, laws.oracle, where, config)
+
+
+@some
+def test_second_derivatives_equal_the_oracle(pool, where):
+    hold(pool, laws.oracle, where, "sigmoid, groups", 2)
+
+
+@along_ep
+@pytest.mark.parametrize("counts", [(5, 3, 4, 2), (0, 4, 0, 1), (0, 0, 0, 0)], ids=str)
+def test_any_number_of_plain_tokens_on_each_device(pool, where, counts):
+    hold(pool, laws.plain_tokens, where, list(counts))
+
+
+# Compiling is tried below, of moe_forward with DTensors.
+MOST = [name for name in LAWS if name != "compilation"]
+
+
+@along_ep
+def test_the_backend_keeps_the_laws(pool, where):
+    pool.run(ranks_of(where.axes), laws.backend, where, MOST)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_backend_keeps_the_laws_in_lower_precision(pool, dtype):
+    pool.run(2, laws.backend, Where("ep=2", dtype=dtype), MOST)
+
+
+@pytest.mark.parametrize("where", [Where("dp=2,ep=2")], ids=str)
+def test_parameters_are_gathered_again_under_remat(pool, where):
+    hold(pool, laws.gathering, where, tolerance=0)
+
+
+@pytest.mark.parametrize("where", [Where("ep=2")], ids=str)
+def test_compiles_whole(pool, where):
+    hold(pool, laws.compilation, where, timeout=300)
+
+
+@pytest.mark.parametrize("where", [w for w in EVERYWHERE if w.axes in ("dp=2,ep=2", "ep=2,tp=2")], ids=str)
+def test_the_models_gradients_are_those_of_one_process(pool, where):
+    hold(pool, laws.model, where, timeout=240)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the host and the device are one")
+@pytest.mark.parametrize("axes", ["ep=2", "ep=4"])
+def test_the_host_waits_once_a_layer_and_step(pool, axes):
+    assert pool.run(ranks_of(axes), laws.synced, Where(axes, device="cuda")) == [1] * ranks_of(axes)
+
+
+@pytest.fixture(scope="module")
+def losses_alone():
+    @functools.cache
+    def on(device):
+        with torch.device(device):
+            return laws.train(None)
+
+    return on
+
+
+def check_training(pool, where, alone_on, steps=10):
+    alone = alone_on(where.device)  # initial values are drawn there
+    for losses, norm in pool.run(ranks_of(where.axes), laws.train, where, steps, timeout=240):
+        assert losses == pytest.approx(alone[0][:steps], rel=1e-9)
+        assert steps < 10 or norm == pytest.approx(alone[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("where", [w for w in EVERYWHERE if w.axes != "ep=1"], ids=str)
+def test_ten_steps_of_training_are_those_of_one_process(pool, where, losses_alone):
+    check_training(pool, where, losses_alone)
+
+
+@pytest.mark.ranks
+def test_steps_with_everything_on_eight_processes(losses_alone):
+    eight = Pool(8)
+    try:
+        for axes in ("dp=2,ep=2,tp=2", "ep=8"):
+            check_training(eight, Where(axes), losses_alone, steps=3)
+    finally:
+        eight.stop(5)

@@ -1,0 +1,336 @@
+"""What is planned is what a step then holds and sends."""
+
+import dataclasses
+import functools
+import json
+import re
+import sys
+
+import optree
+import pytest
+import torch
+from devices import bare_mesh
+from helpers import allocated_at_once
+from laws import ranks_of
+
+import fmoe
+from fmoe import __main__
+from fmoe.bench.model import bench_model
+from fmoe.introspect import kept_bytes, wire_bytes
+from fmoe.models import deepseek_v3
+from fmoe.models.config import preset
+from fmoe.ops import attention, experts
+from fmoe.ops.core.dtensors import local
+from fmoe.ops.cross_entropy import cross_entropy_terms, cross_entropy_terms_backward
+from fmoe.plan import copies_per_token, dry_run, plan
+from fmoe.training import gradients, optim
+
+SMALL = dataclasses.replace(preset("debug"), num_layers=3, vocab_size=1000)
+TIED = dataclasses.replace(SMALL, tied_head=True, q_lora_rank=24)
+FULL = functools.partial(fmoe.remat, policy=fmoe.save_nothing)
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+
+
+def nbytes(tree):
+    return sum(local(t).untyped_storage().nbytes() for t in optree.tree_leaves(tree))
+
+
+def loss_of(config, compute, wrap, mesh=None):
+    loss = functools.partial(deepseek_v3.loss, config=config, per_layer=wrap, mesh=mesh, logits_bytes=2**20)
+    return gradients.computing_in(loss, compute)
+
+
+def same(layer):
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "compute", "wrap"),
+    [
+        (SMALL, FLOAT32, FLOAT32, same),
+        (SMALL, FLOAT32, BFLOAT16, fmoe.remat),
+        (TIED, BFLOAT16, BFLOAT16, same),
+        (TIED, BFLOAT16, BFLOAT16, FULL),
+    ],
+    ids=["float32", "mixed, remat", "bfloat16", "bfloat16, all recomputed"],
+)
+def test_parts_are_those_of_a_real_step(config, dtype, compute, wrap):
+    shape = (4, 96)
+    tokens, targets = torch.randint(config.vocab_size, (2, *shape)).unbind()
+    options = dict(dtype=dtype, compute_dtype=compute, per_layer=wrap, logits_bytes=2**20)
+    (stage,) = plan(config, batch_size=4, seq_len=96, device_type="cpu", **options).stages
+    params, optimizer = deepseek_v3.init(config, 0, dtype=dtype), optim.adamw()
+    state, loss = optimizer.init(params), loss_of(config, compute, wrap)
+    assert (stage.parameters, stage.optimizer) == (nbytes(params), nbytes(state))
+
+    variables = optree.tree_map(lambda t: t.clone().requires_grad_(), params)
+    kept = kept_bytes(lambda p: loss(p, tokens, targets)[0], variables)
+    unread = 0 if compute == dtype else params.embedding.numel() * compute.itemsize  # no backward reads it
+    assert sum(stage.activations.values()) + stage.converted == pytest.approx(kept + unread, rel=0.05)
+
+    def step():
+        _, grads = fmoe.value_and_grad(loss, has_aux=True)(params, tokens, targets)
+        assert nbytes(grads) == stage.gradients
+        scale = optim.clip_factor(optim.global_norm(grads), 1.0)
+        optimizer.update(params, grads, state, 1e-3, scale=scale, donate=True)
+
+    step()
+    most = allocated_at_once(step)[0] + nbytes(params) + nbytes(state)
+    # The CPU's kernels hold float32 copies while they run, which a plan for it leaves out.
+    assert 0.7 * most < stage.peak <= 1.01 * most
+
+
+def test_clipping_takes_no_memory():
+    how = dict(batch_size=4, seq_len=64, dtype=BFLOAT16, device_type="cpu")
+    stage = plan(SMALL, **how).stages[0]
+    held = stage.parameters + stage.gradients + stage.optimizer
+    assert held <= stage.peaks["clip"] < 1.001 * held
+    assert plan(SMALL, max_norm=None, **how).stages[0].peaks["backward"] == stage.peaks["backward"]
+
+
+@pytest.mark.parametrize(("kept", "moments"), [(FLOAT32, BFLOAT16), (BFLOAT16, FLOAT32)])
+def test_moments_of_another_dtype_are_planned_as_they_are(monkeypatch, kept, moments):
+    monkeypatch.setattr(optim, "PIECE", 2**12)
+    optimizer = optim.adamw(moments_dtype=moments)
+    how = dict(batch_size=4, seq_len=64, dtype=kept, device_type="cpu")
+    stage, same = (plan(SMALL, optimizer=o, **how).stages[0] for o in (optimizer, None))
+    assert stage.optimizer == nbytes(optimizer.init(deepseek_v3.init(SMALL, 0, dtype=kept)))
+    assert stage.phases["update"]["optimizer"] == stage.optimizer
+    widened = stage.phases["update"]["workspace"] - same.phases["update"]["workspace"]
+    assert widened == pytest.approx(2 * 4 * 2**12, abs=1000)  # a piece of two of four tensors
+
+
+def test_micro_batches_hold_one_parts_activations_and_the_sum_of_gradients():
+    one, four = (
+        plan(SMALL, batch_size=n, seq_len=64, micro_batches=n, dtype=BFLOAT16, device_type="cpu").stages[0]
+        for n in (1, 4)
+    )
+    assert sum(four.activations.values()) == pytest.approx(sum(one.activations.values()), rel=0.001)
+    grads = one.gradients
+    assert grads <= four.peaks["backward"] - one.peaks["backward"] <= 2.1 * grads  # kept in float32
+
+
+@pytest.mark.parametrize("compute", [BFLOAT16, FLOAT32])
+@pytest.mark.parametrize("kept", [BFLOAT16, FLOAT32])
+def test_sums_of_gradients_are_gradients_and_not_params_to_compute_with(kept, compute):
+    how = dict(seq_len=64, dtype=kept, compute_dtype=compute, device_type="cpu")
+    one, two, four = (plan(SMALL, batch_size=n, micro_batches=n, **how).stages[0] for n in (1, 2, 4))
+    assert one.converted == two.converted == four.converted
+    assert (one.converted == 0) == (kept == compute)
+    assert two.phases == four.phases, "the third is as the second"
+    summed = nbytes(deepseek_v3.init(SMALL, 0))
+    for phase in ("forward", "backward"):
+        before, after = one.phases[phase], two.phases[phase]
+        for part in ("parameters", "optimizer"):
+            assert after[part] == before[part]
+        assert after["converted"] <= one.converted
+        assert summed <= after["gradients"] <= summed + one.gradients
+    assert two.phases["forward"]["gradients"] == summed
+
+
+# ---- on meshes -----------------------------------------------------------------------------------
+
+
+def one_step(axes, batch, config):
+    """This rank's bytes of params, moments and gradients, and what it sent for tokens."""
+    mesh = bare_mesh(axes)
+    params = deepseek_v3.init(config, 0, mesh=mesh)
+    state = optim.adamw().init(params)
+    here = fmoe.parallel.distribute(batch, fmoe.P(("dp", "ep")), mesh)
+    loss = loss_of(config, FLOAT32, fmoe.remat, mesh)
+    with wire_bytes() as counts:
+        _, grads = fmoe.value_and_grad(loss, has_aux=True)(params, here, here)
+    return nbytes(params), nbytes(state), nbytes(grads), sum(t.sent for t in counts.values())
+
+
+@pytest.mark.parametrize("axes", ["dp=2,ep=2", "ep=2,tp=2", "ep=4"])
+def test_each_device_of_a_mesh_holds_and_sends_what_was_planned(pool, axes):
+    batch, config = torch.randint(SMALL.vocab_size, (8, 64)), dataclasses.replace(SMALL, init_std=0.2)
+    found = pool.run(ranks_of(axes), one_step, axes, batch, config)
+    (stage,) = plan(config, axes, batch_size=8, seq_len=64, per_layer=fmoe.remat, device_type="cpu").stages
+    assert {rank[:3] for rank in found} == {(stage.parameters, stage.optimizer, stage.gradients)}
+    sent = sum(rank[3] for rank in found) / len(found)
+    assert stage.sent["tokens"] == pytest.approx(sent, rel=0.15)  # what random weights choose isn't even
+
+
+def test_traffic_per_token_is_what_was_simulated_and_measured():
+    """Against docs/performance.md, "What travels"."""
+    config = dataclasses.replace(
+        preset("671B"), num_layers=1, num_dense_layers=0, num_heads=1, vocab_size=64, kv_lora_rank=32,
+        q_lora_rank=0, num_shared_experts=0, moe_hidden_dim=8,
+    )  # fmt: skip
+    for ep, both in ((8, 198_907), (32, 381_792)):
+        found = plan(config, f"ep={ep}", batch_size=ep, seq_len=256, dtype=BFLOAT16)
+        assert found.stages[0].sent["tokens"] / 256 == pytest.approx(both, rel=0.02)
+    assert copies_per_token(config, 32) == pytest.approx(6.86, abs=0.03)
+
+
+def test_the_default_device_is_no_matter_nor_how_the_mesh_is_written():
+    how = dict(batch_size=2, seq_len=32)
+    with torch.device("meta"):
+        elsewhere = plan(SMALL, {"ep": 2}, **how)
+    assert elsewhere == plan(SMALL, "ep=2", **how)
+
+
+def test_an_uneven_router_is_planned_for_its_busiest_device():
+    even, busy = (
+        plan(SMALL, "ep=4", batch_size=4, seq_len=64, dtype=BFLOAT16, imbalance=i) for i in (1.0, 2.0)
+    )
+    assert busy.rows.expanded == 2 * even.rows.expanded == 2 * 64 * SMALL.router.top_k
+    more = busy.stages[0].activations["experts"] - even.stages[0].activations["experts"]
+    moe_layers, hidden = SMALL.num_layers - SMALL.num_dense_layers, SMALL.moe_hidden_dim
+    pairs = even.rows.expanded
+    assert more >= moe_layers * pairs * 2 * hidden * 2  # twice the pre-activations
+
+
+def test_stages_of_a_pipeline_share_the_layers():
+    config = dataclasses.replace(preset("debug"), num_layers=7)
+    found = plan(config, "pp=3,dp=2,ep=2", batch_size=16, seq_len=32, micro_batches=4, device_type="cpu")
+    assert [s.layers for s in found.stages] == [(0, 2), (2, 5), (5, 7)]
+    assert [s.in_flight for s in found.stages] == [3, 2, 1]
+    whole = plan(config, "dp=2,ep=2", batch_size=16, seq_len=32, micro_batches=4, device_type="cpu")
+    assert sum(s.parameters for s in found.stages) == whole.stages[0].parameters
+    assert "loss" in found.stages[2].activations and "loss" not in found.stages[0].activations
+    one = plan(config, "pp=3,dp=2,ep=2", batch_size=4, seq_len=32, device_type="cpu").stages[1]
+    assert sum(found.stages[1].activations.values()) == 2 * sum(one.activations.values())
+
+
+# ---- what kernels hold: the code that runs on CUDA, on CPU tensors ---------------------------------
+
+
+def beyond_results(fn):
+    most, results = allocated_at_once(fn)
+    return most - nbytes(results if isinstance(results, tuple) else (results,))
+
+
+def test_what_plain_attention_holds(monkeypatch):
+    monkeypatch.setenv(attention.kernels.OVERRIDE, "plain")
+    q, k, v = (torch.randn(2, 160, 3, n).bfloat16() for n in (24, 24, 16))
+    stated = dry_run.plain_attention((q, k, v, 0.3), ())
+    assert stated == pytest.approx(beyond_results(lambda: attention._forward_kernel(q, k, v, 0.3)), rel=0.1)
+    y, lse = attention._forward_kernel(q, k, v, 0.3)
+    how = torch.randn_like(y), q, k, v, 0.3, y, lse
+    got = beyond_results(lambda: attention._backward_kernel(*how))
+    assert dry_run.plain_attention_backward(how, ()) == pytest.approx(got, rel=0.1)
+
+
+def test_what_the_experts_hold(monkeypatch):
+    """Triton's kernels give one tensor each and hold nothing; with such in their place, what is left."""
+    rows, tokens, dim, hidden, num = 256, 128, 48, 40, 4
+    new = functools.partial(torch.empty, dtype=BFLOAT16)
+    monkeypatch.setattr(experts, "_expand", lambda x, *how, scaled: new(rows, x.shape[1]))
+    monkeypatch.setattr(experts, "_activation", lambda h, *how, scaled: new(rows, hidden))
+    backward = lambda g, h, weights, *how, scaled: (torch.empty_like(h), torch.empty_like(weights))  # noqa: E731
+    monkeypatch.setattr(experts, "_activation_backward", backward)
+    monkeypatch.setattr(experts, "weighted_sum_kernel", lambda y, *how: new(tokens, y.shape[1]))
+    monkeypatch.setattr(experts.grouped, "mm", lambda x, w, offsets: new(x.shape[0], w.shape[2]))
+    outer = lambda x, y, offsets: new(num, x.shape[1], y.shape[1])  # noqa: E731
+    monkeypatch.setattr(experts.grouped, "outer", outer)
+    x, h, g = new(tokens, dim), new(rows, 2, hidden), new(tokens, dim)
+    w_in, w_out, weights = new(num, 2, hidden, dim), new(num, dim, hidden), torch.empty(tokens, 2)
+    layout = weights, torch.empty(rows), torch.empty(tokens, 2), torch.empty(num), False
+    for stated, kernel, args in (
+        (dry_run._experts_up, experts._up_kernel, (x, w_in)),
+        (dry_run._experts_up_backward, experts._up_backward_kernel, (h, x, w_in)),
+        (dry_run._experts_down, experts._down_kernel, (h, w_out)),
+        (dry_run._experts_down_backward, experts._down_backward_kernel, (g, h, w_out)),
+    ):
+        got = beyond_results(lambda kernel=kernel, args=args: kernel(*args, *layout))
+        assert stated((*args, *layout), ()) == pytest.approx(got, rel=0.02), kernel
+
+
+def test_what_the_loss_holds():
+    x, weight, index = torch.randn(512, 16), torch.randn(8192, 16), torch.randint(8192, (512,))
+    how = x, weight, index, 4 * 512 * 1024
+    got = beyond_results(lambda: cross_entropy_terms.raw(*how))
+    assert dry_run._cross_entropy(how, ()) == pytest.approx(got, rel=0.05)
+    out = cross_entropy_terms.raw(*how)
+    how = torch.randn_like(out), *how, out
+    got = beyond_results(lambda: cross_entropy_terms_backward.raw(*how))
+    assert dry_run._cross_entropy_backward(how, ()) == pytest.approx(got, rel=0.1)
+
+
+# ---- the command -----------------------------------------------------------------------------------
+
+
+def command(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["fmoe", *words])
+    __main__.main()
+    return capsys.readouterr().out
+
+
+def test_the_command_prints_a_table_or_json(monkeypatch, capsys):
+    sizes = "--layers 3 --mesh dp=2,ep=2,pp=2 --batch-size 8 --seq-len 32"
+    words = ["plan", "--model", "debug", *sizes.split()]
+    found = json.loads(command(monkeypatch, capsys, *words, "--json"))
+    assert found["mesh"] == {"pp": 2, "dp": 2, "ep": 2, "tp": 1}
+    assert found["peak"] == max(stage["peak"] for stage in found["stages"])
+    for stage in found["stages"]:
+        assert stage["peak"] == max(sum(parts.values()) for parts in stage["phases"].values())
+        for phase, parts in stage["phases"].items():
+            assert parts["workspace"] == sum(stage["workspaces"][phase].values())
+    shown = command(monkeypatch, capsys, *words)
+    parts = "parameters", "gradients", "optimizer", "saved activations", "attention", "experts", "peak"
+    assert all(part in shown for part in parts)
+    low = json.loads(
+        command(monkeypatch, capsys, *words, "--json", "--dtype", "float32", "--moments-dtype", "bfloat16")
+    )
+    for a, b in zip(found["stages"], low["stages"]):
+        assert b["optimizer"] == a["optimizer"] == pytest.approx(b["parameters"], rel=0.01)
+    peaks = [f"{stage['peak'] / 2**20:.2f}" for stage in found["stages"]]
+    assert re.search(rf"peak +│ +{peaks[0]} │ +{peaks[1]}", shown)
+    assert "not trained yet" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options", "text"),
+    [
+        ("dp=3", {}, "plan: batch_size: got 4, expected a multiple of dp * ep * micro_batches=3"),
+        ("ep=4", {"num_experts": 18, "router": fmoe.RouterConfig(2, num_groups=1, top_groups=1)}, "of ep=4"),
+        ("tp=8", {}, "plan: config.num_heads: got 4, expected a multiple of tp=8"),
+        ("pp=9", {}, "plan: mesh: got pp=9, expected at most num_layers=3"),
+        ("xp=2", {}, "plan: axes: got xp=2, expected each of"),
+    ],
+)
+def test_what_cannot_be_planned_is_named(mesh, options, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        plan(dataclasses.replace(SMALL, **options), mesh, batch_size=4, seq_len=32)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"batch_size": 0}, "plan: batch_size: got 0, expected an integer of at least 1"),
+        ({"seq_len": 0}, "plan: seq_len: got 0, expected an integer of at least 1"),
+        ({"seq_len": 2.0}, "plan: seq_len: got 2.0, expected an integer of at least 1"),
+        ({"micro_batches": 0}, "plan: micro_batches: got 0, expected an integer of at least 1"),
+        ({"imbalance": 0}, "plan: imbalance: got 0, expected a number of at least 1"),
+        ({"imbalance": -1}, "plan: imbalance: got -1, expected a number of at least 1"),
+        ({"imbalance": float("nan")}, "plan: imbalance: got nan, expected a number of at least 1"),
+        ({"mesh": None}, "plan: mesh: got None, expected axes and sizes, as a text or a dict"),
+        (
+            {"device_type": "mps"},
+            "plan: device_type: got 'mps', expected cuda or cpu, whose allocations are known",
+        ),
+    ],
+)
+def test_what_is_no_size_or_device_is_named(options, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        plan(SMALL, **{"batch_size": 4, "seq_len": 32, **options})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's allocator is what is planned")
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(batch_size=4, seq_len=2048),
+        dict(batch_size=8, seq_len=2048, remat="default"),
+        dict(batch_size=8, seq_len=1024, remat="full", dtype=FLOAT32, compute_dtype=BFLOAT16),
+        dict(batch_size=2, seq_len=4096, remat="save:topk,experts_grouped_mm", balanced=True),
+    ],
+    ids=["nothing recomputed", "defaults", "float32 weights, all recomputed", "experts kept"],
+)
+def test_the_peak_is_within_a_twentieth_of_what_the_allocator_says(how):
+    result = bench_model(preset("16B", layers=3), steps=2, **how)
+    assert result["planned_over_peak"] == pytest.approx(1, abs=0.05), result["planned"]

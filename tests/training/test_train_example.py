@@ -1,0 +1,278 @@
+"""The example, as a user runs it."""
+
+import importlib.util
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import xml.etree.ElementTree
+
+import optree
+import pytest
+import tokenizers
+import torch
+
+from fmoe.models import deepseek_v3
+from fmoe.training import checkpoint, gradients
+from fmoe.training.metrics import read_metrics
+from fmoe.training.optim import adamw
+
+SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "train_deepseek_v3.py"
+SMALL = ["--steps", "3", "--batch-size", "2", "--seq-len", "32", "--device", "cpu", "--data", str(SCRIPT)]
+
+
+@pytest.fixture
+def module():
+    spec = importlib.util.spec_from_file_location("train_deepseek_v3", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def train(module, monkeypatch, tmp_path):
+    """Run the script in this process; returns the losses it recorded."""
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *SMALL, "--out", str(tmp_path), *options])
+        module.main()
+        out = pathlib.Path(options[options.index("--out") + 1]) if "--out" in options else tmp_path
+        return [record["loss"] for record in read_metrics(out / "metrics.jsonl")]
+
+    return run
+
+
+def test_it_runs_as_a_command(tmp_path):
+    command = [sys.executable, str(SCRIPT), *SMALL, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "final loss" in done.stdout
+    assert "unigram entropy" in done.stdout
+    assert "\x1b" not in done.stdout
+    for picture in ("loss.svg", "load.svg"):
+        assert str(tmp_path / picture) in done.stdout
+        xml.etree.ElementTree.parse(tmp_path / picture)
+
+
+def test_without_matplotlib_it_says_how_to_get_pictures(train, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert len(train()) == 3
+    remedy = f"for pictures: pip install -e '.[plots]' && python -m fmoe plot {tmp_path / 'metrics.jsonl'}\n"
+    assert remedy in capsys.readouterr().out
+    assert not [*tmp_path.glob("*.svg")]
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ("--device cpu", "float32 float32 float32"),
+        ("--device cuda", "float32 bfloat16 float32"),
+        ("--device cuda:1 --dtype bfloat16", "bfloat16 bfloat16 bfloat16"),
+        ("--device cuda --dtype float64", "float64 float64 float64"),
+        ("--device cuda --compute-dtype float32 --moments-dtype bfloat16", "float32 float32 bfloat16"),
+    ],
+)
+def test_on_a_gpu_float32_parameters_compute_in_bfloat16(module, monkeypatch, options, kinds):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options.split()])
+    args = module.parse()
+    assert [args.dtype, args.compute_dtype, args.moments_dtype] == kinds.split()
+
+
+def test_it_learns_repeatably_and_recomputation_changes_nothing(train):
+    first = train()
+    assert len(first) == 3
+    assert first[0] > first[2]
+    assert train() == first
+    assert train("--seed", "1") != first
+    for remat in ("full", "default", "save:topk,dispatch"):
+        assert train("--remat", remat) == first, remat
+    assert train("--compile", "--remat", "default") == pytest.approx(first, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--preset", "17B"], "preset: name: got '17B', expected one of ['16B', '236B', '671B', 'debug']"),
+        (
+            ["--remat", "some"],
+            "per_layer: remat_policy: got 'some', expected none, full, default or save:NAME,NAME",
+        ),
+        (["--remat", "save:nope"], "save: names: got 'nope', expected names of"),
+        (["--data", "/nowhere"], "/nowhere"),
+        (["--top-k", "0"], "--top-k: got 0, expected at least 1"),
+        (["--max-norm", "0"], "--max-norm more than 0 (inf for none)"),
+        (["--eval-every", "9", "--held-out", "0"], "--held-out: got 0.0, expected a share between 0 and 1"),
+        (["--seq-len", "20000"], "seq_len"),
+        (["--vocab-size", "200"], "check_vocabulary: ids: got token ids from 0 to 255, expected 0 to 199"),
+        (["--micro-batches", "4"], "accumulate: batch: got tensors of [2, 2] rows, expected multiples of"),
+        (["--eval-every", "9", "--held-out", "0.00001"], "hold_out: documents"),
+        (["--eval-every", "9", "--held-out", "0.004", "--seq-len", "64"], "seq_len: got 64, expected 1 to "),
+        (["--seq-len", "2000"], "expected at most max_seq_len=1024"),
+    ],
+)
+def test_bad_options_are_named(train, options, text):
+    with pytest.raises((ValueError, SystemExit)) as error:
+        train(*options)
+    assert text in str(error.value)
+
+
+TWENTY = ["--steps", "20", "--batch-size", "2", "--seq-len", "16", "--save-every", "10"]
+KILLED_IN_STEP_13 = """
+import os, runpy, signal, sys
+from fmoe.training.metrics import MetricsFile
+write = MetricsFile.write
+def write_or_die(self, step):
+    write(self, step)
+    if step.step == 13:
+        os.kill(os.getpid(), signal.SIGKILL)
+MetricsFile.write = write_or_die
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def saved(folder, step):
+    params = deepseek_v3.init(deepseek_v3.preset("debug"), 1)
+    path = folder / f"step-{step:08d}"
+    return path, checkpoint.load(path, {"params": params, "optimizer": adamw().init(params)})
+
+
+def without_speed(path):
+    return [{k: v for k, v in r.items() if "per_second" not in k} for r in read_metrics(path)]
+
+
+def test_a_killed_run_resumes_to_the_same_bits(train, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(*TWENTY, "--out", str(whole))
+    command = [sys.executable, "-c", KILLED_IN_STEP_13, str(SCRIPT), *SMALL, *TWENTY, "--out", str(cut)]
+    assert subprocess.run(command, capture_output=True, timeout=300).returncode == -signal.SIGKILL
+    assert checkpoint.latest(cut).name == "step-00000010"
+    assert read_metrics(cut / "metrics.jsonl")[-1]["step"] == 13
+    train(*TWENTY, "--out", str(cut), "--resume")
+
+    (path, expected), (resumed_path, resumed) = saved(whole, 20), saved(cut, 20)
+    assert resumed.step == expected.step == 20
+    for mine, theirs in zip(
+        optree.tree_leaves(resumed.state), optree.tree_leaves(expected.state), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+    descriptions = [json.loads((p / "checkpoint.json").read_text()) for p in (path, resumed_path)]
+    assert descriptions[0]["run"] == descriptions[1]["run"]
+    assert without_speed(cut / "metrics.jsonl") == without_speed(whole / "metrics.jsonl")
+    assert not torch.equal(saved(cut, 10)[1].state["params"].head, resumed.state["params"].head)
+
+
+def test_a_run_with_bfloat16_moments_resumes_to_the_same_bits(train, tmp_path, capsys):
+    how = ["--moments-dtype", "bfloat16", "--steps", "4", "--save-every", "2"]
+    train(*how)
+    assert "kept in float32, moments in bfloat16, computing in float32; step 0" in capsys.readouterr().out
+    last = tmp_path / "step-00000004"
+    expected = last.rename(tmp_path / "whole")
+    train(*how, "--resume")
+    params = deepseek_v3.init(deepseek_v3.preset("debug"), 1)
+    state = adamw(moments_dtype=torch.bfloat16).init(params)
+    found, wanted = (
+        checkpoint.load(path, {"params": params, "optimizer": state}).state for path in (last, expected)
+    )
+    assert found["optimizer"].exp_avg_sq.head.dtype == torch.bfloat16
+    assert found["optimizer"].exp_avg_sq.head.count_nonzero()
+    for mine, theirs in zip(optree.tree_leaves(found), optree.tree_leaves(wanted), strict=True):
+        assert torch.equal(mine, theirs)
+    with pytest.raises(ValueError, match=r"state\.optimizer\.exp_avg\.head is bfloat16 .*here float32"):
+        train("--resume", "--steps", "5")
+
+
+def test_what_does_not_belong_to_a_run_is_refused(train, tmp_path):
+    train("--save-every", "3")
+    with pytest.raises(SystemExit, match=r"step-00000003 is of an earlier run. Pass --resume, delete it"):
+        train("--save-every", "3")
+    others = ["--vocab-size", "300", "--seed", "5", "--dtype", "bfloat16"]
+    with pytest.raises(ValueError, match=r"load: .*step-00000003") as error:
+        train("--resume", *others)
+    for text in (
+        "run.model.vocab_size is 256, here 300",
+        "run.data.seed is 0, here 5",
+        "state.params.head is float32 [256, 128], here bfloat16 [300, 128]",
+    ):
+        assert text in str(error.value)
+    with pytest.raises(
+        ValueError, match=r"run.data.fingerprint is \w{16}, here \w{16}, expected a checkpoint"
+    ):
+        train("--resume", "--data", gradients.__file__)
+    assert len(train("--resume", "--steps", "4")) == 4
+
+
+def test_a_step_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(train, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step 1: the loss is .*Not finite are .*layers\.3\.mlp"):
+        train("--learning-rate", "1e14", "--save-every", "1")
+    assert checkpoint.latest(tmp_path).name == "step-00000001"
+    _, loaded = saved(tmp_path, 1)
+    assert loaded.state["optimizer"].step == 1
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [0]
+
+
+def test_parameters_that_are_not_finite_are_not_saved(train, tmp_path):
+    with pytest.raises(
+        FloatingPointError, match=r"step 0: its update left parameters .* not finite: \d+ of 51"
+    ):
+        train("--learning-rate", "1e39", "--save-every", "1")
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_a_damaged_checkpoint_is_not_passed_over_in_silence(train, tmp_path, capsys):
+    train("--save-every", "1", "--keep", "2")
+    newest = checkpoint.latest(tmp_path)
+    (newest / "checkpoint.json").write_text("{}")
+    assert len(train("--save-every", "3", "--resume")) == 3
+    assert f"{newest} is damaged; going on from {tmp_path / 'step-00000002'}" in capsys.readouterr().out
+    for path in tmp_path.glob("step-*"):
+        (path / "checkpoint.json").write_text("{}")
+    before = read_metrics(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="expected a whole checkpoint of fmoe"):
+        train("--save-every", "1", "--resume")
+    assert read_metrics(tmp_path / "metrics.jsonl") == before
+
+
+def test_held_out_text_is_evaluated_and_a_sample_written(train, capsys, tmp_path):
+    options = ["--eval-every", "2", "--held-out", "0.2", "--sample", "def ", "--sample-tokens", "5"]
+    train(*options, "--temperature", "0")
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert ["held_out_loss" in record for record in records] == [False, True, True]
+    assert 3 < records[1]["held_out_loss"] < 6
+    assert all(record["tflops_per_second"] > 0 for record in records)
+    out = capsys.readouterr().out
+    assert f"step 2: loss on held-out text {records[1]['held_out_loss']:.3f}" in out
+    assert "\ndef " in out
+
+
+def test_micro_batches_dtypes_and_schedules(train):
+    losses = train("--dtype", "float64")
+    assert train("--dtype", "float64", "--micro-batches", "2") == pytest.approx(losses, rel=1e-9)
+    for options in (["--compute-dtype", "bfloat16"], ["--dtype", "bfloat16"]):
+        assert train(*options) == pytest.approx(losses, rel=0.02)
+    assert train("--dtype", "float64", "--schedule", "stable", "--steps", "10")[:1] == losses[:1]
+
+
+def test_jsonl_through_a_tokenizer(train, tmp_path, capsys):
+    lines = [json.dumps({"body": text}) for text in SCRIPT.read_text().split("\n\n")]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    words = tokenizers.Tokenizer(tokenizers.models.BPE())
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+    words.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words.train_from_iterator([SCRIPT.read_text()], trainer)
+    words.save(str(tmp_path / "tokenizer.json"))
+    options = ["--data", str(tmp_path / "data.jsonl"), "--field", "body", "--sample", "def main"]
+    options += ["--tokenizer", str(tmp_path / "tokenizer.json"), "--sample-tokens", "3"]
+    with pytest.raises(ValueError, match="got token ids from 0 to 399, expected 0 to 255"):
+        train(*options)
+    assert len(train(*options, "--vocab-size", "400")) == 3
+    out = capsys.readouterr().out
+    assert "nats a token" in out
+    assert "def main" in out
