@@ -154,7 +154,6 @@ def _layers(path: Path) -> list[dict[str, Any]]:
             "metrics",
             got=f"{path}: {error}",
             expected="a file of bench layer --json, for --what layers",
-            remedy="Name that file.",
         ) from error
     return found
 

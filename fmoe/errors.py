@@ -16,13 +16,18 @@ class TransformError(RuntimeError):
     """
 
 
-def argument_error(function: str, argument: str, *, got: Any, expected: str, remedy: str) -> ValueError:
+def argument_error(
+    function: str, argument: str, *, got: Any, expected: str, remedy: str | None = None
+) -> ValueError:
     """The ``ValueError`` every public function raises for a bad argument.
+
+    ``remedy`` says what to do where ``expected`` doesn't say it already.
 
     >>> print(argument_error("route", "top_k", got=9, expected="at most 8", remedy="Lower top_k."))
     route: top_k: got 9, expected at most 8. Lower top_k.
     """
-    return ValueError(f"{function}: {argument}: got {got}, expected {expected}. {remedy}")
+    text = f"{function}: {argument}: got {got}, expected {expected}."
+    return ValueError(f"{text} {remedy}" if remedy else text)
 
 
 def captured_error(function: str, tensor: Any, use: str = "") -> ValueError:

@@ -33,13 +33,7 @@ def save(*names: str) -> Policy:
     known = checkpoint_names()
     for name in names:
         if name not in known:
-            raise argument_error(
-                "save",
-                "names",
-                got=repr(name),
-                expected=f"names of {sorted(known)}",
-                remedy="Correct the name.",
-            )
+            raise argument_error("save", "names", got=repr(name), expected=f"names of {sorted(known)}")
     return functools.partial(_is_one_of, names)  # a partial: Dynamo takes it as a constant
 
 
@@ -153,7 +147,6 @@ def per_layer(remat_policy: str = "none", *, compiled: bool = False) -> Callable
             "remat_policy",
             got=repr(remat_policy),
             expected="none, full, default or save:NAME,NAME",
-            remedy="Correct it.",
         )
 
     def wrap(layer: Callable[..., Any]) -> Callable[..., Any]:

@@ -66,11 +66,7 @@ def check_on_one_device(function: str, param: torch.Tensor) -> None:
     """Raise ``ValueError`` for a DTensor among the params of a call without a mesh."""
     if dtensor_beneath(param):
         raise argument_error(
-            function,
-            "mesh",
-            got="None, for params that are DTensors",
-            expected="the mesh they lie on",
-            remedy="Pass it.",
+            function, "mesh", got="None, for params that are DTensors", expected="the mesh they lie on"
         )
 
 
@@ -142,9 +138,5 @@ def check_heads(function: str, num_heads: int, mesh: DeviceMesh) -> None:
     tp = axis_sizes(mesh).get("tp", 1)
     if num_heads % tp:
         raise argument_error(
-            function,
-            "mesh",
-            got=f"tp={tp} for {num_heads} heads",
-            expected="a tp that divides the heads",
-            remedy="Choose another mesh.",
+            function, "mesh", got=f"tp={tp} for {num_heads} heads", expected="a tp that divides the heads"
         )

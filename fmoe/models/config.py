@@ -44,9 +44,7 @@ class Yarn:
             ("mscale_all_dim", self.mscale_all_dim > 0 or self.mscale == 1, "above 0, or 0 with mscale=1"),
         ):
             if not ok:
-                raise argument_error(
-                    "Yarn", name, got=getattr(self, name), expected=expected, remedy="Correct it."
-                )
+                raise argument_error("Yarn", name, got=getattr(self, name), expected=expected)
 
     def magnitude(self, mscale: float) -> float:
         """How much attention's logits grow with the length of the context."""
@@ -90,20 +88,27 @@ class DeepSeekV3Config:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        def error(name: str, expected: str, remedy: str) -> ValueError:
-            return argument_error(
-                "DeepSeekV3Config", name, got=getattr(self, name), expected=expected, remedy=remedy
-            )
-
         for field in dataclasses.fields(self):
             least = 0 if field.name in ("num_dense_layers", "q_lora_rank", "num_shared_experts") else 1
             value = getattr(self, field.name)
             if field.type is int and (type(value) is not int or value < least):
-                raise error(field.name, f"an integer of at least {least}", "Correct it.")
+                expected = f"an integer of at least {least}"
+                raise argument_error("DeepSeekV3Config", field.name, got=value, expected=expected)
         if self.num_dense_layers > self.num_layers:
-            raise error("num_dense_layers", f"at most num_layers={self.num_layers}", "Lower it.")
+            raise argument_error(
+                "DeepSeekV3Config",
+                "num_dense_layers",
+                got=self.num_dense_layers,
+                expected=f"at most num_layers={self.num_layers}",
+            )
         if self.qk_rope_head_dim % 2:
-            raise error("qk_rope_head_dim", "an even number", "Rotary positions turn pairs.")
+            raise argument_error(
+                "DeepSeekV3Config",
+                "qk_rope_head_dim",
+                got=self.qk_rope_head_dim,
+                expected="an even number",
+                remedy="Rotary positions turn pairs.",
+            )
         if self.num_dense_layers < self.num_layers:
             self.router.check(self.num_experts, "DeepSeekV3Config")
 
@@ -195,13 +200,7 @@ def preset(name: str, *, layers: int | None = None) -> DeepSeekV3Config:
     (16, 1)
     """
     if name not in PRESETS:
-        raise argument_error(
-            "preset",
-            "name",
-            got=repr(name),
-            expected=f"one of {sorted(PRESETS)}",
-            remedy="Choose one of them.",
-        )
+        raise argument_error("preset", "name", got=repr(name), expected=f"one of {sorted(PRESETS)}")
     whole = PRESETS[name]
     if layers is None:
         return whole

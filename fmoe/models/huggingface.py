@@ -277,7 +277,6 @@ def _check(
             got=f"{path} with tensors "
             + "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names),
             expected="the tensors its config.json implies",
-            remedy="Correct the configuration or the files.",
         )
 
 

@@ -113,13 +113,7 @@ def moe_init(
         ("num_shared_experts", num_shared_experts, 0),
     ):
         if not isinstance(size, int) or size < least:
-            raise argument_error(
-                "moe_init",
-                name,
-                got=repr(size),
-                expected=f"an integer of at least {least}",
-                remedy="Correct it.",
-            )
+            raise argument_error("moe_init", name, got=repr(size), expected=f"an integer of at least {least}")
     if not dtype.is_floating_point:
         raise argument_error(
             "moe_init", "dtype", got=dtype, expected="a floating dtype", remedy="Use torch.bfloat16, say."

@@ -87,4 +87,4 @@ def _check(
         ("window", window, window is None or 1 <= window <= longest, f"None or 1 to max_seq_len={longest}"),
     ):
         if not fits:
-            raise argument_error("sample", name, got=value, expected=expected, remedy="Correct it.")
+            raise argument_error("sample", name, got=value, expected=expected)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from ..errors import argument_error
 from ..ops.core.axes import present
 from ..ops.cross_entropy import LOGITS_BYTES as LOGITS_BYTES
-from ..ops.cross_entropy import REMEDY, cross_entropy_terms
+from ..ops.cross_entropy import cross_entropy_terms
 from ..parallel.collectives import all_gather, axis_index, axis_size, psum
 
 IGNORED = -100
@@ -24,7 +24,7 @@ def embed(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
                 "ids",
                 got="an id outside the vocabulary",
                 expected=f"0 to {weight.shape[0] - 1}",
-                remedy=REMEDY,
+                remedy="Use the tokenizer that the model is for.",
             ) from error
     index, here = _mine(ids, weight.shape[0], axes)
     return psum(torch.where(here[..., None], F.embedding(index, weight), 0), axes)
@@ -61,7 +61,10 @@ def summed_cross_entropy(
 def _mine(ids: torch.Tensor, rows: int, axes: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids within this device's part of the vocabulary, and which of them are in it."""
     inside = (ids >= 0) & (ids < rows * axis_size(axes))
-    torch._assert_async(inside.all(), f"vocabulary: ids: got one outside of it, along tp. {REMEDY}")
+    torch._assert_async(
+        inside.all(),
+        "vocabulary: ids: got one outside of it, along tp. Use the tokenizer that the model is for.",
+    )
     local = ids - axis_index(axes) * rows
     here = (local >= 0) & (local < rows)
     return torch.where(here, local, 0), here

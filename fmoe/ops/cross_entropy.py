@@ -20,10 +20,9 @@ from .route import product
 
 LOSS = checkpoint("loss", save=False)
 LOGITS_BYTES = 2**28
-REMEDY = "Use the tokenizer that the model is for."
 OUTSIDE = (
     "cross_entropy_terms: index: got a target outside the vocabulary, expected 0 to vocab_size - 1, or -100 "
-    f"for none. {REMEDY}"
+    "for none. Use the tokenizer that the model is for."
 )
 STEP = 64  # a block's columns are a multiple of it
 

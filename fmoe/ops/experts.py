@@ -77,9 +77,6 @@ def experts_grouped_mm(expert_params: ExpertParams, x_SD: torch.Tensor, plan: Pl
 
 
 def check_experts(params: ExpertParams, x_SD: torch.Tensor, plan: Plan) -> None:
-    def error(argument: str, got: Any, expected: str, remedy: str) -> ValueError:
-        return argument_error("experts_grouped_mm", argument, got=got, expected=expected, remedy=remedy)
-
     check_rows("experts_grouped_mm", "x_SD", x_SD, plan.weights_SK.shape[0])
     num_experts, dim, hidden = plan.offsets_e.shape[0], x_SD.shape[-1], params.w_in.shape[-2]
     for name, weight, shape in (
@@ -87,18 +84,20 @@ def check_experts(params: ExpertParams, x_SD: torch.Tensor, plan: Plan) -> None:
         ("w_out", params.w_out, (num_experts, dim, hidden)),
     ):
         if tuple(weight.shape) != shape:
-            raise error(
+            raise argument_error(
+                "experts_grouped_mm",
                 f"expert_params.{name}",
-                f"shape {tuple(weight.shape)}",
-                f"{shape} for x_SD {tuple(x_SD.shape)} and a plan of {num_experts} experts",
-                "Pass the experts that the router was made for.",
+                got=f"shape {tuple(weight.shape)}",
+                expected=f"{shape} for x_SD {tuple(x_SD.shape)} and a plan of {num_experts} experts",
+                remedy="Pass the experts that the router was made for.",
             )
         if weight.dtype != x_SD.dtype or weight.device != x_SD.device:
-            raise error(
+            raise argument_error(
+                "experts_grouped_mm",
                 f"expert_params.{name}",
-                f"{weight.dtype} on {weight.device}",
-                f"{x_SD.dtype} on {x_SD.device}, as x_SD",
-                "Convert one of the two with .to().",
+                got=f"{weight.dtype} on {weight.device}",
+                expected=f"{x_SD.dtype} on {x_SD.device}, as x_SD",
+                remedy="Convert one of the two with .to().",
             )
 
 

@@ -199,7 +199,6 @@ def ppermute(x: torch.Tensor, axis: Axes, pairs: Sequence[tuple[int, int]]) -> t
             "pairs",
             got=list(pairs),
             expected=f"places from 0 to {group.size - 1}, each at most once a source and a destination",
-            remedy="Correct the pairs.",
         )
     source = sources[destinations.index(group.position)] if group.position in destinations else -1
     destination = destinations[sources.index(group.position)] if group.position in sources else -1

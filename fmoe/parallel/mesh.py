@@ -43,10 +43,12 @@ def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     world = num_processes()
     if math.prod(shape) != world:
-        raise _error(
-            ", ".join(f"{name}={size}" for name, size in zip(AXES, shape)),
-            f"a product of {world}, the number of processes",
-            f"Start one process per device, as with torchrun --nproc-per-node {math.prod(shape)}.",
+        raise argument_error(
+            "make_mesh",
+            "axes",
+            got=", ".join(f"{name}={size}" for name, size in zip(AXES, shape)),
+            expected=f"a product of {world}, the number of processes",
+            remedy=f"Start one process per device, as with torchrun --nproc-per-node {math.prod(shape)}.",
         )
     if not dist.is_initialized():
         if device_type == "cuda":
@@ -99,7 +101,8 @@ def num_processes() -> int:
 def _shape(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:
     shape = parse_axes("make_mesh", axes, sizes)
     if shape[0] > 1:
-        raise _error(f"pp={shape[0]}", "pp=1", "There are no pipelines yet; use dp, ep and tp.")
+        remedy = "There are no pipelines yet; use dp, ep and tp."
+        raise argument_error("make_mesh", "axes", got=f"pp={shape[0]}", expected="pp=1", remedy=remedy)
     return shape
 
 
@@ -108,17 +111,12 @@ def parse_axes(function: str, axes: str, sizes: Mapping[str, int] = MappingProxy
     found: list[tuple[str, int]] = list(sizes.items())
     for item in filter(None, axes.replace(" ", "").split(",")):
         if not re.fullmatch(r"\w+=\d+", item):
-            raise _error(repr(axes), 'axes and sizes like "dp=2,ep=4"', "Correct it.", function)
+            raise argument_error(function, "axes", got=repr(axes), expected='axes and sizes like "dp=2,ep=4"')
         name, _, size = item.partition("=")
         found.append((name, int(size)))
     names = [name for name, _ in found]
     bad = [f"{n}={s}" for n, s in found if n not in AXES or type(s) is not int or s < 1 or names.count(n) > 1]
     if bad:
-        raise _error(
-            ", ".join(bad), f"each of {AXES} at most once, of size at least 1", "Correct it.", function
-        )
+        expected = f"each of {AXES} at most once, of size at least 1"
+        raise argument_error(function, "axes", got=", ".join(bad), expected=expected)
     return tuple(dict(found).get(name, 1) for name in AXES)
-
-
-def _error(got: str, expected: str, remedy: str, function: str = "make_mesh") -> ValueError:
-    return argument_error(function, "axes", got=got, expected=expected, remedy=remedy)

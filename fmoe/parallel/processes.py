@@ -69,13 +69,7 @@ class Processes:
 
     def __init__(self, number: int, *, timeout: float = 120.0) -> None:
         if not isinstance(number, int) or number < 1:
-            raise argument_error(
-                "Processes",
-                "number",
-                got=repr(number),
-                expected="an integer of at least 1",
-                remedy="Correct it.",
-            )
+            raise argument_error("Processes", "number", got=repr(number), expected="an integer of at least 1")
         self.number, self.timeout = number, timeout
         self._store: dist.TCPStore | None = None
         self._processes: list[Any] = []

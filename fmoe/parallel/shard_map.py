@@ -102,13 +102,8 @@ def shard_map(
 def _check_backends(mesh: DeviceMesh, backends: Mapping[str, Transport]) -> None:
     for axis in backends:
         if axis not in axis_names(mesh):
-            raise argument_error(
-                "shard_map",
-                "backends",
-                got=repr(axis),
-                expected=f"an axis of the mesh {describe(mesh)}",
-                remedy="Correct the name.",
-            )
+            expected = f"an axis of the mesh {describe(mesh)}"
+            raise argument_error("shard_map", "backends", got=repr(axis), expected=expected)
 
 
 def _check_arguments(args: Any, leaves: Sequence[torch.Tensor], specs: Sequence[P], mesh: DeviceMesh) -> None:

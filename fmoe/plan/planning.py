@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..errors import argument_error
 from ..models.config import DeepSeekV3Config
 from ..ops.core.axes import MeshOfSizes, axis_sizes
 from ..ops.cross_entropy import LOGITS_BYTES
@@ -20,7 +21,7 @@ from ..parallel.mesh import AXES, parse_axes
 from ..parallel.placement import token_axes
 from ..training.optim import Optimizer, adamw
 from .dry_run import Rows
-from .stage import Job, StagePlan, check_divides, dry_run_stage, plan_error
+from .stage import Job, StagePlan, check_divides, dry_run_stage
 
 SAMPLED_TOKENS = 8192
 
@@ -90,18 +91,31 @@ def plan(
     """
     for name, number in (("batch_size", batch_size), ("seq_len", seq_len), ("micro_batches", micro_batches)):
         if not isinstance(number, int) or number < 1:
-            raise plan_error(name, number, "an integer of at least 1")
+            raise argument_error("plan", name, got=number, expected="an integer of at least 1")
     if not 1 <= imbalance < math.inf:
-        raise plan_error("imbalance", imbalance, "a number of at least 1", "An even router has 1.")
+        raise argument_error(
+            "plan",
+            "imbalance",
+            got=imbalance,
+            expected="a number of at least 1",
+            remedy="An even router has 1.",
+        )
     if device_type not in ("cuda", "cpu"):
-        raise plan_error(
+        raise argument_error(
+            "plan",
             "device_type",
-            repr(device_type),
-            "cuda or cpu, whose allocations are known",
-            "Other devices can't be planned yet.",
+            got=repr(device_type),
+            expected="cuda or cpu, whose allocations are known",
+            remedy="Other devices can't be planned yet.",
         )
     if not isinstance(mesh, str | Mapping):
-        raise plan_error("mesh", repr(mesh), "axes and sizes, as a text or a dict", 'Write "dp=2,ep=4", say.')
+        raise argument_error(
+            "plan",
+            "mesh",
+            got=repr(mesh),
+            expected="axes and sizes, as a text or a dict",
+            remedy='Write "dp=2,ep=4", say.',
+        )
     words, named = (mesh, {}) if isinstance(mesh, str) else ("", mesh)
     sizes = dict(zip(AXES, parse_axes("plan", words, named)))
     pp, here = sizes["pp"], _without_pp(sizes)
@@ -110,7 +124,9 @@ def plan(
     check_divides("config.num_experts", config.num_experts, sizes["ep"], "ep")
     check_divides("config.num_heads", config.num_heads, sizes["tp"], "tp")
     if not 1 <= pp <= config.num_layers:
-        raise plan_error("mesh", f"pp={pp}", f"at most num_layers={config.num_layers}")
+        raise argument_error(
+            "plan", "mesh", got=f"pp={pp}", expected=f"at most num_layers={config.num_layers}"
+        )
     batch = batch_size // devices // micro_batches, seq_len
     copies = copies_per_token(config, sizes["ep"])
     rows = _rows(config, math.prod(batch), copies, imbalance) if sizes["ep"] > 1 else None

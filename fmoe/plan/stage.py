@@ -222,8 +222,4 @@ def _local(spec: Any, job: Job) -> torch.Tensor:
 
 def check_divides(name: str, size: int, pieces: int, of: str) -> None:
     if size < 1 or size % pieces:
-        raise plan_error(name, size, f"a multiple of {of}={pieces}")
-
-
-def plan_error(argument: str, got: Any, expected: str, remedy: str = "Choose other sizes.") -> ValueError:
-    return argument_error("plan", argument, got=got, expected=expected, remedy=remedy)
+        raise argument_error("plan", name, got=size, expected=f"a multiple of {of}={pieces}")

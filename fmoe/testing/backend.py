@@ -228,9 +228,7 @@ def check_backend(
             remedy="Raise num_experts.",
         )
     if dtype not in TOLERANCE:
-        raise argument_error(
-            "check_backend", "dtype", got=dtype, expected=f"one of {list(TOLERANCE)}", remedy="Change it."
-        )
+        raise argument_error("check_backend", "dtype", got=dtype, expected=f"one of {list(TOLERANCE)}")
     setting = Setting(mesh, backend, dtype, tokens, dim, num_experts, top_k, any_order, forwards)
     default = "torch.distributed's all-to-all" if devices > 1 else "no backend"
     name = default if backend is None else type(backend).__name__

@@ -122,9 +122,7 @@ def hold(
     """
     unknown = [name for name in names or () if name not in laws]
     if unknown:
-        raise argument_error(
-            function, "laws", got=f"{unknown}", expected=f"some of {list(laws)}", remedy="Correct the name."
-        )
+        raise argument_error(function, "laws", got=f"{unknown}", expected=f"some of {list(laws)}")
     seed = together(int.from_bytes(os.urandom(4)) if seed is None else seed)[0]
     report = Report(title, seed, {}, {})
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):

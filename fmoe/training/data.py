@@ -47,7 +47,7 @@ def pack(documents: Iterable[bytes], tokenizer: Tokenizer = BYTES) -> torch.Tens
         else:
             stream.extend(ids)
     if not stream:
-        raise argument_error("pack", "documents", got="no token", expected="text", remedy="Read some.")
+        raise argument_error("pack", "documents", got="no token", expected="text")
     return torch.frombuffer(stream, dtype=dtype)
 
 
@@ -82,9 +82,7 @@ def unigram_entropy(tokens: torch.Tensor) -> float:
     0.6931
     """
     if not tokens.numel():
-        raise argument_error(
-            "unigram_entropy", "tokens", got="none", expected="at least one", remedy="Pass some text."
-        )
+        raise argument_error("unigram_entropy", "tokens", got="none", expected="at least one")
     counts = torch.bincount(tokens.flatten())
     shares = counts[counts > 0].double() / tokens.numel()
     return -(shares * shares.log()).sum().item()
@@ -130,11 +128,7 @@ def batch_at(
     index, count = part
     if batch_size % count:
         raise argument_error(
-            "batch_at",
-            "batch_size",
-            got=f"{batch_size} sequences for {count} devices",
-            expected="a multiple",
-            remedy="Change one of the two.",
+            "batch_at", "batch_size", got=f"{batch_size} sequences for {count} devices", expected="a multiple"
         )
     digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest))

@@ -53,9 +53,7 @@ def read_documents(
         ]
         documents = [text for file in files for text in _documents_in(file, field)]
     except OSError as error:
-        raise argument_error(
-            "read_documents", "paths", got=error, expected="readable files", remedy="Check the path."
-        ) from error
+        raise argument_error("read_documents", "paths", got=error, expected="readable files") from error
     if not any(documents):
         raise argument_error(
             "read_documents",

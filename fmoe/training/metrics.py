@@ -140,9 +140,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise argument_error(
-            "read_metrics", "path", got=error, expected="a readable JSONL file", remedy="Check the path."
-        ) from error
+        raise argument_error("read_metrics", "path", got=error, expected="a readable JSONL file") from error
     records = []
     for number, line in enumerate(lines, 1):
         try:

@@ -35,14 +35,16 @@ def plot_loss(runs: Mapping[str, Records], *, reference: Mapping[str, float] = {
     ['debug', 'uniform, 5.54']
     """
     if not runs:
-        raise _nothing("plot_loss", "runs", "no run", "at least one")
+        raise argument_error("plot_loss", "runs", got="no run", expected="at least one")
     figure = empty_figure("plot_loss", 8, 4.4)
     ax = figure.subplots()
     ax.set(xlabel="step", ylabel="loss (nats per token)")
     for number, (label, records) in enumerate(runs.items()):
         steps, losses = _finite(f"runs[{label!r}]", records, "loss")
         if not steps:
-            raise _nothing("plot_loss", f"runs[{label!r}]", "no finite loss", "at least one")
+            raise argument_error(
+                "plot_loss", f"runs[{label!r}]", got="no finite loss", expected="at least one"
+            )
         color, every = f"C{number}", math.ceil(len(steps) / MOST_MARKS)
         size = 3 if len(steps) > 100 else 6
         # As pixels: a thousand points are as heavy as the rest of an SVG picture ten times over.
@@ -74,7 +76,9 @@ def plot_load(records: Records) -> "Figure":
     """
     known = [record for record in records if record.get("tokens_per_expert")]
     if not known:
-        raise _nothing("plot_load", "records", "no tokens_per_expert", "counts by layer and expert")
+        raise argument_error(
+            "plot_load", "records", got="no tokens_per_expert", expected="counts by layer and expert"
+        )
     counts = [record["tokens_per_expert"] for record in known]
     for what, sizes in (
         ("layers a record", {len(layers) for layers in counts}),
@@ -131,7 +135,7 @@ def plot_memory(kept: Mapping[str, Mapping[str, int]]) -> "Figure":
     ['0.00 MiB', '3.00 MiB']
     """
     if not kept:
-        raise _nothing("plot_memory", "kept", "no policy", "at least one")
+        raise argument_error("plot_memory", "kept", got="no policy", expected="at least one")
     figure = empty_figure("plot_memory", 8, 1.2 + 0.45 * len(kept))
     ax = figure.subplots()
     left = [0.0] * len(kept)
@@ -166,7 +170,7 @@ def plot_layers(results: Sequence[Mapping[str, Any]]) -> "Figure":
     rates = [{row["layer"]: row["rate"] for row in each} for each in rows]
     names = [*dict.fromkeys(name for each in rates for name in each)]
     if not names:
-        raise _nothing("plot_layers", "results", "no layer", "results of bench_layer")
+        raise argument_error("plot_layers", "results", got="no layer", expected="results of bench_layer")
     figure = empty_figure("plot_layers", max(8, 3 + 0.5 * len(names) * len(results)), 4.4)
     ax = figure.subplots()
     width = 0.8 / len(names)
@@ -213,12 +217,6 @@ def empty_figure(function: str, width: float = 1, height: float = 1) -> "Figure"
     except ImportError as error:
         raise ImportError(f"{function} needs matplotlib: pip install -e '.[plots]'") from error
     return Figure(figsize=(width, height), layout="constrained")
-
-
-def _nothing(function: str, argument: str, got: str, expected: str) -> ValueError:
-    return argument_error(
-        function, argument, got=got, expected=expected, remedy="Pass what there is to draw."
-    )
 
 
 def _finite(argument: str, records: Records, name: str) -> tuple[list[float], list[float]]:

@@ -66,7 +66,7 @@ def load_tokenizer(path: str | Path, *, separator: str | None = None) -> Tokeniz
         loaded = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:
         raise argument_error(
-            "load_tokenizer", "path", got=f"{path}: {error}", expected="a tokenizer.json", remedy="Check it."
+            "load_tokenizer", "path", got=f"{path}: {error}", expected="a tokenizer.json"
         ) from error
     # Settings for feeding models sequence by sequence, and for training with noise: here text is one stream.
     loaded.no_truncation()

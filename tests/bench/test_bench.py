@@ -178,6 +178,25 @@ def test_a_model_whose_loss_is_wrong_is_not_timed(monkeypatch):
         )
 
 
+def test_a_model_that_does_not_train_is_not_timed(monkeypatch):
+    monkeypatch.setattr(bench_of_model, "_times", lambda *_: ([1.0, 1.0], float("nan")))
+    with pytest.raises(RuntimeError, match="bench model: the last loss is nan"):
+        bench_model(
+            deepseek_v3.preset("debug", layers=2), batch_size=2, seq_len=16, device="cpu", dtype=torch.float32
+        )
+
+
+def test_a_model_that_memory_does_not_hold_is_not_measured(monkeypatch):
+    monkeypatch.setattr(bench_of_model.os, "sysconf", lambda _: 1)
+    with pytest.raises(ValueError, match=r"got a step that needs .* GiB, expected at most 0\.0 GiB"):
+        bench_model(deepseek_v3.preset("debug", layers=1), batch_size=1, seq_len=16, device="cpu")
+
+
+def test_names_of_no_layer_are_refused():
+    with pytest.raises(ValueError, match=r"bench_layer: only: got \['fmoe aligned'\], expected names among"):
+        measure.bench_layer(TINY, dtype=torch.float32, device="cpu", only=["fmoe", "fmoe aligned"])
+
+
 def test_a_result_has_a_report_without_a_name(capsys):
     config = deepseek_v3.preset("debug", layers=1)
     result = bench_model(config, batch_size=1, seq_len=16, steps=2, device="cpu", dtype=torch.float32)

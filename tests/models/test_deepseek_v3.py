@@ -238,12 +238,16 @@ ERRORS = {
     "preset: name: got '17B', expected one of ['16B', '236B', '671B', 'debug']": lambda: deepseek_v3.preset(
         "17B"
     ),
-    "DeepSeekV3Config: num_dense_layers: got 4, expected at most num_layers=3. Lower it.": (
+    "preset: layers: got 28, expected 1 to 27, as 16B has. Leave it out for all of them.": (
+        lambda: deepseek_v3.preset("16B", layers=28)
+    ),
+    "DeepSeekV3Config: num_dense_layers: got 4, expected at most num_layers=3.": (
         lambda: dataclasses.replace(TINY, num_dense_layers=4)
     ),
     "DeepSeekV3Config: dim: got 0, expected an integer of at least 1.": lambda: dataclasses.replace(
         TINY, dim=0
     ),
+    "DeepSeekV3Config: dim: got 8.0, expected an integer": lambda: dataclasses.replace(TINY, dim=8.0),
     "DeepSeekV3Config: qk_rope_head_dim: got 5, expected an even number.": (
         lambda: dataclasses.replace(TINY, qk_rope_head_dim=5)
     ),
@@ -251,6 +255,8 @@ ERRORS = {
         lambda: dataclasses.replace(TINY, router=fmoe.RouterConfig())
     ),
     "Yarn: factor: got 0.5, expected at least 1.": lambda: Yarn(0.5, 4096),
+    "Yarn: original_max_seq_len: got 0, expected at least 1.": lambda: Yarn(4, 0),
+    "Yarn: mscale: got -1.0, expected above 0.": lambda: Yarn(4, 4096, mscale=-1.0),
     "Yarn: beta_slow: got 40, expected above 0, to beta_fast=32.0.": lambda: Yarn(4, 4096, beta_slow=40),
     "Yarn: mscale_all_dim: got 0.0, expected above 0, or 0 with mscale=1.": (
         lambda: Yarn(4, 4096, mscale=0.707, mscale_all_dim=0.0)
@@ -260,6 +266,17 @@ ERRORS = {
     ),
     "forward: tokens: got 33 positions, expected at most max_seq_len=32.": (
         lambda: deepseek_v3.forward(deepseek_v3.init(TINY, 0), tokens(length=33), TINY)
+    ),
+    "forward: tokens: got no token, of shape (0, 4), expected at least one.": (
+        lambda: deepseek_v3.forward(deepseek_v3.init(TINY, 0), tokens()[:0, :4], TINY)
+    ),
+    "embed: ids: got an id outside the vocabulary, expected 0 to 39. Use the tokenizer": (
+        lambda: deepseek_v3.forward(deepseek_v3.init(TINY, 0), tokens() + 40, TINY)
+    ),
+    "forward: mesh: got None, for params that are DTensors, expected the mesh they lie on.": (
+        lambda: deepseek_v3.forward(
+            deepseek_v3.init(TINY, 0, mesh=fmoe.make_mesh(device_type="cpu")), tokens(), TINY
+        )
     ),
     "loss: targets: got torch.int64 of shape (11,), expected torch.int64 of shape (B, L).": (
         lambda: deepseek_v3.loss(deepseek_v3.init(TINY, 0), tokens(), tokens()[0], TINY)

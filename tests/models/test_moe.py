@@ -388,9 +388,13 @@ def test_init_is_a_function_of_its_seed():
 # ---- errors ------------------------------------------------------------------------------------------
 
 
-def layer_with(**changes):
-    params = fmoe.moe_init(0, dim=8, hidden_dim=4, num_experts=16, num_shared_experts=1)
+def layer_with(dtype=torch.float32, **changes):
+    params = fmoe.moe_init(0, dim=8, hidden_dim=4, num_experts=16, num_shared_experts=1, dtype=dtype)
     return params._replace(**changes)
+
+
+def dispatched(experts=16):
+    return fmoe.dispatch(torch.randn(3, 8), random_routing(3, experts, 2))
 
 
 def routed(**config):
@@ -455,6 +459,10 @@ ERRORS = {
         lambda: routed(score_func="relu"),
         "route: router.score_func: got 'relu', expected 'sigmoid' or 'softmax'. Choose one of the two.",
     ),
+    "rows of another dimension": (
+        lambda: fmoe.route(layer_with().router, torch.randn(3, 5), BALANCED),
+        "route: x_TD: got shape (3, 5), expected (T, 8), as weight_ED is (16, 8). Flatten x to (T, D).",
+    ),
     "a bias for other experts": (
         lambda: fmoe.route(fmoe.RouterParams(torch.ones(4, 8), torch.ones(1)), torch.randn(3, 8), BALANCED),
         "route: router_params: got weight_ED (4, 8) and bias_E (1,), expected (E, D) and (E,).",
@@ -462,6 +470,10 @@ ERRORS = {
     "top_k that is no integer": (
         lambda: routed(top_k=2.0),
         "route: router.top_k: got 2.0, expected an integer. Convert it with int().",
+    ),
+    "routing of other rows": (
+        lambda: fmoe.dispatch(torch.randn(5, 8), random_routing(3, 4, 2)),
+        "dispatch: x_TD: got shape (5, 8), expected (3, D), a row for each row of routing.expert_ids_TK.",
     ),
     "weights for other choices": (
         lambda: fmoe.dispatch(
@@ -487,6 +499,28 @@ ERRORS = {
         ),
         "experts_grouped_mm: x_SD: got shape (5, 8), expected (3, D), by its plan.",
     ),
+    "experts of another router": (
+        lambda: fmoe.experts_grouped_mm(layer_with().experts, *dispatched(experts=4)),
+        "experts_grouped_mm: expert_params.w_in: got shape (16, 2, 4, 8), expected (4, 2, 4, 8) for x_SD",
+    ),
+    "outputs of another dimension": (
+        lambda: fmoe.experts_grouped_mm(
+            layer_with().experts._replace(w_out=torch.ones(16, 8)), *dispatched()
+        ),
+        "experts_grouped_mm: expert_params.w_out: got shape (16, 8), expected (16, 8, 4) for x_SD",
+    ),
+    "experts of another dtype": (
+        lambda: fmoe.experts_grouped_mm(layer_with(torch.bfloat16).experts, *dispatched()),
+        "experts_grouped_mm: expert_params.w_in: got torch.bfloat16 on ",
+    ),
+    "counts of other experts": (
+        lambda: fmoe.update_expert_bias(layer_with(), torch.ones(3), 0.1),
+        "update_expert_bias: counts_E: got shape (3,), expected (16,), one count per expert.",
+    ),
+    "params of unknown specs": (
+        lambda: fmoe.shard_params({"w": torch.ones(2)}, fmoe.make_mesh(device_type="cpu")),
+        "shard_params: specs: got None, for a dict, expected specs, unless params are MoEParams.",
+    ),
     "backend": (
         lambda: fmoe.moe_forward(layer_with(), torch.randn(3, 8), backend="nccl"),
         "moe_forward: backend: got 'nccl', expected one of ('auto', 'local', 'all_to_all', 'deepep').",
@@ -494,6 +528,14 @@ ERRORS = {
     "size": (
         lambda: fmoe.moe_init(0, dim=0, hidden_dim=4, num_experts=2),
         "moe_init: dim: got 0, expected an integer of at least 1.",
+    ),
+    "size that is no integer": (
+        lambda: fmoe.moe_init(0, dim=4, hidden_dim=4.0, num_experts=2),
+        "moe_init: hidden_dim: got 4.0, expected an integer of at least 1.",
+    ),
+    "size below zero": (
+        lambda: fmoe.moe_init(0, dim=4, hidden_dim=4, num_experts=2, num_shared_experts=-1),
+        "moe_init: num_shared_experts: got -1, expected an integer of at least 0.",
     ),
     "dtype": (
         lambda: fmoe.moe_init(0, dim=4, hidden_dim=4, num_experts=2, dtype=torch.int32),

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 import fmoe
 from fmoe.introspect import kept_bytes
-from fmoe.models import deepseek_v3
+from fmoe.models import deepseek_v3, vocabulary
 from fmoe.models.vocabulary import summed_cross_entropy
 from fmoe.ops.cross_entropy import block_columns
 
@@ -100,6 +100,13 @@ def test_a_target_outside_the_vocabulary_is_an_error():
         targets[1, 1] = wrong
         with pytest.raises(RuntimeError, match="got a target outside the vocabulary"):
             summed_cross_entropy(x, weight, targets)
+
+
+def test_an_id_outside_a_vocabulary_along_tp_is_an_error(monkeypatch):
+    monkeypatch.setattr(vocabulary, "axis_size", lambda _: 2)
+    monkeypatch.setattr(vocabulary, "axis_index", lambda _: 0)
+    with pytest.raises(RuntimeError, match=r"vocabulary: ids: got one outside of it, along tp\. Use"):
+        vocabulary.embed(torch.tensor([8]), torch.ones(4, 2))
 
 
 def test_the_models_loss_is_its_logits_cross_entropy_tied_or_not():

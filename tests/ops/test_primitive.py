@@ -89,6 +89,12 @@ def test_a_float_output_without_a_vjp_is_refused(device):
         grad(lambda x: wrong(x).sum())(torch.randn(3))
 
 
+def test_an_operator_that_equals_nothing_is_refused():
+    functions = dict(impl=torch.clone, fake=torch.empty_like, example=lambda: (torch.ones(1),))
+    with pytest.raises(TypeError, match="declared with neither a plain function nor a reference"):
+        declare("test_equals_nothing(Tensor x) -> Tensor", checkpoint="gather", **functions)
+
+
 def test_rules_hear_which_cotangents_are_wanted(device):
     needed = []
     recorded = declare(

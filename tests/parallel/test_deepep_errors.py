@@ -28,7 +28,7 @@ def random_routing(tokens):
 
 def said(call):
     """The text of the ``ValueError`` that a call raises."""
-    with pytest.raises(ValueError, match=r"\w+: .*: got .*, expected .*\. .*") as caught:
+    with pytest.raises(ValueError, match=r"\w+: .*: got .*, expected .*\.") as caught:
         call()
     return str(caught.value)
 
@@ -75,6 +75,10 @@ def refusals_of_setup():
     with patched(deep_ep_double, "Wire", no_way):
         found["no path"] = said(opens(line))
     deepep_buffers._AGREED.clear()
+    kinds = ["buffer", "elastic"]
+    with patched(adapter, "choose_kind", lambda *_: kinds[dist.get_rank()]):
+        found["versions"] = said(opens(line))
+    deepep_buffers._AGREED.clear()
     hosts = [f"host {dist.get_rank()}"]
     with patched(socket, "gethostname", lambda: hosts[0]):
         found["nodes"] = said(opens(line, kind="buffer"))
@@ -103,6 +107,7 @@ REFUSALS_OF_SETUP = {
     "nccl": "got NCCL 2.27.3, expected NCCL 2.30.4 or newer, for ElasticBuffer. Install it: pip install",
     "no path": "got RuntimeError: CUDA error: invalid resource handle, expected a group that its Buffer "
     "connects. Its devices must reach each other, by NVLink in a node",
+    "versions": "deep_ep: got different DeepEPs, expected one version on all hosts.",
     "nodes": "line: got 2 devices on hosts ['host 0', 'host 1'], expected every 8 in a row on one node",
     "elastic with 1.x": "kind: got 'elastic', with DeepEP 1.x, expected DeepEP 2.x for it.",
     "size": "line: got a group of 2, expected a size that DeepEP's Buffer supports, as 2, 4, 8, 16.",
@@ -174,6 +179,15 @@ def test_the_kind_of_buffer(size, kind, generation, chosen):
         assert adapter.choose_kind(module, size, kind) == chosen
     else:
         assert f"got a group of {size}" in said(lambda: adapter.choose_kind(module, size, kind))
+
+
+def test_rows_on_another_gpu_than_the_buffer_are_refused():
+    x = types.SimpleNamespace(device=torch.device("cuda:1"), is_cuda=True)
+    sizes = adapter.Sizes(4, DIM, 2, 4)
+    held = deepep_buffers.Held(types.SimpleNamespace(size=lambda: 2), "buffer")
+    held.engine, held.sizes, held.device = deepep_buffers.Legacy, sizes, torch.device("cuda:0")
+    text = "x_TD: got a tensor on cuda:1, expected one on cuda:0, where the buffer was made. Call torch.cuda"
+    assert text in said(lambda: held._check(x, sizes))
 
 
 # ---- dispatching -------------------------------------------------------------------------------------------

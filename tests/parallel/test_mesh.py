@@ -34,7 +34,7 @@ def test_the_axes_are_always_there_in_one_order():
             "got pp=1, dp=2, ep=4, tp=1, expected a product of 1, the number of processes. Start",
         ),
         ("dp=2,ep=4", {}, "as with torchrun --nproc-per-node 8."),
-        ("dp:2", {}, "got 'dp:2', expected axes and sizes like \"dp=2,ep=4\". Correct it."),
+        ("dp:2", {}, "got 'dp:2', expected axes and sizes like \"dp=2,ep=4\"."),
         (
             "dp=1,data=2,ep=0",
             {},

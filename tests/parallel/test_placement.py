@@ -18,6 +18,7 @@ from fmoe.parallel import distribute
 from fmoe.parallel.placement import token_axes
 
 ROUTER = CONFIGS["sigmoid, groups"]
+ROUTER_OF_ALL = fmoe.RouterConfig(top_k=1, num_groups=1, top_groups=1)
 
 
 def refused(text, call, *args, **kwargs):
@@ -102,6 +103,20 @@ def misplaced():
         "a mesh of 1 dimensions, named ()", fmoe.dispatch, x,
         fmoe.route(random_layer(dim=8).router, x, ROUTER), axis=init_device_mesh("cpu", (2,)),
     )  # fmt: skip
+    layer, wide = random_layer(dim=8, hidden=4), torch.randn(4, 8, dtype=torch.float64)
+    refused("backend: got 'local' with ep=2, expected", fmoe.moe_forward, layer, wide, ep, backend="local")
+    odd = random_layer(dim=8, experts=3)._replace(shared=())
+    refused(
+        "dispatch: routing.counts_E: got 3 experts for 2 devices, expected a multiple of the devices along",
+        fmoe.moe_forward, odd, wide, ep, router=ROUTER_OF_ALL,
+    )  # fmt: skip
+    across = distribute(layer, fmoe.MoEParams(P(), P(None, "ep"), P()), ep)
+    refused(
+        "params.experts.w_in: got a DTensor placed by P(None, 'ep', None, None), expected P(('ep',), ",
+        fmoe.moe_forward, across, wide, ep, router=ROUTER,
+    )  # fmt: skip
+    cut = distribute(wide, P(None, "ep"), ep)
+    refused("expected whole tokens, cut along dp and ep", fmoe.moe_forward, layer, cut, ep, router=ROUTER)
     router = distribute(fmoe.RouterParams(torch.ones(4, 2), torch.zeros(4)), P("ep"), ep)
     refused("update_expert_bias: params.bias_E", fmoe.update_expert_bias, router, torch.arange(4), 0.1)
     return True

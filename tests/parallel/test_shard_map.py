@@ -239,6 +239,9 @@ def test_other_misuses():
     call = fmoe.shard_map(lambda x: (x, 3), one_device(), in_specs=P(), out_specs=P())
     with pytest.raises(ValueError, match=re.escape("shard_map: fn(...).1: got int, expected a tensor")):
         call(torch.ones(2))
+    text = "shard_map: backends: got 'experts', expected an axis of the mesh (pp=1, dp=1, ep=1, tp=1)."
+    with pytest.raises(ValueError, match=re.escape(text)):
+        fmoe.shard_map(identity, one_device(), in_specs=P(), out_specs=P(), backends={"experts": None})
     spread = distribute(torch.ones(2), P(), one_device())
     call = fmoe.shard_map(lambda x: spread, one_device(), in_specs=P(), out_specs=P())
     with pytest.raises(ValueError, match=re.escape("a DTensor; fn returns plain tensors")):

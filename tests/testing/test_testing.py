@@ -375,6 +375,9 @@ ERRORS = {
     "check_backend: laws: got ['orakel'], expected some of ['oracle', 'degenerate'": (
         lambda: check_backend(None, mesh_of_one(), laws=["orakel"])
     ),
+    "check_backend: mesh: got (dp=1) among 1 ranks, expected a mesh of all ranks with an axis ep": (
+        lambda: check_backend(None, fmoe.make_mesh(device_type="cpu")["dp"])
+    ),
     "check_backend: num_experts: got 2 on 1 devices, with top_k=3": (
         lambda: check_backend(None, mesh_of_one(), num_experts=2)
     ),

@@ -109,6 +109,26 @@ def test_the_newest_is_found_and_the_oldest_go(tmp_path: Path) -> None:
         checkpoint.save(tmp_path, 6, {"step": 3})
 
 
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args: Any, **_options: Any) -> None:
+        raise checkpoint.dcp.api.CheckpointException("no space", {0: (OSError("no space left"), [])})
+
+    monkeypatch.setattr(checkpoint.dcp, "save", fail)
+    with pytest.raises(RuntimeError, match=r"save: could not write .*step-00000001\.tmp: .*no space left"):
+        checkpoint.save(tmp_path, 1, {"w": torch.ones(2)})
+
+
+def test_several_ranks_without_numpy_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.check_ranks("save")
+    monkeypatch.setattr(checkpoint, "find_spec", lambda _: None)
+    checkpoint.check_ranks("save")
+    monkeypatch.setattr(checkpoint, "num_ranks", lambda: 2)
+    with pytest.raises(
+        ImportError, match=r"--save-every: between ranks .* needs numpy. Install it with: pip"
+    ):
+        checkpoint.check_ranks("--save-every")
+
+
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "checkpoint.json"])
 @pytest.mark.parametrize("lost", ["half", "all"])
 def test_a_truncated_checkpoint_is_passed_over_and_named(tmp_path: Path, name: str, lost: str) -> None:

@@ -120,3 +120,9 @@ def test_a_sequence_longer_than_the_text_is_refused_at_the_call() -> None:
     )
     with pytest.raises(ValueError, match=expected):
         batches(torch.arange(8), batch_size=1, seq_len=8, seed=0)
+
+
+def test_a_batch_that_devices_cannot_share_is_refused() -> None:
+    expected = "batch_at: batch_size: got 3 sequences for 2 devices, expected a multiple"
+    with pytest.raises(ValueError, match=expected):
+        batch_at(0, torch.arange(9), batch_size=3, seq_len=4, seed=0, part=(0, 2))

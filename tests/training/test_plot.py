@@ -262,6 +262,7 @@ def test_errors_are_texts_and_a_status(plot, files, tmp_path, capsys):
     for arguments, text in (
         (("--what", "loss"), "plot: name the metrics.jsonl of a run, or --what memory"),
         ((files[0], "--out", "x.svg"), "--out: got one file for 2 pictures. Choose one with --what."),
+        (("--what", "layers", files[0]), f"plot: metrics: got {files[0]}: "),
         ((tmp_path / "none.jsonl",), "read_metrics: path: got [Errno 2]"),
         ((tmp_path / "null.jsonl", "--what", "loss"), "plot_loss: runs["),
         ((files[0], "--what", "loss", "--out", tmp_path / "no" / "x.svg"), "[Errno 2] No such file"),

@@ -15,6 +15,7 @@ A handle is how rows were sent: tensors, the first with a row per token, and a f
 DeepEP themselves, as it is built against their CUDA. What it does here was read off v1.2.1 and 2.1.0.
 """
 
+import functools
 import importlib.metadata
 import inspect
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ NCCL_NEEDED = (2, 30, 4)  # by ElasticBuffer
 
 CLASSES = {"buffer": "Buffer", "elastic": "ElasticBuffer"}
 _NO_DEEP_EP = 'Use backend="all_to_all", or install DeepEP as docs/deepep.md says.'
+refuse = functools.partial(argument_error, "deepep")
 
 
 class Sizes(NamedTuple):
@@ -62,10 +64,6 @@ class Arrived(NamedTuple):
     handle: Handle
 
 
-def refuse(got: str, expected: str, remedy: str = _NO_DEEP_EP, argument: str = "deep_ep") -> ValueError:
-    return argument_error("deepep", argument, got=got, expected=expected, remedy=remedy)
-
-
 def version() -> str | None:
     """Of the DeepEP that is installed, whether or not it can be loaded."""
     for name in ("deep_ep", "deep-ep"):
@@ -86,16 +84,19 @@ def load() -> Any:
         import deep_ep as module
     except ModuleNotFoundError as error:
         if error.name == "deep_ep":
-            raise refuse("no package deep_ep", "DeepEP, 1.2.1 or newer") from error
+            raise refuse(
+                "deep_ep", got="no package deep_ep", expected="DeepEP, 1.2.1 or newer", remedy=_NO_DEEP_EP
+            ) from error
         raise _not_loaded(error) from error
     except Exception as error:  # a library that is missing or too old, or its own assertions
         raise _not_loaded(error) from error
     lacking = [*_lacking(module)]
     if lacking:
         raise refuse(
-            f"version {version_of(module)}, without {', '.join(lacking)}",
-            "the interface of 1.2.1 to 2.1",
-            "Install a version between: older and newer ones differ.",
+            "deep_ep",
+            got=f"version {version_of(module)}, without {', '.join(lacking)}",
+            expected="the interface of 1.2.1 to 2.1",
+            remedy="Install a version between: older and newer ones differ.",
         )
     return module
 
@@ -106,7 +107,8 @@ def _not_loaded(error: Exception) -> ValueError:
         remedy = 'Install its NCCL: pip install --no-deps "nvidia-nccl-cu13>=2.30.4".'
     elif "nvshmem" in str(error).lower():
         remedy = "Make the NVSHMEM it was built with visible, or build it without."
-    return refuse(f"{type(error).__name__}: {error}", f"a DeepEP ({version()}) that loads", remedy)
+    got, expected = f"{type(error).__name__}: {error}", f"a DeepEP ({version()}) that loads"
+    return refuse("deep_ep", got=got, expected=expected, remedy=remedy)
 
 
 _CALLED = {
@@ -141,21 +143,23 @@ def choose_kind(module: Any, size: int, kind: str | None) -> str:
     """
     elastic = hasattr(module, "ElasticBuffer")
     if kind == "elastic" and not elastic:
-        raise refuse("'elastic', with DeepEP 1.x", "DeepEP 2.x for it", "Leave kind out, or upgrade.", "kind")
-    takes = _buffer_takes(module, size)
-    if kind == "buffer" and not takes:
         raise refuse(
-            f"a group of {size}", "a size that DeepEP's Buffer supports, as 2, 4, 8, 16", _NO_DEEP_EP, "line"
+            "kind",
+            got="'elastic', with DeepEP 1.x",
+            expected="DeepEP 2.x for it",
+            remedy="Leave kind out, or upgrade.",
+        )
+    takes = _buffer_takes(module, size)
+    if not takes and (kind == "buffer" or not elastic):
+        raise refuse(
+            "line",
+            got=f"a group of {size}",
+            expected="a size that DeepEP's Buffer supports, as 2, 4, 8, 16",
+            remedy=_NO_DEEP_EP,
         )
     if kind is not None:
         return kind
-    if takes and (size <= PEERS or not elastic):
-        return "buffer"
-    if elastic:
-        return "elastic"
-    raise refuse(
-        f"a group of {size}", "a size that DeepEP's Buffer supports, as 2, 4, 8, 16", _NO_DEEP_EP, "line"
-    )
+    return "buffer" if takes and (size <= PEERS or not elastic) else "elastic"
 
 
 def _buffer_takes(module: Any, size: int) -> bool:
@@ -171,17 +175,18 @@ def check_kind(kind: str, hosts: list[str]) -> None:
     nodes = [set(hosts[i : i + PEERS]) for i in range(0, len(hosts), PEERS)]
     if kind == "buffer" and any(len(node) > 1 for node in nodes):
         raise refuse(
-            f"{len(hosts)} devices on hosts {hosts}",
-            f"every {PEERS} in a row on one node, between which Buffer uses NVLink",
-            'Order the mesh so that "ep" lies within nodes, or pass kind="elastic".',
             "line",
+            got=f"{len(hosts)} devices on hosts {hosts}",
+            expected=f"every {PEERS} in a row on one node, between which Buffer uses NVLink",
+            remedy='Order the mesh so that "ep" lies within nodes, or pass kind="elastic".',
         )
     nccl = nccl_version()
     if kind == "elastic" and nccl is not None and nccl < NCCL_NEEDED:
         raise refuse(
-            f"NCCL {'.'.join(map(str, nccl))}",
-            f"NCCL {'.'.join(map(str, NCCL_NEEDED))} or newer, for ElasticBuffer",
-            'Install it: pip install --no-deps "nvidia-nccl-cu13>=2.30.4"; or pass kind="buffer".',
+            "deep_ep",
+            got=f"NCCL {'.'.join(map(str, nccl))}",
+            expected=f"NCCL {'.'.join(map(str, NCCL_NEEDED))} or newer, for ElasticBuffer",
+            remedy='Install it: pip install --no-deps "nvidia-nccl-cu13>=2.30.4"; or pass kind="buffer".',
         )
 
 
@@ -208,9 +213,8 @@ def setting_up(kind: str) -> Iterator[None]:
                 "Its devices must reach each other, by NVLink in a node (nvidia-smi topo -m); by RDMA "
                 'between nodes (ibstat); else use backend="all_to_all".'
             )
-        raise refuse(
-            f"{type(error).__name__}: {text}", f"a group that its {kind} connects", remedy
-        ) from error
+        got, expected = f"{type(error).__name__}: {text}", f"a group that its {kind} connects"
+        raise refuse("deep_ep", got=got, expected=expected, remedy=remedy) from error
 
 
 def round_up(value: int, multiple: int) -> int:

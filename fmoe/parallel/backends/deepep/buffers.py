@@ -80,23 +80,21 @@ class Held:
             if value > most
         ]
         if problems:
-            raise refuse(
-                ", ".join(problems), "at most what the buffer was sized for", "Size it for more.", "sizes"
-            )
+            raise refuse("sizes", got=", ".join(problems), expected="at most what the buffer was sized for")
         if wanted.dim % align or (most_dim and wanted.dim > most_dim):
             most = f", at most {most_dim}" if most_dim else ""
             raise refuse(
-                f"dim {wanted.dim}",
-                f"a multiple of {align}{most}, for DeepEP's {CLASSES[self.kind]}",
-                'Change the model\'s dim, or use backend="all_to_all".',
                 "x_TD",
+                got=f"dim {wanted.dim}",
+                expected=f"a multiple of {align}{most}, for DeepEP's {CLASSES[self.kind]}",
+                remedy='Change the model\'s dim, or use backend="all_to_all".',
             )
         if self.device is not None and x.is_cuda and x.device != self.device:
             raise refuse(
-                f"a tensor on {x.device}",
-                f"one on {self.device}, where the buffer was made",
-                "Call torch.cuda.set_device(local_rank) before you make it.",
                 "x_TD",
+                got=f"a tensor on {x.device}",
+                expected=f"one on {self.device}, where the buffer was made",
+                remedy="Call torch.cuda.set_device(local_rank) before you make it.",
             )
 
     def destroy(self) -> None:
@@ -109,14 +107,17 @@ def check_rows(x: torch.Tensor) -> None:
     """Raise ``ValueError`` for rows that DeepEP's kernels don't take, whatever the buffer."""
     if x.device.type not in adapter.DEVICES:
         raise refuse(
-            f"a tensor on {x.device}", "one on cuda", 'Use backend="all_to_all" on other devices.', "x_TD"
+            "x_TD",
+            got=f"a tensor on {x.device}",
+            expected="one on cuda",
+            remedy='Use backend="all_to_all" on other devices.',
         )
     if x.dtype not in adapter.PAYLOADS:
         raise refuse(
-            str(x.dtype),
-            "bfloat16, in which DeepEP sends and sums rows",
-            'Convert params and x with .to(torch.bfloat16), or use backend="all_to_all".',
             "x_TD",
+            got=x.dtype,
+            expected="bfloat16, in which DeepEP sends and sums rows",
+            remedy='Convert params and x with .to(torch.bfloat16), or use backend="all_to_all".',
         )
 
 
@@ -139,10 +140,10 @@ _BUFFERS: dict[str, Held] = {}
 def find(name: str) -> Held:
     if name not in _BUFFERS:
         raise refuse(
-            f"{name!r}, which was closed",
-            "a buffer that is open",
-            "Call the layer, and its backward, inside the `with deepep(...)` that made the buffer.",
             "backend",
+            got=f"{name!r}, which was closed",
+            expected="a buffer that is open",
+            remedy="Call the layer, and its backward, inside the `with deepep(...)` that made the buffer.",
         )
     return _BUFFERS[name]
 
@@ -182,7 +183,7 @@ def _agreement(group: Any, kind: str | None) -> tuple[str, Any]:
     if any(problems):
         raise ValueError(next(filter(None, problems)))
     if len({*kinds}) > 1:
-        raise refuse("different DeepEPs", "one version on all hosts", "Install the same everywhere.")
+        raise refuse("deep_ep", got="different DeepEPs", expected="one version on all hosts")
     adapter.check_kind(kinds[0], [*hosts])
     return kinds[0], module
 
@@ -226,31 +227,31 @@ def opened(line: DeviceMesh, sizes: Sizes, kind: str | None, overlap: bool) -> I
 def _group(line: Any) -> Group:
     if not isinstance(line, DeviceMesh) or line.ndim != 1:
         got = f"a mesh of {line.ndim} dimensions" if isinstance(line, DeviceMesh) else f"{line!r}"
-        raise refuse(got, "a mesh of one dimension", 'Pass mesh["ep"].', "line")
+        raise refuse("line", got=got, expected="a mesh of one dimension", remedy='Pass mesh["ep"].')
     return group_of(line, axis_names(line))
 
 
 def check(sizes: Sizes, kind: str | None, group: Group, device_type: str) -> None:
     for name, value in zip(("max_tokens_per_rank", *Sizes._fields[1:]), sizes):
         if not isinstance(value, int) or value < 1:
-            raise refuse(repr(value), "an integer of at least 1", "Correct it.", name)
+            raise refuse(name, got=repr(value), expected="an integer of at least 1")
     if kind not in (None, *CLASSES):
-        raise refuse(repr(kind), f"one of {tuple(CLASSES)}, or None", "Leave it out.", "kind")
+        raise refuse("kind", got=repr(kind), expected=f"one of {tuple(CLASSES)}, or None")
     if sizes.num_experts % group.size or sizes.num_experts // group.size > adapter.MOST_EXPERTS:
         raise refuse(
-            f"{sizes.num_experts} experts for {group.size} devices",
-            f"a multiple of the devices, at most {adapter.MOST_EXPERTS} each",
-            "Choose a number of experts, or an axis, that divides.",
             "num_experts",
+            got=f"{sizes.num_experts} experts for {group.size} devices",
+            expected=f"a multiple of the devices, at most {adapter.MOST_EXPERTS} each",
+            remedy="Choose a number of experts, or an axis, that divides.",
         )
     if sizes.top_k > adapter.MOST_CHOICES:
-        raise refuse(str(sizes.top_k), f"at most {adapter.MOST_CHOICES}", "Lower it.", "top_k")
+        raise refuse("top_k", got=sizes.top_k, expected=f"at most {adapter.MOST_CHOICES}")
     if group.size > 1 and device_type not in adapter.DEVICES:
         raise refuse(
-            f"a mesh of {device_type} devices",
-            "one of CUDA devices",
-            'Use backend="all_to_all" on other devices.',
             "line",
+            got=f"a mesh of {device_type} devices",
+            expected="one of CUDA devices",
+            remedy='Use backend="all_to_all" on other devices.',
         )
 
 
