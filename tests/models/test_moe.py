@@ -419,6 +419,12 @@ ERRORS = {
         "moe_forward: x: got dtype torch.int64, expected a floating dtype. "
         "Embed tokens before the layer, or use x.float().",
     ),
+    "shared experts of another dimension": (
+        lambda: fmoe.moe_forward(
+            layer_with(shared=fmoe.ExpertParams(torch.ones(2, 4, 5), torch.ones(8, 4))), torch.randn(3, 8)
+        ),
+        "moe_forward: params.shared.w_in: got shape (2, 4, 5), expected (2, F, 8).",
+    ),
     "mixed dtypes": (
         lambda: fmoe.moe_forward(layer_with(), torch.randn(3, 8).bfloat16()),
         "moe_forward: params.experts.w_in: got torch.float32, expected torch.bfloat16, as x. "
