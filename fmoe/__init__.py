@@ -2,7 +2,7 @@
 
 import warnings
 
-with warnings.catch_warnings():  # where numpy is absent PyTorch warns once, and does without
+with warnings.catch_warnings():  # without numpy PyTorch warns once
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     import torch  # noqa: F401
 

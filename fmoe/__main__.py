@@ -1,4 +1,4 @@
-"""``python -m fmoe``: what the library says about itself, and what it costs here."""
+"""``python -m fmoe``: facts about the library, and what it costs on this machine."""
 
 import argparse
 import functools
@@ -37,7 +37,7 @@ DTYPES = ("bfloat16", "float32", "float64")
 
 
 def operator_rows() -> list[list[str]]:
-    """A line for every operator, under the names of :class:`Support`'s fields."""
+    """One line per operator, with the fields of :class:`Support`."""
     words = {True: "yes", False: "no"}
     return [[words[v] if isinstance(v, bool) else v for v in support] for support in operator_support()]
 
@@ -59,7 +59,7 @@ def show_operators(args: argparse.Namespace) -> None:
 
 def bench(args: argparse.Namespace) -> None:
     if args.picture:
-        with tempfile.TemporaryDirectory() as folder:  # the package and the format are there
+        with tempfile.TemporaryDirectory() as folder:  # check that the package and the format are there
             plot.save_figure(plot.empty_figure("bench layer"), Path(folder, args.picture.name))
     _check_writable(args.json, args.picture)
     shapes = [Shape(*args.sizes)] if args.sizes else [SHAPES[name] for name in args.shape]
@@ -85,7 +85,7 @@ def tuned(args: argparse.Namespace) -> None:
 
 
 def _check_writable(*paths: str | Path | None) -> None:
-    """Before anything is measured, which would be lost."""
+    """Raise before anything is measured, which would be lost."""
     for path in paths:
         if path:
             open(path, "a").close()
@@ -145,7 +145,7 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def _layers(path: Path) -> list[dict[str, Any]]:
-    """What ``bench layer --json`` wrote."""
+    """The results that ``bench layer --json`` wrote."""
     try:
         found: list[dict[str, Any]] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -207,13 +207,13 @@ def picture_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _labels(paths: Sequence[Path]) -> dict[Path, str]:
-    """A run is called what its folder is, or by the whole path where that isn't enough."""
+    """Names of runs: that of the folder or, where several share it, the whole path."""
     names = [path.resolve().parent.name for path in paths]
     return {path: name if names.count(name) == 1 else str(path) for path, name in zip(paths, names)}
 
 
 def _load_picture(path: Path, paths: Sequence[Path]) -> Path:
-    """Beside the metrics; named after them too where a folder has those of several runs."""
+    """Where the picture goes: beside the metrics, and named after them if the folder has several runs."""
     beside = [p.stem for p in paths if p.resolve().parent == path.resolve().parent]
     if len(beside) == 1:
         return path.with_name("load.svg")
@@ -229,7 +229,7 @@ def _labelled(text: str) -> tuple[str, float]:
 
 
 def _sizes_of_a_step(parser: argparse.ArgumentParser) -> None:
-    """What a plan and a benchmark of a model have in common."""
+    """Add the options that a plan and a benchmark of a model share."""
     parser.add_argument("--model", default="16B", choices=PRESETS)
     parser.add_argument("--layers", type=int, default=None, help="only so many, one of them dense")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences a step, over all devices")
@@ -241,7 +241,7 @@ def _sizes_of_a_step(parser: argparse.ArgumentParser) -> None:
 
 
 def _shapes(parser: argparse.ArgumentParser) -> None:
-    """What is measured of a layer, and how."""
+    """Add the options that measuring a layer needs."""
     on_cuda = torch.cuda.is_available()
     add = parser.add_argument
     add("--shape", nargs="+", choices=SHAPES, default=["16B" if on_cuda else "small"])
@@ -295,7 +295,7 @@ def main() -> None:
     args = arguments().parse_args()
     try:
         args.run(args)
-    except (ValueError, ImportError, OSError) as error:  # the user's: a text says what to do
+    except (ValueError, ImportError, OSError) as error:  # the user's error, whose text says what to do
         print(error, file=sys.stderr)
         sys.exit(2)
 

@@ -1,4 +1,4 @@
-"""What this machine has, and what fmoe can do with it."""
+"""A diagnosis of this machine, and of what fmoe can do with it."""
 
 import importlib.metadata
 import platform
@@ -25,10 +25,10 @@ _BY_FACT = ("python", "torch", "cuda", "nccl", "triton", "deep_ep", "devices")
 
 
 def diagnose() -> dict[str, Any]:
-    """Versions, what can be done here, and what ``backend="auto"`` would choose, for a group within a node.
+    """Versions, what works here, and what ``backend="auto"`` would choose for a group within a node.
 
-    ``None`` stands for what isn't there. It connects nothing: whether devices reach each other shows when a
-    buffer is made.
+    ``None`` stands for what isn't there. It connects nothing, so only making a buffer shows whether devices
+    reach each other.
 
     >>> diagnose()["torch"] == torch.__version__
     True
@@ -44,7 +44,7 @@ def diagnose() -> dict[str, Any]:
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
     kinds, problem = _deep_ep()
-    # One that was built in place has no metadata.
+    # A DeepEP that was built in place has no metadata.
     found["deep_ep"] = deepep.version_of(deepep.load()) if kinds else deepep.version()
     found["can"] = {
         "kernels": "Triton, on CUDA" if found["devices"] and found["triton"] else "plain PyTorch",
@@ -59,7 +59,7 @@ def diagnose() -> dict[str, Any]:
 
 
 def _deep_ep() -> tuple[list[str], str]:
-    """The kinds of buffers that DeepEP has for two devices here, and what is in the way of any."""
+    """The kinds of buffers that DeepEP has for two devices here and, if none, the reason."""
     kinds, problem = [], ""
     for kind in deepep.CLASSES:
         try:
@@ -81,8 +81,8 @@ def _version(package: str) -> str | None:
 def self_test() -> dict[str, Any]:
     """Check the laws of the experts, the router and each backend here; under ``torchrun`` on all processes.
 
-    In bfloat16 on CUDA and float32 on a CPU, without compiling, which takes longer than all else. Gives, for
-    each check, its ``report`` in words, and what is ``broken``, in words, or ``None``.
+    It checks in bfloat16 on CUDA and in float32 on a CPU. It leaves out compilation, which takes longer than
+    all else. For each check it gives the ``report`` in words, and in words what is ``broken``, or ``None``.
 
     >>> {name: test["broken"] for name, test in self_test().items()}
     {'router': None, 'experts': None, 'local': None}
@@ -96,7 +96,7 @@ def self_test() -> dict[str, Any]:
     def backend(name: str) -> Callable[[], Report]:
         bound = choose("doctor", name, mesh, torch.empty(0, 256, dtype=dtype, device=device)).get("ep")
         laws = [law for law in LAWS if law != "compilation"]
-        any_order = name == "deepep"  # as ElasticBuffer's rows come
+        any_order = name == "deepep"  # ElasticBuffer gives rows in any order
         return lambda: check_backend(bound, mesh, dtype=dtype, dim=256, any_order=any_order, laws=laws)
 
     def router(params: RouterParams, x: torch.Tensor) -> Routing:
@@ -121,15 +121,15 @@ def _tried(check: Callable[[], Report]) -> dict[str, Any]:
         return {"report": str(check()), "broken": None}
     except LawBroken as error:
         stuck = error.__cause__ is not None and num_ranks() > 1
-        if stuck or this_rank() != 0:  # what the first rank found is in its report
+        if stuck or this_rank() != 0:  # the first rank's findings are in its report
             print(f"rank {this_rank()}: {error}", file=sys.stderr)
         if stuck:
-            sys.exit(1)  # others may be waiting for this rank: the launcher ends them
+            sys.exit(1)  # other ranks may wait for this one; the launcher ends them
         return {"report": str(error.report), "broken": str(error)}
 
 
 def report(found: dict[str, Any]) -> str:
-    """What :func:`diagnose` found, a fact a line: what ``python -m fmoe doctor`` prints.
+    """The findings of :func:`diagnose`, one per line, as ``python -m fmoe doctor`` prints them.
 
     >>> print(report(diagnose()))  # doctest: +ELLIPSIS
     python ...

@@ -1,10 +1,10 @@
-"""How fmoe says no: which function, which argument, what it got, what it expected, what to do."""
+"""Errors: each says which function, which argument, what it got, what it expected, and what to do."""
 
 from typing import Any
 
 
 class TransformError(RuntimeError):
-    """An operator was called under a transform it cannot support; the text says what to do instead.
+    """An operator was called under a transform that it can't support. The text says what to do instead.
 
     >>> import fmoe, torch
     >>> from torch.autograd import forward_ad
@@ -19,7 +19,7 @@ class TransformError(RuntimeError):
 def argument_error(
     function: str, argument: str, *, got: Any, expected: str, remedy: str | None = None
 ) -> ValueError:
-    """The ``ValueError`` every public function raises for a bad argument.
+    """The ``ValueError`` that every public function raises for a bad argument.
 
     ``remedy`` says what to do where ``expected`` doesn't say it already.
 
@@ -31,9 +31,9 @@ def argument_error(
 
 
 def captured_error(function: str, tensor: Any, use: str = "") -> ValueError:
-    """The ``ValueError`` for a function whose gradient can't be right, because it closes over ``tensor``.
+    """The ``ValueError`` for a function whose gradient would be wrong, because it closes over ``tensor``.
 
-    ``use`` goes on about what it uses the tensor for.
+    ``use`` says what it uses the tensor for.
 
     >>> import torch
     >>> print(captured_error("remat", torch.ones(2)))  # doctest: +ELLIPSIS

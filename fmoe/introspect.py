@@ -1,5 +1,4 @@
-"""What operators can do, from their declarations; what a call keeps, predicted and measured; what it runs and
-sends."""
+"""Looking inside: what operators support, and what a call keeps, runs and sends."""
 
 import importlib
 import pkgutil
@@ -22,11 +21,16 @@ from .transforms import save_declared
 
 
 class Support(NamedTuple):
-    """What one operator can do.
+    """The transforms that one operator supports.
 
-    ``vjp``, ``jvp`` and ``vmap`` are ``"rule"`` (written by hand), ``"derived"`` (from the operator's
-    reference), ``"constant"`` (no floating-point output, so nothing to differentiate) or ``"error"``
-    (raises, with a remedy). ``compiled`` says whether autograd goes through it under ``torch.compile``.
+    ``vjp``, ``jvp`` and ``vmap`` are one of:
+
+    - ``"rule"``: written by hand.
+    - ``"derived"``: from the operator's reference.
+    - ``"constant"``: no floating-point output, so there is nothing to differentiate.
+    - ``"error"``: raises, with a remedy.
+
+    ``compiled`` says whether autograd goes through the operator under ``torch.compile``.
 
     >>> found = {support.operator: support for support in operator_support()}["experts_up"]
     >>> found.vjp, found.jvp, found.kept
@@ -43,7 +47,7 @@ class Support(NamedTuple):
 
 
 def operator_support() -> list[Support]:
-    """Every operator of fmoe, by name, from the declarations.
+    """All operators of fmoe by name, from their declarations.
 
     >>> [s for s in operator_support() if s.operator == "topk"][0].kept
     True
@@ -69,7 +73,7 @@ def _support(op: Operator) -> Support:
     )
 
 
-# What an operator's name begins with, behind its namespace, for each class; the first that fits.
+# For each class, how its operators' names begin after the namespace. The first that fits counts.
 _CLASSES = {
     "attention": ("attention",),
     "loss": ("cross_entropy",),
@@ -83,7 +87,7 @@ _CLASSES = {
 
 
 def operator_class(name: str) -> str:
-    """What kind of work an operator does, from its name: ``"elementwise"`` if nothing else.
+    """The kind of work an operator does, by its name; ``"elementwise"`` if no other fits.
 
     >>> operator_class("fmoe::experts_up"), operator_class("aten::mm"), operator_class("aten::mul")
     ('experts', 'matrix products', 'elementwise')
@@ -100,7 +104,7 @@ def operator_class(name: str) -> str:
 def saved_bytes(
     fn: Callable[..., Any], *args: Any, policy: Policy | None = None, **kwargs: Any
 ) -> dict[str, int]:
-    """Bytes that ``remat(fn, policy)`` keeps beyond its arguments, by checkpoint name; computes nothing.
+    """Bytes that ``remat(fn, policy)`` keeps beyond its arguments, by checkpoint name. Computes nothing.
 
     ===========  ======================================================================
     fn           the function, not yet wrapped in ``remat``
@@ -131,10 +135,10 @@ def saved_bytes(
 
 
 def kept_bytes(fn: Callable[..., Any], *args: Any) -> int:
-    """Bytes kept between ``fn(*args)`` and its backward beyond what ``args`` hold, measured.
+    """Measured bytes that live between ``fn(*args)`` and its backward, beyond what ``args`` hold.
 
-    What was saved for a part of the graph that the result doesn't need is gone. Each storage counts once, and
-    whole. Of ``args`` at least one tensor must require a gradient.
+    Tensors saved for a part of the graph that the result doesn't need don't count. Each storage counts once,
+    in full. At least one tensor of ``args`` must require a gradient.
 
     >>> x = torch.randn(4, requires_grad=True)
     >>> kept_bytes(lambda x: (x * 2).sin().sum(), x)
@@ -143,12 +147,12 @@ def kept_bytes(fn: Callable[..., Any], *args: Any) -> int:
     held: weakref.WeakSet[_Held] = weakref.WeakSet()
 
     def pack(t: torch.Tensor) -> _Held:
-        box = _Held(t.detach())  # an output would hold its own graph
+        box = _Held(t.detach())  # undetached, an output would hold its own graph
         held.add(box)
         return box
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
-        out = fn(*args)  # holds the graph, which holds the boxes
+        out = fn(*args)  # the graph holds the boxes
     storages = [box.tensor.untyped_storage() for box in held]
     given = {t.untyped_storage()._cdata for t in optree.tree_leaves(args) if isinstance(t, torch.Tensor)}
     del out
@@ -156,7 +160,7 @@ def kept_bytes(fn: Callable[..., Any], *args: Any) -> int:
 
 
 class _Held:
-    """A box around a saved tensor, alive as long as the graph that saved it."""
+    """A box around a saved tensor, which lives as long as the graph that saved it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
@@ -164,7 +168,7 @@ class _Held:
 
 @contextmanager
 def raw_calls() -> Iterator[dict[str, int]]:
-    """How often each operator's raw kernel ran inside; filled when the block ends.
+    """Counts how often each operator's raw kernel runs inside. The dict is filled when the block ends.
 
     >>> from fmoe.ops.bases import gather
     >>> with raw_calls() as counts:
@@ -183,18 +187,19 @@ def raw_calls() -> Iterator[dict[str, int]]:
 
 @contextmanager
 def wire_bytes() -> Iterator[dict[str, Traffic]]:
-    """Bytes that leave and reach this device for dispatch and combine inside, by the operator that sent them.
+    """Counts the bytes that dispatch and combine send and receive inside, by the operator that sends them.
 
     ==================  ==================================================================
-    ``sizes``           dispatch: how many rows will follow
+    ``sizes``           dispatch: the number of rows that will follow
     ``exchange``        dispatch: rows, weights and expert ids
-    ``send_back``       combine; also dispatch's transpose, if only one cotangent exists
+    ``send_back``       combine; also dispatch's transpose if there is only one cotangent
     ``send``            combine's transpose
     ``send_both_back``  dispatch's transpose: cotangents of rows and weights
     ==================  ==================================================================
 
-    Measured from the tensors handed to ``torch.distributed`` and their split sizes. What a device sends
-    itself crosses no wire and counts apart, as ``kept``. With all experts on one device nothing is sent.
+    The bytes follow from the tensors handed to ``torch.distributed`` and their split sizes. What a device
+    sends itself crosses no wire, and counts apart as ``kept``. With all experts on one device nothing is
+    sent.
 
     >>> import fmoe
     >>> from fmoe.ops.core.axes import Group

@@ -1,6 +1,6 @@
-"""Descriptions of parameters: one tree of :class:`ParamSpec` gives a model's shapes, values and placement.
+"""Descriptions of parameters. One tree of :class:`ParamSpec` gives a model's shapes, values and placement.
 
-So the three cannot drift apart.
+So these three can't drift apart.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class P(tuple[Any, ...]):
         return super().__new__(cls, axes)
 
     def __getnewargs__(self) -> tuple[Any, ...]:
-        return tuple(self)  # what copies and pickles call P with
+        return tuple(self)  # copying and unpickling call P with these
 
     def __repr__(self) -> str:
         return f"P({', '.join(map(repr, self))})"
@@ -39,8 +39,8 @@ class P(tuple[Any, ...]):
 class ParamSpec:
     """One parameter: its shape, how it starts, and which mesh axes its dimensions lie on.
 
-    ``init`` is ``"normal"`` (standard deviation ``scale``, cut at three of them), ``"zeros"`` or
-    ``"ones"``. ``dtype`` overrides the dtype the tree is initialised with.
+    ``init`` is ``"normal"``, ``"zeros"`` or ``"ones"``. A normal has the standard deviation ``scale`` and is
+    cut at three of them. ``dtype`` overrides the dtype that the tree is initialised with.
 
     >>> specs = {"w": ParamSpec((4, 2), P("ep", None)), "b": ParamSpec((4,), P("ep"), init="zeros")}
     >>> params = init_params(specs, 0, dtype=torch.float32)
@@ -57,14 +57,14 @@ class ParamSpec:
     def draw(
         self, seed: int, name: str, *, dtype: torch.dtype, device: Any, piece: tuple[slice, ...] = ()
     ) -> torch.Tensor:
-        """The initial value, or a piece of it: the same numbers whichever piece is asked for."""
+        """The initial value, or a piece of it. A piece has the same numbers as the whole has there."""
         shape = torch.empty(self.shape, device="meta")[piece].shape
         out = torch.empty(shape, dtype=self.dtype or dtype, device=device)
         if self.init != "normal" or out.is_meta:
             return out if out.is_meta else out.fill_(1.0 if self.init == "ones" else 0.0)
         if len(self.shape) < 3:
             return out.copy_(self._normal(f"{seed}/{name}", self.shape, device)[piece])
-        # A matrix at a time, as a device holds few of all experts.
+        # One matrix at a time, since a device holds only a few of the experts.
         first, *rest = piece or (slice(None),)
         for row, i in zip(out, range(self.shape[0])[first]):
             row.copy_(self._normal(f"{seed}/{name}/{i}", self.shape[1:], device)[tuple(rest)])
@@ -73,14 +73,14 @@ class ParamSpec:
     def _normal(self, key: str, shape: tuple[int, ...], device: Any) -> torch.Tensor:
         digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
         generator = torch.Generator(device).manual_seed(int.from_bytes(digest))
-        # In float32, so that one seed means the same parameters in every dtype.
+        # Draw in float32, so that a seed means the same parameters in every dtype.
         draw = torch.empty(shape, dtype=torch.float32, device=device)
         cut = 3 * self.scale
         return torch.nn.init.trunc_normal_(draw, std=self.scale, a=-cut, b=cut, generator=generator)
 
 
 def param(shape: tuple[int, ...], partition: P, **how: Any) -> Any:
-    """A :class:`ParamSpec`, typed to stand in a tree where a tensor will.
+    """A :class:`ParamSpec`, typed so that it can stand in a tree where a tensor will.
 
     >>> param((4,), P("ep"), init="zeros").shape
     (4,)
@@ -102,12 +102,12 @@ def init_params(
 ) -> Any:
     """Initial values for a tree of :class:`ParamSpec`, or pieces of them: a tree of tuples of slices.
 
-    Every leaf, and every entry of its first dimension if it has three, draws from a generator of its own,
-    seeded by ``seed`` and the leaf's dotted name, so adding or removing a parameter changes no other, and a
-    piece costs no more than it has to. A generator gives one number, the seed; values depend on the device
-    type, as PyTorch's generators do.
+    Every leaf draws from a generator of its own, seeded by ``seed`` and the leaf's dotted name. In a leaf of
+    three or more dimensions, so does every entry of the first. So adding or removing a parameter changes no
+    other, and a device draws little more than its pieces. If ``seed`` is a generator, it gives one number:
+    the seed. Values depend on the device type, as PyTorch's generators do.
 
-    Raises ``ValueError`` where ``pieces`` is another tree than ``specs``.
+    Raises ``ValueError`` if ``pieces`` and ``specs`` are different trees.
 
     >>> specs = {"b": ParamSpec((3,), P(None), init="zeros"), "w": ParamSpec((2, 3), P(None, "tp"))}
     >>> params = init_params(specs, 0, dtype=torch.bfloat16)
@@ -138,7 +138,7 @@ def partition_specs(specs: Any) -> Any:
 
 
 def num_params(specs: Any) -> int:
-    """How many numbers a tree of :class:`ParamSpec` holds; allocates nothing.
+    """The number of elements in a tree of :class:`ParamSpec`. Allocates nothing.
 
     >>> num_params({"w": ParamSpec((256, 2048, 7168), P("ep", None, None)), "b": ParamSpec((256,), P("ep"))})
     3758096640

@@ -1,7 +1,7 @@
 """Transforms of functions: gradients on pytrees, and recomputation with policies.
 
-``torch.func``'s own ``grad``, ``vjp``, ``jvp``, ``vmap`` apply to fmoe's functions as they are; this
-module adds what PyTorch lacks: checkpointing that works inside them.
+``torch.func``'s own ``grad``, ``vjp``, ``jvp`` and ``vmap`` apply to fmoe's functions as they are. This
+module adds checkpointing that works inside them, which PyTorch lacks.
 """
 
 import functools
@@ -23,9 +23,9 @@ from .tree import check_tensors, dotted_names
 
 
 def save(*names: str) -> Policy:
-    """The policy that keeps the outputs of the operators of these names and recomputes the rest.
+    """The policy that keeps the outputs of operators with these names, and recomputes the rest.
 
-    Raises ``ValueError`` for a name no operator has.
+    Raises ``ValueError`` for a name that no operator has.
 
     >>> save("dispatch", "topk")("topk")
     True
@@ -34,7 +34,7 @@ def save(*names: str) -> Policy:
     for name in names:
         if name not in known:
             raise argument_error("save", "names", got=repr(name), expected=f"names of {sorted(known)}")
-    return functools.partial(_is_one_of, names)  # a partial: Dynamo takes it as a constant
+    return functools.partial(_is_one_of, names)  # Dynamo takes a partial as a constant
 
 
 def _is_one_of(names: tuple[str, ...], name: str) -> bool:
@@ -55,7 +55,7 @@ def save_nothing(name: str) -> bool:
 
 
 def save_everything(name: str) -> bool:
-    """The policy that keeps every fmoe operator's outputs; PyTorch's own operations are recomputed.
+    """The policy that keeps the outputs of every fmoe operator, and recomputes PyTorch's own operations.
 
     >>> import fmoe
     >>> from fmoe.introspect import raw_calls
@@ -70,7 +70,7 @@ def save_everything(name: str) -> bool:
 
 
 def save_declared(name: str) -> bool:
-    """The default policy: each operator's own declaration. Communication and top-k are kept.
+    """The default policy: each operator's own declaration. It keeps communication and top-k.
 
     >>> save_declared("topk"), save_declared("experts_grouped_mm")
     (True, False)
@@ -82,21 +82,21 @@ def save_declared(name: str) -> bool:
 
 
 def remat(fn: Callable[..., Any], policy: Policy | None = None) -> Callable[..., Any]:
-    """``fn``, keeping for the backward only its inputs and what ``policy`` names.
+    """``fn``, which keeps for the backward only its inputs and what ``policy`` names.
 
     ===========  ======================================================================
-    fn           a function of pytrees of tensors; everything differentiable comes in as an argument
+    fn           a function of pytrees of tensors; everything differentiable must be an argument
     policy       :func:`save`, :func:`save_nothing`, :func:`save_everything`, or any function
                  of an operator's checkpoint name; ``None``: each operator's own declaration
-    -> function  the same values and gradients, bit for bit
+    -> function  gives the same values and gradients, bit for bit
     ===========  ======================================================================
 
-    Works in plain autograd, under and around every ``torch.func`` transform, nested, and under
-    ``torch.compile``, which goes outside: ``torch.compile(remat(fn))``. What ``policy`` keeps is not run
-    again. Random numbers are drawn again as they were, and modes (autocast, ``no_grad``) are entered again.
+    It works in plain autograd, under and around every ``torch.func`` transform, and nested. ``torch.compile``
+    goes outside: ``torch.compile(remat(fn))``. What ``policy`` keeps doesn't run again. Random numbers are
+    drawn again as they were, and modes (autocast, ``no_grad``) are entered again.
 
-    Raises ``ValueError`` when ``fn`` uses a differentiable tensor that isn't an argument: it would
-    get no gradient.
+    Raises ``ValueError`` if ``fn`` uses a differentiable tensor that isn't an argument, which would get no
+    gradient.
 
     >>> import fmoe, torch
     >>> params = fmoe.moe_init(0, dim=8, hidden_dim=16, num_experts=16)
@@ -127,10 +127,10 @@ def remat(fn: Callable[..., Any], policy: Policy | None = None) -> Callable[...,
 
 
 def per_layer(remat_policy: str = "none", *, compiled: bool = False) -> Callable[..., Any]:
-    """How to wrap the function of a model's layer, from words as a command line has them.
+    """The wrapper of a model's layer that a command line's words ask for.
 
     ``remat_policy`` is ``"none"``, ``"full"`` (recompute everything), ``"default"`` (each operator's own
-    declaration) or ``"save:NAME,NAME"``; ``compiled`` compiles each layer whole.
+    declaration) or ``"save:NAME,NAME"``. ``compiled`` compiles each layer whole.
 
     Raises ``ValueError`` for other words.
 
@@ -173,20 +173,19 @@ def _selective_policy(policy: Policy, ctx: Any, raw: Any, *args: Any, **kwargs: 
 def value_and_grad(
     fn: Callable[..., Any], argnums: int | tuple[int, ...] = 0, has_aux: bool = False
 ) -> Callable[..., tuple[Any, Any]]:
-    """``fn``'s value and its gradient on pytrees, by ``torch.autograd``: for training loops.
+    """``fn``'s value and its gradient on pytrees by ``torch.autograd``, for training loops.
 
     ===========  ======================================================================
     fn           returns a scalar tensor, or ``(scalar, aux)`` with ``has_aux``
     argnums      which positional arguments to differentiate
-    -> function  ``(value, grads)`` or ``((value, aux), grads)``; grads mirror the arguments, a tuple
-                 of them for a tuple of argnums; zeros where the value doesn't depend on a leaf
+    -> function  ``(value, grads)`` or ``((value, aux), grads)``. ``grads`` mirrors the argument,
+                 or is a tuple for a tuple of argnums; a leaf that isn't used gets zeros
     ===========  ======================================================================
 
-    Unlike ``torch.func.grad_and_value`` it takes compiled functions and DTensors and runs the
-    engine's ordinary backward. What is differentiated is detached first: gradients don't flow
-    through it to anything outside.
+    Unlike ``torch.func.grad_and_value`` it takes compiled functions and DTensors, and runs the engine's
+    ordinary backward. The arguments are detached first, so no gradient flows to anything outside.
 
-    Raises ``ValueError`` for leaves that aren't floating-point tensors and values that aren't scalars.
+    Raises ``ValueError`` for leaves that aren't floating-point tensors, and for values that aren't scalars.
 
     >>> value_and_grad(lambda p: (p["w"] ** 2).sum())({"w": torch.tensor([1.0, 2.0])})
     (tensor(5.), {'w': tensor([2., 4.])})
@@ -234,7 +233,7 @@ def value_and_grad(
 
 
 def _scalar(out: Any, has_aux: bool) -> torch.Tensor:
-    """What to differentiate of a function's result."""
+    """The part of a function's result that is differentiated."""
     paired = isinstance(out, tuple) and len(out) == 2
     value = out if not has_aux else out[0] if paired else None
     if isinstance(value, torch.Tensor) and value.numel() == 1:

@@ -10,7 +10,7 @@ import torch.utils._pytree as torch_pytree
 
 from .errors import argument_error
 
-# optree wants a namespace for every registration but its own; this is the name of "none".
+# optree wants a namespace for every registration but its own. This is its name for the global one.
 _EVERYWHERE = getattr(optree.registry, "__GLOBAL_NAMESPACE")
 
 T = TypeVar("T")
@@ -20,8 +20,8 @@ T = TypeVar("T")
 def node(cls: type[T]) -> type[T]:
     """Make a class a frozen dataclass that optree and ``torch.func`` both see as a pytree node.
 
-    Fields are children, except those declared with :func:`static`, which are part of the
-    structure: two nodes have the same treedef only if their static fields are equal.
+    Fields are children, except those declared with :func:`static`, which belong to the structure. Two nodes
+    have the same treedef only if their static fields are equal.
 
     >>> @node
     ... class Scaled:
@@ -73,7 +73,7 @@ def static(*, default: Any = dataclasses.MISSING) -> Any:
 
 
 def dotted_names(tree: Any, *, is_leaf: Any = None, none_is_leaf: bool = False) -> list[str]:
-    """Names of the leaves, in flattening order: ``layers.0.moe.experts.w_in``.
+    """The names of the leaves in flattening order, such as ``layers.0.moe.experts.w_in``.
 
     >>> dotted_names({"a": [torch.ones(1), torch.ones(2)]})
     ['a.0', 'a.1']
@@ -86,7 +86,7 @@ def check_tensors(function: str, argument: str, tree: Any) -> list[torch.Tensor]
     """The leaves of a tree, all of which must be tensors."""
     leaves = optree.tree_leaves(tree, none_is_leaf=True)
     if all(isinstance(leaf, torch.Tensor) for leaf in leaves):
-        return leaves  # names take longer to make than to check
+        return leaves  # making names takes longer than this check
     for name, leaf in zip(dotted_names(tree, none_is_leaf=True), leaves):
         if not isinstance(leaf, torch.Tensor):
             raise argument_error(

@@ -1,15 +1,15 @@
-"""How values cross between the global view and what each device holds.
+"""Values that cross between the global view and what each device holds.
 
 A global value placed by a spec is the same on the devices along the axes the spec doesn't name. Three
 linear maps cross, and they are closed under transposition, so derivatives of any order are exact:
 
-- *enter*: a global value -> what each device holds. Its transpose is *collect*.
-- *collect*: what the devices along the unnamed axes hold is summed, and the sum is a global value. Its
-  transpose is *enter*.
-- *leave*: what each device holds, claimed to be the same along the unnamed axes, is a global value. Each of
-  the ``n`` devices has an equal share in it, so the transpose is *enter*, divided by ``n``.
+- *enter* takes this device's part of a global value. Its transpose is *collect*.
+- *collect* sums what the devices along the unnamed axes hold; the sum is a global value. Its transpose is
+  *enter*.
+- *leave* claims that what each device holds is the same along the unnamed axes, and so is a global value.
+  Each of the ``n`` devices has an equal share in it, so its transpose is *enter* divided by ``n``.
 
-Plain tensors and DTensors cross alike; only their wrapping differs.
+Plain tensors and DTensors cross in the same way. Only their wrapping differs.
 """
 
 from typing import Any
@@ -62,9 +62,9 @@ def _cross(
     return _apply(cls, tensor, mesh, where, group.name, group.size, dtensor)
 
 
-# Dynamo wants module-level Functions without a jvp, whose arguments are meshes and placements. Their
-# arguments are (tensor, mesh, placements, group name, group size, whether the global side is a DTensor);
-# where nothing requires a gradient, Dynamo puts a context in front.
+# Dynamo needs module-level Functions without a jvp. Their arguments are (tensor, mesh, placements, group
+# name, group size, whether the global side is a DTensor). Where nothing requires a gradient, Dynamo puts a
+# context in front.
 
 
 class _Map(torch.autograd.Function):
@@ -81,7 +81,7 @@ class _Enter(_Map):
     def forward(*args: Any) -> torch.Tensor:
         x, _, where, *_ = args[-_NUM_ARGS:]
         if is_dtensor(x):
-            if x.placements != where:  # an argument is where its spec says, a cotangent may be anywhere
+            if x.placements != where:  # arguments lie where their specs say, cotangents anywhere
                 x = x.redistribute(placements=where)
             x = x.to_local()
         return x.view_as(x)
@@ -140,7 +140,7 @@ def _with_rules(cls: Any) -> Any:
 
     def jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> torch.Tensor:
         _check_plain("jvp", ctx.statics)
-        with _set_fwd_grad_enabled(True):  # or a second tangent is lost silently
+        with _set_fwd_grad_enabled(True):  # otherwise a second tangent is silently lost
             return _apply(cls, tangent, *ctx.statics)
 
     def vmap(info: Any, dims: tuple[Any, ...], tensor: torch.Tensor, *statics: Any) -> tuple[Any, ...]:

@@ -1,9 +1,9 @@
 """Collectives along named mesh axes: linear functions of every device's values, with exact adjoints.
 
-They are called inside a function given to :func:`fmoe.shard_map`. ``axis`` is an axis's name or a tuple of
-names in the mesh's order, which stand for all their devices, the last varying fastest. Along an axis
-of one device nothing moves. The operators they are made of work on blocks along dimension 0; the functions
-bring the dimension asked for there.
+Call them inside a function given to :func:`fmoe.shard_map`. ``axis`` is an axis's name, or a tuple of names
+in the mesh's order. A tuple stands for all their devices, the last axis varying fastest. Along an axis of one
+device nothing moves. The operators beneath work on blocks along dimension 0, and the functions bring the
+wanted dimension there.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def axis_index(axis: Axes) -> int:
 
 
 def axis_size(axis: Axes) -> int:
-    """How many devices lie along ``axis``.
+    """The number of devices along ``axis``.
 
     Raises ``ValueError`` for an axis that isn't bound.
 
@@ -74,7 +74,7 @@ def psum(x: torch.Tensor, axis: Axes) -> torch.Tensor:
 
 
 def pmean(x: torch.Tensor, axis: Axes) -> torch.Tensor:
-    """The mean of ``x`` over the devices along ``axis``, on each of them; otherwise as :func:`psum`.
+    """The mean of ``x`` over the devices along ``axis``, on each of them. Otherwise like :func:`psum`.
 
     >>> import fmoe
     >>> mesh, P = fmoe.make_mesh(), fmoe.P
@@ -103,7 +103,7 @@ def all_gather(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor:
 
 
 def gather_params(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor:
-    """:func:`all_gather` of a parameter, which ``fmoe.remat`` by default gathers again rather than keep.
+    """:func:`all_gather` of a parameter, which ``fmoe.remat`` by default gathers again instead of keeping it.
 
     >>> import fmoe
     >>> mesh, P = fmoe.make_mesh(), fmoe.P
@@ -118,13 +118,13 @@ def gather_params(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor:
 
 
 def _gathered(op: Operator, x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
-    """Pieces lie in front when they come; one copy brings them where they belong."""
+    """Gather pieces, which arrive along a new first dimension, and bring them to ``dim`` in one copy."""
     pieces = op(x[None], group.size, group.name)
     return pieces.movedim(0, dim).flatten(dim, dim + 1)
 
 
 def reduce_scatter(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor:
-    """The sum of ``x`` over the devices along ``axis``, cut along ``dim``; each device has its own piece.
+    """The sum of ``x`` over the devices along ``axis``, cut along ``dim``. Each device gets its own piece.
 
     ``x`` has the same shape and dtype on every device. Its transpose is :func:`all_gather`. JAX's name for
     it, ``psum_scatter``, is an alias.
@@ -151,8 +151,8 @@ psum_scatter = reduce_scatter
 def all_to_all(x: torch.Tensor, axis: Axes, *, split_dim: int = 0, concat_dim: int = 0) -> torch.Tensor:
     """Cut ``x`` along ``split_dim``, send the pieces along ``axis``, concatenate along ``concat_dim``.
 
-    Piece ``i`` goes to device ``i`` of the axis; the piece that device ``j`` sent comes ``j``-th. Its
-    transpose swaps the two dimensions.
+    Piece ``i`` goes to device ``i`` of the axis. The piece from device ``j`` comes ``j``-th. The transpose
+    swaps the two dimensions.
 
     Raises ``ValueError`` for an axis that isn't bound and a dimension ``x`` lacks or that doesn't divide.
 
@@ -176,12 +176,12 @@ def all_to_all(x: torch.Tensor, axis: Axes, *, split_dim: int = 0, concat_dim: i
 
 
 def ppermute(x: torch.Tensor, axis: Axes, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Send ``x`` along ``axis`` by ``(source, destination)`` pairs; who receives nothing has zeros.
+    """Send ``x`` along ``axis`` by ``(source, destination)`` pairs. Devices without a source get zeros.
 
-    Its transpose sends along the pairs reversed.
+    The transpose sends along the reversed pairs.
 
-    Raises ``ValueError`` for an axis that isn't bound, and for pairs that name a place outside it, or one
-    source or destination twice.
+    Raises ``ValueError`` for an axis that isn't bound, and for pairs that name a place outside it or a source
+    or destination twice.
 
     >>> import fmoe
     >>> mesh, P = fmoe.make_mesh(), fmoe.P

@@ -23,18 +23,18 @@ def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -
     """A mesh of all processes, from ``"dp=2,ep=4"`` or from ``dp=2, ep=4``.
 
     ===========  =====================================================================
-    axes, sizes  how many devices along ``dp`` (data), ``ep`` (experts), ``tp`` (tensors), ``pp``
+    axes, sizes  the devices along ``dp`` (data), ``ep`` (experts), ``tp`` (tensors) and ``pp``
                  (pipeline); an axis that isn't named has one
     device_type  ``"cuda"`` or ``"cpu"``; ``None``: ``"cuda"`` where there is a CUDA device
-    -> mesh      always has the axes pp, dp, ep, tp in this order
+    -> mesh      always with the axes pp, dp, ep, tp in this order
     ===========  =====================================================================
 
-    Under ``torchrun`` it joins the processes that were started; without a launcher this process is
-    the only one. A process group that exists already is used as it is. Processes share GPUs where those are
-    fewer, with a warning.
+    Under ``torchrun`` it joins the processes that were started. Without a launcher this process is the only
+    one. It uses a process group that exists already. If there are fewer GPUs than processes, these share
+    them, with a warning.
 
-    Raises ``ValueError`` for axes it doesn't know, sizes whose product isn't the number of processes, and
-    where the processes want different meshes.
+    Raises ``ValueError`` for axes it doesn't know, and for sizes whose product isn't the number of processes.
+    It also raises if the processes want different meshes.
 
     >>> make_mesh("ep=1").mesh_dim_names
     ('pp', 'dp', 'ep', 'tp')
@@ -75,7 +75,7 @@ def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -
 
 
 def take_gpu(rank: int, number: int) -> bool:
-    """Choose the GPU of this process, one of ``number`` on this host; whether it has to share it."""
+    """Choose the GPU of this process, one of ``number`` on this host. Tells whether it must share the GPU."""
     devices = torch.cuda.device_count()
     torch.cuda.set_device(rank % devices)
     if number <= devices:
@@ -87,12 +87,12 @@ def take_gpu(rank: int, number: int) -> bool:
 
 
 def launched() -> bool:
-    """Whether ``torchrun``, or what does as it does, started this process."""
+    """Whether ``torchrun``, or a launcher like it, started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def num_processes() -> int:
-    """Of the process group there is, or of the one that :func:`make_mesh` would join."""
+    """The size of the process group, or of the one that :func:`make_mesh` would join."""
     if dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ["WORLD_SIZE"]) if launched() else 1

@@ -1,8 +1,8 @@
 """Parameters on a mesh: placed by their specs, and brought to where a computation wants them.
 
-A parameter lies in pieces over more devices than compute with a piece of it (FSDP). What lies between is a
-tuple of *moves*, which a function inside :func:`fmoe.shard_map` applies to what it holds: gather a dimension
-along axes, or take this device's part of one. They are plain tuples, so that compilers see constants.
+With FSDP, a device holds a smaller piece of a parameter than it computes with. *Moves* lead from one to the
+other: gather a dimension along axes, or take this device's part of one. A function inside
+:func:`fmoe.shard_map` applies them to what it holds. They are plain tuples, so that compilers see constants.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def init_on(
     dtype: torch.dtype,
     device: str | torch.device | None = None,
 ) -> Any:
-    """Initial values for a tree of ``ParamSpec``, as DTensors if there is a mesh; only pieces are drawn.
+    """Initial values for a tree of ``ParamSpec``. With a mesh they are DTensors, and only pieces are drawn.
 
     Raises ``ValueError`` listing every spec that doesn't fit the mesh.
     """
@@ -58,7 +58,7 @@ def init_on(
 
 
 def held_pieces(function: str, specs: Any, mesh: DeviceMesh) -> tuple[list[P], list[tuple[slice, ...]]]:
-    """Where every parameter of a tree of ``ParamSpec`` lies, and which piece of it this device holds.
+    """For each parameter of a tree of ``ParamSpec``, its placement and the piece that this device holds.
 
     Raises ``ValueError`` listing every spec that doesn't fit the mesh.
     """
@@ -69,12 +69,12 @@ def held_pieces(function: str, specs: Any, mesh: DeviceMesh) -> tuple[list[P], l
 
 
 def computing(spec: P) -> P:
-    """Where a parameter is computed with: gathered along FSDP's axes, of which ``dp`` is one."""
+    """The placement to compute with: gathered along FSDP's axes, which include ``dp``."""
     return P(*(None if "dp" in axes else axes or None for axes in axes_by_dim(spec)))
 
 
 def where_placed(tree: Any, wanted: Any, mesh: DeviceMesh) -> Any:
-    """The spec of every leaf: a DTensor's own, and what is ``wanted`` of a plain tensor, which is a piece."""
+    """The spec of every leaf: a DTensor's own, or ``wanted`` for a plain tensor, which is a piece."""
     specs = broadcast("where_placed", "wanted", wanted, tree)
     leaves, structure = optree.tree_flatten(tree)
     found = [
@@ -85,14 +85,14 @@ def where_placed(tree: Any, wanted: Any, mesh: DeviceMesh) -> Any:
 
 
 def token_axes(mesh: DeviceMesh) -> tuple[str, ...]:
-    """The axes tokens are spread over."""
+    """The axes that tokens are spread over."""
     return tuple(axis for axis in axis_names(mesh) if axis in ("dp", "ep"))
 
 
 def moves(function: str, argument: str, tree: Any, have: Any, wanted: Any, mesh: DeviceMesh) -> Moves:
-    """How to bring every leaf of an argument of ``function`` from where it is to where it is wanted.
+    """The moves that bring every leaf of an argument of ``function`` to where it is wanted.
 
-    Raises ``ValueError`` where an axis would have to change its dimension, and where one doesn't divide.
+    Raises ``ValueError`` if an axis would have to change its dimension, or doesn't divide.
     """
     names, leaves = dotted_names(tree), optree.tree_leaves(tree)
     specs = [known_axes(spec, mesh) for spec in broadcast("moves", "wanted", wanted, tree)]
@@ -137,7 +137,7 @@ def _moves(function: str, argument: str, have: P, wanted: P, mesh: DeviceMesh) -
 
 
 def moved(tree: Any, how: Moves) -> Any:
-    """This device's leaves where they are wanted; for use inside :func:`fmoe.shard_map`."""
+    """This device's leaves, moved to where they are wanted. For use inside :func:`fmoe.shard_map`."""
     if not any(how):
         return tree
     leaves, structure = optree.tree_flatten(tree)

@@ -1,8 +1,8 @@
-"""Processes of this machine that run a function on every rank of a world: for notebooks, and for tests.
+"""Processes on this machine that run a function on every rank of a world, for notebooks and for tests.
 
-Starting a process takes seconds, so they stay. A world of ``n`` ranks is the first ``n`` of them, and is
-set up again only when ``n`` changes. Nothing can hang: what isn't done in time is killed, and the next call
-starts anew.
+Starting a process takes seconds, so they stay. A world of ``n`` ranks is the first ``n`` of them, and is set
+up again only when ``n`` changes. Nothing can hang: processes that aren't done in time are killed, and the
+next call starts new ones.
 """
 
 import multiprocessing
@@ -28,11 +28,11 @@ from ..errors import argument_error
 from .mesh import take_gpu
 
 START = 300.0  # seconds for all processes to start
-GRACE = 3.0  # seconds for the other ranks, once one has failed
+GRACE = 3.0  # seconds left to the other ranks once one has failed
 
 
 class RankError(RuntimeError):
-    """What went wrong on which rank, with its traceback.
+    """One or more ranks failed. The text says which and how, with their tracebacks.
 
     >>> with Processes(1) as devices:
     ...     try:
@@ -44,17 +44,18 @@ class RankError(RuntimeError):
 
 
 class Processes:
-    """A context manager of as many processes as there are devices, with gloo and, where there are GPUs, NCCL.
+    """A context manager of one process per device, with gloo and, where there are GPUs, NCCL.
 
     ===========  =====================================================================
-    number       how many; they start with the first :meth:`run`. Where GPUs are fewer, processes share them
-    timeout      seconds a call of :meth:`run` may take, from when the processes have started
+    number       how many; they start with the first :meth:`run`, and share GPUs if there are fewer
+    timeout      seconds that a call of :meth:`run` may take once the processes have started
     ===========  =====================================================================
 
     They end with the ``with`` statement, with :meth:`stop`, or with this process.
 
-    Each imports the script that starts them: what it does has to stand below ``if __name__ == "__main__":``,
-    or they die as they start. A notebook, or ``python -c``, needs no such line.
+    Each process imports the script that starts them. So the script's work must stand below
+    ``if __name__ == "__main__":``, or they die as they start. A notebook, or ``python -c``, needs no such
+    line.
 
     >>> import fmoe
     >>> def tokens_here(seed):
@@ -85,17 +86,17 @@ class Processes:
     def run(
         self, function: Callable[..., Any], *args: Any, ranks: int | None = None, timeout: float | None = None
     ) -> list[Any]:
-        """What ``function(*args)`` returns on each rank, in order.
+        """The results of ``function(*args)`` on each rank, in order.
 
         ===========  =====================================================================
-        function     finds its rank by :func:`fmoe.make_mesh` or ``torch.distributed``. May be one of a
-                     notebook, with what it uses of it, where ``cloudpickle`` is installed
+        function     finds its rank by :func:`fmoe.make_mesh` or ``torch.distributed``. With
+                     ``cloudpickle`` installed it may be a notebook's, and use the notebook's names
         args         the same for all ranks; they and the results are pickled
         ranks        how many; ``None``: all processes
-        timeout      seconds from when the processes have started; ``None``: that of the processes
+        timeout      seconds once the processes have started; ``None``: that of :class:`Processes`
         ===========  =====================================================================
 
-        Raises :class:`RankError` with the tracebacks of the ranks that failed, died or weren't done in time.
+        Raises :class:`RankError` for ranks that failed, died or weren't done in time.
         """
         ranks = self.number if ranks is None else ranks
         if not isinstance(ranks, int) or not 1 <= ranks <= self.number:
@@ -120,14 +121,14 @@ class Processes:
             message = pickle.dumps((self._world, ranks, timeout, job))
             return self._exchange(message, ranks, timeout, f"not done in {timeout:g} s")
         except RankError:
-            self._size = 0  # collectives may be half done: the next call sets up a new world
+            self._size = 0  # collectives may be half done, so the next call sets up a new world
             raise
-        except BaseException:  # such as an interrupt; their answers would be taken for those of the next call
+        except BaseException:  # an interrupt, say: late answers would pass for the next call's
             self.stop(patience=0)
             raise
 
     def stop(self, patience: float = 5.0) -> None:
-        """End the processes, by force after ``patience`` seconds; :meth:`run` starts new ones."""
+        """End the processes, by force after ``patience`` seconds. :meth:`run` starts new ones."""
         for pipe in self._pipes if patience > 0 else ():
             pipe.close()  # a process that waits for work ends
         deadline = time.monotonic() + patience
@@ -135,7 +136,7 @@ class Processes:
             process.join(max(0.0, deadline - time.monotonic()))
             process.kill()
             process.join()
-        # Threads may still hold pipes: they end with the process at the other end, and close them.
+        # Threads that still hold pipes end with the process at the other end, and close them.
         self._processes, self._pipes, self._size = [], [], 0
 
     @staticmethod
@@ -152,7 +153,7 @@ class Processes:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("spawn")
         resource_tracker.ensure_running()  # else the first process would start it, which unblocks signals
-        # They inherit the mask: an interrupt is this process's, which then ends what is unfinished.
+        # Processes inherit the mask, so only this process gets an interrupt. It then ends what is unfinished.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for rank in range(self.number):
@@ -160,7 +161,7 @@ class Processes:
                 args = rank, self.number, there, self._store.port
                 process = context.Process(target=_serve, args=args, daemon=True)
                 process.start()
-                there.close()  # so that a death is noticed here
+                there.close()  # so that this process notices a death
                 self._processes.append(process)
                 self._pipes.append(here)
         finally:
@@ -168,7 +169,7 @@ class Processes:
         self._exchange(None, self.number, START, f"not started in {START:g} s")
 
     def _exchange(self, message: bytes | None, ranks: int, limit: float, late: str) -> list[Any]:
-        """What each rank answers to ``message``; those that don't in ``limit`` seconds are ``late``."""
+        """Each rank's answer to ``message``. Ranks slower than ``limit`` seconds fail as ``late``."""
         answers: SimpleQueue[tuple[int, bytes | None]] = SimpleQueue()
         for rank, pipe in enumerate(self._pipes[:ranks]):  # a process may stop halfway through a message
             threading.Thread(target=_ask, args=(pipe, message, rank, answers), daemon=True).start()
@@ -193,11 +194,11 @@ class Processes:
         return [results[rank] for rank in range(ranks)]
 
     def _read(self, rank: int, answer: bytes | None) -> tuple[bool, Any]:
-        """Whether it is a result, and the result or what went wrong."""
+        """Whether the answer is a result, and the result or the failure."""
         if answer is None:
             process = self._processes[rank]
             process.join(GRACE)
-            process.kill()  # it has closed its pipe, if it isn't dead
+            process.kill()  # if it still lives, it has closed its pipe
             process.join()
             return False, f"died (exit code {process.exitcode})"
         try:
@@ -209,7 +210,7 @@ class Processes:
 def _ask(
     pipe: Connection, message: bytes | None, rank: int, answers: SimpleQueue[tuple[int, bytes | None]]
 ) -> None:
-    """Put what the process of ``rank`` answers; ``None`` if it dies."""
+    """Put the answer of the process of ``rank``, or ``None`` if it dies."""
     try:
         if message is not None:
             pipe.send_bytes(message)
@@ -219,7 +220,7 @@ def _ask(
 
 
 def _pickled(value: Any) -> bytes:
-    """By ``cloudpickle``, if it is there: it takes what a notebook defines and others can't import."""
+    """Pickled by ``cloudpickle`` if it is there, since it takes what a notebook defines."""
     try:
         import cloudpickle
     except ImportError:
@@ -232,18 +233,18 @@ def _pickled(value: Any) -> bytes:
 
 def _serve(rank: int, number: int, pipe: Connection, port: int) -> None:
     """Do jobs until this process's parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the parent's, which ends what is unfinished
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     torch.set_num_threads(1)
     backend = prepare(rank, number)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    _forget_meshes()  # imports what would take a second of the first job's time
-    world, answer = 0, pickle.dumps((True, None))  # first, that it has started
+    _forget_meshes()  # this imports DTensor, which would cost the first job a second
+    world, answer = 0, pickle.dumps((True, None))  # the first answer: it has started
     while True:
         try:
             pipe.send_bytes(answer)
             message = pipe.recv_bytes()
         except (EOFError, OSError):
-            os._exit(0)  # nothing to tidy up, and it is faster
+            os._exit(0)  # faster, and there is nothing to tidy up
         try:
             wanted, ranks, timeout, job = pickle.loads(message)
             if wanted != world:
@@ -260,7 +261,7 @@ def _serve(rank: int, number: int, pipe: Connection, port: int) -> None:
 
 
 def prepare(rank: int, number: int) -> str:
-    """Set up what has to be before a process group of this host's processes is; its backend."""
+    """Prepare this process for a process group of this host. Gives the group's backend."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     if not torch.cuda.is_available():
         return "gloo"
@@ -270,7 +271,10 @@ def prepare(rank: int, number: int) -> str:
 
 
 def _forget_meshes() -> None:
-    """DTensor would go on with an equal mesh of the world before. (PyTorch's function for it wants numpy.)"""
+    """Clear caches, from which DTensor would take an equal mesh of the last world.
+
+    PyTorch's own function for this needs numpy.
+    """
     from torch.distributed.tensor import DTensor
 
     DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()

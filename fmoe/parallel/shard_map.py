@@ -41,25 +41,26 @@ def shard_map(
     """``fn``, which sees each device's own tensors, as a function of values spread over a mesh.
 
     ================  ================================================================
-    fn                pytrees of this device's plain tensors -> the same; may use the collectives of
-                      ``fmoe.parallel`` along the mesh's axes; all that is differentiable is an argument
+    fn                takes and returns pytrees of this device's plain tensors. It may use the collectives
+                      of ``fmoe.parallel`` along the mesh's axes. Everything differentiable is an argument
     in_specs          a tree prefix of the tuple of arguments, of :class:`P`
     out_specs         a tree prefix of the result. Not naming an axis claims that the value
                       is the same along it
-    backends          what carries tokens along an axis for :func:`fmoe.dispatch`, as ``{"ep": backend}``;
-                      default: ``torch.distributed``'s all-to-all
-    local_results     return this device's plain pieces, which may differ in size, also for DTensor arguments
-    check_replicated  verify that claim, which costs an all-gather of every output; in eager mode only
-    -> function       of DTensors placed by ``in_specs``, or of plain tensors, which are this device's own
-                      pieces. Where any argument is a DTensor, so are the results, of equal pieces
+    backends          carry tokens along an axis for :func:`fmoe.dispatch`: ``{"ep": backend}``.
+                      Default: ``torch.distributed``'s all-to-all
+    local_results     return this device's plain pieces even for DTensor arguments. They may differ in size
+    check_replicated  verify the claim of ``out_specs``. It costs an all-gather of every output, and works
+                      in eager mode only
+    -> function       takes DTensors placed by ``in_specs``, or plain tensors that are this device's own
+                      pieces. If any argument is a DTensor, so are the results, in equal pieces
     ================  ================================================================
 
-    Gradients are exact. The objective of plain losses counts a value that is the same along an axis once,
-    and sums over devices otherwise. It works inside and under ``torch.func``'s transforms, though
-    ``jvp`` and ``vmap`` want plain tensors, and under ``torch.compile(fullgraph=True)``.
+    Gradients are exact. The objective of plain losses is their sum over devices, where a value that is the
+    same along an axis counts once. The function works inside and under ``torch.func``'s transforms, and under
+    ``torch.compile(fullgraph=True)``. ``jvp`` and ``vmap`` need plain tensors.
 
-    Raises ``ValueError`` listing every spec that doesn't fit the mesh or its tensor, and when ``fn`` uses
-    a differentiable tensor that isn't an argument: it would get a wrong gradient.
+    Raises ``ValueError`` listing every spec that doesn't fit the mesh or its tensor. It also raises if ``fn``
+    uses a differentiable tensor that isn't an argument, which would get a wrong gradient.
 
     Source: JAX's ``shard_map`` with ``check_vma=False``.
 
@@ -162,7 +163,7 @@ def _differs(value: torch.Tensor, group: Group) -> bool:
 
 
 def _check_captured(entered: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
-    """Follow the results' graphs back; what doesn't end where the arguments entered came in elsewhere."""
+    """Follow the results' graphs back: whatever doesn't come from the arguments was captured."""
     seen = {node for tensor in entered for _, node in _levels(tensor) if node is not None}
     waiting = []
     for value in values:

@@ -1,4 +1,4 @@
-"""Partition specs: what they mean on a mesh, and whether they fit it and the tensors they place."""
+"""Partition specs: their meaning on a mesh, and checks that they fit it and the tensors they place."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ Placements = tuple["Placement", ...]
 
 
 def axes_by_dim(spec: P) -> list[tuple[str, ...]]:
-    """The axes that each dimension lies on."""
+    """The axes that each dimension is cut along."""
     return [() if axes is None else names_of(axes) for axes in spec]
 
 
@@ -51,7 +51,7 @@ def placements(spec: P, mesh: DeviceMesh) -> Placements:
 def spec_of(tensor: "DTensor") -> P:
     """A DTensor's placements as a spec, over axes of more than one device.
 
-    Raises ``ValueError`` for placements no spec describes, as partial sums are.
+    Raises ``ValueError`` for placements that no spec describes, such as partial sums.
 
     >>> import fmoe
     >>> spec_of(distribute(torch.ones(4, 2), P("ep"), fmoe.make_mesh()))  # one device along ep: no axis
@@ -101,7 +101,7 @@ def distribute(tree: Any, specs: Any, mesh: DeviceMesh) -> Any:
 
 
 def _copied(piece: torch.Tensor) -> torch.Tensor:
-    """A view would keep all of the tensor in memory."""
+    """A copy of the piece. A view would keep the whole tensor in memory."""
     return piece.clone(memory_format=torch.contiguous_format)
 
 
@@ -112,7 +112,7 @@ def as_dtensor(local: torch.Tensor, mesh: DeviceMesh, spec: P) -> "DTensor":
 
 
 def local_piece(spec: P, shape: Sequence[int], mesh: DeviceMesh) -> tuple[slice, ...]:
-    """Which part of a tensor this device holds."""
+    """The slices of a tensor that this device holds."""
     found = []
     for axes, size in zip(axes_by_dim(spec), shape):
         group = group_of(mesh, axes)
@@ -121,7 +121,7 @@ def local_piece(spec: P, shape: Sequence[int], mesh: DeviceMesh) -> tuple[slice,
     return tuple(found)
 
 
-# ---- do specs fit ------------------------------------------------------------------------------
+# ---- fitting specs -----------------------------------------------------------------------------
 
 
 def broadcast(function: str, argument: str, specs: Any, tree: Any) -> list[P]:
@@ -144,13 +144,13 @@ def known_axes(spec: P | ParamSpec, mesh: DeviceMesh) -> P:
     """A spec without the axes the mesh lacks."""
     spec = spec.partition if isinstance(spec, ParamSpec) else spec
     if not isinstance(spec, P):
-        return spec  # check_specs says so
+        return spec  # check_specs raises
     have = axis_names(mesh)
     return P(*(tuple(a for a in axes if a in have) or None for axes in axes_by_dim(spec)))
 
 
 def fitting_specs(function: str, argument: str, specs: Any, tree: Any, mesh: DeviceMesh) -> list[P]:
-    """A spec for every leaf, without axes the mesh lacks; raises ``ValueError`` listing what doesn't fit."""
+    """A spec for every leaf, without axes the mesh lacks. Raises ``ValueError`` listing what doesn't fit."""
     specs = optree.tree_map(lambda spec: known_axes(spec, mesh), specs, is_leaf=is_spec)
     check_specs(function, "specs", specs, mesh)
     flat = broadcast(function, "specs", specs, tree)

@@ -1,4 +1,4 @@
-"""What all ranks do or none: an error on one is raised on all, so that nobody waits for who won't come.
+"""All-or-nothing steps: one rank's error is raised on all, so none hangs.
 
 Without a process group there is one rank, and nothing is sent.
 """
@@ -25,9 +25,9 @@ def this_rank() -> int:
 
 
 def from_all(value: T, group: Any = None) -> list[T]:
-    """The values all ranks pass, by rank; they are pickled, and should be small.
+    """The values that all ranks pass, by rank. They are pickled, and should be small.
 
-    As ``all_gather_object``, which wants numpy.
+    ``all_gather_object`` does the same but needs numpy.
     """
     number = dist.get_world_size(group) if dist.is_initialized() else 1
     if number == 1:
@@ -41,15 +41,15 @@ def from_all(value: T, group: Any = None) -> list[T]:
     mine = torch.frombuffer(bytearray(message.ljust(longest, b"\0")), dtype=torch.uint8).to(device)
     found = [torch.empty_like(mine) for _ in range(number)]
     dist.all_gather(found, mine, group=group)
-    return [pickle.loads(bytes(each.tolist())) for each in found]  # which stops where the pickle does
+    return [pickle.loads(bytes(each.tolist())) for each in found]  # loads stops where the pickle ends
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Leave this block with all other ranks, or with an error if any has one.
+    """Leave this block with all other ranks, or with an error if any rank has one.
 
-    A rank raises its own error, and the others a ``RuntimeError``, a ``ValueError`` if it was one, that says
-    whose and what it is. Inside, nobody may wait for another rank.
+    A rank raises its own error. The others raise one that names the rank and the error: a ``ValueError`` for
+    a ``ValueError``, else a ``RuntimeError``. Inside, no rank may wait for another.
     """
     error = None
     try:
@@ -66,7 +66,7 @@ def together() -> Iterator[None]:
 
 
 def check_alike(function: str, values: Mapping[str, Any]) -> None:
-    """Raise ``ValueError``, on all ranks, unless all pass equal trees of JSON."""
+    """Raise ``ValueError`` on all ranks unless all pass equal trees of JSON."""
     first, *others = from_all(values)
     for rank, other in enumerate(others, 1):
         if found := [text for name in first for text in differences(name, first[name], other[name])]:
@@ -80,7 +80,7 @@ def check_alike(function: str, values: Mapping[str, Any]) -> None:
 
 
 def differences(name: str, theirs: Any, ours: Any) -> list[str]:
-    """Where two trees of JSON differ, in words."""
+    """The differences of two trees of JSON, in words."""
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         keys = [*theirs, *(key for key in ours if key not in theirs)]
         return [

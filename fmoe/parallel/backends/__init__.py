@@ -1,4 +1,4 @@
-"""Backends: what carries tokens to the devices that hold their experts, and back."""
+"""Backends carry tokens to the devices that hold their experts, and back."""
 
 import logging
 
@@ -21,10 +21,10 @@ _SAID: set[str] = set()
 def choose(
     function: str, name: str, mesh: DeviceMesh | None, like: torch.Tensor | None = None
 ) -> dict[str, Transport]:
-    """What carries tokens along ``ep``, as :func:`fmoe.shard_map` takes it, for ``function``.
+    """The backend along ``ep``, as :func:`fmoe.shard_map` takes it, for ``function``.
 
-    ``"auto"`` says in the log what it chose and why; ``like`` is a tensor of the rows' device, dtype and
-    last dimension. Raises ``ValueError`` for what can't be met.
+    ``"auto"`` logs what it chose and why. ``like`` is a tensor of the rows' device, dtype and last dimension.
+    Raises ``ValueError`` if the wish can't be met.
     """
     if name not in NAMES:
         raise argument_error(
@@ -52,7 +52,7 @@ def choose(
     return {"ep": AllToAll(group)}
 
 
-@constant_to_dynamo  # devices talk to each other, and Dynamo needn't see that
+@constant_to_dynamo  # devices talk to each other, which Dynamo needn't see
 def _best(group: str, device_type: str, dtype: torch.dtype | None, dim: int) -> tuple[str, str]:
     reason, can = deepep_buffers.supports(group, device_type, dtype, dim)
     return ("deepep", reason) if can else ("all_to_all", f"by torch.distributed; not DeepEP, as {reason}")

@@ -1,4 +1,4 @@
-"""The one place where rows leave this device for others, and the count of their bytes."""
+"""The one place where rows leave this device, and the count of their bytes."""
 
 from typing import Any, NamedTuple
 
@@ -6,18 +6,18 @@ import torch
 import torch.distributed as dist
 
 _c10d = torch.ops._c10d_functional
-process_group: Any = dist.distributed_c10d._resolve_process_group  # versions differ in how they type the name
+process_group: Any = dist.distributed_c10d._resolve_process_group  # versions type the name differently
 
 
 class Traffic(NamedTuple):
-    """Bytes ``sent`` to other devices, ``received`` from them, and ``kept``: from this device to itself."""
+    """Bytes ``sent`` to other devices, ``received`` from them, and ``kept`` on this device."""
 
     sent: int = 0
     received: int = 0
     kept: int = 0
 
 
-# What fmoe.introspect.wire_bytes has open: for all threads, as a backward on CUDA has one of its own.
+# The open counts of fmoe.introspect.wire_bytes, for all threads: a backward on CUDA has its own thread.
 _counts: list[dict[str, Traffic]] = []
 
 
@@ -28,13 +28,13 @@ def open_count() -> dict[str, Traffic]:
 
 
 def close_count(count: dict[str, Traffic]) -> None:
-    _counts[:] = [c for c in _counts if c is not count]  # equal ones may be open
+    _counts[:] = [c for c in _counts if c is not count]  # another open count may be equal
 
 
 def swap_rows(
     rows: torch.Tensor, received: list[int], sent: list[int], group: str, sender: str
 ) -> torch.Tensor:
-    """Send ``sent[i]`` rows to device ``i`` of the group, receive ``received[i]`` from it, in their order."""
+    """Send ``sent[i]`` rows to device ``i`` of the group, and receive ``received[i]`` from it, in order."""
     rows = rows.contiguous()
     came = _c10d.wait_tensor(_c10d.all_to_all_single(rows, received, sent, group))
     if _counts:

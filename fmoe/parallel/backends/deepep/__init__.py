@@ -1,1 +1,1 @@
-"""Tokens over DeepEP's kernels, by either of its two generations."""
+"""Tokens over DeepEP's kernels, of either of its two generations."""

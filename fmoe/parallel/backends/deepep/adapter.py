@@ -1,18 +1,18 @@
-"""DeepEP's two generations behind one interface; the only file that imports ``deep_ep``, when asked for.
+"""DeepEP's two generations behind one interface. Only this file imports ``deep_ep``, and only on demand.
 
-An *engine* is a communication buffer along one group, and moves rows through it:
+An *engine* is a communication buffer of one group, and moves rows through it:
 
 ``dispatch(x, weights, ids, num_experts)``  tokens to the devices that hold their experts ->
                                             :class:`Arrived`
-``send(x, handle)``                         rows the same way again
-``combine(y, handle, weights, wait)``       rows back, summed, and the weights of each with them;
+``send(x, handle)``                         other rows the same way
+``combine(y, handle, weights, wait)``       rows back, summed, and with them their weights;
                                             without ``wait`` the current stream goes on meanwhile
 ``send_weights``, ``combine_weights``       weights alone, either way
-``join()``                                  the current stream waits for what it went on without
-``destroy()``
+``join()``                                  the current stream waits for the latest combine
+``destroy()``                               frees the buffer
 
-A handle is how rows were sent: tensors, the first with a row per token, and a few numbers. Users install
-DeepEP themselves, as it is built against their CUDA. What it does here was read off v1.2.1 and 2.1.0.
+A handle says how rows were sent. It has tensors, the first with a row per token, and a few numbers. Users
+install DeepEP themselves, since it is built against their CUDA. This file follows v1.2.1 and 2.1.0.
 """
 
 import functools
@@ -26,12 +26,12 @@ import torch
 
 from ....errors import argument_error
 
-# What DeepEP's kernels take.
+# The limits of DeepEP's kernels.
 DEVICES = ("cuda",)
 PAYLOADS = (torch.bfloat16,)
 MOST_CHOICES = 32  # experts per token: one per lane of a warp
 MOST_EXPERTS = 1024  # on one device
-WEIGHTS_DIM = 256  # what rows of weights, as bytes, are padded to: long enough for every kernel
+WEIGHTS_DIM = 256  # rows of weights, as bytes, are padded to this: long enough for every kernel
 PEERS = 8  # devices of a node that Buffer reaches by NVLink
 NCCL_NEEDED = (2, 30, 4)  # by ElasticBuffer
 
@@ -41,7 +41,7 @@ refuse = functools.partial(argument_error, "deepep")
 
 
 class Sizes(NamedTuple):
-    """What a buffer has to hold: each is the most there may be."""
+    """The most that a buffer must hold of each."""
 
     tokens: int
     dim: int
@@ -55,7 +55,7 @@ class Handle(NamedTuple):
 
 
 class Arrived(NamedTuple):
-    """Rows that came for the experts held here, with weights and ids of these, -1 for those elsewhere."""
+    """Rows for the experts held here, with weights and ids. An id of -1 is an expert elsewhere."""
 
     x_SD: torch.Tensor
     weights_SK: torch.Tensor
@@ -65,7 +65,7 @@ class Arrived(NamedTuple):
 
 
 def version() -> str | None:
-    """Of the DeepEP that is installed, whether or not it can be loaded."""
+    """The version of the installed DeepEP, even if it can't be loaded."""
     for name in ("deep_ep", "deep-ep"):
         try:
             return importlib.metadata.version(name)
@@ -79,7 +79,7 @@ def version_of(module: Any) -> str:
 
 
 def load() -> Any:
-    """``deep_ep``, if it is there and has what this file calls. Raises ``ValueError`` if not."""
+    """``deep_ep``, which must be there and have what this file calls. Raises ``ValueError`` otherwise."""
     try:
         import deep_ep as module
     except ModuleNotFoundError as error:
@@ -88,7 +88,7 @@ def load() -> Any:
                 "deep_ep", got="no package deep_ep", expected="DeepEP, 1.2.1 or newer", remedy=_NO_DEEP_EP
             ) from error
         raise _not_loaded(error) from error
-    except Exception as error:  # a library that is missing or too old, or its own assertions
+    except Exception as error:  # a missing or old library, or DeepEP's own assertions
         raise _not_loaded(error) from error
     lacking = [*_lacking(module)]
     if lacking:
@@ -136,10 +136,10 @@ def _lacking(module: Any) -> Iterator[str]:
 
 
 def choose_kind(module: Any, size: int, kind: str | None) -> str:
-    """Which of DeepEP's buffers serves a group of ``size`` devices. Raises ``ValueError`` if none does.
+    """The kind of DeepEP's buffer for a group of ``size`` devices. Raises ``ValueError`` if there is none.
 
-    Within a node it is ``Buffer``, which needs no NCCL; across nodes ``ElasticBuffer``, where there is one,
-    as the other needs NVSHMEM.
+    Within a node it is ``Buffer``, which needs no NCCL. Across nodes it is ``ElasticBuffer``, where DeepEP
+    has it, since ``Buffer`` needs NVSHMEM there.
     """
     elastic = hasattr(module, "ElasticBuffer")
     if kind == "elastic" and not elastic:
@@ -171,7 +171,7 @@ def _buffer_takes(module: Any, size: int) -> bool:
 
 
 def check_kind(kind: str, hosts: list[str]) -> None:
-    """Raise ``ValueError`` where a buffer of this kind can't connect the group's hosts."""
+    """Raise ``ValueError`` if a buffer of this kind can't connect the group's hosts."""
     nodes = [set(hosts[i : i + PEERS]) for i in range(0, len(hosts), PEERS)]
     if kind == "buffer" and any(len(node) > 1 for node in nodes):
         raise refuse(
@@ -191,13 +191,13 @@ def check_kind(kind: str, hosts: list[str]) -> None:
 
 
 def nccl_version() -> tuple[int, ...] | None:
-    """Of the NCCL this process has loaded; ``None`` for a PyTorch without CUDA."""
+    """The version of the loaded NCCL; ``None`` for a PyTorch without CUDA."""
     return tuple(torch.cuda.nccl.version()) if torch.cuda.is_available() else None
 
 
 @contextmanager
 def setting_up(kind: str) -> Iterator[None]:
-    """DeepEP's own errors while it connects devices, with a remedy."""
+    """Add a remedy to DeepEP's own errors while it connects devices."""
     try:
         yield
     except Exception as error:
@@ -222,20 +222,20 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def payload_dim(sizes: Sizes) -> int:
-    """Of a row that is sent: a token, or the weights of its choices as bytes."""
+    """The length of a sent row: a token, or the weights of its choices as bytes."""
     return max(sizes.dim, round_up(2 * sizes.top_k, WEIGHTS_DIM))
 
 
 class Engine:
-    """What both buffers have in common."""
+    """The common part of both buffers."""
 
     id_dtype: torch.dtype
     buffer: Any
-    latest: Any = None  # of the events of kernels that the current stream went on without
+    latest: Any = None  # the event of the latest kernel that the current stream hasn't waited for
 
     @staticmethod
     def rows(size: int) -> tuple[int, int | None]:
-        """What a row's length is a multiple of in a group of this size, and the most it may be."""
+        """The multiple that a row's length must be in a group of this size, and the most it may be."""
         raise NotImplementedError
 
     def send(self, x: torch.Tensor, handle: Handle) -> torch.Tensor:
@@ -245,7 +245,7 @@ class Engine:
         raise NotImplementedError
 
     def send_weights(self, weights: torch.Tensor, handle: Handle) -> torch.Tensor:
-        """By a handle DeepEP sends rows only; as bytes, weights are rows."""
+        """Send weights as rows of bytes, since with a handle DeepEP sends rows only."""
         dtype = PAYLOADS[0]
         rows = weights.contiguous().view(dtype)
         width = rows.shape[1]
@@ -257,7 +257,7 @@ class Engine:
         return self.combine(rows, handle, weights)[1]
 
     def join(self) -> None:
-        # Kernels of one buffer run in turn on its own stream: the latest ends after all others.
+        # Kernels of one buffer run in turn on its own stream, so the latest ends after all others.
         if self.latest is not None:
             self.latest.current_stream_wait()
 
@@ -267,7 +267,7 @@ class Engine:
 
 
 class Alone(Engine):
-    """A group of one device, where tokens with an expert stay: what the other engines do, without DeepEP."""
+    """The engine of one device, which keeps the tokens that have an expert. It needs no DeepEP."""
 
     id_dtype = torch.int64
 

@@ -1,7 +1,7 @@
 """Communication buffers: made, found by name, grown, freed.
 
-Raw operators can't take Python objects, so a process has one table from names to buffers. What one call
-leaves for another never goes there: that is in its plan.
+Raw operators can't take Python objects, so a process has one table from names to buffers. It never holds what
+one call leaves for another; that is in the call's plan.
 """
 
 import atexit
@@ -32,7 +32,7 @@ _SERIAL = itertools.count()
 
 
 class Held:
-    """A buffer and what it was sized for. One that ``grows`` is made when it is first used."""
+    """A buffer and the sizes it was made for. One that ``grows`` is made at its first use."""
 
     def __init__(self, group: Any, kind: str | None, *, overlap: bool = True, grows: bool = False) -> None:
         self.group, self.overlap, self.grows = group, overlap, grows
@@ -42,7 +42,7 @@ class Held:
         self.device: torch.device | None = None
 
     def make(self, sizes: Sizes) -> None:
-        """All devices of the group together, and with one size: DeepEP connects them."""
+        """Make the buffer on all devices together and with one size, since DeepEP connects them."""
         self.destroy()
         kind, module = agree(self.group, self.kind)
         with adapter.setting_up(CLASSES[kind]):
@@ -52,7 +52,7 @@ class Held:
             self.device = torch.device("cuda", torch.cuda.current_device())
 
     def ready(self, x: torch.Tensor, ids: torch.Tensor, num_experts: int) -> Any:
-        """The engine, for a dispatch of these. Raises ``ValueError`` for what it can't take."""
+        """The engine for this dispatch. Raises ``ValueError`` for what it can't take."""
         wanted = Sizes(x.shape[0], x.shape[1], ids.shape[1], num_experts)
         check_rows(x)
         if self.grows:
@@ -61,7 +61,7 @@ class Held:
         return self.engine
 
     def _grow(self, wanted: Sizes, device: torch.device) -> None:
-        """Only tokens, which ElasticBuffer counts, may differ between devices."""
+        """Make a larger buffer if needed. Devices may differ only in tokens, which ElasticBuffer counts."""
         tokens, elastic = wanted.tokens, self.kind == "elastic"
         if elastic:
             most = torch.tensor([tokens], device=device)
@@ -104,7 +104,7 @@ class Held:
 
 
 def check_rows(x: torch.Tensor) -> None:
-    """Raise ``ValueError`` for rows that DeepEP's kernels don't take, whatever the buffer."""
+    """Raise ``ValueError`` for rows that DeepEP's kernels take in no buffer."""
     if x.device.type not in adapter.DEVICES:
         raise refuse(
             "x_TD",
@@ -149,18 +149,18 @@ def find(name: str) -> Held:
 
 
 def names() -> list[str]:
-    """Of the buffers that are open."""
+    """The names of the open buffers."""
     return [name for name in _BUFFERS if name != ALONE]
 
 
-# ---- what all devices of a group do together ------------------------------------------------------
+# ---- steps of all devices of a group together -----------------------------------------------------
 
-# Per process group, what its devices found out together: a kind and DeepEP's module, or what is wrong.
+# What the devices of each process group agreed on: a kind and DeepEP's module, or an error's text.
 _AGREED: "weakref.WeakKeyDictionary[Any, dict[str | None, Any]]" = weakref.WeakKeyDictionary()
 
 
 def agree(group: Any, kind: str | None) -> tuple[str, Any]:
-    """The kind of buffer for a group, and DeepEP's module. What is wrong on one device is raised on all."""
+    """The kind of buffer for a group, and DeepEP's module. One device's error is raised on all."""
     known = _AGREED.setdefault(group, {})
     if kind not in known:
         try:
@@ -189,7 +189,7 @@ def _agreement(group: Any, kind: str | None) -> tuple[str, Any]:
 
 
 def supports(group_name: str, device_type: str, dtype: Any, dim: int) -> tuple[str, bool]:
-    """Whether DeepEP can serve a group, and its rows if their dtype is known, and why (not)."""
+    """Why DeepEP can or can't serve a group and, if their dtype is known, its rows; and whether it can."""
     if device_type not in adapter.DEVICES:
         return f"the mesh is of {device_type} devices", False
     try:
@@ -204,7 +204,7 @@ def supports(group_name: str, device_type: str, dtype: Any, dim: int) -> tuple[s
 
 @contextmanager
 def opened(line: DeviceMesh, sizes: Sizes, kind: str | None, overlap: bool) -> Iterator[tuple[Group, str]]:
-    """A buffer of these sizes for the devices of a mesh's one dimension, freed at the end."""
+    """A buffer of these sizes for the devices of a one-dimensional mesh, freed at the end."""
     group = _group(line)
     check(sizes, kind, group, line.device_type)
     if group.size == 1:
@@ -217,7 +217,7 @@ def opened(line: DeviceMesh, sizes: Sizes, kind: str | None, overlap: bool) -> I
     try:
         yield group, name
     except BaseException:
-        # DeepEP's devices free their buffers together, and the others may never come: only forget it.
+        # Devices free their buffers together, and the others may never come. So only forget this one.
         del _BUFFERS[name]
         raise
     del _BUFFERS[name]
@@ -258,13 +258,13 @@ def check(sizes: Sizes, kind: str | None, group: Group, device_type: str) -> Non
 # ---- buffers kept for a run -------------------------------------------------------------------------
 
 
-@constant_to_dynamo  # found while Dynamo traces, too
+@constant_to_dynamo  # also found while Dynamo traces
 def kept(group_name: str) -> str:
-    """The name of the buffer that ``moe_forward`` keeps for a group; made on first use, freed at exit."""
+    """The name of the buffer that ``moe_forward`` keeps for a group. Made on first use, freed at exit."""
     name = f"deepep kept for {group_name}"
     group = process_group(group_name)
     if name in _BUFFERS and _BUFFERS[name].group is not group:
-        with suppress(Exception):  # its process group is gone, and perhaps what it connected
+        with suppress(Exception):  # its process group is gone, and perhaps its connections
             _BUFFERS.pop(name).destroy()
     if name not in _BUFFERS:
         kind, _ = agree(group, None)
@@ -273,13 +273,13 @@ def kept(group_name: str) -> str:
 
 
 def free_kept() -> None:
-    """Free every buffer that ``moe_forward`` keeps; all devices together."""
+    """Free every buffer that ``moe_forward`` keeps, on all devices together."""
     for name in [name for name, held in _BUFFERS.items() if held.grows]:
         _BUFFERS.pop(name).destroy()
 
 
 @atexit.register
 def _free_at_exit() -> None:
-    # As above: where this process failed, the others may not come.
+    # As above, if this process failed, the others may not come.
     if not hasattr(sys, "last_value"):
         free_kept()

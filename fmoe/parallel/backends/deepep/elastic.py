@@ -1,4 +1,4 @@
-"""``deep_ep.ElasticBuffer``, DeepEP 2.x's own, with the interface of ``deepep.py``."""
+"""``deep_ep.ElasticBuffer``, which is new in DeepEP 2.x, as an :class:`Engine`."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 
 from .adapter import Arrived, Engine, Handle, Sizes, payload_dim
 
-# The tensors of an EPHandle, the one with a row per token first.
+# The tensors of an EPHandle. The first has a row per token.
 _TENSORS = (
     "topk_idx",
     "psum_num_recv_tokens_per_scaleup_rank",
@@ -36,7 +36,7 @@ class Elastic(Engine):
             deterministic=torch.are_deterministic_algorithms_enabled(),
             explicitly_destroy=True,
         )
-        # Combine must use as many as the dispatch did.
+        # Combine must use as many SMs as the dispatch did.
         self.num_sms = self.buffer.get_theoretical_num_sms(sizes.num_experts, sizes.top_k)
 
     def dispatch(self, x: Any, weights: Any, ids: Any, num_experts: int) -> Arrived:
@@ -58,7 +58,7 @@ class Elastic(Engine):
             num_max_tokens_per_rank=max_tokens,
             num_sms=num_sms,
             num_recv_tokens=named["recv_src_metadata"].shape[0],
-            num_expanded_tokens=0,  # of the layout that isn't used
+            num_expanded_tokens=0,  # the layout that isn't used
             num_recv_tokens_per_expert_list=[],
             **named,
         )

@@ -1,6 +1,6 @@
-"""A handle of DeepEP's as tensors, which is what a plan and operators can hold.
+"""DeepEP's handles as tensors, which plans and operators can hold.
 
-They are the bytes of its own tensors, and one on the host that says what these are.
+They are the bytes of the handle's own tensors, and one tensor on the host that describes these.
 """
 
 from typing import Any
@@ -10,14 +10,14 @@ import torch
 from ....ops.core.derive import Tensors
 from .adapter import Handle
 
-PARTS = 10  # tensors of a handle, at most; the first has a row per token
+PARTS = 10  # the most tensors of a handle; the first has a row per token
 _DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64)
 SENT = ", ".join(f"Tensor h{i}" for i in range(PARTS + 1))
 
 
 def pack(handle: Handle) -> Tensors:
     parts: list[torch.Tensor] = []
-    about = []  # of each its dtype, -1 for None, and shape; then the numbers
+    about = []  # each one's dtype (-1 for None) and shape, then the numbers
     for part in handle.tensors:
         if part is None:
             about.append([-1] * 6)

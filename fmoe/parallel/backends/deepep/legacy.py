@@ -1,4 +1,4 @@
-"""``deep_ep.Buffer``, all of DeepEP 1.x and kept in 2.x, with the interface of ``deepep.py``."""
+"""``deep_ep.Buffer``, which is all of DeepEP 1.x and still in 2.x, as an :class:`Engine`."""
 
 from typing import Any
 
@@ -13,9 +13,8 @@ class Legacy(Engine):
 
     @staticmethod
     def rows(size: int) -> tuple[int, int | None]:
-        # Within a node half a row at a time goes through shared memory; and the lanes of a warp that combines
-        # rows meet at barriers, so that without a piece of 16 bytes for each of the 32 rows come out wrong,
-        # of which DeepEP says nothing.
+        # Within a node half a row at a time goes through shared memory. Each of the warp's 32 lanes needs a
+        # 16-byte piece, since they meet at barriers. Otherwise DeepEP silently returns wrong rows.
         return 256, 7936 if size <= adapter.PEERS else None
 
     def __init__(self, module: Any, group: Any, sizes: Sizes) -> None:
@@ -26,7 +25,7 @@ class Legacy(Engine):
         ]
         row = payload_dim(sizes) * max(dtype.itemsize for dtype in adapter.PAYLOADS)
         near = max(c.get_nvl_buffer_size_hint(row, group.size()) for c in self.configs)
-        # A DeepEP without NVSHMEM refuses to say how much it would need.
+        # Without NVSHMEM, DeepEP refuses to say how much it would need.
         far = (
             [] if self.within_node else [c.get_rdma_buffer_size_hint(row, group.size()) for c in self.configs]
         )
@@ -44,7 +43,7 @@ class Legacy(Engine):
             is_token_in_rank=goes,
             config=self.configs[0],
         )
-        first = 4 if self.within_node else 0  # where is_token_in_rank lies
+        first = 4 if self.within_node else 0  # the place of is_token_in_rank
         tensors = (handle[first], *handle[:first], *handle[first + 1 :])
         return Arrived(x, weights, ids, sum(counts), Handle(tensors))
 

@@ -1,9 +1,9 @@
 """Tokens over DeepEP's kernels: bfloat16 rows, float32 weights, NVLink within a node and RDMA between.
 
-A token goes once to every device that holds an expert of its; what these experts make of it is summed there
-and comes back as one row, where combine sums those of all devices.
+A token goes once to every device that holds one of its experts. The sum over these experts comes back as one
+row, and combine sums the rows of all devices.
 
-The host waits once a layer, in dispatch, for the number of rows to come: DeepEP's own wait.
+The host waits once a layer, in dispatch, for the number of rows to come. This is DeepEP's own wait.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from .operators import deepep_combine, deepep_dispatch, deepep_join
 class DeepEP(NamedTuple):
     """The DeepEP backend, from :func:`deepep`: the devices of one group, and the name of their buffer.
 
-    A :class:`~fmoe.ops.transport.Transport` as :class:`AllToAll` is.
+    Like :class:`AllToAll` it is a :class:`~fmoe.ops.transport.Transport`.
 
     >>> import fmoe
     >>> sizes = dict(max_tokens_per_rank=64, dim=256, top_k=2, num_experts=8)
@@ -71,21 +71,21 @@ def deepep(
     """The DeepEP backend for the devices of ``line``, with a buffer that is freed at the end.
 
     ===================  ================================================================
-    line                 a mesh of one dimension, as ``mesh["ep"]`` is; all its devices call this together
+    line                 a mesh of one dimension, such as ``mesh["ep"]``; all its devices call this together
     max_tokens_per_rank  the most tokens that any of them dispatches at once
-    dim, top_k           of the model; ``dim`` a multiple of 256, within a node at most 7936
-    num_experts          of all devices
+    dim, top_k           of the model; ``dim`` is a multiple of 256, within a node at most 7936
+    num_experts          of all devices together
     kind                 ``"buffer"`` or ``"elastic"`` (DeepEP 2.x); ``None``: ``Buffer`` within a node,
                          ``ElasticBuffer`` across nodes where DeepEP has it
-    overlap              leave combine in flight while shared experts compute. Numbers are the same
-    -> backend           for ``fmoe.shard_map(..., backends={"ep": backend})``. Use it, and go through its
+    overlap              leave combine in flight while shared experts compute, with the same numbers
+    -> backend           for ``fmoe.shard_map(..., backends={"ep": backend})``. Call the layer, and its
                          backward, inside the ``with``
     ===================  ================================================================
 
-    With one device nothing moves, and DeepEP isn't needed. Devices free a buffer together, so one that an
-    exception ends is freed with its process.
+    With one device nothing moves, and DeepEP isn't needed. Devices free a buffer together, so after an
+    exception it is freed with its process.
 
-    Raises ``ValueError``, on all devices together, for what DeepEP can't do here, with what to do instead.
+    Raises ``ValueError`` on all devices together for what DeepEP can't do here, with what to do instead.
 
     >>> import fmoe
     >>> line = fmoe.make_mesh()["ep"]
