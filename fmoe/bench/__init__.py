@@ -1,1 +1,1 @@
-"""``python -m fmoe bench``: what a layer costs here, beside what else there is."""
+"""``python -m fmoe bench``: the cost of a layer and of a training step on this machine."""

@@ -1,4 +1,4 @@
-"""Which share of a step's time each kind of operator takes, by a trace of the profiler's."""
+"""Shares of a step's time by kind of operator, from the profiler's trace."""
 
 import json
 import tempfile
@@ -12,13 +12,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from ..introspect import operator_class
 
-OPTIMIZER = "fmoe::optimizer"  # a range of the profiler, which makes all in it one class
+OPTIMIZER = "fmoe::optimizer"  # a range in the profile; everything in it is one class
 
 
 def breakdown(
     step: Callable[[], Any], on_cuda: bool, trace: str | None
 ) -> tuple[dict[str, float], float | None]:
-    """Which share of a step's time each kind of operator takes, and how long the device is at work, in ms."""
+    """The share of a step's time that each kind of operator takes, and the device's working time in ms."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
     with profile(activities=activities, acc_events=True) as run:
         step()
@@ -33,14 +33,14 @@ def breakdown(
     return shares, total / 1e3 if on_cuda else None
 
 
-# From the trace: the profiler's own events have a range's whole time again under each operator in it.
+# We read the trace, since the profiler's own events repeat a range's whole time under each operator in it.
 def time_by_kind(events: list[dict[str, Any]], on_cuda: bool) -> Counter[str]:
-    """Microseconds of each class of operator in a trace: of kernels launched, or without CUDA of the host."""
+    """Microseconds of each class of operator in a trace: of its kernels or, without CUDA, of the host."""
     calls = [event for event in events if event.get("cat") in ("cpu_op", "user_annotation")]
     calls.sort(key=lambda call: (call["tid"], call["ts"], -call["dur"]))
-    kinds: dict[int, str] = {}  # by the number that a call and its kernels have in common
+    kinds: dict[int, str] = {}  # by the number that a call shares with its kernels
     spent: Counter[str] = Counter()
-    around: list[tuple[dict[str, Any], str | None]] = []  # calls not yet over, and the kind of all in them
+    around: list[tuple[dict[str, Any], str | None]] = []  # open calls, and the kind of all in them
     for call in calls:
         while around and (around[-1][0]["tid"] != call["tid"] or _end(around[-1][0]) <= call["ts"]):
             around.pop()
@@ -63,7 +63,7 @@ def _end(call: dict[str, Any]) -> float:
 
 
 def _kind_of_all_in(name: str, outer: str | None) -> str | None:
-    """The optimizer's range has all in it, and an operator of ours all but those of ours."""
+    """The kind that the optimizer's range, or an operator of ours, gives to all calls within it."""
     if name == OPTIMIZER or outer == "optimizer":
         return "optimizer"
     return operator_class(name) if name.startswith("fmoe::") else outer

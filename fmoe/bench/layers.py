@@ -1,6 +1,6 @@
-"""What layers are compared on, and two of them: ours and plain PyTorch.
+"""The shapes that layers are compared on, and two layers: ours and plain PyTorch.
 
-All route with the same rule and hold the same weights, so their outputs and gradients must agree.
+All layers route with the same rule and hold the same weights, so their outputs and gradients must agree.
 """
 
 import functools
@@ -34,7 +34,7 @@ class Shape(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Of the experts' products in one forward."""
+        """FLOPs of the experts' products in one forward."""
         return 6 * self.tokens * self.top_k * self.dim * self.hidden
 
 
@@ -55,9 +55,10 @@ def config_for(shape: Shape, routing: str) -> RouterConfig:
 
 
 def layer_memory(shape: Shape) -> dict[str, dict[str, int]]:
-    """What one bfloat16 layer keeps by policy of ``remat``: input of :func:`fmoe.training.plot.plot_memory`.
+    """Bytes that a bfloat16 layer keeps under each policy of ``remat``, by checkpoint name.
 
-    Bytes between forward and backward by checkpoint name. Nothing is computed, so any size will do.
+    They live between forward and backward, and :func:`fmoe.training.plot.plot_memory` draws them. Nothing is
+    computed, so any size will do.
 
     >>> list(layer_memory(SHAPES["small"]))
     ['no remat', 'save_everything', 'save("experts_grouped_mm")', 'save("topk")', 'default', 'save_nothing']
@@ -104,8 +105,8 @@ def random_params(shape: Shape, seed: int, *, dtype: torch.dtype, device: str) -
 def skewed(params: MoEParams, x: torch.Tensor, config: RouterConfig, routing: str) -> MoEParams:
     """The same layer with a selection bias that spreads ``x`` as ``routing`` says.
 
-    ``zipf``: the i-th expert is chosen in proportion to 1 / i; ``hot``: every token chooses the first expert,
-    none the last quarter of them.
+    ``zipf`` chooses the i-th expert in proportion to 1 / i. ``hot`` has every token choose the first expert,
+    and none the last quarter of them.
     """
     num_experts = params.router.bias_E.shape[0]
     index = torch.arange(num_experts, device=x.device)
@@ -116,7 +117,7 @@ def skewed(params: MoEParams, x: torch.Tensor, config: RouterConfig, routing: st
         return params
     wanted = 1.0 / (index + 1)
     wanted = wanted / wanted.sum() * config.top_k
-    for _ in range(num_experts):  # an expert can't be chosen twice by a token: the rest is for the others
+    for _ in range(num_experts):  # a token can't choose an expert twice, so the others get the rest
         over = (wanted - 1).clamp_min(0).sum()
         wanted = wanted.clamp_max(1)
         wanted = wanted + over * torch.where(wanted < 1, wanted, 0) / wanted[wanted < 1].sum()
@@ -131,7 +132,7 @@ def skewed(params: MoEParams, x: torch.Tensor, config: RouterConfig, routing: st
 def plain_layer(params: MoEParams, x: torch.Tensor, top_k: int, ids_TK: Any = None) -> torch.Tensor:
     """A layer in plain PyTorch: rows sorted by expert, grouped products, rows added back.
 
-    ``ids_TK`` fixes the choice of experts. In float32 or wider it is the reference that all are checked by.
+    ``ids_TK`` fixes the choice of experts. In float32 or wider it is the reference for all layers.
     """
     logits = x.float() @ params.router.weight_ED.float().T
     if ids_TK is None:
@@ -155,7 +156,7 @@ def _grouped(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tens
 
 
 def layers(shape: Shape, config: RouterConfig, align: Sequence[int] = ()) -> dict[str, Layer]:
-    """Ours, also with rows aligned to each of ``align``, and plain PyTorch, by name."""
+    """The layers by name: ours, ours with rows aligned to each of ``align``, and plain PyTorch."""
     found: dict[str, Layer] = {
         "fmoe": lambda params, x: moe_forward(params, x, router=config),
     }

@@ -1,4 +1,4 @@
-"""Measuring layers side by side: time, rate, memory; gradients are checked before anything is timed."""
+"""Measuring layers side by side: time, rate and memory. Gradients are checked before anything is timed."""
 
 import functools
 import json
@@ -22,7 +22,7 @@ from .layers import Layer, Shape, config_for, layers, plain_layer, random_params
 from .peers import PEERS, installed
 from .timing import check_number, launches, matmul_rate, syncs, timed
 
-ROUNDING = 0.05  # a relative error below it is one of rounding
+ROUNDING = 0.05  # a relative error below this is rounding
 
 
 class Measured(NamedTuple):
@@ -32,12 +32,14 @@ class Measured(NamedTuple):
     forward, step  ms without and with backward, medians of rounds
     spread         the middle half of the steps over their median
     rate           TFLOP/s of the experts' products in a step
-    share          of the rate of a large matrix product in the same run
+    share          ``rate`` over that of a large matrix product in the same run
     saved, peak    MiB beyond the arguments: between forward and backward, and at most
-    launches       kernels started in a step; ``None`` where that can't be known, as ``peak``
-    syncs          times the host waits for the device in a step
+    launches       kernels started in a step
+    syncs          how often the host waits for the device in a step
     error          largest relative error of output and gradients against float32
     =============  ========================================
+
+    ``peak``, ``launches`` and ``syncs`` are ``None`` on a CPU, where they can't be known.
 
     >>> row = Measured("fmoe", 2.0, 6.0, 0.01, 450.0, 0.6, 90.0, 300.0, 21, 1, 4e-3)
     >>> f"backward {row.step - row.forward} ms; a matrix product has {row.rate / row.share:.0f} TFLOP/s"
@@ -58,7 +60,7 @@ class Measured(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One forward and backward of every layer on the same arguments."""
+    """The arguments of a forward and backward, the same for every layer."""
 
     params: MoEParams
     x: torch.Tensor
@@ -72,13 +74,13 @@ class Run(NamedTuple):
         return (y.detach(), *torch.autograd.grad(y, self.leaves(), self.cotangent))
 
     def arranged(self, layout: Callable[[ExpertParams], Any]) -> "Run":
-        """The same with the experts' weights as a peer keeps them."""
+        """The same arguments, with the experts' weights as a peer keeps them."""
         weights: Any = tuple(w.detach().requires_grad_() for w in layout(self.params.experts))
         return self._replace(params=self.params._replace(experts=weights))
 
 
 class Entry(NamedTuple):
-    """A layer with what it runs on, and what was found before anything is timed."""
+    """A layer with its arguments, and what was found before anything is timed."""
 
     layer: Layer
     run: Run
@@ -104,14 +106,13 @@ def bench_layer(
     routing    how tokens spread over experts, one of ``ROUTINGS``
     rounds     of a few steps of each layer in turn
     only       names of layers; ``None``: all
-    align      multiples for :func:`fmoe.align_rows`: a layer more for each
-    -> dict    what JSON can hold; ``layers`` has the fields of :class:`Measured`,
-               ``not_measured`` the reasons of peers that didn't run, by name, and
-               ``wrong`` the errors of those that aren't right
+    align      multiples for :func:`fmoe.align_rows`, each of which adds a layer
+    -> dict    for JSON. ``layers`` has the fields of :class:`Measured`, ``not_measured``
+               the reasons of peers that didn't run, ``wrong`` the errors of wrong ones
     =========  ===============================================================
 
-    Raises ``RuntimeError`` if a layer that is no peer has a wrong output or gradient, and ``ValueError`` for
-    fewer than two rounds and for names of no layer.
+    Raises ``RuntimeError`` if a layer that is no peer has a wrong output or gradient. Raises ``ValueError``
+    for fewer than two rounds, and for names that no layer has.
 
     >>> shape = Shape(tokens=64, dim=16, hidden=8, experts=4, top_k=2)
     >>> found = bench_layer(shape, dtype=torch.float32, device="cpu", rounds=2, only=["fmoe"], seed=0)
@@ -164,7 +165,7 @@ def _wanted(names: Iterable[str], only: list[str] | None) -> list[str]:
 def random_run(
     shape: Shape, config: RouterConfig, routing: str, dtype: torch.dtype, device: str, seed: int
 ) -> Run:
-    """A layer's weights, tokens that it spreads as ``routing`` says, and a cotangent."""
+    """A layer's weights, tokens that spread as ``routing`` says, and a cotangent."""
     torch.manual_seed(seed)
     params = random_params(shape, seed, dtype=dtype, device=device)
     x = torch.randn(shape.tokens, shape.dim, device=device).to(dtype)
@@ -175,7 +176,7 @@ def random_run(
 
 
 def _reference(run: Run, shape: Shape, config: RouterConfig) -> tuple[torch.Tensor, ...]:
-    """Output and gradients in float32, with the experts that are chosen in the run's dtype."""
+    """Output and gradients in float32, with the experts chosen in the run's dtype."""
     ids = route(run.params.router, run.x, config).expert_ids_TK
     wide = Run(*optree.tree_map(lambda t: t.detach().float().requires_grad_(), tuple(run)))
     return wide.step(lambda params, x: plain_layer(params, x, shape.top_k, ids))
@@ -189,18 +190,18 @@ def _entered(name: str, layer: Layer, run: Run, expected: tuple[torch.Tensor, ..
 
 
 def _tried(layer: Layer, run: Run, expected: tuple[torch.Tensor, ...]) -> Entry:
-    """Every call that will be timed, once; the error (Frobenius) is that of what is furthest off."""
-    # One expert a token gives the router no gradient but rounding.
+    """Run every call that will be timed once. The error is the largest relative one, by Frobenius norms."""
+    # With one expert per token, the router's gradient is rounding only.
     least = max(float(b.norm()) for b in expected) * 1e-5
     errors = [(a.float() - b).norm() / b.norm().clamp(min=least) for a, b in zip(run.step(layer), expected)]
     _without_grad(layer, run)
-    return Entry(layer, run, float(torch.stack(errors).max()), _costs(run, layer))  # max() passes over NaN
+    return Entry(layer, run, float(torch.stack(errors).max()), _costs(run, layer))  # max() misses NaN
 
 
 def _peers(
     run: Run, expected: tuple[torch.Tensor, ...], shape: Shape, config: RouterConfig, only: list[str] | None
 ) -> tuple[dict[str, Entry], dict[str, str], dict[str, float]]:
-    """Those that are right; why others couldn't be run; how wrong others are."""
+    """The peers that are right, the reasons why some didn't run, and the errors of the wrong ones."""
     y, g_x, g_router, *g_experts = expected
     right, not_measured, wrong = {}, {}, {}
     known = installed()
@@ -210,7 +211,7 @@ def _peers(
             layer = peer.make(shape, config)
             gradients = y, g_x, g_router, *peer.layout(ExpertParams(*g_experts))
             entry = _tried(layer, run.arranged(peer.layout), gradients)
-        except Exception as error:  # of whatever kind: another version, a shape or a device it isn't for
+        except Exception as error:  # any kind: another version, or an unfit shape or device
             not_measured[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
             continue
         if entry.error < ROUNDING:
@@ -250,7 +251,7 @@ def _costs(run: Run, layer: Layer) -> tuple[float, float | None, int | None, int
 
 
 def _times(entries: dict[str, Entry], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Forward and step times; layers take turns, so that a disturbance hits all of them."""
+    """Forward and step times. Layers take turns, so that a disturbance hits all of them."""
     forward: dict[str, list[float]] = {name: [] for name in entries}
     step: dict[str, list[float]] = {name: [] for name in entries}
     for times, call in ((forward, _without_grad), (step, lambda layer, run: run.step(layer))):
@@ -269,7 +270,7 @@ def _without_grad(layer: Layer, run: Run) -> torch.Tensor:
 
 
 def report(result: dict[str, Any], console: Console) -> None:
-    """A table of one result."""
+    """Print a table of one result."""
     shape = " ".join(f"{k}={v}" for k, v in result["shape"].items())
     console.print(
         f"{shape}, {result['routing']} routing (most loaded expert {result['overload']:.2f} times the mean), "

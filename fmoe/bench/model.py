@@ -1,4 +1,4 @@
-"""Training steps of a model: speed, memory beside what was planned, and where the time goes."""
+"""Training steps of a model: speed, memory beside the plan, and where the time goes."""
 
 import dataclasses
 import functools
@@ -52,17 +52,17 @@ def bench_model(
     """Train for a few steps on one device and measure them.
 
     =========  ===============================================================
-    steps      timed, after a few that aren't
+    steps      to time, after a few that aren't
     remat      words of ``transforms.per_layer``
     balanced   choose experts round robin, whatever their scores
     data       a file of text, read as bytes; ``None``: random tokens
     trace      where to write a profile of one step
-    -> dict    what JSON can hold: ms, bytes, FLOP/s, shares of a step's time
+    -> dict    for JSON: ms, bytes, FLOP/s, shares of a step's time
     =========  ===============================================================
 
-    Raises ``RuntimeError`` if the first loss isn't that of an untrained model, or the last isn't finite, and
-    ``ValueError`` for fewer than two steps, for what :func:`fmoe.plan.plan` refuses, and for a step on a CPU
-    that its memory doesn't hold.
+    Raises ``RuntimeError`` if the first loss isn't that of an untrained model, or the last isn't finite.
+    Raises ``ValueError`` for fewer than two steps, for what :func:`fmoe.plan.plan` refuses, and for a step on
+    a CPU that needs more memory than there is.
 
     >>> config = deepseek_v3.preset("debug", layers=2)
     >>> how = dict(batch_size=2, seq_len=16, steps=2, dtype=torch.float32, device="cpu", seed=0)
@@ -105,7 +105,7 @@ def bench_model(
 
 
 def _check_memory(needed: int) -> None:
-    """Raise ``ValueError`` for more bytes than this machine has."""
+    """Raise ``ValueError`` if the step needs more bytes than this machine has."""
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise argument_error(
@@ -125,7 +125,7 @@ def _measured(
     on_cuda: bool,
     trace: str | None,
 ) -> dict[str, Any]:
-    """What a first step shows, then ``steps`` after a few that warm up, and one more for each tool.
+    """Measure a first step, then ``steps`` after a few that warm up, and one more for each tool.
 
     Raises ``RuntimeError`` if the first loss isn't near ``untrained``, or the last isn't finite.
     """
@@ -157,7 +157,7 @@ def _measured(
 
 
 class _Training:
-    """A model, its optimizer, and a step of both; what a loop does but for reading the loss."""
+    """A model, its optimizer, and a step of both, like that of a training loop."""
 
     def __init__(
         self,
@@ -204,7 +204,7 @@ def _batches(
 def _times(
     step: Callable[[Any], torch.Tensor], batches: list[Any], on_cuda: bool
 ) -> tuple[list[float], float]:
-    """Milliseconds of each step, and the last loss; nothing waits between steps."""
+    """Milliseconds of each step, and the last loss. Nothing waits between steps."""
     ms, loss = [], torch.zeros(())
     events = [torch.cuda.Event(enable_timing=True) for _ in range(len(batches) + 1)] if on_cuda else []
     if on_cuda:
@@ -223,7 +223,7 @@ def _times(
 
 
 def _host_ms(step: Callable[[Any], torch.Tensor], batches: list[Any]) -> float:
-    """Milliseconds until the host has given a step to a device that is idle, lest it wait for that."""
+    """Milliseconds until the host has handed a step to an idle device, for which it needn't wait."""
     ms = []
     for batch in batches:
         torch.cuda.synchronize()
@@ -234,7 +234,7 @@ def _host_ms(step: Callable[[Any], torch.Tensor], batches: list[Any]) -> float:
 
 
 def report(result: dict[str, Any], console: Console, title: str = "a model") -> None:
-    """Tables of one result."""
+    """Print tables of one result."""
     r = result
     console.print(
         f"{title}: {r['layers']} layers ({r['dense_layers']} dense), {r['num_params'] / 1e9:.3g}B "

@@ -1,6 +1,6 @@
-"""Other implementations of the experts, where they are installed: each runs after our router.
+"""Other implementations of the experts, where they are installed. Each runs after our router.
 
-An adapter is written to the interface its peer had when it was written; one that fits no longer is reported.
+An adapter follows one version of its peer's interface. If it no longer fits, the benchmark reports that.
 """
 
 import importlib
@@ -20,10 +20,11 @@ Weights = tuple[torch.Tensor, ...]
 
 
 class Peer(NamedTuple):
-    """How to make a layer of it, and the experts' weights as it keeps them.
+    """An implementation: ``make`` makes a layer of it, and ``layout`` gives the experts' weights as it keeps
+    them.
 
-    ``layout`` only moves numbers, so it takes gradients as well. The layer is handed its result as
-    ``params.experts``: what a peer would never do in a step is not done in one.
+    ``layout`` only moves numbers, so it takes gradients as well. The layer gets its result as
+    ``params.experts``, so that a timed step converts nothing.
     """
 
     package: str
@@ -32,7 +33,7 @@ class Peer(NamedTuple):
 
 
 def installed() -> dict[str, Peer]:
-    """Those that can be imported, by the name of their layer."""
+    """The peers that can be imported, by the name of their layer."""
     return {name: peer for name, peer in PEERS.items() if importlib.util.find_spec(peer.package)}
 
 
@@ -52,7 +53,7 @@ def _interleaved(experts: ExpertParams) -> Weights:
 
 
 def _transformers(shape: Shape, config: RouterConfig) -> Layer:
-    """The experts of its DeepSeek-V3."""
+    """The experts of transformers' DeepSeek-V3."""
     name = "transformers.models.deepseek_v3"
     theirs = importlib.import_module(f"{name}.modeling_deepseek_v3")
     settings = importlib.import_module(name).DeepseekV3Config(
@@ -73,7 +74,7 @@ def _transformers(shape: Shape, config: RouterConfig) -> Layer:
 
 
 def _torchtitan(shape: Shape, config: RouterConfig) -> Layer:
-    """Of 0.3 what comes after the router; of 0.2 the layer, whose router says what ours said."""
+    """torchtitan 0.3's part after the router, or 0.2's layer with a router that repeats ours."""
     if importlib.util.find_spec("torchtitan.models.moe"):
         return _torchtitan_0_2(shape, config)
     theirs = importlib.import_module("torchtitan.models.common.moe")
@@ -98,7 +99,7 @@ def _torchtitan(shape: Shape, config: RouterConfig) -> Layer:
 
 
 class _Router(torch.nn.Module):
-    """Gives what it holds, in torchtitan's order."""
+    """A router that returns what it holds, in torchtitan's order."""
 
     def __init__(self, top_k: int) -> None:
         super().__init__()
@@ -135,7 +136,7 @@ def _torchtitan_compiled(shape: Shape, config: RouterConfig) -> Layer:
 
 
 def _scattermoe(shape: Shape, config: RouterConfig) -> Layer:
-    """Its two products, as in its ``GLUMLP``."""
+    """ScatterMoE's two products, as in its ``GLUMLP``."""
     theirs = importlib.import_module("scattermoe.parallel_experts")
 
     def run(params: Any, x: torch.Tensor) -> torch.Tensor:
@@ -151,7 +152,7 @@ def _scattermoe(shape: Shape, config: RouterConfig) -> Layer:
 
 
 def _sonicmoe(shape: Shape, config: RouterConfig) -> Layer:
-    """Its layer for a routing that is given."""
+    """SonicMoE's layer for a given routing."""
     theirs = importlib.import_module("sonicmoe.functional")
     swiglu = importlib.import_module("sonicmoe.enums").ActivationType.SWIGLU
 

@@ -1,4 +1,4 @@
-"""What a call costs: time, launches, waits of the host; and how fast the device is at its best."""
+"""The cost of a call: time, launches and waits of the host. Also the device's best rate."""
 
 import statistics
 import time
@@ -10,11 +10,11 @@ import torch
 
 from ..errors import argument_error
 
-IN_A_ROW = 3  # calls that are timed together
+IN_A_ROW = 3  # calls timed together
 
 
 def syncs(call: Callable[[], Any]) -> int:
-    """How often the host waits for the CUDA device in a call."""
+    """Count how often the host waits for the CUDA device in a call."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -26,7 +26,7 @@ def syncs(call: Callable[[], Any]) -> int:
 
 
 def launches(call: Callable[[], Any]) -> int:
-    """How many kernels a call starts on the CUDA device."""
+    """Count the kernels that a call starts on the CUDA device."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         call()
@@ -35,7 +35,7 @@ def launches(call: Callable[[], Any]) -> int:
 
 
 def timed(call: Callable[[], Any], on_cuda: bool) -> float:
-    """Milliseconds a call takes, of a few in a row: enough to hide the launch of the first."""
+    """Milliseconds per call. On CUDA it times a few in a row, which hides the launch of the first."""
     if not on_cuda:
         start = time.perf_counter()
         call()
@@ -59,7 +59,7 @@ def matmul_rate(dtype: torch.dtype, device: str) -> float:
 
 
 def check_number(function: str, argument: str, number: int) -> None:
-    """A spread is of at least two times."""
+    """Raise ``ValueError`` for fewer than two measurements, which have no spread."""
     if not isinstance(number, int) or number < 2:
         raise argument_error(
             function, argument, got=number, expected="an integer of at least 2", remedy="Measure more often."

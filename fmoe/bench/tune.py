@@ -1,6 +1,6 @@
 """Choosing the engine and tile of each of a layer's grouped products by measuring whole steps.
 
-Products alone mislead: a card at its power limit pays in clocks for what draws more.
+Measuring single products misleads: at its power limit, a card pays in clocks for a choice that draws more.
 """
 
 import functools
@@ -25,12 +25,12 @@ TILES = [
     Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 4), Tile(128, 256, 128, 8, 2), Tile(256, 128, 64, 8, 3),
     Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 4), Tile(128, 128, 64, 8, 4), Tile(128, 128, 128, 8, 3),
 ]  # fmt: skip
-GAIN = 0.01  # what another choice must save of a step's time
-ROUNDING = 0.02  # by how much another choice's results may differ
+GAIN = 0.01  # the share of a step's time that another choice must save
+ROUNDING = 0.02  # the most that another choice's results may differ
 
 
 class Tuned(NamedTuple):
-    """One product: its choices, ms of a step with each (``None`` where it can't run), and the best."""
+    """One product: its choices, ms of a step with each (``None`` if it can't run), and the best."""
 
     product: str
     choices: list[Choice]
@@ -46,7 +46,7 @@ def tune(
     rounds: int = 9,
     seed: int | None = None,
 ) -> list[Tuned]:
-    """Find the fastest choice for each product of a layer's step, one after another, and keep them in a file.
+    """Find the fastest choice for each product of a layer's step in turn, and keep all in a file.
 
     =======  ===============================================================
     shape    tokens, dimensions, experts
@@ -55,7 +55,7 @@ def tune(
     =======  ===============================================================
 
     The first choice stays unless another makes the median step faster by a hundredth. Raises ``RuntimeError``
-    where a choice gives other gradients, and ``ValueError`` for fewer than two rounds.
+    if a choice gives other gradients, and ``ValueError`` for fewer than two rounds.
     """
     check_number("tune", "rounds", rounds)
     seed = time.time_ns() % 2**31 if seed is None else seed
@@ -63,7 +63,7 @@ def tune(
     run = random_run(shape, config, "random", dtype, device, seed)
     step = functools.partial(run.step, lambda params, x: moe_forward(params, x, router=config))
     able = candidates(run)
-    tuned.write(run.x.device, {})  # before measuring, which would be lost where it can't
+    tuned.write(run.x.device, {})  # before measuring, which would be lost if writing failed
     best: dict[str, Choice] = {}
     found = []
     for product in products(shape, dtype):
@@ -78,7 +78,7 @@ def tune(
 
 
 def products(shape: Shape, dtype: torch.dtype) -> list[str]:
-    """The grouped products of a step: forward, for the rows' gradients, for the weights'."""
+    """The grouped products of a step: forward, and for the gradients of the rows and the weights."""
     up, down = (shape.dim, 2 * shape.hidden), (shape.hidden, shape.dim)
     kinds = [("mm transposed", up), ("mm transposed", down)]
     kinds += [(kind, sizes[::-1]) for kind in ("mm", "outer") for sizes in (down, up)]
@@ -86,7 +86,7 @@ def products(shape: Shape, dtype: torch.dtype) -> list[str]:
 
 
 def candidates(run: Run) -> list[Choice]:
-    """What can compute the products here; the first is what is used without tuning."""
+    """The choices that can compute the products here. The first is used without tuning."""
     w_in = run.params.experts.w_in.flatten(1, 2)
     engines = grouped.engines(run.x[:1], w_in.mT, run.x.new_empty(1, w_in.shape[1]))
     found = [Choice(engine) for engine in engines]
@@ -96,7 +96,7 @@ def candidates(run: Run) -> list[Choice]:
 def _compare(
     product: str, able: list[Choice], step: Callable[[], Any], rounds: int, device: torch.device
 ) -> list[float | None]:
-    """The median ms of a step with each choice, which take turns; ``None`` for one the device can't run."""
+    """The median ms of a step with each choice, taking turns; ``None`` for one that the device can't run."""
     with tuned.using(device, {product: able[0]}):
         expected = step()
     times: dict[Choice, list[float]] = {able[0]: []}
@@ -104,12 +104,12 @@ def _compare(
         try:
             with tuned.using(device, {product: choice}):
                 got = step()
-        except Exception as error:  # Triton has several kinds for a tile that needs more than there is
+        except Exception as error:  # Triton raises several kinds for a tile that needs too much
             print(f"tune: {choice} can't run here: {str(error).splitlines()[0]}", file=sys.stderr)
             continue
         times[choice] = []
         errors = [(a - b).float().norm() / b.float().norm() for a, b in zip(got, expected)]
-        worst = float(torch.stack(errors).max())  # NaN if one is
+        worst = float(torch.stack(errors).max())  # NaN if any is
         if not worst < ROUNDING:
             raise RuntimeError(f"tune: {choice} gives other results, by {worst:.2g} of their norm.")
     for _ in range(rounds):
@@ -120,7 +120,7 @@ def _compare(
 
 
 def report(found: list[Tuned], console: Console) -> None:
-    """A column for each product, ms of a step with each choice."""
+    """Print a column for each product: ms of a step with each choice."""
     table = Table("ms of a step with", *(each.product for each in found))
     for i, choice in enumerate(found[0].choices):
         cells = ["-" if each.ms[i] is None else f"{each.ms[i]:.3f}" for each in found]

@@ -1,7 +1,7 @@
-"""Multi-head latent attention: keys and values through one low-rank bottleneck.
+"""Multi-head latent attention, whose keys and values go through one low-rank bottleneck.
 
-Shape letters beyond those of ``fmoe/ops``: B sequences, L positions, H heads; N, R and V are the
-dimensions of a head's query and key without position, with position, and of its value.
+Shape letters beyond those of ``fmoe/ops``: B sequences, L positions, H heads. N and R are the dimensions of a
+head's query and key without and with position. V is the dimension of its value.
 """
 
 import math
@@ -18,7 +18,7 @@ from ..params import P, param
 from .config import DeepSeekV3Config
 
 FSDP = ("dp", "ep")
-LATENT_NORM_EPS = 1e-6  # published models have it whatever their other norms'
+LATENT_NORM_EPS = 1e-6  # published models have this one, whatever their other norms have
 
 
 class LowRankQuery(NamedTuple):
@@ -32,8 +32,8 @@ class LowRankQuery(NamedTuple):
 class AttentionParams(NamedTuple):
     """``query`` is one matrix (H * (N + R), D) or a :class:`LowRankQuery`.
 
-    ``kv_down`` (C + R, D) gives the latent and the one rotary key all heads share; ``kv_norm`` (C,);
-    ``kv_up`` (H * (N + V), C) gives each head's key and value; ``out`` (D, H * V).
+    ``kv_down`` (C + R, D) gives the latent and the one rotary key that all heads share. ``kv_norm`` is (C,).
+    ``kv_up`` (H * (N + V), C) gives each head's key and value. ``out`` is (D, H * V).
     """
 
     query: torch.Tensor | LowRankQuery
@@ -80,7 +80,7 @@ def attention_specs(config: DeepSeekV3Config) -> AttentionParams:
 def attention_forward(
     params: AttentionParams, x: torch.Tensor, rope: Rope, config: DeepSeekV3Config
 ) -> torch.Tensor:
-    """Causal multi-head latent attention, of heads that may be cut along ``tp``.
+    """Causal multi-head latent attention, with heads that may be cut along ``tp``.
 
     ==========  ===========  ================================================================
     params                   :class:`AttentionParams`
@@ -97,7 +97,7 @@ def attention_forward(
         q = F.linear(rms_norm(F.linear(x, down), norm, eps), up)
     else:
         q = F.linear(x, params.query)
-    q = q.unflatten(-1, (-1, head))  # (B, L, H, N + R), of the heads held here
+    q = q.unflatten(-1, (-1, head))  # (B, L, H, N + R), the heads held here
     q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
     latent, k_rope = F.linear(x, params.kv_down).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
     kv = F.linear(rms_norm(latent, params.kv_norm, eps), params.kv_up)
@@ -127,8 +127,8 @@ def rope_table(config: DeepSeekV3Config, length: int, device: torch.device | str
 def frequencies(config: DeepSeekV3Config, device: torch.device | str | None = None) -> torch.Tensor:
     """Radians per position of each rotary pair, float32 (R / 2,).
 
-    YaRN keeps the pairs that turn at least ``beta_fast`` times in the original context, slows those that
-    turn at most ``beta_slow`` times down by ``factor``, and goes linearly from one to the other in between.
+    YaRN keeps the pairs that turn at least ``beta_fast`` times in the original context. It slows those that
+    turn at most ``beta_slow`` times by ``factor``, and goes linearly from one to the other in between.
 
     Source: YaRN, arXiv 2309.00071, section 3.2, with the bounds rounded outwards as DeepSeek published them.
     """
@@ -152,8 +152,8 @@ def frequencies(config: DeepSeekV3Config, device: torch.device | str | None = No
 def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
     """Rotate the pairs (0, 1), (2, 3), ... of the last dimension, by float32 angles, in ``x``'s dtype.
 
-    ``x`` is (B, L, H, R).
-    The pairs' first members come out first, then the second ones: queries and keys agree on it.
+    ``x`` is (B, L, H, R). The pairs' first members come out first, then the second ones. Queries and keys
+    agree on this order.
     """
     cos, sin = (angle[:, None].to(x.dtype) for angle in rope)  # [L, 1, R/2]
     a, b = x[..., 0::2], x[..., 1::2]
@@ -161,7 +161,7 @@ def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """``x / rms(x) * weight``; the root mean square is taken in float32 or wider.
+    """``x / rms(x) * weight``, with the root mean square in float32 or wider.
 
     >>> rms_norm(torch.tensor([3.0, 4.0]), torch.ones(2), 0.0)
     tensor([0.8485, 1.1314])

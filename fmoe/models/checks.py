@@ -1,4 +1,4 @@
-"""Whether what a layer is given fits together."""
+"""Checks that a layer's inputs fit together."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ from ..tree import check_tensors, dotted_names
 
 
 def check_token_spec(function: str, argument: str, x: torch.Tensor, spec: P) -> None:
-    """Raise ``ValueError`` unless tokens, whose last dimension is whole, lie along the axes for tokens."""
+    """Raise ``ValueError`` unless tokens lie along the axes for tokens, with a whole last dimension."""
     if named_axes(spec) - {"dp", "ep"} or (dtensor_beneath(x) and any(spec[x.dim() - 1 :])):
         raise argument_error(
             function,
@@ -63,7 +63,7 @@ def check_layer(params: Any, x: torch.Tensor) -> None:
 
 
 def check_on_one_device(function: str, param: torch.Tensor) -> None:
-    """Raise ``ValueError`` for a DTensor among the params of a call without a mesh."""
+    """Raise ``ValueError`` for a DTensor among the params of a call that has no mesh."""
     if dtensor_beneath(param):
         raise argument_error(
             function, "mesh", got="None, for params that are DTensors", expected="the mesh they lie on"
@@ -122,7 +122,7 @@ def check_tokens(function: str, argument: str, tokens: torch.Tensor, max_seq_len
 
 
 def check_same(function: str, what: str, argument: str, found: Any, of_tokens: Any) -> None:
-    """Raise ``ValueError`` unless something is of tokens and targets what it is of tokens."""
+    """Raise ``ValueError`` unless ``what`` is the same for an argument as for the tokens."""
     if found != of_tokens:
         raise argument_error(
             function,
@@ -134,7 +134,7 @@ def check_same(function: str, what: str, argument: str, found: Any, of_tokens: A
 
 
 def check_heads(function: str, num_heads: int, mesh: DeviceMesh) -> None:
-    """Raise ``ValueError`` unless heads are shared evenly along ``tp``."""
+    """Raise ``ValueError`` unless ``tp`` divides the heads."""
     tp = axis_sizes(mesh).get("tp", 1)
     if num_heads % tp:
         raise argument_error(

@@ -12,17 +12,17 @@ class Yarn:
     """Rotary positions stretched to a context longer than the one trained on (YaRN, arXiv 2309.00071).
 
     ====================  ========================================
-    factor                how much longer the context is
+    factor                how many times longer the context becomes
     original_max_seq_len  positions of the original context
-    beta_fast             pairs that turn this often in the original context keep their frequency
-    beta_slow             pairs that turn this seldom are slowed down by ``factor``
-    mscale                cosines and sines are multiplied by ``magnitude(mscale)``
+    beta_fast             pairs that turn at least this often there keep their frequency
+    beta_slow             pairs that turn at most this often there are slowed by ``factor``
+    mscale                multiplies cosines and sines by ``magnitude(mscale)``
                           over ``magnitude(mscale_all_dim)``
-    mscale_all_dim        the softmax's scale is multiplied by ``magnitude(mscale_all_dim)`` squared
+    mscale_all_dim        multiplies the softmax's scale by ``magnitude(mscale_all_dim)`` squared
     ====================  ========================================
 
-    Raises ``ValueError`` for numbers out of range. With ``mscale_all_dim`` 0, ``mscale`` must be 1: what
-    others mean is not the same in the two published implementations.
+    Raises ``ValueError`` for numbers out of range. With ``mscale_all_dim`` 0, ``mscale`` must be 1, since the
+    two published implementations disagree about other values.
 
     >>> round(Yarn(factor=40, original_max_seq_len=4096).magnitude(0.707), 4)
     1.2608
@@ -47,16 +47,16 @@ class Yarn:
                 raise argument_error("Yarn", name, got=getattr(self, name), expected=expected)
 
     def magnitude(self, mscale: float) -> float:
-        """How much attention's logits grow with the length of the context."""
+        """The growth of attention's logits with the length of the context."""
         return 0.1 * mscale * math.log(self.factor) + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class DeepSeekV3Config:
-    """Sizes and hyper-parameters of a model: DeepSeek-V3, and DeepSeek-V2, which has softmax scores.
+    """Sizes and hyper-parameters of a DeepSeek-V3, or of a DeepSeek-V2, which has softmax scores.
 
-    ``q_lora_rank`` 0 means queries without a bottleneck. ``hidden_dim`` is that of the dense layers,
-    ``moe_hidden_dim`` that of one expert. With ``tied_head`` the embedding is also the head.
+    A ``q_lora_rank`` of 0 means queries without a bottleneck. ``hidden_dim`` belongs to the dense layers,
+    ``moe_hidden_dim`` to one expert. With ``tied_head`` the embedding is also the head.
 
     Raises ``ValueError`` for sizes that don't fit together.
 
@@ -113,7 +113,7 @@ class DeepSeekV3Config:
             self.router.check(self.num_experts, "DeepSeekV3Config")
 
 
-# Source: the published configurations, and for the initialisation arXiv 2405.04434 and 2412.19437.
+# Source: the published configurations; for the initialisation, arXiv 2405.04434 and 2412.19437.
 _V2 = DeepSeekV3Config(
     vocab_size=102400,
     dim=5120,
@@ -193,8 +193,8 @@ PRESETS = {
 def preset(name: str, *, layers: int | None = None) -> DeepSeekV3Config:
     """A configuration by name: ``debug``, ``16B`` (DeepSeek-V2-Lite), ``236B`` (V2) or ``671B`` (V3).
 
-    With ``layers`` only so many of them, one of which is dense. Raises ``ValueError`` for any other name, and
-    for a number of layers that it hasn't.
+    With ``layers`` it has only so many, one of them dense. Raises ``ValueError`` for any other name, and for
+    more layers than the model has.
 
     >>> preset("debug").num_experts, preset("671B", layers=4).num_dense_layers
     (16, 1)

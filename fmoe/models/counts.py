@@ -1,4 +1,4 @@
-"""How large a DeepSeek-V3 is, and what a token costs it."""
+"""The size of a DeepSeek-V3, and the cost of a token."""
 
 import optree
 
@@ -10,10 +10,10 @@ from .params import ModelParams, specs
 
 
 def num_params(config: DeepSeekV3Config) -> tuple[int, int]:
-    """Parameters in all, and those active for one token; allocates nothing.
+    """Parameters in all, and those active for one token. Allocates nothing.
 
-    Active are, of the routed experts, ``top_k``, and everything else but an embedding that is only looked up:
-    with this count DeepSeek-V3 has its published 37 billion.
+    ``top_k`` of the routed experts are active, and everything else but an embedding that is only looked up.
+    By this count DeepSeek-V3 has its published 37 billion.
 
     >>> from fmoe.models.config import preset
     >>> num_params(preset("debug"))
@@ -28,10 +28,10 @@ def flops_per_token(config: DeepSeekV3Config, seq_len: int) -> float:
 
     ``3 * (2 * matmul weights active for a token + layers * heads * (N + R + V) * (seq_len + 1))``
 
-    Going forward a weight of a matrix product costs a multiplication and an addition, going backward twice
-    that; the weights are those :func:`num_params` calls active, without norms and selection biases. A causal
-    token attends to ``(seq_len + 1) / 2`` keys on average, in every head through one product of N + R
-    dimensions for the scores and one of V for the values.
+    In the forward, a weight of a matrix product costs a multiplication and an addition; in the backward,
+    twice that. These weights are the active ones of :func:`num_params`, without norms and selection biases. A
+    causal token attends to ``(seq_len + 1) / 2`` keys on average. In every head this takes one product of N +
+    R dimensions for the scores and one of V for the values.
 
     Source: PaLM, arXiv 2204.02311, appendix B, with exact causal attention.
 

@@ -1,7 +1,8 @@
 """DeepSeek-V3: latent attention, dense first layers, mixture-of-experts layers with shared experts.
 
-On a mesh the model is one function inside :func:`fmoe.shard_map`: tokens along ``dp`` and ``ep``, experts
-along ``ep``, heads, hidden dimensions and the vocabulary along ``tp``, the rest cut and gathered when used.
+On a mesh the model is one function inside :func:`fmoe.shard_map`. Tokens lie along ``dp`` and ``ep``, and
+experts along ``ep``. Heads, hidden dimensions and the vocabulary lie along ``tp``. The rest is cut, and
+gathered when used.
 """
 
 from collections.abc import Callable
@@ -40,10 +41,10 @@ def init(
     device: str | torch.device | None = None,
     mesh: DeviceMesh | None = None,
 ) -> ModelParams:
-    """Random parameters: normal of deviation ``config.init_std``, norms one, biases zero.
+    """Random parameters: normal weights of deviation ``config.init_std``, norms of one, zero biases.
 
-    With a mesh they are DTensors placed by :func:`specs`, and every device draws only its own pieces; the
-    numbers are the same on every mesh. Raises ``ValueError`` listing what doesn't divide by the mesh.
+    With a mesh they are DTensors placed by :func:`specs`. Every device draws only its own pieces, and the
+    numbers are the same on every mesh. Raises ``ValueError`` listing what the mesh doesn't divide.
 
     >>> params = init(preset("debug"), 0)
     >>> len(params.layers), params.embedding.shape
@@ -61,18 +62,18 @@ def forward(
     backend: str = "auto",
     per_layer: Wrap = lambda layer: layer,
 ) -> tuple[torch.Tensor, Stats]:
-    """Logits of every position's next token, and the statistics of every MoE layer.
+    """The logits of every position's next token, and the statistics of every MoE layer.
 
     ==========  ==============  =============================================================
     params                      from :func:`init`
     tokens      (B, L)          int64, below ``config.vocab_size``
-    mesh                        ``None``: this device alone; else as for :func:`fmoe.moe_forward`, with plain
+    mesh                        ``None``: this device alone. Else as for :func:`fmoe.moe_forward`, with plain
                                 tokens (this device's own sequences) or a DTensor of them
-    backend                     what carries tokens to experts, as for :func:`fmoe.moe_forward`
+    backend                     carries tokens to experts, as for :func:`fmoe.moe_forward`
     per_layer                   wraps the function of one layer: ``fmoe.remat``, ``torch.compile``
     -> logits   (B, L, vocab)   dtype of the parameters; for plain tokens this device's part, with
                                 ``tp`` also of the vocabulary
-    -> stats                    one :class:`fmoe.MoEStats` for each MoE layer, over all tokens
+    -> stats                    one :class:`fmoe.MoEStats` per MoE layer, over all tokens
     ==========  ==============  =============================================================
 
     Raises ``ValueError`` for tokens of a wrong dtype or shape.
@@ -108,14 +109,14 @@ def loss(
     per_layer: Wrap = lambda layer: layer,
     logits_bytes: int = LOGITS_BYTES,
 ) -> tuple[torch.Tensor, Stats]:
-    """Mean cross entropy in nats, float32 or wider, and the statistics of every MoE layer.
+    """The mean cross entropy in nats, float32 or wider, and the statistics of every MoE layer.
 
-    ``tokens`` and ``targets`` are int64 (B, L); a target of -100 isn't counted. The rest is as for
-    :func:`forward`. On a mesh the mean is over all devices' tokens, the same number on each; logits are never
-    gathered, and no more than ``logits_bytes`` of them, in float32, exist at once. A training loop
-    differentiates it with ``fmoe.value_and_grad(loss, has_aux=True)``.
+    ``tokens`` and ``targets`` are int64 (B, L), and a target of -100 doesn't count. The rest is as for
+    :func:`forward`. On a mesh the mean is over all devices' tokens, and the same on each. Logits are never
+    gathered. At most ``logits_bytes`` of them, in float32, exist at once. A training loop differentiates the
+    loss with ``fmoe.value_and_grad(loss, has_aux=True)``.
 
-    Raises ``ValueError`` for tokens and targets of a wrong dtype or of different shapes.
+    Raises ``ValueError`` for tokens and targets of a wrong dtype, or of different shapes.
 
     >>> config = preset("debug")
     >>> tokens = torch.randint(256, (2, 16))
@@ -144,7 +145,7 @@ def _on_mesh(
     backend: str,
     out_specs: Callable[[P], Any],
 ) -> Any:
-    """``run(how, along, params, *inputs)``: ``how`` params move, and ``along`` which axes tokens lie."""
+    """Run ``run(how, along, params, *inputs)`` with the params' moves and the axes that tokens lie along."""
     if mesh is None:
         check_on_one_device(function, params.embedding)
         choose(function, backend, None)
@@ -172,7 +173,7 @@ def _on_mesh(
 
 
 def update_biases(params: ModelParams, stats: tuple[MoEStats, ...], rate: float) -> ModelParams:
-    """:func:`fmoe.update_expert_bias` of every MoE layer, by the ``stats`` of :func:`loss` for the step.
+    """Apply :func:`fmoe.update_expert_bias` to every MoE layer, by the step's ``stats`` from :func:`loss`.
 
     >>> params = init(preset("debug"), 0)
     >>> _, stats = forward(params, torch.randint(256, (2, 16)), preset("debug"))

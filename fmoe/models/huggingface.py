@@ -1,6 +1,6 @@
 """Weights of published DeepSeek models: directories of safetensors in and out.
 
-Nothing is unpickled, and no second copy of the model is made: tensors go one by one.
+Nothing is unpickled. Tensors go one by one, so there is no second copy of the model.
 """
 
 import functools
@@ -46,24 +46,25 @@ def load(
     """A model from a directory as published: ``config.json`` and safetensors.
 
     ==========  ===============================================================================
-    path        of a ``DeepseekV3ForCausalLM`` or ``DeepseekV2ForCausalLM``, its weights in one
-                file or in shards, its experts apart (as published) or fused
+    path        of a ``DeepseekV3ForCausalLM`` or ``DeepseekV2ForCausalLM``; weights in one file
+                or in shards, experts apart (as published) or fused
     dtype       of the parameters but the selection biases; ``None``: that of the embedding
     device      ``None``: the mesh's, or PyTorch's default device
     mesh        place them on it by :func:`fmoe.models.deepseek_v3.specs`, as DTensors
-    -> config   what ``config.json`` describes
+    -> config   the model that ``config.json`` describes
     -> params   for :func:`fmoe.models.deepseek_v3.forward`
     ==========  ===============================================================================
 
-    Weights in float8 with ``weight_scale_inv`` are multiplied out, block by block. The layers that predict
-    further tokens (``num_nextn_predict_layers``) and stored rotary frequencies are passed over. Files are
-    mapped, and each tensor is copied from there into the parameter it is a part of. On a mesh every rank
-    reads only what it holds, and nothing is sent; where it holds a part of every row, the system, which reads
-    pages, may read more.
+    Weights in float8 are multiplied by their ``weight_scale_inv``, block by block. The layers that predict
+    further tokens (``num_nextn_predict_layers``) and stored rotary frequencies are skipped. Files are mapped,
+    and each tensor is copied from there into its parameter.
 
-    Raises ``ValueError`` for a directory without its files, with unreadable or pickled ones, for a
-    configuration fmoe can't honour, for tensors that are missing, unexpected or of a wrong shape, all of them
-    by name, and for parameters that don't divide by the mesh.
+    On a mesh every rank reads only what it holds, and nothing is sent. If it holds a part of every row, the
+    system may read more, since it reads whole pages.
+
+    Raises ``ValueError`` for missing, unreadable or pickled files, and for a configuration that fmoe can't
+    honour. It raises for tensors that are missing, unexpected or of a wrong shape, and lists them all. It
+    also raises for parameters that the mesh doesn't divide.
 
     >>> import tempfile
     >>> from fmoe.models import deepseek_v3
@@ -98,7 +99,7 @@ def load(
 def save(
     path: str | Path, config: DeepSeekV3Config, params: ModelParams, *, max_shard_bytes: int = 5 * 10**9
 ) -> None:
-    """Write a model as published ones are: ``config.json``, safetensors of experts apart, and their index.
+    """Write a model in the published form: ``config.json``, safetensors with experts apart, and an index.
 
     ================  =========================================================================
     path              a directory without safetensors; made if it doesn't exist
@@ -106,13 +107,13 @@ def save(
     max_shard_bytes   how large a file may grow, unless one tensor is larger
     ================  =========================================================================
 
-    transformers and :func:`load` read it. The tokenizer and generation settings are not part of a model here:
-    copy their files beside it. If params are DTensors every rank calls this: one published tensor is gathered
-    after the other, and the first rank writes the same files that one process would. What is raised on one
-    rank is then raised on all.
+    transformers and :func:`load` read it. Tokenizer and generation settings are not part of a model here, so
+    copy their files beside it. If params are DTensors, every rank calls this. One published tensor after
+    another is gathered, and the first rank writes the same files that one process would. An error on one rank
+    is then raised on all.
 
-    Raises ``ValueError`` for parameters that don't belong to ``config``, all of them by name, and for
-    configurations that transformers can't express.
+    Raises ``ValueError`` listing all parameters that don't belong to ``config``, and for configurations that
+    transformers can't express.
 
     >>> import tempfile
     >>> from fmoe.models import deepseek_v3
@@ -140,7 +141,8 @@ def save(
         for value, part in shard:
             tensor = gathered(value, part.at)
             if writes:
-                # Copies only what isn't in the host's memory in one piece, and a shard of it at a time.
+                # Copies only tensors that aren't contiguous in host memory, and only one shard of them at a
+                # time.
                 host[part.name] = tensor.cpu().contiguous()
             weight_map[part.name] = file
         with step():
@@ -170,7 +172,7 @@ def _make(path: Path) -> None:
 def _shards(
     leaves: list[Leaf], tensors: list[torch.Tensor], max_bytes: int
 ) -> list[list[tuple[torch.Tensor, Part]]]:
-    """Which part of which parameter the published tensors are, file by file."""
+    """The published tensors of each file: for each its parameter, and its part of the parameter."""
     shards: list[list[tuple[torch.Tensor, Part]]] = [[]]
     size = 0
     for leaf, value in zip(leaves, tensors):
@@ -188,7 +190,7 @@ def _nbytes(value: torch.Tensor, part: Part) -> int:
 
 
 def _open(path: Path, stack: ExitStack) -> dict[str, Any]:
-    """The open file of every tensor in a directory."""
+    """The open file that holds each tensor of a directory."""
     indexed = _indexed(path / INDEX) if (path / INDEX).exists() else {}
     files = sorted(set(indexed.values())) or ["model.safetensors"]
     if missing := [name for name in ["config.json", *files] if not (path / name).exists()]:
@@ -215,7 +217,7 @@ def _open(path: Path, stack: ExitStack) -> dict[str, Any]:
 
 
 def _indexed(path: Path) -> dict[str, str]:
-    """The name of the file of every tensor, beside this index of them."""
+    """The file name for each tensor in this index. The files lie beside the index."""
     files = _json(path).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise _unreadable(path, "no weight_map")
@@ -281,7 +283,7 @@ def _check(
 
 
 def _checked(leaves: list[Leaf], params: ModelParams) -> list[torch.Tensor]:
-    """The leaves of params, which must be those described, of one dtype, and expressible."""
+    """The leaves of params, after a check that they are as described, of one dtype, and expressible."""
     found = dict(zip(dotted_names(params), check_tensors("huggingface.save", "params", params)))
     dtype = params.embedding.dtype
     known = {leaf.name for leaf in leaves}

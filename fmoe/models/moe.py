@@ -25,7 +25,7 @@ from .checks import check_layer, check_on_one_device, check_token_spec
 
 
 class MoEParams(NamedTuple):
-    """A layer's parameters, from :func:`moe_init` or made by hand: a tree whose leaves are tensors.
+    """A layer's parameters, from :func:`moe_init` or made by hand. All leaves are tensors.
 
     =======  ========================================
     router   :class:`fmoe.RouterParams`
@@ -62,13 +62,13 @@ def moe_specs(*, dim: int, hidden_dim: int, num_experts: int, num_shared_experts
 
 
 def mlp_specs(dim: int, hidden_dim: int, fsdp: tuple[str, ...]) -> ExpertParams:
-    """A SwiGLU every token goes through, as the shared experts and the dense layers are."""
+    """The specs of a SwiGLU that every token goes through: shared experts, or a dense layer."""
     return ExpertParams(
         param((2, hidden_dim, dim), P(None, "tp", fsdp)), param((dim, hidden_dim), P(fsdp, "tp"))
     )
 
 
-# Where a layer computes: each device along ep holds whole experts, each along tp a slice of every F.
+# The placement to compute in: a device holds whole experts along ep, and a slice of every F along tp.
 COMPUTING = optree.tree_map(
     lambda spec: computing(spec.partition),
     moe_specs(dim=1, hidden_dim=1, num_experts=1, num_shared_experts=1),
@@ -93,14 +93,14 @@ def moe_init(
     seed_or_generator   the same seed gives the same parameters in every dtype
     dim, hidden_dim     D and F
     num_experts         E
-    num_shared_experts  experts every token goes through, as one SwiGLU of this many times F
+    num_shared_experts  experts that every token goes through: one SwiGLU of this many times F
     dtype               of all leaves but ``router.bias_E``, which is float32
     device              ``None``: the mesh's, or PyTorch's default device
-    mesh                place them on it, as :func:`shard_params` would; every device draws only its own
-    -> MoEParams        weights drawn from a normal of deviation 0.02, biases zero
+    mesh                place them on it, as :func:`shard_params` does; a device draws only its own
+    -> MoEParams        normal weights of deviation 0.02, zero biases
     ==================  ===============================================================
 
-    Raises ``ValueError`` for sizes below one, or that don't divide by the mesh, and for other dtypes.
+    Raises ``ValueError`` for sizes below one, sizes that the mesh doesn't divide, and other dtypes.
 
     >>> params = moe_init(0, dim=8, hidden_dim=16, num_experts=4, num_shared_experts=1)
     >>> params.experts.w_in.shape, params.shared.w_out.shape
@@ -157,29 +157,31 @@ def moe_forward(
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Any:
-    """A mixture-of-experts layer: every token through its top-k experts and the shared ones.
+    """A mixture-of-experts layer. Every token goes through its top-k experts and the shared ones.
 
     ============  ===========  ===============================================================
-    params                     from :func:`moe_init`, or tensors of one's own
-    x             (..., D)     tokens; bfloat16, float16, float32 or float64, as the experts
+    params                     from :func:`moe_init`, or tensors of your own
+    x             (..., D)     tokens; bfloat16, float16, float32 or float64, like the experts
     mesh                       ``None``: this device alone. Else experts lie along its axis ``ep``, slices of
                                their hidden dimension along ``tp``, and tokens along ``dp`` and ``ep``
     router                     how tokens choose experts
-    backend                    what carries tokens along ``ep``: ``"auto"``, or ``"local"``, ``"all_to_all"``,
+    backend                    carries tokens along ``ep``: ``"auto"``, ``"local"``, ``"all_to_all"`` or
                                ``"deepep"``
     -> y          (..., D)     dtype of ``x``; with ``return_stats``, ``(y, MoEStats)``, over all tokens
     ============  ===========  ===============================================================
 
-    On a mesh ``x`` decides: a DTensor gives a DTensor of equal placement, a plain tensor is this device's own
-    tokens, as many as it likes, and gives theirs. Params are DTensors, wherever they lie (what is cut along
-    more axes than computing wants is gathered), or plain tensors, which are then this device's own piece:
-    E / ep experts, and of each F / tp; whole experts would be summed ``tp`` times. A loss of plain ``y`` is
-    this device's own, and what is differentiated is their sum over the devices that tokens lie on.
+    On a mesh, a DTensor ``x`` gives a DTensor of equal placement. A plain ``x`` is any number of this
+    device's own tokens, and so is its result. A loss of plain ``y`` is this device's own; the derivative is
+    of the sum over the devices that tokens lie on.
 
-    Works under every ``torch.func`` transform and under ``torch.compile(fullgraph=True)``. On a mesh
-    ``jvp`` wants plain tensors, and ``vmap`` over tokens raises.
+    Params on a mesh are DTensors, in any placement; the layer gathers what is cut further than it computes
+    with. Or they are plain tensors, which are then this device's own piece: E / ep experts, with F / tp of
+    each. Whole experts would be summed ``tp`` times.
 
-    Raises ``ValueError`` for inputs that don't fit together, naming what was expected.
+    It works under every ``torch.func`` transform and under ``torch.compile(fullgraph=True)``. On a mesh,
+    ``jvp`` needs plain tensors, and ``vmap`` over tokens raises.
+
+    Raises ``ValueError`` for inputs that don't fit together, and says what was expected.
 
     Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
 
@@ -216,12 +218,12 @@ def moe_forward(
 
 
 def moe_layer(params: MoEParams, x: torch.Tensor, router: RouterConfig) -> tuple[torch.Tensor, Routing]:
-    """The layer on what this device holds, and where it sent its tokens; along ``ep`` and ``tp`` if bound."""
+    """The layer on this device's pieces, along ``ep`` and ``tp`` if bound. Also gives the routing."""
     x_TD = x.reshape(-1, x.shape[-1])
     routing = route(params.router, x_TD, router)
     x_SD, plan = dispatch(x_TD, routing, axis="ep" if present("ep") else None)
     y_SD = experts_grouped_mm(params.experts, x_SD, plan)
-    if params.shared:  # meanwhile rows may be on their way back
+    if params.shared:  # rows may be on their way back meanwhile
         y_TD = join(combine_start(y_SD, plan), plan, mlp_forward(params.shared, x_TD))
     else:
         y_TD = combine(y_SD, plan)
@@ -235,17 +237,17 @@ def mlp_forward(params: ExpertParams, x: torch.Tensor) -> torch.Tensor:
 
 
 def shard_params(params: Any, mesh: DeviceMesh, specs: Any = None) -> Any:
-    """Params, equal on every device, as DTensors placed by the specs that stand beside their shapes.
+    """Params that are equal on every device, as DTensors placed by the specs beside their shapes.
 
     ========  ======================================================================
     params    a layer's, from :func:`moe_init`, or any tree of tensors
-    specs     a tree prefix of it, as ``deepseek_v3.specs(config)`` is of a model's; ``None``: the layer's.
-              Axes the mesh lacks are ignored
+    specs     a tree prefix of it, such as ``deepseek_v3.specs(config)`` for a model's; ``None``: the
+              layer's. Axes the mesh lacks are ignored
     -> tree   DTensors; every device keeps its own piece, and nothing is sent
     ========  ======================================================================
 
-    Experts lie along ``ep``, slices of hidden dimensions and heads along ``tp``, and what is left of every
-    matrix is cut along ``dp``, or ``dp`` and ``ep``, and gathered where it is used.
+    Experts lie along ``ep``, and slices of hidden dimensions and heads along ``tp``. The other dimension of
+    every matrix is cut along ``dp``, or ``dp`` and ``ep``, and gathered where it is used.
 
     Raises ``ValueError`` listing every spec that doesn't fit its tensor.
 

@@ -14,7 +14,7 @@ from .moe import MoEParams, mlp_specs, moe_specs
 
 
 class LayerParams(NamedTuple):
-    """One layer; ``mlp`` is :class:`fmoe.ExpertParams` where it is dense, else :class:`fmoe.MoEParams`.
+    """One layer. ``mlp`` is :class:`fmoe.ExpertParams` in a dense layer, else :class:`fmoe.MoEParams`.
 
     Both norms are (D,).
 
@@ -36,7 +36,7 @@ class ModelParams(NamedTuple):
     embedding  (vocab, D)
     layers                 a tuple of :class:`LayerParams`
     norm       (D,)        of the last layer's output
-    head       (vocab, D)  ``()`` where the embedding is the head, too
+    head       (vocab, D)  ``()`` where the embedding is also the head
     =========  ==========  ========================================
 
     >>> from fmoe.models.config import preset

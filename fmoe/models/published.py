@@ -1,6 +1,6 @@
 """``config.json`` of published DeepSeek-V2 and DeepSeek-V3 models, both ways.
 
-What fmoe computes differently, or not at all, is an error: a directory is read right or not at all.
+A field that fmoe computes differently, or not at all, is an error.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from ..errors import argument_error
 from ..ops.route import RouterConfig
 from .config import DeepSeekV3Config, Yarn
 
-# Their name -> ours.
+# Their names -> ours.
 MODEL = {
     "vocab_size": "vocab_size",
     "hidden_size": "dim",
@@ -49,7 +49,7 @@ YARN = {
 ABSENT = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddings": False}
 NULL = {"q_lora_rank": 0, "n_shared_experts": 0}
 
-# What fields that fmoe has no choice about must say, by model type; the first is also what absence means.
+# Allowed values, by model type, of fields that fmoe has no choice about. The first is also the default.
 BOTH: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -81,9 +81,9 @@ ROPE_TYPES = _types(YARN, Yarn) | {"rope_theta": float}
 
 
 def import_config(raw: dict[str, Any]) -> DeepSeekV3Config:
-    """The configuration a ``config.json`` describes.
+    """The configuration that a ``config.json`` describes.
 
-    Raises ``ValueError`` that lists every field fmoe can't honour.
+    Raises ``ValueError`` listing every field that fmoe can't honour.
     """
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FIXED:
@@ -113,7 +113,7 @@ def import_config(raw: dict[str, Any]) -> DeepSeekV3Config:
     )
     yarn = None
     if _rope_type(rope) == "yarn":
-        absent = {"mscale_all_dim": 0.0}  # plain YaRN: cosines and sines grow, the softmax's scale stays
+        absent = {"mscale_all_dim": 0.0}  # plain YaRN scales cosines and sines but not the softmax
         yarn = Yarn(**absent | {ours: rope[key] for key, ours in YARN.items() if rope.get(key) is not None})
     theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
     return DeepSeekV3Config(**values, router=router, rope_theta=theta, yarn=yarn)
@@ -124,7 +124,7 @@ def _rope_type(rope: dict[str, Any]) -> str:
 
 
 def _mistyped(raw: dict[str, Any], types: dict[str, Any]) -> list[str]:
-    """Fields that are neither null nor of their types; an integer is a float, too, a boolean isn't one."""
+    """Fields that are neither null nor of their type. An integer counts as a float, a boolean as neither."""
     return [
         f"{key}={raw[key]!r}, not of type {kind.__name__}"
         for key, kind in types.items()
@@ -156,7 +156,7 @@ def _wrong_rope(rope: Any) -> list[str]:
         return [f"a rope type of {kind!r}, not 'default' or 'yarn'"]
     needed = list(YARN)[:2]
     if rope.get("mscale_all_dim"):
-        needed.append("mscale")  # without it the published implementations disagree
+        needed.append("mscale")  # the published implementations disagree without it
     known = {*YARN, "rope_type", "type", "rope_theta"}
     harmless = {"attention_factor": None, "truncate": True}
     return [f"YaRN's {key} missing" for key in needed if rope.get(key) is None] + [
@@ -167,9 +167,9 @@ def _wrong_rope(rope: Any) -> list[str]:
 
 
 def export_config(config: DeepSeekV3Config) -> dict[str, Any]:
-    """The ``config.json`` of a configuration, DeepSeek-V3's if its scores are sigmoids, else DeepSeek-V2's.
+    """The ``config.json`` of a configuration: DeepSeek-V3's for sigmoid scores, else DeepSeek-V2's.
 
-    Raises ``ValueError`` that lists everything neither can express.
+    Raises ``ValueError`` listing everything that neither can express.
     """
     r = config.router
     kind = "deepseek_v3" if r.score_func == "sigmoid" else "deepseek_v2"

@@ -1,7 +1,7 @@
-"""Published tensors: which make up a parameter, read into pieces of it, gathered from pieces of it.
+"""Published tensors: which ones make up a parameter, and how its pieces read and write them.
 
-A device of a mesh holds a piece of each parameter: a slice of every dimension. It reads that much of the
-files, and to write them it gives that much to the first rank.
+A device of a mesh holds a piece of each parameter: a slice of every dimension. It reads only that much of the
+files. To write them, it gives that much to the first rank.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from ..tree import dotted_names
 from .config import DeepSeekV3Config
 from .params import specs
 
-# Our leaf, without its layer -> their tensors; {} is an expert's number.
+# Our leaf without its layer -> their tensors. {} is an expert's number.
 NAMES: dict[str, tuple[str, ...]] = {
     "embedding": ("model.embed_tokens.weight",),
     "norm": ("model.norm.weight",),
@@ -45,7 +45,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "mlp.shared.w_in": ("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"),
     "mlp.shared.w_out": ("mlp.shared_experts.down_proj.weight",),
 }
-# The layout transformers has in memory, and writes on request.
+# The layout that transformers has in memory, and writes on request.
 FUSED = {
     "mlp.experts.w_in": ("mlp.experts.gate_up_proj",),
     "mlp.experts.w_out": ("mlp.experts.down_proj",),
@@ -55,7 +55,7 @@ Piece = tuple[slice, ...]
 
 
 class Part(NamedTuple):
-    """A published tensor and where it lies: ``leaf[at]``, viewed as ``shape``."""
+    """A published tensor: its place ``leaf[at]``, viewed as ``shape``."""
 
     name: str
     at: tuple[int, ...]
@@ -63,9 +63,9 @@ class Part(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """One parameter: its dotted name, what it is, and the published tensors that make it up.
+    """One parameter: its dotted name, its spec, and the published tensors that make it up.
 
-    DeepSeek-V2 has no selection biases: there they are made of nothing, and zero.
+    DeepSeek-V2 has no selection biases: they have no published tensor and are zero.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Leaf(NamedTuple):
 
 
 def published_leaves(config: DeepSeekV3Config, *, fused: bool = False) -> list[Leaf]:
-    """Every parameter in flattening order; with ``fused`` a layer's experts are two tensors, not 3 E.
+    """Every parameter in flattening order. With ``fused``, a layer's experts are two tensors instead of 3 E.
 
     >>> from fmoe.models.config import preset
     >>> leaf = published_leaves(preset("671B"))[21]
@@ -115,7 +115,7 @@ def read_leaf(
 ) -> torch.Tensor:
     """One parameter, or a piece of it, from open files by tensor name.
 
-    ``block`` is what shares a scale in float8. Dimensions that ``piece`` doesn't name are whole.
+    In float8, each ``block`` shares a scale. Dimensions that ``piece`` doesn't name are whole.
     """
     piece = _whole(piece, leaf.spec.shape)
     make = torch.empty if leaf.parts else torch.zeros
@@ -126,7 +126,7 @@ def read_leaf(
 
 
 def reads(leaf: Leaf, piece: Piece) -> Iterator[tuple[str, Piece, tuple[Any, ...]]]:
-    """What a piece of a parameter is read from: which part of which tensor, and where in the piece it is."""
+    """The reads that fill a piece of a parameter: a tensor, a part of it, and its place in the piece."""
     for part in leaf.parts:
         at, rest = _within(piece, part.at), piece[len(part.at) :]
         if at is None:
@@ -147,12 +147,12 @@ def scale_name(name: str) -> str:
 
 
 def blocks_of(rank: int, block: Sequence[int]) -> tuple[int, ...]:
-    """The sizes of a block of a float8 tensor: of its last dimensions, and one of those before."""
+    """The sizes of a float8 tensor's block: given for the last dimensions, and one for those before."""
     return ((1,) * rank + tuple(block))[-rank:]
 
 
 def _read(files: Mapping[str, Any], name: str, inside: Piece, block: Sequence[int]) -> torch.Tensor:
-    """Part of a published tensor; of float8 multiplied out, with the scales of the blocks it touches."""
+    """Part of a published tensor. Float8 is multiplied by the scales of the blocks that the part touches."""
     tensor: torch.Tensor = files[name].get_slice(name)[inside]
     if (scales := scale_name(name)) not in files:
         return tensor
@@ -167,7 +167,7 @@ def _read(files: Mapping[str, Any], name: str, inside: Piece, block: Sequence[in
 def gathered(value: torch.Tensor, at: tuple[int, ...]) -> torch.Tensor:
     """``value[at]`` on the first rank.
 
-    Every rank calls this for a DTensor; what the others get is of no use.
+    Every rank calls this for a DTensor. The results of the others are meaningless.
     """
     if not is_dtensor(value):
         return value[at]
@@ -178,13 +178,13 @@ def gathered(value: torch.Tensor, at: tuple[int, ...]) -> torch.Tensor:
     first = not any(index for axis, index in place.items() if axis not in named_axes(spec))
     if first and (here := _within(piece, at)) is not None:
         whole[piece[len(at) :]] = value.to_local()[here]
-    # One rank holds each element and the others have zero bits there, so that the sum changes none.
+    # One rank holds each element and the others have zero bits there, so the sum changes no bit.
     dist.reduce(whole.view(torch.uint8), dst=0)
     return whole
 
 
 def _within(piece: Piece, at: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Where in a piece an index of the first dimensions lies, if it does."""
+    """The place within a piece of an index of the first dimensions, if it is inside."""
     held = all(part.start <= i < part.stop for part, i in zip(piece, at))
     return tuple(i - part.start for part, i in zip(piece, at)) if held else None
 

@@ -1,4 +1,4 @@
-"""Text from a trained model, a token at a time."""
+"""Text from a trained model, one token at a time."""
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -24,23 +24,23 @@ def sample(
     window: int | None = None,
     mesh: DeviceMesh | None = None,
 ) -> torch.Tensor:
-    """Prompts, and what the model says after them.
+    """The prompts, continued by the model.
 
     ==================  ===================  =============================================================
     prompt              (B, L)               int64, at least one token each
     num_tokens                               how many to add
     seed_or_generator                        the same seed gives the same text
     temperature                              divides the logits; 0 takes the likeliest token
-    top_k                                    only the likeliest so many can be drawn; ``None``: all
-    window                                   how many tokens the model sees, the last ones; ``None``:
+    top_k                                    draw among this many of the likeliest; ``None``: all
+    window                                   the model sees this many of the last tokens; ``None``:
                                              ``config.max_seq_len``
-    mesh                                     where the params lie; all devices are given and get the same
+    mesh                                     where the params lie; all devices give and get the same
     -> tokens           (B, L + num_tokens)  int64, the prompts first
     ==================  ===================  =============================================================
 
-    Keeps no keys and values: each token costs a forward of the window, positions counted from its start.
+    It keeps no keys and values. Each token costs a forward of the window, whose positions start at 0.
 
-    Raises ``ValueError`` for an empty prompt and options out of range.
+    Raises ``ValueError`` for an empty prompt, and for options out of range.
 
     >>> from fmoe.models.deepseek_v3 import init, preset
     >>> config = preset("debug")

@@ -1,7 +1,7 @@
 """The model on one device, inside :func:`fmoe.shard_map`: all of it, or a stage of a pipeline.
 
-The params say which. A stage has some of the layers; the first has the embedding and is given tokens, a later
-one what the stage before it gives; the last has the norm and the head.
+The params say which. A stage has some of the layers. The first stage has the embedding and takes tokens. A
+later one takes the output of the stage before it. The last has the norm and the head.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def stage_loss(
     per_layer: Wrap,
     logits_bytes: int = LOGITS_BYTES,
 ) -> tuple[torch.Tensor, Stats]:
-    """The mean cross entropy or, where the stage isn't the last, what the next is given."""
+    """The mean cross entropy or, unless the stage is the last, the input of the next."""
     x, stats = hidden(params, x, config, how, along, per_layer)
     if isinstance(params.norm, tuple):
         return x, stats
@@ -52,14 +52,15 @@ def hidden(
     along: tuple[str, ...],
     per_layer: Wrap,
 ) -> tuple[torch.Tensor, Stats]:
-    """The last layer's output (B, L, D), normalised where there is a norm.
+    """The last layer's output (B, L, D), normalised if there is a norm.
 
-    ``x`` is tokens (B, L) or a layer's output; ``how`` params move, and ``along`` which axes tokens lie.
+    ``x`` is tokens (B, L) or a layer's output. ``how`` holds the params' moves, and ``along`` the axes that
+    tokens lie along.
     """
     rope = rope_table(config, x.shape[1], x.device)
     if not x.is_floating_point():
         x = embed(x, moved(params.embedding, how.embedding))
-    # One function for all layers, so that what wraps it (a compiler, say) sees it as one.
+    # One function for all layers, so that a wrapper such as a compiler sees only one.
     layer = per_layer(one_layer)
     stats: list[MoEStats] = []
     for layer_params, moves_of_layer in zip(params.layers, how.layers):
@@ -97,7 +98,7 @@ def one_layer(
 def moves_of(
     function: str, params: ModelParams, have: ModelParams, wanted: ModelParams, mesh: DeviceMesh
 ) -> ModelParams:
-    """How the parameters move: those of a layer in the layer, where they are used."""
+    """The moves of all parameters. Those of a layer are grouped, since the layer applies them."""
 
     def of(name: str, trees: tuple[Any, Any, Any]) -> Moves:
         return moves(function, f"params.{name}", *trees, mesh)

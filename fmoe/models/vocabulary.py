@@ -1,4 +1,4 @@
-"""Embedding and loss over a vocabulary that may be cut along ``tp``: no device sees all logits."""
+"""Embedding and loss over a vocabulary that may be cut along ``tp``. No device sees all logits."""
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,12 @@ IGNORED = -100
 
 
 def embed(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Rows (..., D) of ``weight`` (vocab, D), of which each device along ``tp`` holds its part."""
+    """Rows (..., D) of ``weight`` (vocab, D). Each device along ``tp`` holds its part of it."""
     axes = present("tp")
     if axis_size(axes) == 1:
         try:
             return F.embedding(ids, weight)
-        except IndexError as error:  # on a CPU; CUDA reports it where it next waits
+        except IndexError as error:  # on a CPU; CUDA reports it at its next wait
             raise argument_error(
                 "embed",
                 "ids",
@@ -37,16 +37,15 @@ def summed_cross_entropy(
 
     ============  ==========  ==============================================================
     x             (..., D)    hidden states
-    weight        (vocab, D)  of which each device along ``tp`` holds its part
-    targets       (...)       int64; one of -100 has no cross entropy
-    logits_bytes              how many bytes of float32 logits there are at once, at most; never fewer than
-                              64 columns
+    weight        (vocab, D)  each device along ``tp`` holds its part of it
+    targets       (...)       int64; -100 means no cross entropy
+    logits_bytes              the most bytes of float32 logits at once, but at least 64 columns
     ============  ==========  ==============================================================
 
-    Between forward and backward it keeps ``x`` and a number per token; logits are computed again.
+    Between forward and backward it keeps ``x`` and a number per token. The backward recomputes the logits.
     """
     axes, counted, rows = present("tp"), targets != IGNORED, x.flatten(0, -2)
-    # To the operator -1 is no entry, which a target of -1 isn't: like all below zero it is refused.
+    # -1 means "no entry" to the operator, but is an invalid target. Like all below zero it is refused.
     index = torch.where(counted, torch.where(targets < 0, weight.shape[0], targets), -1).flatten()
     if axis_size(axes) > 1:
         local, here = _mine(torch.where(counted, targets, 0).flatten(), weight.shape[0], axes)
@@ -59,7 +58,7 @@ def summed_cross_entropy(
 
 
 def _mine(ids: torch.Tensor, rows: int, axes: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids within this device's part of the vocabulary, and which of them are in it."""
+    """Ids as rows of this device's part of the vocabulary, and which of them are in it."""
     inside = (ids >= 0) & (ids < rows * axis_size(axes))
     torch._assert_async(
         inside.all(),

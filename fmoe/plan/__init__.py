@@ -1,4 +1,4 @@
-"""What a training step will hold and send, before anything runs: ``python -m fmoe plan``."""
+"""Plans: what a training step will hold and send, before anything runs (``python -m fmoe plan``)."""
 
 from .planning import Plan, copies_per_token, plan
 from .stage import StagePlan

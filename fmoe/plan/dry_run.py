@@ -1,7 +1,7 @@
-"""Running without computing: what is allocated when, and what is sent, on fake tensors.
+"""A dry run on fake tensors: what is allocated when, and what is sent.
 
-The library's own functions run, so what they keep, free and send follows from them. Only what a kernel holds
-while it runs is stated here, for CUDA.
+The library's own functions run, so what they keep, free and send follows from them. This file states only
+what a kernel on CUDA holds while it runs.
 """
 
 import weakref
@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops.cross_entropy import block_columns
 
-GRANULE = 512  # CUDA's allocator rounds up to it
-CUBLAS = 2 * 32 * 2**20  # its workspace on Hopper, once for each thread that launches: forward, backward
+GRANULE = 512  # CUDA's allocator rounds sizes up to this
+CUBLAS = 2 * 32 * 2**20  # its workspace on Hopper, for both threads that launch: forward, backward
 
 
 class Rows(NamedTuple):
-    """Rows of one dispatch along ``ep``: how many a device sends, receives, and has for its experts."""
+    """Rows of one dispatch along ``ep``: those that a device sends, receives, and has for its experts."""
 
     sent: int
     received: int
@@ -28,11 +28,10 @@ class Rows(NamedTuple):
 
 
 class DryRun(TorchDispatchMode):
-    """Follows every storage from its first tensor to its last, and counts bytes sent by each operator.
+    """Follows every storage from its first tensor to its last, and counts the bytes that each operator sends.
 
-    ``timeline`` has a storage's number, and whether it came or went; ``marks`` are places in it by name, in
-    the order in which they were passed.
-    Enter it inside a ``FakeTensorMode``.
+    ``timeline`` has the number of each storage that came or went, and which of the two it did. ``marks`` are
+    places in it, by name, in order. Enter it inside a ``FakeTensorMode``.
     """
 
     def __init__(self, *, rows: Rows | None = None, on_cuda: bool = True) -> None:
@@ -47,14 +46,14 @@ class DryRun(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().partition(".")[0]
-        if name == "aten::equal":  # remat asks whether random numbers were drawn; none are
+        if name == "aten::equal":  # remat asks whether random numbers were drawn; none were
             return True
         if name == "fmoe::exchange" and self.rows is not None:
             out = exchanged(self.rows, *args)
         else:
             out = func(*args, **(kwargs or {}))
         outputs = [t for t in optree.tree_leaves(out) if isinstance(t, torch.Tensor)]
-        # A copy that only lays out anew is whatever it copies: a gathered parameter, say.
+        # A copy that only changes the layout counts as what it copies, such as a gathered parameter.
         maker = self.maker[self.number(args[0])] if name == "aten::clone" else name
         for tensor in outputs:
             self.number(tensor, name if maker == "given" else maker)
@@ -81,7 +80,7 @@ class DryRun(TorchDispatchMode):
         return {self.number(t) for t in optree.tree_leaves(tree) if isinstance(t, torch.Tensor)}
 
     def alive(self, at: int) -> set[int]:
-        """What was there at a place of the timeline."""
+        """The storages that exist at a place of the timeline."""
         found: set[int] = set()
         for number, came in self.timeline[:at]:
             (found.add if came else found.discard)(number)
@@ -91,7 +90,7 @@ class DryRun(TorchDispatchMode):
         return sum(self.bytes_of[n] for n in numbers)
 
     def peak(self, start: int, stop: int) -> tuple[int, int]:
-        """The most bytes between two places of the timeline, and the place."""
+        """The most bytes between two places of the timeline, and where that is."""
         live = self.size(self.alive(start))
         most, where = live, start
         for at in range(start, stop):
@@ -112,7 +111,7 @@ class DryRun(TorchDispatchMode):
 
 
 def exchanged(rows: Rows, x: Any, weights: Any, ids: Any, num_experts: int, size: int, *_: Any) -> Any:
-    """The outputs of the operator ``exchange`` for so many rows."""
+    """The outputs of the operator ``exchange`` for these rows."""
     index = ids.new_empty
     return (
         x.new_empty(rows.received, x.shape[1]),
@@ -126,7 +125,7 @@ def exchanged(rows: Rows, x: Any, weights: Any, ids: Any, num_experts: int, size
     )
 
 
-# ---- what kernels hold on CUDA beyond arguments and results, in bytes --------------------------------------
+# ---- bytes that kernels on CUDA hold beyond arguments and results ------------------------------------------
 
 
 def _experts_up(args: Any, outs: Any) -> int:
@@ -140,18 +139,18 @@ def _experts_up_backward(args: Any, outs: Any) -> int:
 
 def _experts_down(args: Any, outs: Any) -> int:
     h, w_out = args[0], args[1]
-    return h.shape[0] * (h.shape[2] + w_out.shape[1]) * h.element_size()  # activation, rows before their sum
+    return h.shape[0] * (h.shape[2] + w_out.shape[1]) * h.element_size()  # activation, unsummed rows
 
 
 def _experts_down_backward(args: Any, outs: Any) -> int:
     h, dim = args[1], args[2].shape[1]
     hidden = h.shape[2]
-    # Twice one (R, F); first beside the expanded cotangents, when g_h (R, 2, F) isn't there yet.
+    # Two of (R, F) in turn. The first lies beside the expanded cotangents, before g_h (R, 2, F) exists.
     return h.shape[0] * max(hidden, dim - hidden) * h.element_size()
 
 
 def _wide(*tensors: torch.Tensor) -> int:
-    """What float32 copies take."""
+    """Bytes of float32 copies."""
     return sum(4 * t.numel() for t in tensors if t.element_size() < 4)
 
 
@@ -169,7 +168,7 @@ def plain_attention_backward(args: Any, outs: Any) -> int:
 
 
 def _attention(args: Any, outs: Any) -> int:
-    """Only float64 goes by products that hold all scores, if the kernels of a GPU prove right there."""
+    """Only float64 takes products that hold all scores, if a GPU's kernels prove right there."""
     return plain_attention(args, outs) if args[0].dtype == torch.float64 else 0
 
 
@@ -191,7 +190,7 @@ def _cross_entropy(args: Any, outs: Any) -> int:
 def _cross_entropy_backward(args: Any, outs: Any) -> int:
     _, x, weight, _, block_bytes, _ = args
     narrow = x.element_size() if x.element_size() < 4 else 0
-    # A block's logits while they become their cotangents; its product beside what is summed so far.
+    # First a block's logits while they become cotangents, then its product beside the sum so far.
     block = _block(x, weight, block_bytes)
     return 4 * x.numel() + max((4 + narrow) * block, (narrow or 4) * block + 4 * x.numel())
 
@@ -230,7 +229,7 @@ WORKSPACES: dict[str, Callable[[Any, Any], int]] = {
 }
 
 
-# ---- bytes a device sends: rings for collectives, and to every other device alike for tokens --------------
+# ---- bytes that a device sends: rings for collectives; tokens go evenly to all other devices --------------
 
 
 def _others(size: int, nbytes: int) -> int:

@@ -1,4 +1,4 @@
-"""What training takes before anything runs: memory by part on each device, and what devices send each other.
+"""Plans of training: memory by part on each device, and what devices send each other.
 
 A step of the library's own code runs on fake tensors of one device's sizes, so a plan follows the code. It
 needs no GPU, no process group and no memory.
@@ -27,9 +27,9 @@ SAMPLED_TOKENS = 8192
 
 
 class Plan(NamedTuple):
-    """Stages in order; one where there is no pipeline. ``rows`` is a dispatch's, ``None`` along ``ep=1``.
+    """A plan, with its stages in order: one if there is no pipeline.
 
-    ``peak`` is the most bytes on any device.
+    ``rows`` are those of a dispatch, or ``None`` along ``ep=1``. ``peak`` is the most bytes on any device.
 
     >>> from fmoe.models.deepseek_v3 import preset
     >>> found = plan(preset("debug", layers=2), "pp=2", batch_size=2, seq_len=16, device_type="cpu")
@@ -64,25 +64,25 @@ def plan(
     logits_bytes: int = LOGITS_BYTES,
     device_type: str = "cuda",
 ) -> Plan:
-    """Memory and traffic of a training step on each device, without any.
+    """Plan the memory and traffic of a training step on each device, without using any.
 
     =============  =======================================================================
-    mesh           axes and sizes, as ``"dp=2,ep=4"`` or a dict; ``pp`` divides the layers, which can be
-                   planned though not yet trained
-    batch_size     sequences a step, over all devices; ``seq_len`` tokens each
-    micro_batches  parts a step's batch is computed in
-    dtype          of parameters; ``compute_dtype``: of the model's arithmetic, ``None`` for the same
-    per_layer      as for ``deepseek_v3.loss``: ``fmoe.remat``, say. ``torch.compile`` is left out: it can
+    mesh           axes and sizes, as ``"dp=2,ep=4"`` or a dict; ``pp`` divides the layers, and can be
+                   planned but not yet trained
+    batch_size     sequences per step, over all devices, of ``seq_len`` tokens each
+    micro_batches  the parts in which a step's batch is computed
+    dtype          of parameters; ``compute_dtype`` is that of the arithmetic, ``None`` for the same
+    per_layer      as for ``deepseek_v3.loss``, such as ``fmoe.remat``. Leave ``torch.compile`` out; it can
                    keep less than is planned
     optimizer      its ``init`` and ``update`` run, too; ``None``: ``adamw()``
     max_norm       gradients are clipped to it; ``None``: they aren't
     imbalance      how many times its fair share of rows the busiest device along ``ep`` gets
-    device_type    ``"cuda"``: sizes as its allocator rounds them, and what kernels hold while they run;
+    device_type    ``"cuda"``: with its allocator's rounding, and what kernels hold while they run;
                    ``"cpu"``: tensors only
     -> Plan
     =============  =======================================================================
 
-    Raises ``ValueError`` for sizes below 1 or that the mesh doesn't divide, and for other devices.
+    Raises ``ValueError`` for sizes below 1, for sizes that the mesh doesn't divide, and for other devices.
 
     >>> from fmoe.models.deepseek_v3 import num_params, preset
     >>> found = plan(preset("debug"), batch_size=4, seq_len=64, device_type="cpu")
@@ -149,7 +149,7 @@ def _without_pp(sizes: dict[str, int]) -> Any:
 
 
 def copies_per_token(config: DeepSeekV3Config, ep: int) -> float:
-    """To how many devices along ``ep`` a token goes, itself included, if every expert is equally likely.
+    """The devices along ``ep`` that a token goes to, its own included, if all experts are equally likely.
 
     >>> from fmoe.models.deepseek_v3 import preset
     >>> 3.9 < copies_per_token(preset("671B"), 8) <= 4.0      # a group of experts to a device, 4 of 8 groups
@@ -170,7 +170,7 @@ def _rows(config: DeepSeekV3Config, tokens: int, copies: float, imbalance: float
 
 
 def _in_flight(stage: StagePlan, count: int) -> StagePlan:
-    """The stage with so many micro-batches between their forward and backward."""
+    """The stage with ``count`` micro-batches between their forward and backward."""
     more = (count - 1) * sum(stage.activations.values())
     phases = {
         phase: {**parts, "activations": parts["activations"] + more * (phase in ("forward", "backward"))}

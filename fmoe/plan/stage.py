@@ -30,17 +30,20 @@ PARTS = ("parameters", "converted", "gradients", "optimizer", "activations", "wo
 
 
 class StagePlan(NamedTuple):
-    """One device of a pipeline stage, in bytes; all devices of a stage are alike.
+    """One device of a pipeline stage, in bytes. All devices of a stage are alike.
 
-    ``layers``      first layer and the one after the last
-    ``parameters``  in the dtype they are kept in; ``converted``: copies in the dtype computed in
-    ``gradients``   as the optimizer gets them; in ``phases`` also what micro-batches' are summed in
-    ``optimizer``   its state
-    ``activations`` between forward and backward, by kind of operator, of all micro-batches in flight
-    ``in_flight``   how many those are
-    ``phases``      the parts of the most there is at once, for each phase of a step
-    ``workspaces``  of those parts the workspace, by kind of operator
-    ``sent``        bytes sent in a step, by purpose
+    ===============  ====================================================================
+    ``layers``       first layer, and the one after the last
+    ``parameters``   in the dtype they are kept in
+    ``converted``    copies of them in the dtype of the arithmetic
+    ``gradients``    as the optimizer gets them; in ``phases`` also the sums of micro-batches
+    ``optimizer``    its state
+    ``activations``  between forward and backward, by kind of operator, of all micro-batches in flight
+    ``in_flight``    how many those are
+    ``phases``       for each phase of a step, the parts of its peak
+    ``workspaces``   the workspace among those parts, by kind of operator
+    ``sent``         bytes sent in a step, by purpose
+    ===============  ====================================================================
 
     >>> from fmoe.models.deepseek_v3 import preset
     >>> from fmoe.plan import plan
@@ -66,7 +69,7 @@ class StagePlan(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """What ``torch.cuda.max_memory_allocated`` should say."""
+        """The value that ``torch.cuda.max_memory_allocated`` should give."""
         return max(self.peaks.values())
 
     @property
@@ -76,7 +79,7 @@ class StagePlan(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What all stages have in common."""
+    """The inputs that all stages share."""
 
     config: DeepSeekV3Config
     mesh: Any
@@ -94,10 +97,10 @@ class Job(NamedTuple):
 
 def dry_run_stage(job: Job, dense: int, sparse: int, first: bool, last: bool) -> StagePlan:
     tree = _stage_specs(job.config, dense, sparse, first, last)
-    parts = min(job.micro_batches, 2)  # the third is as the second
+    parts = min(job.micro_batches, 2)  # the third is like the second
     rows = job.batch[0] * parts
     run = DryRun(rows=job.rows, on_cuda=job.on_cuda)
-    # On the CPU whatever the default: its backward runs in this thread, which the dry run watches.
+    # Always on the CPU, whose backward runs in this thread, which the dry run watches.
     with torch.device("cpu"), FakeTensorMode(), bound(Binding(job.mesh)), run:
         params = optree.tree_map(lambda spec: _local(spec, job), tree, is_leaf=is_spec)
         tokens = torch.zeros(rows, job.batch[1], dtype=torch.int64)
@@ -106,7 +109,7 @@ def dry_run_stage(job: Job, dense: int, sparse: int, first: bool, last: bool) ->
         loss = computing_in(functools.partial(_stage_loss, job, tree, run, first), job.compute_dtype)
         owned["gradients"] = set()
         value_and_grads = accumulate(_watched(value_and_grad(loss, has_aux=True), run, owned), parts)
-        out, grads = value_and_grads(params, tokens)  # held, as a training loop does
+        out, grads = value_and_grads(params, tokens)  # held as in a training loop
         run.mark("differentiated")
         owned["gradients"] |= run.numbers(grads)
         scale = None if job.max_norm is None else clip_factor(global_norm(grads), job.max_norm)
@@ -119,7 +122,7 @@ def dry_run_stage(job: Job, dense: int, sparse: int, first: bool, last: bool) ->
 
 
 def _watched(value_and_grads: Callable[..., Any], run: DryRun, owned: dict[str, set[int]]) -> Any:
-    """It, for a micro-batch, with marks before and after; its gradients are owned as such."""
+    """The function for a micro-batch, with marks before and after, and with its gradients noted as such."""
 
     def call(params: ModelParams, tokens: torch.Tensor) -> Any:
         run.mark("began")
@@ -134,7 +137,7 @@ def _watched(value_and_grads: Callable[..., Any], run: DryRun, owned: dict[str, 
 def _described(run: DryRun, owned: dict[str, set[int]], gradients: int, steps: float) -> StagePlan:
     marks = run.marks
     began, entered, forward = marks["began"], marks["entered"], marks["forward"]
-    for ended, resumed in zip(marks["ended"], began[1:]):  # in between, gradients are summed
+    for ended, resumed in zip(marks["ended"], began[1:]):  # gradients are summed in between
         owned["gradients"] |= run.alive(resumed) - run.alive(ended)
     known = set().union(*owned.values())
     owned |= {"converted": set(), "activations": set()}
@@ -181,14 +184,14 @@ _PURPOSE = dict.fromkeys(("exchange", "send", "send_back", "send_both_back"), "t
 def _stage_loss(
     job: Job, tree: ModelParams, run: DryRun, first: bool, params: ModelParams, tokens: torch.Tensor
 ) -> Any:
-    """The model's on this device; any tokens will do, also as targets."""
+    """The model's loss on this device. Any tokens will do, also as targets."""
     run.mark("entered")
     have = optree.tree_map(lambda spec: known_axes(spec, job.mesh), tree, is_leaf=is_spec)
     wanted = optree.tree_map(lambda spec: computing(spec.partition), tree, is_leaf=is_spec)
     params = optree.tree_map(lambda leaf, spec: enter(leaf, job.mesh, spec), params, have)
     how, along = moves_of("plan", params, have, wanted, job.mesh), token_axes(job.mesh)
     x = tokens
-    if not first:  # what the stage before sends
+    if not first:  # the output of the stage before
         x = torch.empty(*tokens.shape, job.config.dim, dtype=job.compute_dtype, requires_grad=True)
     x, stats = stage_loss(params, x, tokens, job.config, how, along, job.per_layer, job.logits_bytes)
     value = x.sum()

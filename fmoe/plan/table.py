@@ -10,7 +10,7 @@ from .stage import PARTS, StagePlan
 
 
 def report(plan: Plan, console: Console, title: str = "") -> None:
-    """Print what each device holds and sends, in MiB or GiB; stages of equal sizes share a column.
+    """Print what each device holds and sends, in MiB or GiB. Stages of equal sizes share a column.
 
     >>> from fmoe.models.deepseek_v3 import preset
     >>> from fmoe.plan import plan
@@ -68,7 +68,7 @@ def report(plan: Plan, console: Console, title: str = "") -> None:
 
 
 def _workspace(stage: StagePlan) -> dict[str, int]:
-    """Of the peak, by kind of operator; kinds below a hundredth of the peak are left out."""
+    """The workspace at the peak by kind of operator, without kinds below a hundredth of the peak."""
     found = stage.workspaces[max(stage.peaks, key=stage.peaks.__getitem__)]
     return {kind: n for kind, n in found.items() if n > stage.peak / 100}
 

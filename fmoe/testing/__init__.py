@@ -1,4 +1,4 @@
-"""The laws of fmoe as functions to call on a backend, experts or a router of one's own."""
+"""The laws of fmoe, as functions that check a backend, experts or a router of your own."""
 
 from .backend import check_backend
 from .experts import check_experts

@@ -1,4 +1,4 @@
-"""The laws of a backend: what carries tokens to the devices of their experts mustn't change the layer."""
+"""The laws of a backend, which carries tokens to their experts and mustn't change the layer."""
 
 import gc
 from collections.abc import Iterator, Sequence
@@ -42,7 +42,7 @@ def oracle(s: Setting) -> Iterator[Found]:
 
 
 def degenerate(s: Setting) -> Iterator[Found]:
-    """They are where a device or an expert has no tokens, where a few experts get all, and without tokens."""
+    """So they are where a device or expert has no tokens, where a few experts get all, and without tokens."""
     n = s.place.size
     yield from _oracle(case_of(s, [0] + [s.tokens] * (n - 1)), "a device without tokens")
     yield from _oracle(case_of(s, [0] * n), "no tokens at all")
@@ -74,7 +74,7 @@ def second(s: Setting) -> Iterator[Found]:
 
 
 def transforms(s: Setting) -> Iterator[Found]:
-    """Forward mode is right, of gradients too; vmap over tokens is right, or raises TransformError."""
+    """Forward mode is right, also of gradients. vmap over tokens is right or raises TransformError."""
     case = case_of(s)
     params, x = case.mine()
     t = s.rows(len(case.x))
@@ -131,7 +131,7 @@ def compilation(s: Setting) -> Iterator[Found]:
         yield s.found(f"{count} tokens on each device", error(got, want))
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     yield s.found("the number of graphs beyond two", float(max(0, graphs - 2)), 0.0)
-    if torch.__version__ >= "2.12":  # Dynamo takes remat inside shard_map only, before
+    if torch.__version__ >= "2.12":  # before 2.12, Dynamo takes remat only inside shard_map
         around = torch.compile(remat(layer), fullgraph=True, backend="aot_eager")
         yield s.found("around remat", error(value_and_grad(case.loss(around), (0, 1))(*case.mine()), want))
 
@@ -141,7 +141,7 @@ def no_leak(s: Setting) -> Iterator[Found]:
     case = case_of(s)
     params, x = case.mine()
     step, steps, counts = torch.func.grad(case.loss(), (0, 1)), 3, []
-    gc.freeze()  # of what was there before nothing is searched or counted
+    gc.freeze()  # leave out objects that were there before
     try:
         for _ in range(4):
             for _ in range(steps):
@@ -181,28 +181,28 @@ def check_backend(
     laws: Sequence[str] | None = None,
     seed: int | None = None,
 ) -> Report:
-    """Check that a backend keeps the laws; all ranks of the mesh call it, with the same arguments.
+    """Check that a backend keeps the laws. All ranks of the mesh call this with the same arguments.
 
     ===========  =================================================================================
-    backend      what carries tokens along the mesh's axis ``ep``, as :func:`fmoe.shard_map` takes it;
-                 ``None``: what it takes by default
+    backend      carries tokens along the mesh's axis ``ep``, as :func:`fmoe.shard_map` takes it.
+                 ``None``: its default
     mesh         of all ranks, with an axis ``ep``
-    dtype        of rows and weights; what is allowed follows from it
+    dtype        of rows and weights; the allowed errors follow from it
     tokens       the most that a device sends
     dim          of a token
-    num_experts  a multiple of the devices along ``ep``; default: four on each, and no fewer than eight
+    num_experts  a multiple of the devices along ``ep``; default: four on each, and at least eight
     top_k        experts per token
-    any_order    rows arrive in another order each time, so that sums are equal within rounding only
-    forwards     how many of them ``no_leak`` looks at
+    any_order    rows arrive in another order each time, so sums are equal only within rounding
+    forwards     how many forwards ``no_leak`` runs
     laws         some of ``oracle``, ``degenerate``, ``invariance``, ``adjoint``, ``unused_rows``, ``plans``,
                  ``second``, ``transforms``, ``recomputation``, ``compilation``, ``no_leak``; default: all
-    seed         of all that is random; fresh by default, and told
-    -> Report    what each law found; ``print`` it
+    seed         of everything random; fresh by default, and in the report
+    -> Report    the findings of each law; ``print`` it
     ===========  =================================================================================
 
-    Raises :class:`LawBroken`, on every rank, saying which comparison of which law is off, by how much, on
-    which rank, and how to see it again; for an exception at once, and on the rank that met it only, for
-    which the others may be waiting. Raises ``ValueError`` for sizes that don't fit the mesh.
+    Raises :class:`LawBroken` on every rank. It says which comparison of which law is off, by how much, on
+    which rank, and how to see it again. After an exception, only the rank that met it raises, at once, and
+    the others may wait for it. Raises ``ValueError`` for sizes that don't fit the mesh.
 
     >>> import fmoe
     >>> mesh = fmoe.make_mesh("ep=1", device_type="cpu")

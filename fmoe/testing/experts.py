@@ -1,4 +1,4 @@
-"""The laws of experts: what computes between dispatch and combine."""
+"""The laws of experts, which compute between dispatch and combine."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -20,7 +20,7 @@ OneExpert = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
 class Subject(NamedTuple):
-    """Experts, the same as one plain function of one expert, and the sizes to try them with."""
+    """Experts, a plain function of one expert, and the sizes to try them with."""
 
     experts: Experts
     one: OneExpert
@@ -28,7 +28,7 @@ class Subject(NamedTuple):
     tokens: int
     dim: int
     top_k: int
-    scale: float  # of outputs: the loss is a sine of them
+    scale: float  # of outputs; the loss is a sine of them
 
     @property
     def like(self) -> torch.Tensor:
@@ -58,7 +58,7 @@ class Subject(NamedTuple):
         return lambda *args: ((layer(*args).double() / self.scale).sin() * c.double()).sum()
 
     def compared(self, what: str, got: Any, expected: Any, allowed: float) -> Iterator[Found]:
-        """Gradients, relative to their own size, or to a twentieth of the largest of them."""
+        """Compare gradients, relative to their own size, or to a twentieth of the largest of them."""
         unit = largest(expected) / 20 or 1.0
         for part, g, e in zip(("params", "weights", "tokens"), got, expected):
             yield Found(f"{what} by {part}", error(g, e, unit), allowed)
@@ -74,7 +74,7 @@ class Subject(NamedTuple):
         return layer
 
     def dense(self, routing: Routing) -> Callable[..., torch.Tensor]:
-        """The same from the function of one expert, which every token goes through."""
+        """The same function, made of the function of one expert."""
         return dense_of(self.one, self.num_experts, routing)
 
 
@@ -94,7 +94,7 @@ def dense_of(one: OneExpert, num_experts: int, routing: Routing) -> Callable[...
 
 
 def oracle(s: Subject) -> Iterator[Found]:
-    """Output and gradients are those of one expert after another, in float64, for any routing."""
+    """Output and gradients are those of one expert after another in float64, for any routing."""
     yield from _oracle(s, "weights before the experts", replace(s.routing(), score_before_experts=True))
     for name in ROUTES:
         yield from _oracle(s, name, s.routing(name))
@@ -114,7 +114,7 @@ def _oracle(s: Subject, name: str, routing: Routing) -> Iterator[Found]:
 
 
 def invariance(s: Subject) -> Iterator[Found]:
-    """Experts spread over two devices give outputs whose sum is that of all."""
+    """The outputs of experts spread over two devices sum to the output of all experts."""
     routing, x, half = s.routing(), s.rows(), s.num_experts // 2
     whole = s.layer(routing)(s.params, routing.weights_TK, x)
     total = torch.zeros_like(whole)
@@ -208,25 +208,26 @@ def check_experts(
     laws: Sequence[str] | None = None,
     seed: int | None = None,
 ) -> Report:
-    """Check that experts of one's own keep the laws, on one device.
+    """Check that experts of your own keep the laws, on one device.
 
     ===========  =================================================================================
-    experts      ``(params, x_SD, plan) -> y_SD``, as :func:`fmoe.experts_grouped_mm`: every row through its
-                 experts held here, weighed by ``plan.weights_SK`` (what goes in, if the plan says
-                 ``score_before_experts``, else what comes out; ``expand`` and ``reduce`` do) and summed
+    experts      ``(params, x_SD, plan) -> y_SD``, like :func:`fmoe.experts_grouped_mm`. It puts every row
+                 through its experts held here, weighs by ``plan.weights_SK``, and sums. If the plan says
+                 ``score_before_experts``, weights apply to inputs, else to outputs. ``expand`` and
+                 ``reduce`` do this
     params       a tree of floating tensors, all with a first dimension of E, two experts or more
-    one_expert   ``(params, x) -> y``: what one expert, whose params lack that dimension, makes of any rows
-                 (N, dim), in plain PyTorch
+    one_expert   ``(params, x) -> y``: one expert on any rows (N, dim), in plain PyTorch. Its params lack the
+                 first dimension
     dim          of a token
     tokens       how many to try
     top_k        experts per token
     laws         some of ``oracle``, ``invariance``, ``second``, ``transforms``, ``recomputation``,
                  ``compilation``; default: all
-    seed         of all that is random; fresh by default, and told
-    -> Report    what each law found; ``print`` it
+    seed         of everything random; fresh by default, and in the report
+    -> Report    the findings of each law; ``print`` it
     ===========  =================================================================================
 
-    Raises :class:`LawBroken`, saying which comparison of which law is off, by how much, and how to see it
+    Raises :class:`LawBroken`, which says which comparison of which law is off, by how much, and how to see it
     again. Raises ``ValueError`` for params without experts.
 
     >>> import fmoe

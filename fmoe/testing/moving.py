@@ -1,4 +1,4 @@
-"""The laws of dispatch and combine alone: adjoint, blind to unused rows, and plans that are values."""
+"""The laws of dispatch and combine alone: exact adjoints, unused rows, and plans as values."""
 
 import functools
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def adjoint(s: Setting) -> Iterator[Found]:
 
 
 def _inner_products(s: Setting, routing: Routing, copies: torch.Tensor) -> list[float]:
-    """Of random whole numbers, summed over devices; and what is wrong on this one."""
+    """Inner products of random whole numbers, summed over devices, and this device's errors."""
     ids = routing.expert_ids_TK
     numbers = functools.partial(whole_numbers, device=s.device)
     w = numbers(ids.shape, routing.weights_TK.dtype)
@@ -49,7 +49,7 @@ def _inner_products(s: Setting, routing: Routing, copies: torch.Tensor) -> list[
         w_SK, pull, *_ = torch.func.vjp(lambda w: sent(x, w)[1].weights_SK, w)
         g = numbers(w_SK.shape, w_SK.dtype)
         weights = [(pull(g)[0] * w).double().sum(), (g * w_SK).double().sum()]
-        used = (plan.row_SK >= 0).any(1, keepdim=True)  # a backend may send rows to where nobody wants them
+        used = (plan.row_SK >= 0).any(1, keepdim=True)  # a backend may send rows that nobody wants
         off = (combine(x_SD * used, plan) - x * copies.to(x)[:, None]).double().abs().sum()
         pairs = (plan.offsets_e[-1] - (plan.row_SK >= 0).sum()).double().abs()
         return torch.cat(
@@ -76,7 +76,7 @@ def unused_rows(s: Setting) -> Iterator[Found]:
 
 
 def plans(s: Setting) -> Iterator[Found]:
-    """Plans are values: two may be in flight, joined in another order, combined again; join is combine."""
+    """Plans are values: two may be in flight, join in any order and combine again. Joining is combining."""
     params, a, b = s.random_params(shared=False), s.rows(s.tokens), s.rows(max(1, s.tokens - 1))
     plus = torch.ones_like(b)
 

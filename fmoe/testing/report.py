@@ -1,4 +1,4 @@
-"""What laws find, and how that is said."""
+"""The findings of laws, and their report."""
 
 import os
 import time
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Found(NamedTuple):
-    """One comparison that a law made: how far off, and how far is allowed; NaN is never allowed.
+    """One comparison that a law made: its error, and the error allowed. NaN is never allowed.
 
     >>> found = Found("the gradient", error=2e-3, allowed=1e-5)
     >>> print(found)
@@ -33,7 +33,7 @@ class Found(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Of what is allowed, for comparing findings; infinite if the error is NaN."""
+        """The error over the allowed one, for comparing findings. Infinite if the error is NaN."""
         if self.error != self.error:
             return float("inf")
         return self.error / self.allowed if self.allowed else float("inf") if self.error else 0.0
@@ -49,9 +49,9 @@ Law = Callable[[T], Iterator[Found]]
 
 
 class Report(NamedTuple):
-    """What became of every law: the worst that each comparison found on any rank.
+    """The outcome of every law: the worst that each comparison found on any rank.
 
-    ``str()`` of it is a table with a line for each law.
+    Its ``str()`` is a table with a line for each law.
 
     >>> found = [Found("the output", 2e-7, 6e-5), Found("the gradient", 3e-6, 6e-5)]
     >>> print(Report("AllToAll", 0, {"oracle": found}, {"oracle": 0.1}))
@@ -80,9 +80,9 @@ class Report(NamedTuple):
 
 
 class LawBroken(AssertionError):
-    """Something doesn't do what fmoe promises; the text says what, and how to see it again.
+    """Something breaks a promise of fmoe. The text says which, and how to see it again.
 
-    ``report`` is what was found, up to an exception if it was that.
+    ``report`` has the findings, up to the exception if there was one.
 
     >>> import fmoe
     >>> from fmoe.ops.reference import swiglu_reference
@@ -117,8 +117,8 @@ def hold(
     """Check that ``subject`` keeps the laws of these names.
 
     ``together`` gives the values of all ranks that do the same. Every law begins with the same random numbers
-    on every rank, which don't disturb the caller's. Raises :class:`LawBroken` on all of them, after the last
-    law, if any is broken; an exception ends it at once, on the rank that met it.
+    on every rank, which don't disturb the caller's. If any law is broken, all ranks raise :class:`LawBroken`
+    after the last law. An exception raises it at once, on the rank that met it.
     """
     unknown = [name for name in names or () if name not in laws]
     if unknown:

@@ -1,4 +1,4 @@
-"""The laws of routers: what chooses experts for tokens."""
+"""The laws of routers, which choose experts for tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ def _wrong(condition: torch.Tensor) -> float:
 
 
 def form(s: Subject) -> Iterator[Found]:
-    """Each token has K distinct experts or -1, finite weights, and is counted; without tokens, too."""
+    """Each token has K distinct experts or -1, has finite weights, and is counted, also without tokens."""
     for what, x in (("tokens", s.rows()), ("tokens all zero", 0 * s.rows()), ("no token", s.rows(0))):
         r = s.router(s.params, x)
         ids, (t, num_experts) = r.expert_ids_TK, r.scores_TE.shape
@@ -61,7 +61,7 @@ def form(s: Subject) -> Iterator[Found]:
 
 
 def invariance(s: Subject) -> Iterator[Found]:
-    """A token's experts and weights don't depend on the tokens beside it, as these may be elsewhere."""
+    """A token's experts and weights don't depend on other tokens, since these may be elsewhere."""
     x = s.rows()
     together = s.router(s.params, x)
     parts = [s.router(s.params, part) for part in x.split((s.tokens + 1) // 2)]
@@ -73,7 +73,7 @@ def invariance(s: Subject) -> Iterator[Found]:
 
 
 def oracle(s: Subject) -> Iterator[Found]:
-    """Gradients of the weights and scores are what finite differences say."""
+    """Gradients of the weights and scores agree with finite differences."""
     params, x = s.wide()
     r = s.router(params, x)
     step, allowed = (1e-6, 1e-6) if r.weights_TK.dtype == torch.float64 else (3e-3, 3e-2)
@@ -85,7 +85,7 @@ def oracle(s: Subject) -> Iterator[Found]:
 
     slope = torch.func.grad(loss, (0, 1))(params, x)
     for part, along in (("params", 0), ("tokens", 1)):
-        for _ in range(20):  # until no choice changes on the way, where there would be no derivative
+        for _ in range(20):  # until no choice changes on the way, where no derivative exists
             tangent = [optree.tree_map(torch.zeros_like, t) for t in (params, x)]
             tangent[along] = optree.tree_map(torch.randn_like, (params, x)[along])
             ends = [
@@ -100,7 +100,7 @@ def oracle(s: Subject) -> Iterator[Found]:
 
 
 def transforms(s: Subject) -> Iterator[Found]:
-    """Forward mode agrees with reverse mode; a batch of tokens is routed as one after another."""
+    """Forward mode agrees with reverse mode. A batch of tokens is routed like one after another."""
     params, x = s.wide()
     tangents = optree.tree_map(torch.randn_like, (params, x))
     allowed = 1e-9 if s.weights(params, x).dtype == torch.float64 else 1e-4
@@ -144,22 +144,22 @@ def check_router(
     laws: Sequence[str] | None = None,
     seed: int | None = None,
 ) -> Report:
-    """Check that a router of one's own keeps the laws, on one device.
+    """Check that a router of your own keeps the laws, on one device.
 
     ==========  ==================================================================================
-    router      ``(params, x_TD) -> Routing``, as ``lambda p, x: fmoe.route(p, x, config)`` is; also of
-                float64 params and tokens. Where its weights are float32 even then, finite differences
-                are compared loosely
+    router      ``(params, x_TD) -> Routing``, such as ``lambda p, x: fmoe.route(p, x, config)``. It must
+                take float64, too. If its weights are float32 even then, finite differences are
+                compared loosely
     params      a tree of floating tensors
     dim         of a token
     tokens      how many to try
     laws        some of ``form``, ``invariance``, ``oracle``, ``transforms``, ``recomputation``; default: all.
-                A router that looks at all tokens, as expert choice does, breaks ``invariance``
-    seed        of all that is random; fresh by default, and told
-    -> Report   what each law found; ``print`` it
+                A router that looks at all tokens, such as expert choice, breaks ``invariance``
+    seed        of everything random; fresh by default, and in the report
+    -> Report   the findings of each law; ``print`` it
     ==========  ==================================================================================
 
-    Raises :class:`LawBroken`, saying which comparison of which law is off, by how much, and how to see it
+    Raises :class:`LawBroken`, which says which comparison of which law is off, by how much, and how to see it
     again. Raises ``ValueError`` for params without tensors.
 
     >>> import fmoe

@@ -1,4 +1,4 @@
-"""Random layers, tokens and routings for the laws, and how far apart two results are."""
+"""Random layers, tokens and routings for the laws, and the distance of two results."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,14 +11,14 @@ from ..ops.core.dtypes import accumulator
 from ..ops.route import RouterConfig, Routing
 from ..params import is_spec
 
-# How far results may be from float64's, relative to the largest value: a few roundings.
+# The allowed error against float64, relative to the largest value: a few roundings.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 0.01, torch.bfloat16: 0.06}
 
 
 def error(a: Any, b: Any, unit: float = 1.0) -> float:
     """The largest difference between two trees of tensors, relative to ``unit`` plus the largest value.
 
-    NaN is infinitely wrong, as is another shape.
+    NaN and another shape are infinitely wrong.
 
     >>> error((torch.ones(2), torch.zeros(1)), (torch.ones(2), torch.tensor([1.0])))
     0.5
@@ -36,7 +36,7 @@ def error(a: Any, b: Any, unit: float = 1.0) -> float:
 
 
 def same_bits(a: Any, b: Any) -> float:
-    """Zero if two trees of tensors are equal bit for bit; else their :func:`error`, but not zero."""
+    """Zero if two trees of tensors are equal bit for bit, else their :func:`error`, but above zero."""
     left, right = optree.tree_leaves(a), optree.tree_leaves(b)
     if len(left) == len(right) and all(map(torch.equal, left, right)):
         return 0.0
@@ -55,7 +55,7 @@ def dot(a: Any, b: Any) -> torch.Tensor:
 
 
 def widened(tree: Any) -> Any:
-    """In float64."""
+    """The tree in float64."""
     return optree.tree_map(lambda t: t.double() if t.is_floating_point() else t, tree)
 
 
@@ -64,7 +64,7 @@ def random_layer(
 ) -> MoEParams:
     """A layer with one shared expert, or none, whose outputs and gradients are of order one.
 
-    Its selection bias is large enough to matter. Drawn on the CPU, so that all devices draw the same.
+    Its selection bias is large enough to matter. It is drawn on the CPU, so that all devices draw the same.
     """
     shapes = moe_specs(
         dim=dim, hidden_dim=hidden_dim, num_experts=num_experts, num_shared_experts=int(shared)
@@ -79,13 +79,13 @@ def random_layer(
 
 
 def router_config(num_experts: int, top_k: int) -> RouterConfig:
-    """Node-limited, if these sizes permit."""
+    """A router's configuration, with node-limited routing if these sizes permit it."""
     groups = next((n for n in (4, 2) if num_experts % n == 0 and top_k <= num_experts // 2), 1)
     return RouterConfig(top_k=top_k, num_groups=groups, top_groups=max(1, groups // 2))
 
 
 def whole_numbers(shape: Sequence[int], dtype: torch.dtype, *, device: str) -> torch.Tensor:
-    """Few and small enough that sums of them are exact in any dtype."""
+    """Random whole numbers, small enough for exact sums in any dtype."""
     return torch.randint(-4, 5, tuple(shape)).to(device, dtype)
 
 
@@ -94,7 +94,7 @@ def _distinct(tokens: int, num_experts: int, top_k: int) -> torch.Tensor:
     return torch.nn.functional.pad(ids, (0, top_k - ids.shape[1]), value=-1)
 
 
-# What tokens may choose, at the extremes: (rank, tokens, experts on a device, devices, top-k) -> ids.
+# Routes, extreme ones too: (rank, tokens, experts on a device, devices, top-k) -> ids.
 ROUTES: dict[str, Callable[[int, int, int, int, int], torch.Tensor]] = {
     "any experts": lambda rank, t, e, n, k: _distinct(t, e * n, k),
     "some pairs dropped": lambda rank, t, e, n, k: torch.where(
@@ -110,7 +110,7 @@ ROUTES: dict[str, Callable[[int, int, int, int, int], torch.Tensor]] = {
 
 
 def routing_of(ids_TK: torch.Tensor, num_experts: int, *, dtype: torch.dtype, device: str) -> Routing:
-    """A routing by hand, with random weights."""
+    """A routing to these experts, with random weights."""
     weights = torch.rand(ids_TK.shape, dtype=torch.float64).to(accumulator(dtype))
     counts = torch.bincount(ids_TK[ids_TK >= 0].reshape(-1), minlength=num_experts)
     scores = torch.rand(ids_TK.shape[0], num_experts)

@@ -1,4 +1,4 @@
-"""What the laws of a backend are tried with: a mesh, sizes, a random layer, everybody's tokens."""
+"""The inputs for the laws of a backend: a mesh, sizes, a random layer, all devices' tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -75,7 +75,7 @@ class Setting(NamedTuple):
         return optree.tree_map(lambda t: t.to_local(), distribute(params, COMPUTING, self.mesh))
 
     def inside(self, fn: Callable[..., Any], *params: Any) -> Callable[..., Any]:
-        """``fn`` of parameters with these specs, if any, and each device's own tokens, along the backend."""
+        """``fn`` on the mesh, of params with these specs and each device's own tokens, along the backend."""
         tokens = P(token_axes(self.mesh))
         backends = {} if self.backend is None else {"ep": self.backend}
         in_specs = (*params, tokens)
@@ -83,14 +83,14 @@ class Setting(NamedTuple):
 
     @property
     def forward(self) -> Callable[..., torch.Tensor]:
-        """The layer on the mesh, of each device's own pieces."""
+        """The layer on the mesh, as a function of each device's own pieces."""
         config = self.config
         specs = optree.tree_map(lambda spec: known_axes(spec, self.mesh), COMPUTING)
         return self.inside(lambda params, x: moe_layer(params, x, config)[0], specs)
 
 
 class Case(NamedTuple):
-    """A layer, everybody's tokens, and what its output is multiplied by in the loss."""
+    """A layer, all devices' tokens, and the factors of its output in the loss."""
 
     setting: Setting
     params: MoEParams
@@ -105,7 +105,7 @@ class Case(NamedTuple):
         return self.setting.held(self.params), self.own(self.x)
 
     def loss(self, layer: Any = None) -> Callable[..., torch.Tensor]:
-        """This device's own; what is differentiated is the sum of all."""
+        """This device's own loss. The derivative is of the sum over devices."""
         c, layer = self.own(self.c).double(), layer or self.setting.forward
         return lambda p, x: (layer(p, x).double().sin() * c).sum()
 
@@ -122,7 +122,7 @@ class Case(NamedTuple):
     def compared(
         self, got: tuple[Any, Any], expected: tuple[Any, Any], what: str, allowed: float | None = None
     ) -> Iterator[Found]:
-        """Gradients on this device with its part of all."""
+        """Compare this device's gradients with its part of the expected ones."""
         (g_params, g_x), (e_params, e_x) = got, expected
         parts = zip(PARTS, (*g_params, g_x), (*self.setting.held(e_params), self.own(e_x)))
         for part, g, e in parts:
