@@ -62,7 +62,7 @@ def main() -> None:
     torch.manual_seed(seed)
 
     params = fmoe.moe_init(seed, dim=args.dim, hidden_dim=args.hidden, num_experts=args.experts)
-    config = fmoe.RouterConfig(top_k=args.top_k, num_groups=1, top_groups=1)
+    config = fmoe.RouterConfig(top_k=args.top_k)
     x = torch.randn(args.tokens, args.dim)
     routing = fmoe.route(params.router, x, config)
     experts = fmoe.ExpertParams(*(w.requires_grad_() for w in params.experts))

@@ -35,7 +35,7 @@ def config(dim: int) -> deepseek_v3.DeepSeekV3Config:
         v_head_dim=dim // 4,
         moe_hidden_dim=dim // 2,
         num_experts=8,
-        router=fmoe.RouterConfig(top_k=2, num_groups=1, top_groups=1),
+        router=fmoe.RouterConfig(top_k=2),
     )
 
 

@@ -116,7 +116,7 @@ def saved_bytes(
     >>> import fmoe
     >>> params = fmoe.moe_init(0, dim=8, hidden_dim=16, num_experts=16)
     >>> saved_bytes(fmoe.moe_forward, params, torch.randn(4, 8), policy=fmoe.save("topk"))
-    {'topk': 256}
+    {'topk': 64}
     """
     policy = policy or save_declared
     tape = Tape(record=policy, serve=lambda name: False)
@@ -204,9 +204,8 @@ def wire_bytes() -> Iterator[dict[str, Traffic]]:
     >>> import fmoe
     >>> from fmoe.ops.core.axes import Group
     >>> from fmoe.parallel.collectives import group_alone
-    >>> router = fmoe.RouterConfig(top_k=2, num_groups=1, top_groups=1)
-    >>> x = torch.randn(4, 8)
-    >>> routing = fmoe.route(fmoe.RouterParams(torch.randn(6, 8), torch.zeros(6)), x, router)
+    >>> router, x = fmoe.RouterParams(torch.randn(6, 8), torch.zeros(6)), torch.randn(4, 8)
+    >>> routing = fmoe.route(router, x, fmoe.RouterConfig())
     >>> with wire_bytes() as counts:
     ...     x_SD, plan = fmoe.parallel.AllToAll(Group(group_alone(), 1, 0)).dispatch(x, routing)
     >>> counts["exchange"]     # 4 rows of 8 values, 2 weights and 2 ids

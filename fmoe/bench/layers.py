@@ -49,9 +49,7 @@ ROUTINGS = ("random", "balanced", "zipf", "hot")
 
 
 def config_for(shape: Shape, routing: str) -> RouterConfig:
-    return RouterConfig(
-        top_k=shape.top_k, num_groups=1, top_groups=1, scale=1.0, force_balance=routing == "balanced"
-    )
+    return RouterConfig(top_k=shape.top_k, force_balance=routing == "balanced")
 
 
 def layer_memory(shape: Shape) -> dict[str, dict[str, int]]:

@@ -114,6 +114,9 @@ class DeepSeekV3Config:
 
 
 # Source: the published configurations; for the initialisation, arXiv 2405.04434 and 2412.19437.
+# DeepSeek-V3 routes each token to the best 8 of 256 experts, in the best 4 of 8 groups.
+ROUTER = RouterConfig(top_k=8, num_groups=8, top_groups=4, group_best=2, scale=2.5)
+
 _V2 = DeepSeekV3Config(
     vocab_size=102400,
     dim=5120,
@@ -159,7 +162,7 @@ PRESETS = {
         moe_hidden_dim=64,
         num_experts=16,
         num_shared_experts=1,
-        router=RouterConfig(top_k=4, num_groups=4, top_groups=2),
+        router=dataclasses.replace(ROUTER, top_k=4, num_groups=4, top_groups=2),
         max_seq_len=1024,
     ),
     "16B": dataclasses.replace(
@@ -184,7 +187,7 @@ PRESETS = {
         moe_hidden_dim=2048,
         num_experts=256,
         num_shared_experts=1,
-        router=RouterConfig(),
+        router=ROUTER,
         yarn=Yarn(factor=40, original_max_seq_len=4096),
     ),
 }

@@ -21,7 +21,8 @@ from ..parallel.shard_map import shard_map
 from ..parallel.spec import named_axes
 from ..params import P, partition_specs
 from .checks import check_heads, check_on_one_device, check_params, check_same, check_token_spec, check_tokens
-from .config import DeepSeekV3Config as DeepSeekV3Config  # re-exported
+from .config import ROUTER as ROUTER  # re-exported
+from .config import DeepSeekV3Config as DeepSeekV3Config
 from .config import preset as preset
 from .counts import flops_per_token as flops_per_token
 from .counts import num_params as num_params

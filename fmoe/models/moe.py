@@ -189,7 +189,7 @@ def moe_forward(
     >>> params = fmoe.moe_init(0, dim=8, hidden_dim=16, num_experts=16)
     >>> y, stats = fmoe.moe_forward(params, torch.randn(2, 5, 8), return_stats=True)
     >>> y.shape, stats.tokens_per_expert.sum()
-    (torch.Size([2, 5, 8]), tensor(80))
+    (torch.Size([2, 5, 8]), tensor(20))
     """
     check_layer(params, x)
     if mesh is None:

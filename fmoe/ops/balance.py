@@ -22,7 +22,7 @@ class MoEStats(NamedTuple):
 
     >>> import fmoe
     >>> params = fmoe.moe_init(0, dim=8, hidden_dim=16, num_experts=16)
-    >>> even = fmoe.RouterConfig(top_k=2, num_groups=1, top_groups=1, force_balance=True)
+    >>> even = fmoe.RouterConfig(force_balance=True)
     >>> _, stats = fmoe.moe_forward(params, torch.randn(8, 8), router=even, return_stats=True)
     >>> stats.tokens_per_expert.tolist(), stats.overload, stats.empty_experts
     ([1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], tensor(1.), tensor(0))

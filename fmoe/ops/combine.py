@@ -89,8 +89,7 @@ def reduce(y_RD: torch.Tensor, plan: Plan) -> torch.Tensor:
     >>> import fmoe
     >>> params = fmoe.moe_init(0, dim=4, hidden_dim=8, num_experts=16)
     >>> x_SD, plan = fmoe.dispatch(x := torch.randn(3, 4), fmoe.route(params.router, x, fmoe.RouterConfig()))
-    >>> scale = fmoe.RouterConfig().scale  # what the weights of a token sum to
-    >>> torch.allclose(fmoe.reduce(fmoe.expand(x_SD, plan), plan), scale * x, rtol=1e-4)
+    >>> torch.allclose(fmoe.reduce(fmoe.expand(x_SD, plan), plan), x, rtol=1e-4)  # weights sum to one
     True
     """
     check_rows("reduce", "y_RD", y_RD, plan.slot_R.shape[0])

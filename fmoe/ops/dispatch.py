@@ -37,7 +37,7 @@ class Plan:
     >>> import fmoe
     >>> router = fmoe.RouterParams(torch.eye(2), torch.zeros(2))
     >>> x = torch.tensor([[1.0, 3.0], [3.0, 1.0]])
-    >>> _, plan = fmoe.dispatch(x, fmoe.route(router, x, fmoe.RouterConfig(1, num_groups=1, top_groups=1)))
+    >>> _, plan = fmoe.dispatch(x, fmoe.route(router, x, fmoe.RouterConfig(top_k=1)))
     >>> plan.slot_R, plan.row_SK.T  # expert 0 has the second token, expert 1 the first
     (tensor([1, 0]), tensor([[1, 0]]))
     """
@@ -74,7 +74,7 @@ def dispatch(
     >>> import fmoe, torch
     >>> router = fmoe.RouterParams(torch.eye(2), torch.zeros(2))
     >>> x = torch.tensor([[3.0, 1.0], [1.0, 3.0], [2.0, 1.0]])
-    >>> routing = fmoe.route(router, x, fmoe.RouterConfig(top_k=1, num_groups=1, top_groups=1))
+    >>> routing = fmoe.route(router, x, fmoe.RouterConfig(top_k=1))
     >>> x_SD, plan = fmoe.dispatch(x, routing)
     >>> plan.slot_R, plan.offsets_e
     (tensor([0, 2, 1]), tensor([2, 3], dtype=torch.int32))
@@ -117,7 +117,7 @@ def expand(x_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
 
     >>> import fmoe, torch
     >>> params = fmoe.moe_init(0, dim=4, hidden_dim=8, num_experts=2)
-    >>> config = fmoe.RouterConfig(top_k=1, num_groups=1, top_groups=1)
+    >>> config = fmoe.RouterConfig(top_k=1)
     >>> x = torch.randn(3, 4)
     >>> x_SD, plan = fmoe.dispatch(x, fmoe.route(params.router, x, config))
     >>> x_RD = fmoe.expand(x_SD, plan)
@@ -152,7 +152,7 @@ def align_rows(plan: Plan, multiple: int) -> Plan:
     >>> import fmoe, torch
     >>> router = fmoe.RouterParams(torch.eye(2), torch.zeros(2))
     >>> x = torch.tensor([[3.0, 1.0], [1.0, 3.0], [2.0, 1.0]])
-    >>> routing = fmoe.route(router, x, fmoe.RouterConfig(top_k=1, num_groups=1, top_groups=1))
+    >>> routing = fmoe.route(router, x, fmoe.RouterConfig(top_k=1))
     >>> x_SD, plan = fmoe.dispatch(x, routing)
     >>> plan = fmoe.align_rows(plan, 4)
     >>> plan.slot_R, plan.offsets_e

@@ -66,8 +66,7 @@ def experts_grouped_mm(expert_params: ExpertParams, x_SD: torch.Tensor, plan: Pl
 
     >>> import fmoe, torch
     >>> params = fmoe.moe_init(0, dim=4, hidden_dim=8, num_experts=2)
-    >>> x_SD, plan = fmoe.dispatch(x := torch.randn(3, 4), fmoe.route(
-    ...     params.router, x, fmoe.RouterConfig(top_k=1, num_groups=1, top_groups=1)))
+    >>> x_SD, plan = fmoe.dispatch(x := torch.randn(3, 4), fmoe.route(params.router, x, fmoe.RouterConfig()))
     >>> fmoe.combine(fmoe.experts_grouped_mm(params.experts, x_SD, plan), plan).shape
     torch.Size([3, 4])
     """

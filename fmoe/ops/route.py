@@ -1,5 +1,6 @@
 """Choosing experts for tokens: scores, group limits, top-k, weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -38,33 +39,38 @@ class RouterParams(NamedTuple):
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """How tokens choose experts; the default is DeepSeek-V3's.
+    """How tokens choose experts: by default the best two of all.
 
     ====================  ========================================
     top_k                 experts per token
     score_func            ``"sigmoid"`` or ``"softmax"`` of the router's logits
     num_groups            experts form this many groups of equal size, e.g. one per node
-    top_groups            a token uses only its best groups
-    group_best            a group's score is the sum of this many of its best experts: 1 in DeepSeek-V2
+    top_groups            a token uses only this many groups, the best ones
+    group_best            a group's score sums this many of its best experts: 2 in DeepSeek-V3, 1 in V2
     normalize             a token's weights sum to one before scaling
     scale                 what weights are multiplied by
     score_before_experts  weigh an expert's input instead of its output
     force_balance         choose round robin, whatever the scores: for benchmarks
     ====================  ========================================
 
-    Source: DeepSeek-V3, arXiv 2412.19437, equations 12 to 16, and its published configuration.
+    DeepSeek-V3's own configuration is ``fmoe.models.deepseek_v3.ROUTER``.
 
-    >>> RouterConfig(top_k=2, num_groups=1, top_groups=1).top_k
-    2
+    Source: DeepSeek-V3, arXiv 2412.19437, equations 12 to 16.
+
+    >>> import fmoe
+    >>> params = fmoe.moe_init(0, dim=8, hidden_dim=16, num_experts=12)
+    >>> limited = RouterConfig(top_k=4, num_groups=3, top_groups=2)  # four of the eight experts of two groups
+    >>> fmoe.moe_forward(params, torch.randn(5, 8), router=limited).shape
+    torch.Size([5, 8])
     """
 
-    top_k: int = 8
+    top_k: int = 2
     score_func: Literal["sigmoid", "softmax"] = "sigmoid"
-    num_groups: int = 8
-    top_groups: int = 4
+    num_groups: int = 1
+    top_groups: int = 1
     group_best: int = 2
     normalize: bool = True
-    scale: float = 2.5
+    scale: float = 1.0
     score_before_experts: bool = False
     force_balance: bool = False
 
@@ -83,21 +89,24 @@ class RouterConfig:
             )
         if not 1 <= self.top_k <= num_experts:
             raise error(
-                "top_k", self.top_k, f"between 1 and the number of experts, {num_experts}", "Lower top_k."
+                "top_k",
+                self.top_k,
+                f"between 1 and the number of experts, {num_experts}",
+                "Lower it, as in RouterConfig(top_k=1).",
             )
         if self.num_groups < 1 or num_experts % self.num_groups:
             raise error(
                 "num_groups",
                 self.num_groups,
                 f"a divisor of the number of experts, {num_experts}",
-                "Use num_groups=1, top_groups=1 to choose among all experts.",
+                "Leave num_groups and top_groups out to choose among all experts.",
             )
         if not 1 <= self.top_groups <= self.num_groups:
             raise error(
                 "top_groups",
                 self.top_groups,
                 f"between 1 and num_groups={self.num_groups}",
-                "Use num_groups=1, top_groups=1 to choose among all experts.",
+                "Leave num_groups and top_groups out to choose among all experts.",
             )
         if self.group_best < 1:
             raise error("group_best", self.group_best, "at least 1", "DeepSeek-V3 has 2, DeepSeek-V2 1.")
@@ -108,7 +117,7 @@ class RouterConfig:
                 self.top_k,
                 f"at most {reachable}, the experts that the chosen groups hold "
                 f"(top_groups={self.top_groups} of num_groups={self.num_groups}, {num_experts} experts)",
-                "Raise top_groups, or use num_groups=1, top_groups=1.",
+                "Raise top_groups, or leave num_groups and top_groups out.",
             )
 
 
@@ -137,6 +146,9 @@ class Routing:
     score_before_experts: bool = static(default=False)
 
 
+Router = Callable[[Any, torch.Tensor], Routing]  # of a router's parameters and tokens (T, D)
+
+
 def route(router_params: RouterParams, x_TD: torch.Tensor, config: RouterConfig) -> Routing:
     """Choose ``config.top_k`` experts for every token, and their weights.
 
@@ -152,8 +164,7 @@ def route(router_params: RouterParams, x_TD: torch.Tensor, config: RouterConfig)
     Raises ``ValueError`` for shapes that don't fit and for a ``config`` E experts can't satisfy.
 
     >>> router = RouterParams(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]), torch.zeros(3))
-    >>> config = RouterConfig(top_k=2, num_groups=1, top_groups=1, scale=1.0)
-    >>> routing = route(router, torch.tensor([[4.0, 0.0]]), config)
+    >>> routing = route(router, torch.tensor([[4.0, 0.0]]), RouterConfig(top_k=2))
     >>> routing.expert_ids_TK, routing.weights_TK.sum()
     (tensor([[0, 1]]), tensor(1.))
     """

@@ -1,18 +1,16 @@
 """The laws of routers, which choose experts for tokens."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import optree
 import torch
 
 from ..errors import argument_error
-from ..ops.route import Routing
+from ..ops.route import Router
 from ..transforms import remat, save_nothing, value_and_grad
 from .report import Found, Law, Report, hold
 from .samples import dot, error, same_bits, widened
-
-Router = Callable[[Any, torch.Tensor], Routing]
 
 
 class Subject(NamedTuple):
@@ -163,7 +161,7 @@ def check_router(
     again. Raises ``ValueError`` for params without tensors.
 
     >>> import fmoe
-    >>> config = fmoe.RouterConfig(top_k=2, num_groups=1, top_groups=1)
+    >>> config = fmoe.RouterConfig(top_k=2)
     >>> params = fmoe.RouterParams(torch.randn(8, 16), torch.randn(8) / 10)
     >>> check_router(lambda p, x: fmoe.route(p, x, config), params, dim=16).broken
     []

@@ -81,7 +81,7 @@ def random_layer(
 def router_config(num_experts: int, top_k: int) -> RouterConfig:
     """A router's configuration, with node-limited routing if these sizes permit it."""
     groups = next((n for n in (4, 2) if num_experts % n == 0 and top_k <= num_experts // 2), 1)
-    return RouterConfig(top_k=top_k, num_groups=groups, top_groups=max(1, groups // 2))
+    return RouterConfig(top_k=top_k, num_groups=groups, top_groups=max(1, groups // 2), scale=2.5)
 
 
 def whole_numbers(shape: Sequence[int], dtype: torch.dtype, *, device: str) -> torch.Tensor:

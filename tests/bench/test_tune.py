@@ -79,7 +79,7 @@ def test_a_steps_products_are_those_that_are_tuned(monkeypatch):
     real = tuned.key
     monkeypatch.setattr(tuned, "key", lambda *args: asked.append(real(*args)) or real(*args))
     params = fmoe.moe_init(0, dim=16, hidden_dim=8, num_experts=4)
-    router = fmoe.RouterConfig(top_k=2, num_groups=1, top_groups=1)
+    router = fmoe.RouterConfig(top_k=2)
     loss = lambda params, x: fmoe.moe_forward(params, x, router=router).square().sum()  # noqa: E731
     fmoe.value_and_grad(loss)(params, torch.randn(48, 16))
     assert set(asked) == set(products(TINY, torch.float32))

@@ -252,7 +252,7 @@ ERRORS = {
         lambda: dataclasses.replace(TINY, qk_rope_head_dim=5)
     ),
     "DeepSeekV3Config: router.top_k: got 8, expected at most 4, the experts that": (
-        lambda: dataclasses.replace(TINY, router=fmoe.RouterConfig())
+        lambda: dataclasses.replace(TINY, router=deepseek_v3.ROUTER)
     ),
     "Yarn: factor: got 0.5, expected at least 1.": lambda: Yarn(0.5, 4096),
     "Yarn: original_max_seq_len: got 0, expected at least 1.": lambda: Yarn(4, 0),

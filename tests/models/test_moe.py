@@ -295,7 +295,7 @@ def test_the_layer_keeps_no_score_of_every_expert():
     tokens, experts, top_k = 128, 512, 2
     params = fmoe.moe_init(fresh_seed(), dim=4, hidden_dim=2, num_experts=experts)
     params = optree.tree_map(lambda t: t.requires_grad_(), params)
-    config = fmoe.RouterConfig(top_k=top_k, num_groups=1, top_groups=1)
+    config = fmoe.RouterConfig(top_k=top_k)
     kept = kept_bytes(lambda p, x: fmoe.moe_forward(p, x, router=config), params, torch.randn(tokens, 4))
     assert kept < 4 * tokens * experts
 
@@ -346,7 +346,7 @@ def test_parity_with_transformers(implementation):
         layer.shared_experts.up_proj.weight.copy_(params.shared.w_in[1])
         layer.shared_experts.down_proj.weight.copy_(params.shared.w_out)
     x = torch.randn(2, 21, 32, requires_grad=True)
-    config = fmoe.RouterConfig(top_k=4, num_groups=4, top_groups=2)
+    config = fmoe.RouterConfig(top_k=4, num_groups=4, top_groups=2, scale=2.5)
     cotangent = torch.randn(2, 21, 32)
     y, pull = torch.func.vjp(lambda p, x: fmoe.moe_forward(p, x, router=config), params, x.detach())
     grads, g_x = pull(cotangent)
@@ -441,17 +441,24 @@ ERRORS = {
     ),
     "top_k above E": (
         lambda: routed(top_k=17),
-        "route: router.top_k: got 17, expected between 1 and the number of experts, 16. Lower top_k.",
+        "route: router.top_k: got 17, expected between 1 and the number of experts, 16. "
+        "Lower it, as in RouterConfig(top_k=1).",
+    ),
+    "one expert, by the default of two": (
+        lambda: fmoe.moe_forward(fmoe.moe_init(0, dim=8, hidden_dim=4, num_experts=1), torch.randn(3, 8)),
+        "route: router.top_k: got 2, expected between 1 and the number of experts, 1. "
+        "Lower it, as in RouterConfig(top_k=1).",
     ),
     "top_k above the groups": (
-        lambda: routed(top_k=9),
+        lambda: routed(top_k=9, num_groups=8, top_groups=4),
         "route: router.top_k: got 9, expected at most 8, the experts that the chosen groups hold "
-        "(top_groups=4 of num_groups=8, 16 experts). Raise top_groups, or use num_groups=1, top_groups=1.",
+        "(top_groups=4 of num_groups=8, 16 experts). Raise top_groups, or leave num_groups and top_groups "
+        "out.",
     ),
     "groups that don't divide": (
-        lambda: routed(top_k=2, num_groups=3),
+        lambda: routed(num_groups=3),
         "route: router.num_groups: got 3, expected a divisor of the number of experts, 16. "
-        "Use num_groups=1, top_groups=1 to choose among all experts.",
+        "Leave num_groups and top_groups out to choose among all experts.",
     ),
     "more top groups than groups": (
         lambda: routed(num_groups=2, top_groups=3),

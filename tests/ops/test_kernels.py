@@ -407,7 +407,7 @@ def test_the_layer_is_as_right_as_plain_bfloat16():
     from fmoe.bench.layers import plain_layer
 
     params, x = large_layer()
-    config = fmoe.RouterConfig(top_k=4, num_groups=1, top_groups=1, scale=1.0)
+    config = fmoe.RouterConfig(top_k=4)
     ids = fmoe.route(params.router, x, config).expert_ids_TK
     cotangent = torch.randn_like(x)
 

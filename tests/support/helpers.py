@@ -16,17 +16,11 @@ from fmoe.testing.samples import dot, error  # noqa: F401
 Scalar = Callable[..., torch.Tensor]
 
 CONFIGS = {
-    "sigmoid, groups": fmoe.RouterConfig(top_k=3, num_groups=4, top_groups=2),
+    "sigmoid, groups": fmoe.RouterConfig(top_k=3, num_groups=4, top_groups=2, scale=2.5),
     "softmax, before": fmoe.RouterConfig(
-        top_k=2,
-        num_groups=1,
-        top_groups=1,
-        score_func="softmax",
-        normalize=False,
-        scale=1.0,
-        score_before_experts=True,
+        top_k=2, score_func="softmax", normalize=False, score_before_experts=True
     ),
-    "balanced": fmoe.RouterConfig(top_k=3, num_groups=1, top_groups=1, force_balance=True),
+    "balanced": fmoe.RouterConfig(top_k=3, force_balance=True),
 }
 
 

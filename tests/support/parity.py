@@ -26,11 +26,11 @@ TINY = dataclasses.replace(
     moe_hidden_dim=12,
     num_experts=8,
     num_shared_experts=2,
-    router=fmoe.RouterConfig(top_k=2, num_groups=4, top_groups=2),
+    router=fmoe.RouterConfig(top_k=2, num_groups=4, top_groups=2, scale=2.5),
     max_seq_len=32,
     init_std=0.2,
 )
-NO_GROUPS = fmoe.RouterConfig(top_k=3, num_groups=1, top_groups=1)
+NO_GROUPS = fmoe.RouterConfig(top_k=3)
 V2 = fmoe.RouterConfig(
     top_k=2, score_func="softmax", num_groups=4, top_groups=2, group_best=1, normalize=False, scale=4.0
 )
