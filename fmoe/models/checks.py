@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
 from ..ops.core.axes import axis_sizes, describe
+from ..ops.route import RouterConfig, Routing
 from ..parallel.boundary import dtensor_beneath, unwrapped
 from ..parallel.spec import axes_by_dim, named_axes
 from ..params import P, is_spec
@@ -27,14 +28,17 @@ def check_token_spec(function: str, argument: str, x: torch.Tensor, spec: P) -> 
         )
 
 
-def check_layer(params: Any, x: torch.Tensor) -> None:
+def check_layer(params: Any, x: torch.Tensor, router: Any) -> None:
     """Raise ``ValueError`` unless the arguments of :func:`moe_forward` fit together."""
 
     def error(argument: str, got: Any, expected: str, remedy: str) -> ValueError:
         return argument_error("moe_forward", argument, got=got, expected=expected, remedy=remedy)
 
     leaves = check_tensors("moe_forward", "params", params)
-    dim = params.router.weight_ED.shape[-1]
+    dim = params.experts.w_in.shape[-1]
+    if not isinstance(router, RouterConfig) and not callable(router):
+        expected = "a RouterConfig or a function of (params.router, x_TD)"
+        raise error("router", repr(router), expected, "Pass fmoe.RouterConfig(), say.")
     if not x.is_floating_point():
         raise error(
             "x", f"dtype {x.dtype}", "a floating dtype", "Embed tokens before the layer, or use x.float()."
@@ -43,7 +47,7 @@ def check_layer(params: Any, x: torch.Tensor) -> None:
         raise error(
             "x",
             f"shape {tuple(x.shape)}",
-            f"(..., {dim}), as params.router.weight_ED is {tuple(params.router.weight_ED.shape)}",
+            f"(..., {dim}), as params.experts.w_in is {tuple(params.experts.w_in.shape)}",
             "Pass the dimension the layer was initialised with.",
         )
     if params.shared and params.shared.w_in.shape[-1] != dim:
@@ -56,9 +60,36 @@ def check_layer(params: Any, x: torch.Tensor) -> None:
     for name, leaf in zip(dotted_names(params), leaves):
         if leaf.device != x.device:
             raise error(f"params.{name}", leaf.device, f"{x.device}, as x", "Move one of the two with .to().")
-        if leaf.dtype != x.dtype and not name.startswith("router."):
+        if leaf.dtype != x.dtype and name.split(".")[0] != "router":
             raise error(
                 f"params.{name}", leaf.dtype, f"{x.dtype}, as x", "Convert one of the two with .to()."
+            )
+
+
+def check_routing(routing: Any, num_tokens: int, num_experts: int) -> None:
+    """Raise ``ValueError`` unless a router function returned a routing of these tokens and experts."""
+
+    def error(got: str, expected: str, remedy: str) -> ValueError:
+        got = f"a function that returns {got}"
+        return argument_error("moe_forward", "router", got=got, expected=expected, remedy=remedy)
+
+    if not isinstance(routing, Routing):
+        raise error(type(routing).__name__, "one that returns fmoe.Routing", "fmoe.route returns one.")
+    ids_TK = routing.expert_ids_TK
+    pairs = num_tokens, ids_TK.shape[1] if ids_TK.dim() == 2 else 1
+    wide = torch.float32, torch.float64
+    for name, shape, dtypes in (
+        ("expert_ids_TK", pairs, (torch.int64,)),
+        ("weights_TK", pairs, wide),
+        ("counts_E", (num_experts,), (torch.int64,)),
+        ("scores_TE", (num_tokens, num_experts), (*wide, torch.bfloat16, torch.float16)),
+    ):
+        value = getattr(routing, name)
+        if tuple(value.shape) != shape or value.dtype not in dtypes:
+            raise error(
+                f"{name} of shape {tuple(value.shape)}, {value.dtype}",
+                f"{shape}, {' or '.join(map(str, dtypes))}",
+                f"Route all {num_tokens} rows of x_TD to {num_experts} experts.",
             )
 
 

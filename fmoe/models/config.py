@@ -113,10 +113,10 @@ class DeepSeekV3Config:
             self.router.check(self.num_experts, "DeepSeekV3Config")
 
 
-# Source: the published configurations; for the initialisation, arXiv 2405.04434 and 2412.19437.
 # DeepSeek-V3 routes each token to the best 8 of 256 experts, in the best 4 of 8 groups.
 ROUTER = RouterConfig(top_k=8, num_groups=8, top_groups=4, group_best=2, scale=2.5)
 
+# Source: the published configurations; for the initialisation, arXiv 2405.04434 and 2412.19437.
 _V2 = DeepSeekV3Config(
     vocab_size=102400,
     dim=5120,

@@ -13,22 +13,22 @@ from ..ops.combine import combine, combine_start, join
 from ..ops.core.axes import axis_names, present
 from ..ops.dispatch import dispatch
 from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
-from ..ops.route import RouterConfig, RouterParams, Routing, route
+from ..ops.route import Router, RouterConfig, RouterParams, Routing, route
 from ..parallel.backends import choose
 from ..parallel.boundary import dtensor_beneath
-from ..parallel.collectives import psum
+from ..parallel.collectives import axis_size, psum
 from ..parallel.placement import computing, init_on, moved, moves, token_axes, where_placed
 from ..parallel.shard_map import shard_map
 from ..parallel.spec import distribute, named_axes
 from ..params import P, is_spec, param
-from .checks import check_layer, check_on_one_device, check_token_spec
+from .checks import check_layer, check_on_one_device, check_routing, check_token_spec
 
 
 class MoEParams(NamedTuple):
     """A layer's parameters, from :func:`moe_init` or made by hand. All leaves are tensors.
 
     =======  ========================================
-    router   :class:`fmoe.RouterParams`
+    router   :class:`fmoe.RouterParams`, or any tree that a router of your own takes
     experts  :class:`fmoe.ExpertParams`
     shared   :class:`fmoe.ExpertParams` of one SwiGLU, without E; ``()`` where there is none
     =======  ========================================
@@ -40,7 +40,7 @@ class MoEParams(NamedTuple):
     ('MoEParams', ())
     """
 
-    router: RouterParams
+    router: RouterParams | Any
     experts: ExpertParams
     shared: ExpertParams | tuple[()]
 
@@ -73,7 +73,7 @@ COMPUTING = optree.tree_map(
     lambda spec: computing(spec.partition),
     moe_specs(dim=1, hidden_dim=1, num_experts=1, num_shared_experts=1),
     is_leaf=is_spec,
-)
+)._replace(router=P())
 
 
 def moe_init(
@@ -130,7 +130,7 @@ def moe_forward(
     x: torch.Tensor,
     mesh: DeviceMesh | None = None,
     *,
-    router: RouterConfig = ...,
+    router: RouterConfig | Router = ...,
     backend: str = ...,
     return_stats: Literal[False] = ...,
 ) -> torch.Tensor: ...
@@ -142,7 +142,7 @@ def moe_forward(
     x: torch.Tensor,
     mesh: DeviceMesh | None = None,
     *,
-    router: RouterConfig = ...,
+    router: RouterConfig | Router = ...,
     backend: str = ...,
     return_stats: Literal[True],
 ) -> tuple[torch.Tensor, MoEStats]: ...
@@ -153,7 +153,7 @@ def moe_forward(
     x: torch.Tensor,
     mesh: DeviceMesh | None = None,
     *,
-    router: RouterConfig = RouterConfig(),  # noqa: B008  (frozen)
+    router: RouterConfig | Router = RouterConfig(),  # noqa: B008  (frozen)
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Any:
@@ -164,7 +164,8 @@ def moe_forward(
     x             (..., D)     tokens; bfloat16, float16, float32 or float64, like the experts
     mesh                       ``None``: this device alone. Else experts lie along its axis ``ep``, slices of
                                their hidden dimension along ``tp``, and tokens along ``dp`` and ``ep``
-    router                     how tokens choose experts
+    router                     how tokens choose experts: by a config, or by a function from
+                               ``(params.router, x_TD)`` to a :class:`fmoe.Routing`
     backend                    carries tokens along ``ep``: ``"auto"``, ``"local"``, ``"all_to_all"`` or
                                ``"deepep"``
     -> y          (..., D)     dtype of ``x``; with ``return_stats``, ``(y, MoEStats)``, over all tokens
@@ -178,22 +179,33 @@ def moe_forward(
     with. Or they are plain tensors, which are then this device's own piece: E / ep experts, with F / tp of
     each. Whole experts would be summed ``tp`` times.
 
+    A router function is called with the tokens of this device, as rows ``x_TD``. On a mesh ``params.router``
+    is whole on every device. ``fmoe.testing.check_router`` checks such a function.
+
     It works under every ``torch.func`` transform and under ``torch.compile(fullgraph=True)``. On a mesh,
     ``jvp`` needs plain tensors, and ``vmap`` over tokens raises.
 
-    Raises ``ValueError`` for inputs that don't fit together, and says what was expected.
+    Raises ``ValueError`` for inputs that don't fit together, and for a router function whose result is no
+    routing of these tokens and experts. The text says what was expected.
 
     Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
 
     >>> import torch, fmoe
-    >>> params = fmoe.moe_init(0, dim=8, hidden_dim=16, num_experts=16)
-    >>> y, stats = fmoe.moe_forward(params, torch.randn(2, 5, 8), return_stats=True)
-    >>> y.shape, stats.tokens_per_expert.sum()
+    >>> params, x = fmoe.moe_init(0, dim=8, hidden_dim=16, num_experts=12), torch.randn(2, 5, 8)
+    >>> y, stats = fmoe.moe_forward(params, x, return_stats=True)
+    >>> y.shape, stats.tokens_per_expert.sum()  # two experts for each of ten tokens
     (torch.Size([2, 5, 8]), tensor(20))
+    >>> def greedy(router, x_TD):
+    ...     scores_TE = (x_TD @ router.weight_ED.T).softmax(-1)
+    ...     weights_TK, ids_TK = scores_TE.max(-1, keepdim=True)
+    ...     counts_E = (ids_TK == torch.arange(12)).sum(0)
+    ...     return fmoe.Routing(ids_TK, weights_TK, counts_E, scores_TE)
+    >>> fmoe.moe_forward(params, x, router=greedy, return_stats=True)[1].tokens_per_expert.sum()
+    tensor(10)
     """
-    check_layer(params, x)
+    check_layer(params, x, router)
     if mesh is None:
-        check_on_one_device("moe_forward", params.router.weight_ED)
+        check_on_one_device("moe_forward", params.experts.w_in)
         choose("moe_forward", backend, None)
         y, routing = moe_layer(params, x, router)
         return (y, moe_stats(routing)) if return_stats else y
@@ -217,10 +229,17 @@ def moe_forward(
     )(params, x)
 
 
-def moe_layer(params: MoEParams, x: torch.Tensor, router: RouterConfig) -> tuple[torch.Tensor, Routing]:
+def moe_layer(
+    params: MoEParams, x: torch.Tensor, router: RouterConfig | Router
+) -> tuple[torch.Tensor, Routing]:
     """The layer on this device's pieces, along ``ep`` and ``tp`` if bound. Also gives the routing."""
     x_TD = x.reshape(-1, x.shape[-1])
-    routing = route(params.router, x_TD, router)
+    if isinstance(router, RouterConfig):
+        routing = route(params.router, x_TD, router)
+    else:
+        routing = router(params.router, x_TD)
+        num_experts = params.experts.w_in.shape[0] * axis_size(present("ep"))
+        check_routing(routing, x_TD.shape[0], num_experts)
     x_SD, plan = dispatch(x_TD, routing, axis="ep" if present("ep") else None)
     y_SD = experts_grouped_mm(params.experts, x_SD, plan)
     if params.shared:  # rows may be on their way back meanwhile
@@ -271,5 +290,5 @@ def shard_params(params: Any, mesh: DeviceMesh, specs: Any = None) -> Any:
             hidden_dim=hidden,
             num_experts=params.experts.w_in.shape[0],
             num_shared_experts=shared.w_out.shape[1] // hidden if shared else 0,
-        )
+        )._replace(router=P())
     return distribute(params, specs, mesh)

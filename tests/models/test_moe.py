@@ -410,7 +410,7 @@ META = fmoe.ExpertParams(torch.empty(16, 2, 4, 8, device="meta"), torch.empty(16
 ERRORS = {
     "wrong last dimension": (
         lambda: fmoe.moe_forward(layer_with(), torch.randn(3, 5)),
-        "moe_forward: x: got shape (3, 5), expected (..., 8), as params.router.weight_ED is (16, 8). "
+        "moe_forward: x: got shape (3, 5), expected (..., 8), as params.experts.w_in is (16, 2, 4, 8). "
         "Pass the dimension the layer was initialised with.",
     ),
     "a scalar": (lambda: fmoe.moe_forward(layer_with(), torch.tensor(1.0)), "moe_forward: x: got shape ()"),
