@@ -11,6 +11,7 @@ from typing import Any, Literal
 import optree
 import torch
 
+from .errors import argument_error
 from .tree import dotted_names
 
 
@@ -40,7 +41,8 @@ class ParamSpec:
     """One parameter: its shape, how it starts, and which mesh axes its dimensions lie on.
 
     ``init`` is ``"normal"``, ``"zeros"`` or ``"ones"``. A normal has the standard deviation ``scale`` and is
-    cut at three of them. ``dtype`` overrides the dtype that the tree is initialised with.
+    cut at three of them. ``dtype`` overrides the dtype that the tree is initialised with. ``trained``
+    says whether the optimiser moves it.
 
     >>> specs = {"w": ParamSpec((4, 2), P("ep", None)), "b": ParamSpec((4,), P("ep"), init="zeros")}
     >>> params = init_params(specs, 0, dtype=torch.float32)
@@ -53,6 +55,7 @@ class ParamSpec:
     init: Literal["normal", "zeros", "ones"] = "normal"
     scale: float = 0.02
     dtype: torch.dtype | None = None
+    trained: bool = True
 
     def draw(
         self, seed: int, name: str, *, dtype: torch.dtype, device: Any, piece: tuple[slice, ...] = ()
@@ -135,6 +138,39 @@ def partition_specs(specs: Any) -> Any:
     {'w': P('ep', None), 'b': P('ep')}
     """
     return optree.tree_map(lambda spec: spec.partition, specs, is_leaf=is_spec)
+
+
+def trained_mask(specs: Any) -> Any:
+    """Which parameters of a tree of :class:`ParamSpec` are trained: a tree of bools.
+
+    ``adamw(trained=)`` takes it.
+
+    >>> trained_mask({"w": ParamSpec((4, 2), P()), "bias": ParamSpec((4,), P(), trained=False)})
+    {'w': True, 'bias': False}
+    """
+    return optree.tree_map(lambda spec: spec.trained, specs, is_leaf=is_spec)
+
+
+def leaf_mask(function: str, argument: str, mask: Any, tree: Any) -> list[bool]:
+    """A bool for every leaf of a tree, from a tree prefix of bools or a function of the tree that gives one.
+
+    >>> leaf_mask("adamw", "trained", {"a": True, "b": False}, {"a": 1, "b": [2, 3]})
+    [True, False, False]
+    """
+    mask = mask(tree) if callable(mask) else mask
+    try:
+        found = optree.broadcast_prefix(mask, tree)
+    except ValueError as error:
+        found = [str(error)]
+    if odd := [value for value in found if not isinstance(value, bool)]:
+        raise argument_error(
+            function,
+            argument,
+            got=odd[0],
+            expected="a tree prefix of bools, as True is of every tree",
+            remedy="One bool may stand for a whole subtree.",
+        )
+    return found
 
 
 def num_params(specs: Any) -> int:

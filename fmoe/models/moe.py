@@ -51,7 +51,7 @@ def moe_specs(*, dim: int, hidden_dim: int, num_experts: int, num_shared_experts
     return MoEParams(
         RouterParams(
             param((num_experts, dim), P(None, None)),
-            param((num_experts,), P(None), init="zeros", dtype=torch.float32),
+            param((num_experts,), P(None), init="zeros", dtype=torch.float32, trained=False),
         ),
         ExpertParams(
             param((num_experts, 2, hidden_dim, dim), P("ep", None, "tp", "dp")),

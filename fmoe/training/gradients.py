@@ -15,8 +15,9 @@ from ..ops.core.dtypes import accumulator
 from ..parallel.boundary import dtensor_beneath, unwrapped
 from ..parallel.shard_map import shard_map
 from ..parallel.spec import spec_of
+from ..params import leaf_mask
 from ..tree import check_tensors, dotted_names
-from .optim import global_norm, is_trained
+from .optim import global_norm, trained_by_default
 
 NAMES_SHOWN = 8
 REMEDY = "Resume from the last checkpoint with a lower learning rate, a longer warm-up or other data."
@@ -84,8 +85,12 @@ def accumulate(value_and_grad_fn: Callable[..., Any], num_micro_batches: int) ->
     return call
 
 
-def computing_in(fn: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
-    """``fn`` with its params, the first argument, converted to ``dtype``, but for every ``bias_E``.
+def computing_in(fn: Callable[..., Any], dtype: torch.dtype, *, keep: Any = None) -> Callable[..., Any]:
+    """``fn`` with its params, the first argument, converted to ``dtype``.
+
+    ``keep`` says which leaves stay as they are: a tree prefix of bools, or a function of the params that
+    gives one. ``None`` keeps what isn't :func:`~fmoe.training.optim.trained_by_default`, the selection
+    biases of routers.
 
     Differentiated, it gives gradients in the dtype the params are kept in: float32 master weights with
     bfloat16 computation, say. Where they are in ``dtype`` already, nothing is converted.
@@ -99,13 +104,18 @@ def computing_in(fn: Callable[..., Any], dtype: torch.dtype) -> Callable[..., An
     @functools.wraps(fn)
     def call(params: Any, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = optree.tree_flatten(params)
+        kept = leaf_mask("computing_in", "keep", _untrained if keep is None else keep, params)
         converted = [
-            _converted(leaf, dtype) if is_trained(name) and leaf.dtype != dtype else leaf
-            for name, leaf in zip(dotted_names(params), leaves)
+            leaf if stays or leaf.dtype == dtype else _converted(leaf, dtype)
+            for stays, leaf in zip(kept, leaves)
         ]
         return fn(optree.tree_unflatten(structure, converted), *args, **kwargs)
 
     return call
+
+
+def _untrained(params: Any) -> Any:
+    return optree.tree_map(lambda trained: not trained, trained_by_default(params))
 
 
 def _converted(leaf: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

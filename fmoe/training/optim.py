@@ -9,7 +9,10 @@ import torch
 from torch.optim.adamw import adamw as torch_adamw
 
 from ..errors import argument_error
+from ..models.moe import moe_specs
 from ..ops.core.dtensors import is_dtensor, local, map_local
+from ..ops.route import RouterParams
+from ..params import leaf_mask, trained_mask
 from ..tree import check_tensors, dotted_names
 from .clipping import clip_by_global_norm as clip_by_global_norm  # re-exported
 from .clipping import clip_factor as clip_factor
@@ -17,6 +20,7 @@ from .clipping import global_norm as global_norm
 
 Rows = Sequence[Sequence[torch.Tensor]]
 PIECE = 2**25  # numbers widened at once
+ROUTER_MASK = trained_mask(moe_specs(dim=1, hidden_dim=1, num_experts=1).router)
 
 
 class AdamWState(NamedTuple):
@@ -78,38 +82,42 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.1,
     moments_dtype: torch.dtype | None = None,
+    trained: Any = None,
 ) -> Optimizer:
     """AdamW (Loshchilov and Hutter, arXiv:1711.05101) with PyTorch's fused kernel.
 
-    Params, grads and both moments are trees of one structure; each leaf's tensors share shape,
-    device, for DTensors placements, and, but for the moments, dtype. The learning rate is a float given to
-    each update. Weight decay is for leaves of two or more dimensions. Leaves named ``bias_E``, which load
-    balancing moves, come back as they are, and their moments are empty.
+    =============  ====================================================================================
+    betas, eps     as in the paper
+    weight_decay   of leaves of two or more dimensions
+    moments_dtype  of both moments; ``None``: each parameter's own, float32 for float16 ones
+    trained        a tree prefix of bools, as ``{"head": True, "body": False}``, or a function of the params
+                   that gives one; ``None``: :func:`trained_by_default`
+    -> Optimizer   its ``update`` takes the learning rate, a float
+    =============  ====================================================================================
 
-    Moments are of ``moments_dtype``, or for ``None`` of each parameter's own, for float16 float32. Where the
-    two differ, a leaf is updated in the wider one, a piece at a time, and what is narrower rounded once.
-    Bfloat16 moments of float32 params, as DeepSeek-V3 was trained with, halve the state; with ``betas[1]``
-    above 0.996 some would cease to decay, a step's part being less than half of the last bit. Float32 moments
-    of bfloat16 params aren't rounded, but the params still are: what changes one by less than a 512th is
-    lost. Against that keep params in float32 and compute in bfloat16, by
-    :func:`fmoe.training.gradients.computing_in`.
+    Params, grads and both moments are trees of one structure. Tensors of one leaf share shape, device and
+    placements. Params and grads share the dtype, too. A leaf that isn't trained comes back as it is, and its
+    moments are empty.
 
-    ``update`` modifies nothing it is given and returns contiguous tensors that do not require grad. Gradients
-    are multiplied by ``scale`` as they are read, a float32 scalar such as :func:`clip_factor` gives.
-    With ``donate=True`` it writes into the memory of ``params`` and ``state``, and with a ``scale`` of
-    ``grads``, as jax's ``donate_argnums``: no copy of them is made, and the caller must not use them again.
-    Leaves that share memory, as gradients that autograd returns may, and gradients that are part of a graph
-    are copied all the same.
+    Where moments have another dtype than a parameter, it is updated in the wider one, a piece at a time, and
+    the narrower is rounded once. Bfloat16 moments of float32 params, as DeepSeek-V3 was trained with, halve
+    the state. With ``betas[1]`` above 0.996 some second moments would stop decaying: each decrement rounds to
+    nothing. Bfloat16 params lose every change below a 512th of a number. To avoid that, keep params in
+    float32 and compute in bfloat16 with :func:`fmoe.training.gradients.computing_in`.
+
+    ``update`` modifies nothing it is given and returns contiguous tensors that do not require grad. It
+    multiplies gradients by ``scale`` as it reads them, a float32 scalar such as :func:`clip_factor` gives.
+    With ``donate=True`` it writes into the memory of ``params`` and ``state``, and with a ``scale`` into
+    that of ``grads``, as jax's ``donate_argnums``: the caller must not use them again. It still copies
+    leaves that share memory and gradients that are part of a graph.
 
     Raises ``ValueError`` where the trees or their leaves do not match.
 
-    >>> optimizer = adamw(weight_decay=0.0)
-    >>> params = {"w": torch.ones(2, 2), "bias_E": torch.zeros(2)}
-    >>> grads = {"w": torch.ones(2, 2), "bias_E": torch.zeros(2)}
-    >>> params, state = optimizer.update(params, grads, optimizer.init(params), 0.25)
-    >>> params["w"], state.step
-    (tensor([[0.7500, 0.7500],
-            [0.7500, 0.7500]]), tensor(1.))
+    >>> optimizer = adamw(weight_decay=0.0, trained={"w": True, "frozen": False})
+    >>> params = {"w": torch.ones(2), "frozen": torch.ones(2)}
+    >>> new, state = optimizer.update(params, params, optimizer.init(params), 0.25)
+    >>> new, state.step
+    ({'w': tensor([0.7500, 0.7500]), 'frozen': tensor([1., 1.])}, tensor(1.))
     """
     if not all(0 <= beta < 1 for beta in betas):
         raise argument_error(
@@ -123,8 +131,26 @@ def adamw(
             expected="bfloat16, float32, float64 or None",
             remedy="Leave it out; in float16 squares of small gradients would be zero.",
         )
-    how = _AdamW(betas, eps, weight_decay, moments_dtype)
+    how = _AdamW(betas, eps, weight_decay, moments_dtype, trained_by_default if trained is None else trained)
     return Optimizer(how.init, how.update)
+
+
+def trained_by_default(params: Any) -> Any:
+    """A tree of bools: every leaf but the selection biases of routers, which load balancing moves.
+
+    A layer's specs say so (:class:`fmoe.params.ParamSpec`). To freeze more, change the tree:
+
+    >>> import fmoe
+    >>> params = fmoe.moe_init(0, dim=8, hidden_dim=16, num_experts=4)
+    >>> trained_by_default(params).router
+    RouterParams(weight_ED=True, bias_E=False)
+    >>> optimizer = adamw(trained=trained_by_default(params)._replace(experts=False))
+    """
+
+    def is_router(node: Any) -> bool:
+        return isinstance(node, RouterParams)
+
+    return optree.tree_map(lambda node: ROUTER_MASK if is_router(node) else True, params, is_leaf=is_router)
 
 
 class _AdamW(NamedTuple):
@@ -132,13 +158,14 @@ class _AdamW(NamedTuple):
     eps: float
     weight_decay: float
     moments_dtype: torch.dtype | None
+    trained: Any
 
     def init(self, params: Any) -> AdamWState:
-        leaves, names = check_tensors("adamw.init", "params", params), dotted_names(params)
-        structure = optree.tree_structure(params)
+        leaves, structure = check_tensors("adamw.init", "params", params), optree.tree_structure(params)
+        trained = leaf_mask("adamw.init", "trained", self.trained, params)
 
         def zeros() -> Any:
-            moments = [_zeros(p, self._moments_of(p), is_trained(name)) for name, p in zip(names, leaves)]
+            moments = [_zeros(p, self._moments_of(p), moved) for p, moved in zip(leaves, trained)]
             return optree.tree_unflatten(structure, moments)
 
         device = leaves[0].device if leaves else None
@@ -158,9 +185,10 @@ class _AdamW(NamedTuple):
         scale: torch.Tensor | None = None,
         donate: bool = False,
     ) -> tuple[Any, AdamWState]:
-        names, structure = dotted_names(params), optree.tree_structure(params)
+        structure = optree.tree_structure(params)
+        moves = leaf_mask("adamw.update", "trained", self.trained, params)
         old, g, old_m, old_v = (
-            _checked(params, names, argument, tree, dtype_of)
+            _checked(params, moves, argument, tree, dtype_of)
             for argument, tree, dtype_of in [
                 ("params", params, _own_dtype),
                 ("grads", grads, _own_dtype),
@@ -168,7 +196,6 @@ class _AdamW(NamedTuple):
                 ("state.exp_avg_sq", state.exp_avg_sq, self._moments_of),
             ]
         )
-        moves = [is_trained(name) for name in names]
         p, m, v = (
             [x if moved else like for x, like, moved in zip(_ours(xs, donate), xs, moves)]
             for xs in (old, old_m, old_v)
@@ -232,15 +259,6 @@ class _AdamW(NamedTuple):
                 del wide  # before the next piece's
 
 
-def is_trained(name: str) -> bool:
-    """Whether a leaf of this dotted name is the optimiser's to move; load balancing moves ``bias_E``.
-
-    >>> is_trained("layers.1.mlp.router.weight_ED"), is_trained("layers.1.mlp.router.bias_E")
-    (True, False)
-    """
-    return name.split(".")[-1] != "bias_E"
-
-
 def _zeros(leaf: torch.Tensor, dtype: torch.dtype, moved: bool) -> torch.Tensor:
     if not moved:
         return torch.empty(0, dtype=dtype, device=leaf.device)
@@ -274,10 +292,11 @@ def _layout(leaf: Any, dtype_of: Callable[[torch.Tensor], torch.dtype] = _own_dt
 
 
 def _checked(
-    params: Any, names: list[str], argument: str, tree: Any, dtype_of: Callable[[torch.Tensor], torch.dtype]
+    params: Any, moves: list[bool], argument: str, tree: Any, dtype_of: Callable[[torch.Tensor], torch.dtype]
 ) -> list[torch.Tensor]:
     """The leaves of a tree that has the structure of params and, where they move, layouts like theirs."""
     (expected, structure), (leaves, theirs) = optree.tree_flatten(params), optree.tree_flatten(tree)
+    names = dotted_names(params)
     if theirs != structure:
         missing, extra = set(names).difference(dotted_names(tree)), set(dotted_names(tree)).difference(names)
         raise argument_error(
@@ -287,11 +306,11 @@ def _checked(
             expected="the leaves and containers of params",
             remedy="Differentiate, and call init on, the params you pass here.",
         )
-    layouts = zip(names, map(_layout, leaves), (_layout(leaf, dtype_of) for leaf in expected))
+    layouts = zip(names, moves, map(_layout, leaves), (_layout(leaf, dtype_of) for leaf in expected))
     wrong = [
         [f"{name} {' '.join(map(str, layout))}" for layout in pair]
-        for name, *pair in layouts
-        if is_trained(name) and pair[0] != pair[1]
+        for name, moved, *pair in layouts
+        if moved and pair[0] != pair[1]
     ]
     if wrong:
         got, wanted = ("; ".join(column) for column in zip(*wrong))

@@ -110,6 +110,16 @@ def test_master_weights_compute_low_and_get_their_gradients_high() -> None:
     assert all(a is b for a, b in zip(optree.tree_leaves(whole), optree.tree_leaves(low)))
 
 
+def test_a_mask_says_what_is_not_converted() -> None:
+    params = {"a": torch.ones(2), "b": [torch.ones(2), torch.ones(3)]}
+    for keep in ({"a": False, "b": True}, lambda tree: {"a": False, "b": [True, True]}):
+        low = computing_in(lambda p: p, torch.bfloat16, keep=keep)(params)
+        assert low["a"].dtype == torch.bfloat16
+        assert low["b"] == params["b"]
+    with pytest.raises(ValueError, match=r"computing_in: keep: got .*, expected a tree prefix of bools"):
+        computing_in(lambda p: p, torch.bfloat16, keep={"a": True})(params)
+
+
 def test_what_is_not_finite_is_named_with_its_step_and_layer() -> None:
     params, *batch = model_and_batch()
     params.layers[1].mlp.experts.w_out[:, 0, 0] = float("inf")

@@ -2,7 +2,7 @@ import itertools
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import optree
 import pytest
@@ -11,14 +11,18 @@ from helpers import allocated_at_once
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
 import fmoe
+from fmoe.models import deepseek_v3
+from fmoe.params import trained_mask
 from fmoe.training import optim
-from fmoe.training.optim import AdamWState, adamw, clip_by_global_norm, clip_factor, global_norm
+from fmoe.training.optim import (
+    AdamWState,
+    adamw,
+    clip_by_global_norm,
+    clip_factor,
+    global_norm,
+    trained_by_default,
+)
 from fmoe.tree import dotted_names
-
-
-class Router(NamedTuple):
-    weight_ED: Any
-    bias_E: Any
 
 
 def random_tree(seed: int, dtype: torch.dtype = torch.float32) -> Any:
@@ -29,7 +33,11 @@ def random_tree(seed: int, dtype: torch.dtype = torch.float32) -> Any:
 
     return {
         "layers": [
-            {"router": Router(draw(6, 5), draw(6, dtype=torch.float32)), "shared": (), "norm": draw(5)}
+            {
+                "router": fmoe.RouterParams(draw(6, 5), draw(6, dtype=torch.float32)),
+                "shared": (),
+                "norm": draw(5),
+            }
             for _ in range(2)
         ],
         "embed": draw(7, 3, 2),
@@ -125,6 +133,41 @@ def test_the_selection_bias_is_left_alone() -> None:
             assert new["layers"][i]["router"].bias_E is params["layers"][i]["router"].bias_E
             assert new_state.exp_avg["layers"][i]["router"].bias_E.numel() == 0
             assert new_state.exp_avg_sq["layers"][i]["router"].bias_E.numel() == 0
+
+
+def test_what_is_trained_stands_in_the_specs() -> None:
+    specs = deepseek_v3.specs(deepseek_v3.preset("debug"))
+    mask = trained_by_default(deepseek_v3.init(deepseek_v3.preset("debug"), 0))
+    assert trained_mask(specs) == mask
+    untrained = [name for name, moves in zip(dotted_names(mask), optree.tree_leaves(mask)) if not moves]
+    assert untrained == [f"layers.{i}.mlp.router.bias_E" for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("as_function", [False, True])
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_mask_says_what_moves(donate: bool, as_function: bool) -> None:
+    params, grads = random_tree(0), random_tree(1)
+    layer = {"router": fmoe.RouterParams(False, True), "shared": (), "norm": True}
+    mask = {"layers": [False, layer], "embed": True, "scalar": False}
+    optimizer = adamw(trained=(lambda tree: mask) if as_function else mask)
+    everything = adamw(trained=True)
+    expected, _ = everything.update(params, grads, everything.init(params), 0.1)
+    kept = copied(params)
+    state = optimizer.init(params)
+    new, new_state = optimizer.update(params, grads, state, 0.1, donate=donate)
+    assert_same(new["layers"][0], kept["layers"][0])
+    assert_same(new["layers"][1]["router"].weight_ED, kept["layers"][1]["router"].weight_ED)
+    assert_same(new["layers"][1]["router"].bias_E, expected["layers"][1]["router"].bias_E)
+    assert_same((new["embed"], new["scalar"]), (expected["embed"], kept["scalar"]))
+    moments = zip(optree.broadcast_prefix(mask, params), optree.tree_leaves(new_state.exp_avg))
+    assert all(bool(moment.numel()) == moves for moves, moment in moments)
+
+
+@pytest.mark.parametrize("mask", [{"a": True}, {"a": True, "b": 1}, None, lambda params: [True]])
+def test_masks_that_fit_no_params_are_refused(mask: Any) -> None:
+    expected = "adamw.init: trained: got .*, expected a tree prefix of bools"
+    with pytest.raises(ValueError, match=expected):
+        adamw(trained=[mask]).init([{"a": torch.ones(2), "b": torch.ones(3)}])
 
 
 def test_only_matrices_decay() -> None:
