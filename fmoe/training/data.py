@@ -4,12 +4,14 @@ import ctypes
 import hashlib
 import itertools
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import argument_error
+from .documents import EXCLUDED_FOLDERS, hold_out, python_stdlib, read_documents
 from .tokenizer import BYTES, Tokenizer
 
 
@@ -49,6 +51,47 @@ def pack(documents: Iterable[bytes], tokenizer: Tokenizer = BYTES) -> torch.Tens
     if not stream:
         raise argument_error("pack", "documents", got="no token", expected="text")
     return torch.frombuffer(stream, dtype=dtype)
+
+
+def read_streams(
+    paths: Sequence[str | Path] | None = None,
+    tokenizer: Tokenizer = BYTES,
+    *,
+    suffix: str = ".py",
+    field: str = "text",
+    held_out: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Streams of tokens to train on and to evaluate on, from files and folders.
+
+    =============  =============================================================================
+    paths          files and folders; ``None``: Python's standard library, without its tests
+    suffix, field  as for :func:`~fmoe.training.documents.read_documents`
+    held_out       the share of the text to evaluate on, above 0 and below 1; ``None``: nothing
+    -> train       a stream, as :func:`pack` makes it
+    -> held_out    another of whole documents, or ``None``
+    =============  =============================================================================
+
+    Raises ``ValueError`` for unreadable paths, for a share out of range, and where either would be empty.
+
+    >>> text, held_out = read_streams([python_stdlib() / "this.py"], held_out=0.1)
+    >>> bytes(text[:4].tolist()), len(held_out) / len(text) < 0.2
+    (b's = ', True)
+    """
+    roots = [python_stdlib()] if paths is None else [Path(path) for path in paths]
+    exclude = EXCLUDED_FOLDERS if roots == [python_stdlib()] else ()
+    documents = read_documents(roots, suffix=suffix, field=field, exclude=exclude)
+    if held_out is None:
+        return pack(documents, tokenizer), None
+    if not 0 < held_out < 1:
+        raise argument_error(
+            "read_streams",
+            "held_out",
+            got=held_out,
+            expected="a share between 0 and 1, or None",
+            remedy="Try 0.05.",
+        )
+    train, test = hold_out(documents, held_out)
+    return pack(train, tokenizer), pack(test, tokenizer)
 
 
 def check_vocabulary(ids: torch.Tensor | Tokenizer, vocab_size: int) -> None:
@@ -107,12 +150,13 @@ def batch_at(
     seq_len: int,
     seed: int,
     part: tuple[int, int] = (0, 1),
+    device: str | torch.device | None = None,
 ) -> Batch:
     """The batch of one step: random windows of ``seq_len + 1`` tokens, chosen by ``(seed, step)`` alone.
 
     ``tokens`` is a one-dimensional integer tensor. With ``part=(i, n)`` only part ``i`` of ``n`` equal ones
-    of the batch is read, as a device reads its own. Raises ``ValueError`` where no window fits, and for a
-    batch that can't be parted so.
+    of the batch is read, as a device reads its own. The batch goes to ``device``, by default that of the
+    tokens. Raises ``ValueError`` where no window fits, and for a batch that can't be parted so.
 
     >>> batch_at(7, torch.arange(4), batch_size=1, seq_len=3, seed=0)
     Batch(tokens=tensor([[0, 1, 2]]), targets=tensor([[1, 2, 3]]))
@@ -134,7 +178,7 @@ def batch_at(
     generator = torch.Generator().manual_seed(int.from_bytes(digest))
     starts = torch.randint(len(tokens) - seq_len, (batch_size,), generator=generator, device="cpu")
     mine = starts.chunk(count)[index]
-    windows = tokens.unfold(0, seq_len + 1, 1)[mine.to(tokens.device)].long()
+    windows = tokens.unfold(0, seq_len + 1, 1)[mine.to(tokens.device)].long().to(device)
     return Batch(windows[:, :-1], windows[:, 1:])
 
 

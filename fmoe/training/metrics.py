@@ -1,10 +1,12 @@
 """What a training loop shows and records: a step's numbers, a JSONL file, a live view."""
 
+import itertools
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TextIO
@@ -20,7 +22,7 @@ from ..errors import argument_error
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 PLAIN_LINES = 20
-
+_LOG = logging.getLogger("fmoe")
 
 # Dense bfloat16 FLOP/s by the vendor's data sheets, for the names the devices report.
 PEAK_FLOPS = {
@@ -75,11 +77,28 @@ class Step(NamedTuple):
         return {**known, "overload": self.overload}
 
 
+@torch.no_grad()
+def mean_loss(loss_fn: Callable[..., Any], params: Any, batches: Sequence[Sequence[torch.Tensor]]) -> float:
+    """The mean over batches of ``loss_fn(params, *batch)``, which returns ``(loss, aux)``; no gradients.
+
+    >>> batches = [(torch.ones(3),), (torch.zeros(3),)]
+    >>> mean_loss(lambda w, x: ((w * x).mean(), None), torch.tensor(2.0), batches)
+    1.0
+    """
+    return sum(loss_fn(params, *batch)[0].item() for batch in batches) / len(batches)
+
+
 class MetricsFile:
     """A context manager that appends a step a line to a JSONL file, at once, so that a crash loses nothing.
 
-    ``first_step`` is the step the run begins with: what the file holds of it and later ones, or of a line a
-    crash cut short, is removed when the first step is written. ``None`` keeps everything.
+    ==========  ===================================================================================
+    path        ``None`` writes nothing, as all ranks but the first should
+    first_step  the step this run begins with; ``None`` keeps whatever the file holds
+    ==========  ===================================================================================
+
+    With ``first_step``, the first write removes what the file holds of that step and later ones, and a line
+    that a crash cut short. A run from step 0 keeps the file of an earlier run beside its own, as
+    ``metrics-1.jsonl``, and logs that.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -90,14 +109,15 @@ class MetricsFile:
     1.5
     """
 
-    def __init__(self, path: str | Path, *, first_step: int | None = None) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path | None, *, first_step: int | None = None) -> None:
+        self.path = None if path is None else Path(path)
         self.first_step = first_step
         self._entered = False
         self._file: TextIO | None = None
 
     def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         self._entered = True
         return self
 
@@ -106,25 +126,35 @@ class MetricsFile:
         if self._file:
             self._file.close()
 
-    def _keep_before(self, step: int) -> None:
-        text = self.path.read_text(encoding="utf-8") if step else ""
-        self._replace(text[: text.rfind("\n") + 1])
-        kept = [record for record in read_metrics(self.path) if record["step"] < step]
-        self._replace("".join(json.dumps(record) + "\n" for record in kept))
-
-    def _replace(self, text: str) -> None:
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, self.path)
-
     def write(self, step: Step) -> None:
         if not self._entered:
             raise RuntimeError("MetricsFile.write: the file is not open. Use it in a with statement.")
+        if not self.path:
+            return
         if not self._file:  # not before: a run that fails in its first step leaves the file as it was
             if self.first_step is not None and self.path.exists():
-                self._keep_before(self.first_step)
+                _make_room(self.path, self.first_step)
             self._file = self.path.open("a", encoding="utf-8", buffering=1)
         self._file.write(json.dumps(step.record()) + "\n")
+
+
+def _make_room(path: Path, step: int) -> None:
+    """Leave in a file what was recorded before this step; from step 0, give it another name."""
+    if step == 0:
+        others = (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(1))
+        earlier = path.rename(next(other for other in others if not other.exists()))
+        _LOG.warning(f"the metrics of an earlier run are {earlier} now")
+        return
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    _replace(path, whole + "\n" if whole else "")
+    kept = [record for record in read_metrics(path) if record["step"] < step]
+    _replace(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_suffix(".tmp")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -165,7 +195,7 @@ class LiveView:
     In a terminal each MoE layer has a row of blocks, an expert a block (neighbours share one where the
     terminal is narrow): half height is a fair share, red is twice that, ``·`` is an expert without
     tokens; the row ends with the layer's overload. Elsewhere it prints about twenty plain lines over
-    the run.
+    the run. While it is open, the console also shows what the library logs.
 
     >>> import sys
     >>> with LiveView(total_steps=1, console=Console(file=sys.stdout)) as view:
@@ -181,14 +211,21 @@ class LiveView:
         self._left = "-:--:--"
         self._printed = -1
         self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
+        self._log = _ConsoleHandler(self.console)
+        self._level = _LOG.level
 
     def __enter__(self) -> Self:
+        self._level = _LOG.level
+        _LOG.addHandler(self._log)
+        _LOG.setLevel(logging.INFO)
         if self.console.is_terminal:
             self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._live.stop()
+        _LOG.removeHandler(self._log)
+        _LOG.setLevel(self._level)
 
     def update(self, step: Step) -> None:
         """Show a step; steps count from 0."""
@@ -229,6 +266,15 @@ class LiveView:
             width = max(1, self.console.width - 24)
             load.add_row(f"layer {i}", load_row(counts, width), f"{_overload(counts):.2f}")
         return Group(progress, Text("  ".join(_numbers(step))), load)
+
+
+class _ConsoleHandler(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.print(record.getMessage(), soft_wrap=True)
 
 
 def load_row(counts: Sequence[int], width: int) -> Text:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import argument_error
+from .metrics import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -208,6 +209,44 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "fmoe", "svg.fonttype": "none"}):
         undated = {"Date": None} if Path(path).suffix == ".svg" else None
         figure.savefig(path, dpi=150, metadata=undated)
+
+
+def report(path: str | Path, *, reference: Mapping[str, float] = {}, unit: str = "token") -> str:
+    """A run in words, with its pictures ``loss.svg`` and ``load.svg`` drawn beside its metrics.
+
+    =========  ===================================================================================
+    path       a file of :class:`~fmoe.training.metrics.MetricsFile`
+    reference  losses to draw a line at, as for :func:`plot_loss`
+    unit       what a token stands for, as ``"byte"``
+    -> text    the mean loss of the last 20 steps, the speed over all of them, where the files are;
+               without matplotlib, how to get pictures
+    =========  ===================================================================================
+
+    Raises ``ValueError`` for a file that :func:`~fmoe.training.metrics.read_metrics` can't read, or that
+    has nothing to draw.
+
+    >>> import tempfile
+    >>> from fmoe.training.metrics import MetricsFile, Step
+    >>> with tempfile.TemporaryDirectory() as folder, MetricsFile(Path(folder, "metrics.jsonl")) as file:
+    ...     file.write(Step(0, 5.5, 1.0, 1e-3, 2e4, [[3, 1]]))
+    ...     text = report(file.path)
+    >>> text.split(", see")[0]
+    'final loss 5.500 nats a token (mean of the last 1 steps), 20,000 tokens/s'
+    """
+    path, records = Path(path), read_metrics(path)
+    ends = [record["loss"] for record in records[-20:]]
+    seconds_a_token = sum(1 / record["tokens_per_second"] for record in records) / len(records)
+    text = (
+        f"final loss {sum(ends) / len(ends):.3f} nats a {unit} (mean of the last {len(ends)} steps), "
+        f"{1 / seconds_a_token:,.0f} tokens/s, see {path}"
+    )
+    loss, load = path.with_name("loss.svg"), path.with_name("load.svg")
+    try:
+        save_figure(plot_loss({path.parent.name: records}, reference=reference), loss)
+        save_figure(plot_load(records), load)
+    except ImportError:
+        return f"{text}\nfor pictures: pip install -e '.[plots]' && python -m fmoe plot {path}"
+    return f"{text}, {loss} and {load}"
 
 
 def empty_figure(function: str, width: float = 1, height: float = 1) -> "Figure":

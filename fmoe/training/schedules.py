@@ -1,6 +1,8 @@
 """Learning rates as functions of the step; steps count from 0."""
 
+import functools
 import math
+from collections.abc import Callable
 
 from ..errors import argument_error
 
@@ -70,3 +72,31 @@ def warmup_stable_decay(
         return peak * done / warmup_steps
     progress = min(1.0, max(0, done - (total_steps - decay_steps)) / max(1, decay_steps))
     return peak + (final - peak) * progress
+
+
+def by_name(name: str, *, peak: float, total_steps: int) -> Callable[[int], float]:
+    """The learning rate as a function of the step, by a word as a command line has it.
+
+    ``"cosine"`` is :func:`warmup_cosine` and ``"stable"`` :func:`warmup_stable_decay`. Both warm up over a
+    twentieth of the steps, and ``"stable"`` decays over the last fifth.
+
+    Raises ``ValueError`` for other words.
+
+    >>> rate_of = by_name("stable", peak=1.0, total_steps=40)
+    >>> [round(rate_of(i), 3) for i in (0, 1, 30, 35, 39)]
+    [0.5, 1.0, 1.0, 0.55, 0.1]
+    """
+    warmup = max(1, total_steps // 20)
+    if name == "cosine":
+        return functools.partial(warmup_cosine, peak=peak, warmup_steps=warmup, total_steps=total_steps)
+    if name == "stable":
+        return functools.partial(
+            warmup_stable_decay,
+            peak=peak,
+            warmup_steps=warmup,
+            decay_steps=total_steps // 5,
+            total_steps=total_steps,
+        )
+    raise argument_error(
+        "by_name", "name", got=repr(name), expected="'cosine' or 'stable'", remedy="Use one of the two."
+    )

@@ -220,6 +220,28 @@ def test_another_architecture_is_an_error_that_lists_every_difference(tmp_path: 
         checkpoint.load(path, {"params": training_state()["params"]})
 
 
+def test_a_run_starts_with_its_state_or_the_newest_checkpoint(tmp_path: Path, caplog: Any) -> None:
+    def start(**options: Any) -> Any:
+        state, step = checkpoint.start(tmp_path / "run", {"w": torch.zeros(1)}, run={"seed": 0}, **options)
+        return step, state["w"].item()
+
+    assert start(resume=True) == start(resume=False) == (0, 0.0)
+    for step in (2, 100_000_000):
+        checkpoint.save(tmp_path / "run", step, {"w": torch.full((1,), float(step))}, run={"seed": 0})
+    assert start(resume=True) == (100_000_000, 1e8)
+    with pytest.raises(ValueError, match=r"start: folder: got .*step-100000000 of an earlier run"):
+        start(resume=False)
+    with pytest.raises(ValueError, match=r"run.seed is 0, here 1"):
+        checkpoint.start(tmp_path / "run", {"w": torch.zeros(1)}, resume=True, run={"seed": 1})
+    assert "is damaged" not in caplog.text
+    (tmp_path / "run" / "step-100000000" / ".metadata").unlink()
+    assert start(resume=True) == (2, 2.0)
+    assert "step-100000000 is damaged; going on from" in caplog.text
+    (tmp_path / "run" / "step-00000002" / ".metadata").unlink()
+    with pytest.raises(ValueError, match=r"load: .*step-100000000: got .metadata of 0 bytes"):
+        start(resume=True)
+
+
 class Evil:
     def __reduce__(self) -> Any:
         return os.system, ("touch evil",)

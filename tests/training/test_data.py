@@ -7,7 +7,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from fmoe.training.data import batch_at, batches, check_vocabulary, pack, unigram_entropy
+from fmoe.training.data import batch_at, batches, check_vocabulary, pack, read_streams, unigram_entropy
+from fmoe.training.documents import EXCLUDED_FOLDERS, hold_out, python_stdlib, read_documents
 from fmoe.training.tokenizer import Tokenizer
 
 
@@ -126,3 +127,19 @@ def test_a_batch_that_devices_cannot_share_is_refused() -> None:
     expected = "batch_at: batch_size: got 3 sequences for 2 devices, expected a multiple"
     with pytest.raises(ValueError, match=expected):
         batch_at(0, torch.arange(9), batch_size=3, seq_len=4, seed=0, part=(0, 2))
+
+
+def test_streams_of_files_are_packed_documents(tmp_path):
+    for i in range(30):
+        (tmp_path / f"{i}.txt").write_text(f"text {i} " * 5)
+    documents = read_documents(tmp_path, suffix=".txt")
+    text, none = read_streams([tmp_path], suffix=".txt")
+    assert none is None
+    assert torch.equal(text, pack(documents))
+    for stream, side in zip(read_streams([tmp_path], suffix=".txt", held_out=0.2), hold_out(documents, 0.2)):
+        assert torch.equal(stream, pack(side))
+    for share in (0.0, 1.0, -0.5):
+        with pytest.raises(ValueError, match=r"read_streams: held_out: got .*, expected a share"):
+            read_streams([tmp_path], suffix=".txt", held_out=share)
+    assert len(read_streams()[0]) == len(pack(read_documents(python_stdlib(), exclude=EXCLUDED_FOLDERS)))
+    assert batch_at(0, text, batch_size=1, seq_len=2, seed=0, device="meta").targets.is_meta

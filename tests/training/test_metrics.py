@@ -141,12 +141,30 @@ def test_a_resumed_run_goes_on_where_it_resumes(tmp_path: Path) -> None:
         assert path.read_text() == "nonsense"  # a run that fails before its first step loses nothing
         file.write(step(0))
     assert [r["step"] for r in read_metrics(path)] == [0]
+    assert (tmp_path / "metrics-1.jsonl").read_text() == "nonsense"
     path.write_text("nonsense\n" + json.dumps(step(0).record()) + "\n")
     with (
         pytest.raises(ValueError, match=r"metrics.jsonl, line 1: got 'nonsense'"),
         MetricsFile(path, first_step=1) as file,
     ):
         file.write(step(1))
+
+
+def test_an_earlier_run_is_kept_and_the_log_says_where(tmp_path: Path) -> None:
+    path, shown = tmp_path / "metrics.jsonl", io.StringIO()
+    for i in range(3):
+        with MetricsFile(path, first_step=0) as file, LiveView(2, console=Console(file=shown, width=20)):
+            file.write(step(0, loss=float(i)))
+    for name, loss in (("metrics", 2.0), ("metrics-1", 0.0), ("metrics-2", 1.0)):
+        assert [r["loss"] for r in read_metrics(tmp_path / f"{name}.jsonl")] == [loss]
+    assert shown.getvalue() == "".join(
+        f"the metrics of an earlier run are {tmp_path / f'metrics-{i}.jsonl'} now\n" for i in (1, 2)
+    )
+
+
+def test_other_ranks_write_nothing() -> None:
+    with MetricsFile(None, first_step=3) as file:
+        file.write(step(3))
 
 
 def test_speed_is_shown_and_recorded_where_it_is_known(clock: list[float]) -> None:

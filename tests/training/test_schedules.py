@@ -6,6 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
+from fmoe.training import schedules
 from fmoe.training.schedules import warmup_cosine, warmup_stable_decay
 
 
@@ -75,3 +76,13 @@ def test_the_stable_schedule_rises_stays_and_falls(
     assert decay == 1 or down == pytest.approx([(final - 3.0) / decay] * (decay - 1))
     assert first[-1] == pytest.approx(final)
     assert rates(stable + 7)[: warmup + stable] == first[: warmup + stable], "prolonging changes nothing"
+
+
+def test_schedules_have_names() -> None:
+    cosine, stable = (schedules.by_name(name, peak=2.0, total_steps=100) for name in ("cosine", "stable"))
+    for step in range(100):
+        how: Any = dict(peak=2.0, warmup_steps=5, total_steps=100)
+        assert cosine(step) == warmup_cosine(step, **how)
+        assert stable(step) == warmup_stable_decay(step, decay_steps=20, **how)
+    with pytest.raises(ValueError, match=r"by_name: name: got 'flat', expected 'cosine' or 'stable'"):
+        schedules.by_name("flat", peak=1.0, total_steps=3)

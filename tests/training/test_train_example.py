@@ -13,8 +13,8 @@ import pytest
 import tokenizers
 import torch
 
-from fmoe.models import deepseek_v3
-from fmoe.training import checkpoint, gradients
+from fmoe.models import deepseek_v3, huggingface
+from fmoe.training import checkpoint, data, gradients, launch
 from fmoe.training.metrics import read_metrics
 from fmoe.training.optim import adamw
 
@@ -101,8 +101,11 @@ def test_it_learns_repeatably_and_recomputation_changes_nothing(train):
         (["--remat", "save:nope"], "save: names: got 'nope', expected names of"),
         (["--data", "/nowhere"], "/nowhere"),
         (["--top-k", "0"], "--top-k: got 0, expected at least 1"),
-        (["--max-norm", "0"], "--max-norm more than 0 (inf for none)"),
-        (["--eval-every", "9", "--held-out", "0"], "--held-out: got 0.0, expected a share between 0 and 1"),
+        (["--temperature", "-1"], "--temperature: got -1, expected at least 0.0"),
+        (["--max-norm", "0"], "clip_factor: max_norm: got 0.0, expected a positive number"),
+        (["--eval-every", "9", "--held-out", "0"], "held_out: got 0.0, expected a share between 0 and 1"),
+        (["--init-from", "model", "--dim", "64"], "leave out --preset, --layers, --dim and --vocab-size"),
+        (["--ep-backend", "pigeons"], "backend: got 'pigeons', expected one of"),
         (["--seq-len", "20000"], "seq_len"),
         (["--vocab-size", "200"], "check_vocabulary: ids: got token ids from 0 to 255, expected 0 to 199"),
         (["--micro-batches", "4"], "accumulate: batch: got tensors of [2, 2] rows, expected multiples of"),
@@ -115,6 +118,52 @@ def test_bad_options_are_named(train, options, text):
     with pytest.raises((ValueError, SystemExit)) as error:
         train(*options)
     assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--top-k", "0"], "argument --top-k: got 0, expected at least 1"),
+        (["--data", "/nowhere"], "read_documents: paths: got [Errno 2] No such file"),
+        (["--out", "/dev/null"], "[Errno 17] File exists: '/dev/null'"),
+    ],
+)
+def test_errors_are_one_line(module, monkeypatch, capfd, options, text):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *SMALL, *options])
+    with pytest.raises(SystemExit) as ended:
+        launch.run(module.main)
+    told = capfd.readouterr().err or f"{ended.value.code}\n"  # a text as the code is printed at exit
+    assert told.startswith(f"error: {text}")
+    assert told.count("\n") == 1
+
+
+def test_help_shows_defaults(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--help"])
+    with pytest.raises(SystemExit):
+        module.main()
+    shown = " ".join(capsys.readouterr().out.split())
+    for default in ("debug", "600", "0.003", "cosine", "none", "float32", "runs/PRESET", "a token is a byte"):
+        assert f"(default: {default})" in shown, default
+    assert "(default: )" not in shown
+    assert "None)" not in shown
+
+
+def test_it_starts_from_published_weights(train, tmp_path):
+    config = deepseek_v3.preset("debug", layers=2)
+    params = deepseek_v3.init(config, 5, dtype=torch.float64)
+    huggingface.save(tmp_path / "model", config, params)
+    how = ["--init-from", str(tmp_path / "model"), "--dtype", "float64", "--save-every", "1"]
+    losses = train(*how, "--out", str(tmp_path / "run"))
+    text = data.pack([SCRIPT.read_bytes()])
+    loss, _ = deepseek_v3.loss(params, *data.batch_at(0, text, batch_size=2, seq_len=32, seed=0), config)
+    assert losses[0] == pytest.approx(loss.item(), rel=1e-12)
+    path = checkpoint.latest(tmp_path / "run")
+    assert json.loads((path / "checkpoint.json").read_text())["run"]["model"]["num_layers"] == 2
+
+    # A checkpoint wins over them.
+    again = train(*how, "--out", str(tmp_path / "run"), "--resume", "--steps", "4")
+    assert again[:3] == losses
+    assert again[3] < losses[2]
 
 
 TWENTY = ["--steps", "20", "--batch-size", "2", "--seq-len", "16", "--save-every", "10"]
@@ -185,7 +234,7 @@ def test_a_run_with_bfloat16_moments_resumes_to_the_same_bits(train, tmp_path, c
 
 def test_what_does_not_belong_to_a_run_is_refused(train, tmp_path):
     train("--save-every", "3")
-    with pytest.raises(SystemExit, match=r"step-00000003 is of an earlier run. Pass --resume, delete it"):
+    with pytest.raises(ValueError, match=r"got .*step-00000003 of an earlier run.* Resume, delete it"):
         train("--save-every", "3")
     others = ["--vocab-size", "300", "--seed", "5", "--dtype", "bfloat16"]
     with pytest.raises(ValueError, match=r"load: .*step-00000003") as error:
@@ -220,12 +269,12 @@ def test_parameters_that_are_not_finite_are_not_saved(train, tmp_path):
     assert checkpoint.latest(tmp_path) is None
 
 
-def test_a_damaged_checkpoint_is_not_passed_over_in_silence(train, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_not_passed_over_in_silence(train, tmp_path, caplog):
     train("--save-every", "1", "--keep", "2")
     newest = checkpoint.latest(tmp_path)
     (newest / "checkpoint.json").write_text("{}")
     assert len(train("--save-every", "3", "--resume")) == 3
-    assert f"{newest} is damaged; going on from {tmp_path / 'step-00000002'}" in capsys.readouterr().out
+    assert f"{newest} is damaged; going on from {tmp_path / 'step-00000002'}" in caplog.text
     for path in tmp_path.glob("step-*"):
         (path / "checkpoint.json").write_text("{}")
     before = read_metrics(tmp_path / "metrics.jsonl")

@@ -1,5 +1,6 @@
 """The example on many devices, as a user runs it: under torchrun."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fmoe.models import deepseek_v3, huggingface
 from fmoe.training import checkpoint
 from fmoe.training.metrics import read_metrics
 
@@ -68,7 +70,25 @@ def test_two_ranks_train_as_one_process_does(alone, tmp_path):
     assert losses(tmp_path) == pytest.approx(alone, rel=1e-6)  # norms to clip by are float32
     assert done.stdout.count("backend all_to_all along ep=2: by torch.distributed; not DeepEP, as") == 1
     assert done.stdout.count("step 10/10") == 1
-    assert "tokens/s on 2 devices (ep=2)" in done.stdout
+    assert "debug on 2 devices (ep=2): 1.70M parameters" in done.stdout
+
+
+def on_a_rank(*options):
+    """The example in this process, which belongs to a group already."""
+    spec = importlib.util.spec_from_file_location("train_deepseek_v3", SCRIPT)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    sys.argv = [str(SCRIPT), *OPTIONS, *map(str, options)]
+    example.main()
+
+
+def test_published_weights_are_read_by_two_ranks(pool, tmp_path):
+    config = deepseek_v3.preset("debug", layers=2)
+    huggingface.save(tmp_path / "model", config, deepseek_v3.init(config, 5))
+    options = ["--init-from", tmp_path / "model", "--steps", 2, "--out"]
+    on_a_rank(*options, tmp_path / "alone")
+    pool.run(2, on_a_rank, *options, tmp_path / "two", "--mesh", "ep=2")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), rel=1e-6)
 
 
 def test_four_ranks_with_every_option(tmp_path):
@@ -105,4 +125,5 @@ def test_ranks_that_disagree_are_told_at_start(tmp_path):
     done = run([*TORCHRUN, "2", "--no-python", "sh", "-c", shell, "sh"], "--out", tmp_path)
     assert done.returncode != 0
     assert "options: got on rank 1, beside rank 0: options.seed is 0, here 1" in done.stderr
+    assert 'train_deepseek_v3.py", line' not in done.stderr  # one line, and no traceback of the script
     assert not (tmp_path / "metrics.jsonl").exists()

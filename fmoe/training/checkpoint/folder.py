@@ -60,10 +60,15 @@ def remove_older(newest: Path, keep: int) -> None:
         remove(old.rename(old.with_suffix(".tmp")))
 
 
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints of a folder, damaged ones too, by step."""
+    found = [path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=step_of)
+
+
 def whole(folder: str | Path) -> list[Path]:
     """The checkpoints of a folder whose files are all there, by step."""
-    found = [path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted((path for path in found if not damage(path)), key=step_of)
+    return [path for path in checkpoints(folder) if not damage(path)]
 
 
 def step_of(path: Path) -> int:

@@ -1,0 +1,191 @@
+"""Loading, on any mesh: of the newest checkpoint or of a named one."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optree
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from ...errors import argument_error
+from ...ops.core.dtensors import is_dtensor
+from ...parallel.together import check_alike, differences, num_ranks, this_rank, together
+from . import folder as folders
+from .reader import PlainReader
+from .state import check_ranks, digest, dtypes_and_shapes, named, one_process_is_fine, reason
+
+_LOG = logging.getLogger("fmoe")
+
+
+class Loaded(NamedTuple):
+    """A state as it was saved, and how many steps had been made: the next step, and the next batch's.
+
+    >>> state, start = Loaded({"params": torch.zeros(2)}, step=10)  # as from load
+    >>> [*range(start, 12)]  # the steps that are left of twelve
+    [10, 11]
+    """
+
+    state: Any
+    step: int
+
+
+def latest(folder: str | Path) -> Path | None:
+    """The checkpoint of the most steps, or ``None``. One that lacks a file or part of one doesn't count.
+
+    >>> import tempfile
+    >>> from fmoe.training.checkpoint import save
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for step in (5, 10):
+    ...         path = save(folder, step, {"w": torch.zeros(3)})
+    ...     latest(folder).name
+    'step-00000010'
+    """
+    return next(reversed(folders.whole(folder)), None)
+
+
+def load(
+    path: str | Path, like: Any, *, run: Mapping[str, Any] | None = None, donate: bool = False
+) -> Loaded:
+    """What :func:`save` wrote, with the structure, devices and placements of ``like``, on any mesh.
+
+    =========  ===================================================================================
+    path       from :func:`latest`
+    like       a tree as the one saved, of tensors of the same shapes and dtypes; DTensors may be placed
+               otherwise than they were, and plain tensors, which are then whole, may have been DTensors
+    run        compared with the ``run`` that was saved, unless ``None``
+    donate     write into the tensors of ``like``, which must not be used again, instead of new ones
+    -> Loaded  ``state`` and ``step``
+    =========  ===================================================================================
+
+    With a process group every rank calls this, and each reads the saved pieces that overlap its own. Tensors
+    are unpickled by PyTorch's ``weights_only``, and PyTorch's index of them by an unpickler that knows that
+    index's classes and no other.
+
+    Raises ``ValueError`` for what is no checkpoint, or not all of one, or changed since. It also lists every
+    difference from ``like`` or ``run``. An error of one rank is raised on all.
+
+    >>> import tempfile
+    >>> from fmoe.training.checkpoint import save
+    >>> params = {"w": torch.randn(3)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save(folder, 10, params)
+    ...     state, step = load(path, {"w": torch.empty(3)})
+    >>> step, torch.equal(state["w"], params["w"])
+    (10, True)
+    """
+    path, reader = Path(path), PlainReader(path)
+    with together():
+        check_ranks("load")
+        leaves = named("load", like)
+        description = folders.described(path)
+        if damage := folders.damage(path):
+            raise _damaged(path, damage)
+        _check_same(path, description, leaves, run)
+    check_alike("load", {"path": path.name, "like": digest(leaves)})
+    with together():
+        # Every file is read by one rank, and by those that hold a part of it.
+        if damage := folders.changed(path, sorted(description["files"])[this_rank() :: num_ranks()]):
+            raise _damaged(path, damage)
+        if not donate:
+            leaves = {name: _empty_like(leaf) for name, leaf in leaves.items()}
+    try:
+        with together():
+            reader.read_metadata()  # PyTorch would try it twice and print two tracebacks
+        with one_process_is_fine():
+            dcp.load(leaves, storage_reader=reader, no_dist=not dist.is_initialized())
+    except (Exception, dcp.api.CheckpointException) as error:
+        raise argument_error(
+            "load",
+            str(path),
+            got=reason(error),
+            expected="readable tensors",
+            remedy="Delete it and resume from the one before.",
+        ) from error
+    state = optree.tree_unflatten(optree.tree_structure(like), list(leaves.values()))
+    return Loaded(state, description["step"])
+
+
+def start(folder: str | Path, state: Any, *, resume: bool, run: Mapping[str, Any] | None = None) -> Loaded:
+    """The state a run begins with: ``state``, or with ``resume`` the newest checkpoint's, if there is one.
+
+    =========  ===================================================================================
+    folder     where the run saves
+    state      its initial state; a checkpoint is loaded into its tensors, so don't use them again
+    resume     whether to go on from a checkpoint of the folder
+    run        compared with the ``run`` that was saved, unless ``None``
+    -> Loaded  ``state`` and how many steps were made
+    =========  ===================================================================================
+
+    With a process group every rank calls this. It passes over a damaged checkpoint where an older one is
+    whole, and logs that.
+
+    Raises ``ValueError`` without ``resume`` where the folder has a checkpoint, and what :func:`load` raises.
+
+    >>> import tempfile
+    >>> from fmoe.training.checkpoint import save
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     print(start(folder, {"w": torch.zeros(2)}, resume=True))
+    ...     path = save(folder, 10, {"w": torch.ones(2)})
+    ...     print(start(folder, {"w": torch.zeros(2)}, resume=True))
+    Loaded(state={'w': tensor([0., 0.])}, step=0)
+    Loaded(state={'w': tensor([1., 1.])}, step=10)
+    """
+    with together():
+        newest, named = latest(folder), next(reversed(folders.checkpoints(folder)), None)
+    check_alike("start", {"run": run, "checkpoints": [str(newest), str(named)]})
+    if resume and named:
+        if newest and newest != named and this_rank() == 0:
+            _LOG.warning(f"{named} is damaged; going on from {newest}")
+        return load(newest or named, state, run=run, donate=True)
+    if newest:
+        raise argument_error(
+            "start",
+            "folder",
+            got=f"{newest} of an earlier run",
+            expected="none, or resume",
+            remedy="Resume, delete it, or choose another folder.",
+        )
+    return Loaded(state, 0)
+
+
+def _empty_like(leaf: torch.Tensor) -> torch.Tensor:
+    if not is_dtensor(leaf):
+        return torch.empty_like(leaf)
+    from torch.distributed.tensor import DTensor
+
+    local = torch.empty_like(leaf.to_local())
+    placed = leaf.device_mesh, leaf.placements
+    return DTensor.from_local(local, *placed, run_check=False, shape=leaf.shape, stride=leaf.stride())
+
+
+def _check_same(
+    path: Path,
+    description: Mapping[str, Any],
+    leaves: Mapping[str, torch.Tensor],
+    run: Mapping[str, Any] | None,
+) -> None:
+    found = differences("state", description["leaves"], dtypes_and_shapes(leaves))
+    if run is not None:
+        found = differences("run", description["run"], json.loads(json.dumps(run))) + found
+    if found:
+        raise argument_error(
+            "load",
+            str(path),
+            got="; ".join(found),
+            expected="a checkpoint of this model and data",
+            remedy="Resume with the options it was saved with, or train into another folder.",
+        )
+
+
+def _damaged(path: Path, damage: str) -> ValueError:
+    return argument_error(
+        "load",
+        str(path),
+        got=damage,
+        expected="a whole checkpoint of fmoe",
+        remedy="Choose another, or delete it and resume from the one before.",
+    )

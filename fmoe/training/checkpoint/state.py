@@ -1,0 +1,61 @@
+"""A state that is saved or loaded: its tensors by name, what describes them, and which ranks can move it."""
+
+import contextlib
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from ...errors import argument_error
+from ...parallel.together import num_ranks
+from ...tree import check_tensors, dotted_names
+
+
+def check_ranks(function: str) -> None:
+    """Raise ``ImportError`` where several ranks can't save or load together, for lack of numpy.
+
+    >>> check_ranks("train")  # one rank needs none
+    """
+    if num_ranks() > 1 and not find_spec("numpy"):
+        raise ImportError(
+            f"{function}: between ranks torch.distributed.checkpoint needs numpy. "
+            "Install it with: pip install numpy."
+        )
+
+
+def named(function: str, state: Any) -> dict[str, torch.Tensor]:
+    leaves, names = check_tensors(function, "state", state), dotted_names(state)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise argument_error(
+            function, "state", got=f"several leaves named {twice}", expected="one each", remedy="Rename them."
+        )
+    return {name: leaf.detach() for name, leaf in zip(names, leaves)}
+
+
+def dtypes_and_shapes(leaves: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    return {
+        name: f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}" for name, leaf in leaves.items()
+    }
+
+
+def digest(leaves: Mapping[str, torch.Tensor]) -> str:
+    """A few letters that differ if descriptions do."""
+    text = json.dumps(sorted(dtypes_and_shapes(leaves).items()))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def reason(error: BaseException) -> str:
+    """The last line of an error: of PyTorch's, which shows tracebacks of ranks, the error itself."""
+    return str(error).strip().rpartition("\n")[2] or type(error).__name__
+
+
+@contextlib.contextmanager
+def one_process_is_fine() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield

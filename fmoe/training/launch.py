@@ -1,0 +1,149 @@
+"""A script that trains: its options, the processes a launcher started, and how it ends."""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from ..ops.core.axes import group_of
+from ..parallel.mesh import make_mesh, num_processes
+from ..parallel.placement import token_axes
+from ..parallel.together import check_alike
+
+PACKAGE = Path(__file__).parents[1]
+
+
+class World(NamedTuple):
+    """The processes that train together, from :func:`join`.
+
+    ========  ===========================================================================
+    mesh      of all of them; ``None``: this process is the only one
+    part      ``(i, n)``: this device reads part ``i`` of ``n`` of each batch; devices that
+              differ only along ``tp`` read the same part
+    size      how many processes there are
+    is_first  whether this is the one that prints and writes
+    ========  ===========================================================================
+
+    >>> world = World(None, (0, 1))
+    >>> world.size, world.is_first
+    (1, True)
+    """
+
+    mesh: DeviceMesh | None
+    part: tuple[int, int]
+
+    @property
+    def size(self) -> int:
+        return 1 if self.mesh is None else self.mesh.size()
+
+    @property
+    def is_first(self) -> bool:
+        return self.mesh is None or self.mesh.get_rank() == 0
+
+
+def join(
+    axes: str = "", *, device_type: str | None = None, options: Mapping[str, Any] | None = None
+) -> World:
+    """Join the processes that ``torchrun`` started, if it did, as a mesh of these axes.
+
+    ===========  ===========================================================================
+    axes         as for :func:`fmoe.make_mesh`: ``"dp=2,ep=4"``
+    device_type  ``"cuda"`` or ``"cpu"``; ``None``: ``"cuda"`` where there is a CUDA device
+    options      what all processes must have in common, compared as text: ``vars(args)``
+    -> World     without a launcher and axes, of this process and without a mesh
+    ===========  ===========================================================================
+
+    Raises ``ValueError`` where the processes' options differ, and for axes that
+    :func:`fmoe.make_mesh` refuses.
+
+    >>> join().part
+    (0, 1)
+    """
+    if not axes and num_processes() == 1:
+        return World(None, (0, 1))
+    mesh = make_mesh(axes, device_type=device_type)
+    check_alike("join", {"options": {name: str(value) for name, value in (options or {}).items()}})
+    place = group_of(mesh, token_axes(mesh))
+    return World(mesh, (place.position, place.size))
+
+
+class Parser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` whose help shows defaults and keeps the description's lines.
+
+    Defaults of ``None``, ``""`` and ``False`` are left to the option's own text. A mistake ends the script
+    with one line, as :func:`run` does.
+
+    >>> parser = Parser(prog="train")
+    >>> _ = parser.add_argument("--steps", type=at_least(1), default=600, help="how many")
+    >>> "how many (default: 600)" in parser.format_help()
+    True
+    >>> parser.parse_args(["--steps", "0"])
+    Traceback (most recent call last):
+    SystemExit: error: argument --steps: got 0, expected at least 1
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": _Help, **options})
+
+    def error(self, message: str) -> NoReturn:
+        raise SystemExit(f"error: {message}")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default in (None, "") or action.default is False
+        return action.help if silent else super()._get_help_string(action)
+
+
+def at_least(least: int | float) -> Callable[[str], int | float]:
+    """A ``type`` for an option: a number of the type of ``least`` that isn't below it.
+
+    >>> at_least(0.0)("1")
+    1.0
+    """
+
+    def number(text: str) -> int | float:
+        value = type(least)(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"got {text}, expected at least {least}")
+        return value
+
+    return number
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Call a script's ``main``; an error its user can act on becomes one line and exit status 2.
+
+    Such an error is one that fmoe raises by itself, or a file that can't be read or written. Any other
+    error keeps its traceback, which ``torchrun`` shows of the process that failed first. In the end the
+    process group is left.
+
+    >>> run(lambda: print("trained"))
+    trained
+    """
+    record(_without_traceback)(main)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _without_traceback(main: Callable[[], Any]) -> None:
+    try:
+        main()
+    except Exception as error:
+        if not _tells_the_user(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _tells_the_user(error: Exception) -> bool:
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    ours = Path(frame.f_code.co_filename).is_relative_to(PACKAGE)
+    expected = ValueError, RuntimeError, ImportError, FloatingPointError
+    return isinstance(error, OSError) or (ours and isinstance(error, expected))

@@ -1,0 +1,97 @@
+"""How a script that trains joins others, and how it ends."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+import fmoe
+from fmoe.parallel.together import together
+from fmoe.training import launch
+from fmoe.training.launch import World, at_least, join
+
+
+def raising(error):
+    def main():
+        raise error
+
+    return main
+
+
+def on_another_rank():
+    with together():
+        if dist.get_rank() == 1:
+            raise FileNotFoundError("nothing there")
+
+
+@pytest.mark.parametrize(
+    ("main", "text"),
+    [
+        (lambda: fmoe.make_mesh("ep=two"), "make_mesh: axes: got 'ep=two'"),
+        (
+            lambda: Path("/nowhere/at/all").read_text(),
+            "[Errno 2] No such file or directory: '/nowhere/at/all'",
+        ),
+    ],
+)
+def test_an_error_for_the_user_is_one_line(capfd, main, text):
+    with pytest.raises(SystemExit) as ended:
+        launch.run(main)
+    assert ended.value.code == 2
+    told = capfd.readouterr().err
+    assert told.startswith(f"error: {text}")
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), RuntimeError("mine"), KeyError("mine")])
+def test_a_bug_keeps_its_traceback(error):
+    with pytest.raises(type(error), match="mine"):
+        launch.run(raising(error))
+
+
+def exit_status():
+    with pytest.raises(SystemExit) as ended:
+        launch.run(on_another_rank)
+    return ended.value.code
+
+
+def test_an_error_of_one_rank_ends_all_without_traceback(pool):
+    assert pool.run(2, exit_status) == [2, 2]
+
+
+def test_the_process_group_is_left():
+    launch.run(lambda: fmoe.make_mesh(device_type="cpu"))
+    assert not dist.is_initialized()
+
+
+def joined(axes):
+    world = join(axes, device_type="cpu", options={"seed": 3})
+    return world.part, world.size, world.is_first
+
+
+def disagreeing():
+    with pytest.raises(
+        ValueError, match=r"join: options: got on rank 1.*options.seed is 0, here 1, expected the same"
+    ):
+        join("ep=2", device_type="cpu", options={"seed": dist.get_rank()})
+
+
+def test_ranks_join(pool):
+    assert pool.run(2, joined, "ep=2") == [((0, 2), 2, True), ((1, 2), 2, False)]
+    assert pool.run(2, joined, "tp=2") == [((0, 1), 2, True), ((0, 1), 2, False)]
+    pool.run(2, disagreeing)
+
+
+def test_alone_there_is_no_mesh_unless_one_is_asked_for():
+    assert join() == World(None, (0, 1))
+    assert join("dp=1", device_type="cpu").mesh.size() == 1
+    assert "RANK" not in os.environ
+
+
+@pytest.mark.parametrize(("least", "text"), [(1, "0"), (0.0, "-1"), (0.0, "nan"), (1, "many")])
+def test_numbers_below_the_least_are_refused(least, text):
+    parser = launch.Parser()
+    parser.add_argument("--n", type=at_least(least))
+    with pytest.raises(SystemExit, match=r"^error: argument --n: (got|invalid number value)"):
+        parser.parse_args([f"--n={text}"])
