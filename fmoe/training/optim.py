@@ -136,7 +136,7 @@ def adamw(
 
 
 def trained_by_default(params: Any) -> Any:
-    """A tree of bools: every leaf but the selection biases of routers, which load balancing moves.
+    """Every leaf but the selection biases of routers, which load balancing moves: a tree of bools.
 
     A layer's specs say so (:class:`fmoe.params.ParamSpec`). To freeze more, change the tree:
 
@@ -196,13 +196,10 @@ class _AdamW(NamedTuple):
                 ("state.exp_avg_sq", state.exp_avg_sq, self._moments_of),
             ]
         )
-        p, m, v = (
-            [x if moved else like for x, like, moved in zip(_ours(xs, donate), xs, moves)]
-            for xs in (old, old_m, old_v)
-        )
+        p, m, v = (_ours(leaves, moves, donate) for leaves in (old, old_m, old_v))
         if scale is not None:
             in_a_graph = any(leaf.requires_grad for leaf in g)
-            scale, g = scale.reciprocal(), _ours(g, donate and not in_a_graph)
+            scale, g = scale.reciprocal(), _ours(g, moves, donate and not in_a_graph)
 
         alike: dict[Any, list[list[torch.Tensor]]] = defaultdict(list)
         for moved, *leaves in zip(moves, p, g, m, v):
@@ -270,14 +267,17 @@ def _copy(leaf: torch.Tensor) -> torch.Tensor:
     return map_local(lambda t: t.clone(memory_format=torch.contiguous_format), leaf)
 
 
-def _ours(leaves: list[torch.Tensor], donate: bool) -> list[torch.Tensor]:
-    """What may be written to: leaves that were given away and share no memory, of others copies."""
+def _ours(leaves: list[torch.Tensor], moves: list[bool], donate: bool) -> list[torch.Tensor]:
+    """What may be written to, where it moves: donated leaves that share no memory, and copies of others."""
     holders = Counter(local(leaf).untyped_storage()._cdata for leaf in leaves)
 
     def alone(piece: torch.Tensor) -> bool:
         return piece.is_contiguous() and holders[piece.untyped_storage()._cdata] == 1
 
-    return [leaf.detach() if donate and alone(local(leaf)) else _copy(leaf) for leaf in leaves]
+    def writable(leaf: torch.Tensor) -> torch.Tensor:
+        return leaf.detach() if donate and alone(local(leaf)) else _copy(leaf)
+
+    return [writable(leaf) if moved else leaf for leaf, moved in zip(leaves, moves)]
 
 
 def _own_dtype(leaf: torch.Tensor) -> torch.dtype:
@@ -296,29 +296,22 @@ def _checked(
 ) -> list[torch.Tensor]:
     """The leaves of a tree that has the structure of params and, where they move, layouts like theirs."""
     (expected, structure), (leaves, theirs) = optree.tree_flatten(params), optree.tree_flatten(tree)
-    names = dotted_names(params)
     if theirs != structure:
-        missing, extra = set(names).difference(dotted_names(tree)), set(dotted_names(tree)).difference(names)
+        ours, others = set(dotted_names(params)), set(dotted_names(tree))
         raise argument_error(
             "adamw.update",
             argument,
-            got=f"a tree with leaves missing: {sorted(missing)}, unexpected: {sorted(extra)}",
+            got=f"a tree with leaves missing: {sorted(ours - others)}, unexpected: {sorted(others - ours)}",
             expected="the leaves and containers of params",
             remedy="Differentiate, and call init on, the params you pass here.",
         )
-    layouts = zip(names, moves, map(_layout, leaves), (_layout(leaf, dtype_of) for leaf in expected))
-    wrong = [
-        [f"{name} {' '.join(map(str, layout))}" for layout in pair]
-        for name, moved, *pair in layouts
-        if moved and pair[0] != pair[1]
-    ]
-    if wrong:
-        got, wanted = ("; ".join(column) for column in zip(*wrong))
+    layouts = [(_layout(leaf), _layout(like, dtype_of)) for leaf, like in zip(leaves, expected)]
+    if wrong := [i for i, (mine, theirs) in enumerate(layouts) if moves[i] and mine != theirs]:
+        names = dotted_names(params)
+        got, wanted = (
+            "; ".join(f"{names[i]} {' '.join(map(str, layouts[i][side]))}" for i in wrong) for side in (0, 1)
+        )
         raise argument_error(
-            "adamw.update",
-            argument,
-            got=got,
-            expected=wanted,
-            remedy="Cast or redistribute first.",
+            "adamw.update", argument, got=got, expected=wanted, remedy="Cast or redistribute first."
         )
     return leaves

@@ -163,6 +163,22 @@ def test_a_mask_says_what_moves(donate: bool, as_function: bool) -> None:
     assert all(bool(moment.numel()) == moves for moves, moment in moments)
 
 
+def test_what_is_frozen_is_neither_copied_nor_written_to() -> None:
+    frozen, shared = torch.randn(2**16), torch.randn(4, 4)
+    params = {"frozen": frozen, "head": shared, "embedding": shared}
+    optimizer = adamw(trained={"frozen": False, "head": True, "embedding": False})
+    state, kept, grads = optimizer.init(params), copied(params), copied(params)
+    how = dict(scale=torch.tensor(0.5))
+    for donate in (False, True):
+        most, (new, _) = allocated_at_once(
+            lambda donate=donate: optimizer.update(params, grads, state, 0.1, donate=donate, **how)
+        )
+        assert most < 4000
+        assert new["frozen"] is frozen
+        assert_same((params, new["embedding"]), (kept, kept["embedding"]))
+        assert not torch.equal(new["head"], kept["head"])
+
+
 @pytest.mark.parametrize("mask", [{"a": True}, {"a": True, "b": 1}, None, lambda params: [True]])
 def test_masks_that_fit_no_params_are_refused(mask: Any) -> None:
     expected = "adamw.init: trained: got .*, expected a tree prefix of bools"

@@ -1,5 +1,6 @@
 """The example, as a user runs it."""
 
+import ast
 import importlib.util
 import json
 import pathlib
@@ -135,6 +136,12 @@ def test_errors_are_one_line(module, monkeypatch, capfd, options, text):
     told = capfd.readouterr().err or f"{ended.value.code}\n"  # a text as the code is printed at exit
     assert told.startswith(f"error: {text}")
     assert told.count("\n") == 1
+
+
+def test_it_imports_public_names_only():
+    nodes = ast.walk(ast.parse(SCRIPT.read_text()))
+    ours = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and "fmoe" in node.module}
+    assert {name for name in ours if not name.startswith(("fmoe.models", "fmoe.training"))} == set()
 
 
 def test_help_shows_defaults(module, monkeypatch, capsys):
