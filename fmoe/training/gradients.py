@@ -60,7 +60,6 @@ def accumulate(value_and_grad_fn: Callable[..., Any], num_micro_batches: int) ->
                 "batch",
                 got=f"tensors of {sizes} rows",
                 expected=f"multiples of num_micro_batches={num_micro_batches}",
-                remedy="Change one of the two.",
             )
         values, dtypes = [], []
         total: list[torch.Tensor] = []

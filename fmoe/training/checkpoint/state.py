@@ -31,9 +31,7 @@ def named(function: str, state: Any) -> dict[str, torch.Tensor]:
     leaves, names = check_tensors(function, "state", state), dotted_names(state)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise argument_error(
-            function, "state", got=f"several leaves named {twice}", expected="one each", remedy="Rename them."
-        )
+        raise argument_error(function, "state", got=f"several leaves named {twice}", expected="one each")
     return {name: leaf.detach() for name, leaf in zip(names, leaves)}
 
 
