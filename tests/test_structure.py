@@ -10,7 +10,7 @@ import pytest
 import fmoe
 
 ROOT = pathlib.Path(fmoe.__file__).parent
-ORDER = ["errors", "tree", "params", "ops", "transforms", "parallel", "models", "training"]
+ORDER = ["errors", "tree", "params", "ops", "transforms", "parallel", "extend", "models", "training"]
 ORDER += ["introspect", "plan", "bench", "testing", "doctor", "__main__"]
 OPTIONAL = {
     "cloudpickle",

@@ -7,12 +7,14 @@ attention kernels have no forward derivative and no second one; here both follow
 from typing import Any
 
 import torch
+from einops import rearrange
 
 from ..errors import argument_error
-from .bases import random, refold_rows, unfold_rows
+from .bases import random
+from .core.batches import Fold, fold_rows, front, more_rows
 from .core.derive import Dims, Tensors, pullback
 from .core.dtypes import accumulator
-from .core.primitive import Fold, Operator, declare, front
+from .core.primitive import Operator, declare
 from .core.tape import checkpoint
 from .kernels import attention as kernels
 
@@ -47,8 +49,8 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
 
 
 def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Tensors:
-    y, lse = kernels.PLAIN.forward(*(t.transpose(1, 2) for t in (q, k, v)), scale)
-    return y.transpose(1, 2), lse.transpose(1, 2)
+    y, lse = kernels.PLAIN.forward(*(rearrange(t, "b l h n -> b h l n") for t in (q, k, v)), scale)
+    return rearrange(y, "b h l v -> b l h v"), rearrange(lse, "b h l -> b l h")
 
 
 # ---- the operator --------------------------------------------------------------------------------
@@ -68,10 +70,8 @@ def _backward_kernel(g: Any, q: Any, k: Any, v: Any, scale: float, y: Any, lse: 
 
 def _vmap(size: int, dims: Dims, *args: Any) -> Fold:
     """A batch of sequences is more sequences."""
-    folded = [
-        front(a, d, size).flatten(0, 1) if isinstance(a, torch.Tensor) else a for a, d in zip(args, dims)
-    ]
-    return Fold(tuple(folded), unfold_rows(size), refold_rows)
+    folded = (fold_rows(front(a, d, size)) if isinstance(a, torch.Tensor) else a for a, d in zip(args, dims))
+    return more_rows(size, *folded)
 
 
 def _example() -> tuple[Any, ...]:
@@ -98,7 +98,7 @@ attention: Operator = declare(
     checkpoint=ATTENTION,
     residual_outputs=1,
     residuals=lambda inputs, outputs: (*inputs, *outputs),
-    vjp=lambda res, needs, g: (*attention_backward(g, *res), None),
+    vjp=lambda res, needs, g: attention_backward(g, *res),
     vmap=_vmap,
     reference=_reference,
     example=_example,

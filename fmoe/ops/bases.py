@@ -8,11 +8,13 @@ reach no result.
 from typing import Any
 
 import torch
+from einops import einsum, rearrange
 
 from . import kernels
+from .core.batches import Fold, fold_rows, front, more_rows
 from .core.derive import Dims, Tensors
 from .core.dtypes import accumulator
-from .core.primitive import Fold, Operator, declare, front
+from .core.primitive import Operator, declare, linear
 from .core.tape import checkpoint
 from .kernels import grouped
 
@@ -47,24 +49,16 @@ def _offset(index_BR: torch.Tensor, stride: int) -> torch.Tensor:
     return torch.where(index_BR < 0, -1, index_BR + start_B1).reshape(-1)
 
 
-def unfold_rows(size: int) -> Any:
-    return lambda outs: tuple(o.unflatten(0, (size, o.shape[0] // size)) for o in outs)
-
-
-def refold_rows(outs: Tensors) -> Tensors:
-    return tuple(o.flatten(0, 1) for o in outs)
-
-
 def _gather_vmap(size: int, dims: Dims, x: torch.Tensor, index: torch.Tensor) -> Fold:
     index = front(index, dims[1], size)
     if dims[0] is not None:
-        index, x = _offset(index, x.shape[1]), x.flatten(0, 1)
-    return Fold((x, index.reshape(-1)), unfold_rows(size), refold_rows)
+        index, x = _offset(index, x.shape[1]), fold_rows(x)
+    return more_rows(size, x, index.reshape(-1))
 
 
 def _scatter_vmap(size: int, dims: Dims, y: torch.Tensor, index: torch.Tensor, num: int) -> Fold:
     y, index = front(y, dims[0], size), front(index, dims[1], size)
-    return Fold((y.flatten(0, 1), _offset(index, num), size * num), unfold_rows(size), refold_rows)
+    return more_rows(size, fold_rows(y), _offset(index, num), size * num)
 
 
 def _column(mask_R: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -90,29 +84,25 @@ def _index_example(num_rows: int) -> torch.Tensor:
     return torch.randint(-1, num_rows, (5,))
 
 
-gather: Operator = declare(
+gather: Operator = linear(
     "gather(Tensor x, Tensor index) -> Tensor",
     impl=gather_kernel,
     fake=lambda x, index: x.new_empty(index.shape[0], *x.shape[1:]),
     checkpoint=GATHER,
     example=lambda: (random(4, 3), _index_example(4)),
     plain=_gather_plain,
-    residuals=lambda inputs, outputs: (inputs[1], inputs[0].shape[0]),
-    vjp=lambda res, needs, g: (scatter_add(g, *res), None),
-    jvp=lambda res, t, _: gather(t, res[0]),
+    transpose=lambda g, shape, index: scatter_add(g, index, shape[0]),
     vmap=_gather_vmap,
 )
 
-scatter_add: Operator = declare(
+scatter_add: Operator = linear(
     "scatter_add(Tensor y, Tensor index, SymInt num_rows) -> Tensor",
     impl=scatter_add_kernel,
     fake=lambda y, index, num_rows: y.new_empty(num_rows, *y.shape[1:]),
     checkpoint=GATHER,
     example=lambda: (random(5, 3), _index_example(4), 4),
     plain=_scatter_plain,
-    residuals=lambda inputs, outputs: inputs[1:],
-    vjp=lambda res, needs, g: (gather(g, res[0]), None, None),
-    jvp=lambda res, t, *_: scatter_add(t, *res),
+    transpose=lambda g, shape, index, num_rows: gather(g, index),
     vmap=_scatter_vmap,
 )
 
@@ -142,22 +132,21 @@ def _rows_by_key(offsets_Be: torch.Tensor, num_rows: int, shared: bool) -> tuple
 def _grouped_mm_vmap(size: int, dims: Dims, x: Any, w: Any, offsets: Any) -> Fold:
     x, offsets = front(x, dims[0], size), front(offsets, dims[2], size)
     order, ends = _rows_by_key(offsets, x.shape[1], shared=dims[1] is None)
-    w = w.flatten(0, 1) if dims[1] is not None else w
+    w = fold_rows(w) if dims[1] is not None else w
 
     def unfold(outs: Tensors) -> Tensors:
-        return (scatter_add(outs[0], order, order.shape[0]).unflatten(0, (size, -1)),)
+        return (rearrange(scatter_add(outs[0], order, order.shape[0]), "(b n) o -> b n o", b=size),)
 
     def refold(outs: Tensors) -> Tensors:
-        return (gather(outs[0].flatten(0, 1), order),)
+        return (gather(fold_rows(outs[0]), order),)
 
-    return Fold((gather(x.flatten(0, 1), order), w, ends), unfold, refold)
+    return Fold((gather(fold_rows(x), order), w, ends), unfold, refold)
 
 
 def _grouped_outer_vmap(size: int, dims: Dims, x: Any, y: Any, offsets: Any) -> Fold:
     x, y, offsets = (front(v, d, size) for v, d in zip((x, y, offsets), dims))
     order, ends = _rows_by_key(offsets, x.shape[1], shared=False)
-    args = gather(x.flatten(0, 1), order), gather(y.flatten(0, 1), order), ends
-    return Fold(args, unfold_rows(size), refold_rows)
+    return more_rows(size, gather(fold_rows(x), order), gather(fold_rows(y), order), ends)
 
 
 def total(*terms: torch.Tensor | None) -> torch.Tensor:
@@ -167,30 +156,28 @@ def total(*terms: torch.Tensor | None) -> torch.Tensor:
 
 
 def bilinear_jvp(op: Any) -> Any:
-    """The tangent of ``op(a, b, how)``, linear in ``a`` and in ``b``."""
+    """The tangent of ``op(a, b, static)``, linear in ``a`` and in ``b``."""
 
-    def rule(res: tuple[Any, ...], ta: Any, tb: Any, _: Any) -> torch.Tensor:
-        a, b, how = res
-        return total(None if ta is None else op()(ta, b, how), None if tb is None else op()(a, tb, how))
+    def rule(inputs: tuple[Any, ...], ta: Any, tb: Any, _: Any) -> torch.Tensor:
+        a, b, static = inputs
+        return total(None if ta is None else op()(ta, b, static), None if tb is None else op()(a, tb, static))
 
     return rule
 
 
-def _grouped_mm_vjp(res: tuple[Any, ...], needs: Any, g: torch.Tensor) -> tuple[Any, ...]:
-    x, w, offsets = res
+def _grouped_mm_vjp(inputs: tuple[Any, ...], needs: Any, g: torch.Tensor) -> tuple[Any, ...]:
+    x, w, offsets = inputs
     return (
         grouped_mm(g, w.mT, offsets) if needs[0] else None,
         grouped_outer(x, g, offsets) if needs[1] else None,
-        None,
     )
 
 
-def _grouped_outer_vjp(res: tuple[Any, ...], needs: Any, g: torch.Tensor) -> tuple[Any, ...]:
-    x, y, offsets = res
+def _grouped_outer_vjp(inputs: tuple[Any, ...], needs: Any, g: torch.Tensor) -> tuple[Any, ...]:
+    x, y, offsets = inputs
     return (
         grouped_mm(y, g.mT, offsets) if needs[0] else None,
         grouped_mm(x, g, offsets) if needs[1] else None,
-        None,
     )
 
 
@@ -201,11 +188,11 @@ def _members(offsets_e: torch.Tensor, num_rows: int) -> torch.Tensor:
 
 
 def _grouped_mm_plain(x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    return torch.einsum("re,ri,eio->ro", _members(offsets, x.shape[0]).to(x.dtype), x, w)
+    return einsum(_members(offsets, x.shape[0]).to(x.dtype), x, w, "r e, r i, e i o -> r o")
 
 
 def _grouped_outer_plain(x: torch.Tensor, y: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    return torch.einsum("re,ri,ro->eio", _members(offsets, x.shape[0]).to(x.dtype), x, y)
+    return einsum(_members(offsets, x.shape[0]).to(x.dtype), x, y, "r e, r i, r o -> e i o")
 
 
 def _offsets_example(num_rows: int) -> torch.Tensor:
@@ -221,7 +208,6 @@ grouped_mm: Operator = declare(
     checkpoint=GROUPED_MM,
     example=lambda: (random(5, 2), random(3, 2, 4), _offsets_example(5)),
     plain=_grouped_mm_plain,
-    residuals=lambda inputs, outputs: inputs,
     vjp=_grouped_mm_vjp,
     jvp=bilinear_jvp(lambda: grouped_mm),
     vmap=_grouped_mm_vmap,
@@ -235,7 +221,6 @@ grouped_outer: Operator = declare(
     checkpoint=GROUPED_MM,
     example=lambda: (random(5, 2), random(5, 3), _offsets_example(5)),
     plain=_grouped_outer_plain,
-    residuals=lambda inputs, outputs: inputs,
     vjp=_grouped_outer_vjp,
     jvp=bilinear_jvp(lambda: grouped_outer),
     vmap=_grouped_outer_vmap,

@@ -52,7 +52,8 @@ def combine_start(y_SD: torch.Tensor, plan: Plan) -> InFlight:
     True
     """
     check_rows("combine_start", "y_SD", y_SD, plan.weights_SK.shape[0])
-    return InFlight(y_SD) if plan.transport is None else plan.transport.combine_start(y_SD, plan)
+    overlapping = getattr(plan.transport, "combine_start", None)
+    return overlapping(y_SD, plan) if overlapping else InFlight(combine(y_SD, plan))
 
 
 def join(coming: InFlight, plan: Plan, plus: torch.Tensor | None = None) -> torch.Tensor:
@@ -68,8 +69,9 @@ def join(coming: InFlight, plan: Plan, plus: torch.Tensor | None = None) -> torc
     >>> torch.equal(join(combine_start(x_SD, plan), plan), fmoe.combine(x_SD, plan))
     True
     """
-    if plan.transport is not None:
-        return plan.transport.join(coming, plan, plus)
+    overlapping = getattr(plan.transport, "join", None)
+    if overlapping:
+        return overlapping(coming, plan, plus)
     return coming.y_TD if plus is None else coming.y_TD + plus
 
 
@@ -169,6 +171,6 @@ weighted_sum: Operator = declare(
     fake=lambda y, weights, slot, row: y.new_empty(weights.shape[0], y.shape[1]),
     checkpoint=REDUCE,
     example=lambda: (random(8, 3), *plan_example()[:3]),
-    vjp=lambda res, needs, g: (*weighted_sum_backward(g, *res), None, None),
+    vjp=lambda inputs, needs, g: weighted_sum_backward(g, *inputs),
     reference=_reference,
 )

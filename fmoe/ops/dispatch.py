@@ -30,7 +30,7 @@ class Plan:
     slot_R      int64, the (row, choice) pair each expanded row holds, ``s * K + k``; -1 for none
     row_SK      int64, the expanded row of each (row, choice) pair; -1 for an expert held elsewhere
     offsets_e   int32, where each expert's rows end, those that :func:`align_rows` adds included
-    sent        what the backend that moved the rows needs to move them back; empty if none moved
+    sent        tensors that the backend which moved the rows needs to move them back; () if none moved
     transport   that backend
     ==========  ========================================
 
@@ -46,7 +46,7 @@ class Plan:
     slot_R: torch.Tensor
     row_SK: torch.Tensor
     offsets_e: torch.Tensor
-    sent: tuple[torch.Tensor, ...] = ()
+    sent: Any = ()
     score_before_experts: bool = static(default=False)
     transport: Any = static(default=None)
 

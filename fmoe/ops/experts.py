@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from ..errors import argument_error
 from . import kernels
@@ -71,8 +72,8 @@ def experts_grouped_mm(expert_params: ExpertParams, x_SD: torch.Tensor, plan: Pl
     torch.Size([3, 4])
     """
     check_experts(expert_params, x_SD, plan)
-    how = plan.weights_SK, plan.slot_R, plan.row_SK, plan.offsets_e, plan.score_before_experts
-    return experts_down(experts_up(x_SD, expert_params.w_in, *how), expert_params.w_out, *how)
+    rows = Layout(plan.weights_SK, plan.slot_R, plan.row_SK, plan.offsets_e, plan.score_before_experts)
+    return experts_down(experts_up(x_SD, expert_params.w_in, *rows), expert_params.w_out, *rows)
 
 
 def check_experts(params: ExpertParams, x_SD: torch.Tensor, plan: Plan) -> None:
@@ -100,52 +101,70 @@ def check_experts(params: ExpertParams, x_SD: torch.Tensor, plan: Plan) -> None:
             )
 
 
-# ---- the operators: everything after the weight is how the rows are laid out ---------------------
+# ---- the operators: what follows the weight is a Layout ------------------------------------------------
 
 
-def _up_reference(
-    x: torch.Tensor, w_in: torch.Tensor, weights: Any, slot: Any, row: Any, offsets: Any, score_before: bool
-) -> torch.Tensor:
-    x_RD = gather(x, rows_of_slots(slot, weights.shape[1]))
-    if score_before:
-        x_RD = (x_RD * gather(weights.reshape(-1), slot)[:, None].to(accumulator(x.dtype))).to(x.dtype)
-    return grouped_mm(x_RD, w_in.flatten(1, 2).mT, offsets).unflatten(1, (2, -1))
+class Layout(NamedTuple):
+    """How rows lie by expert and when they are weighed: what operators take of a :class:`Plan`."""
+
+    weights_SK: torch.Tensor
+    slot_R: torch.Tensor
+    row_SK: torch.Tensor
+    offsets_e: torch.Tensor
+    score_before: bool
+
+    @property
+    def source_R(self) -> torch.Tensor:
+        """The dispatched row that each expanded row is a copy of."""
+        return rows_of_slots(self.slot_R, self.weights_SK.shape[1])
 
 
-def _down_reference(
-    h: torch.Tensor, w_out: torch.Tensor, weights: Any, slot: Any, row: Any, offsets: Any, score_before: bool
-) -> torch.Tensor:
-    wide = accumulator(h.dtype)
-    y_RD = grouped_mm(swiglu(h), w_out.mT, offsets).to(wide)
-    if not score_before:
-        y_RD = y_RD * gather(weights.reshape(-1), slot)[:, None].to(wide)
-    return scatter_add(y_RD, rows_of_slots(slot, weights.shape[1]), weights.shape[0]).to(h.dtype)
+def _up_reference(x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> torch.Tensor:
+    rows = Layout(*fields)
+    x_RD = gather(x, rows.source_R)
+    if rows.score_before:
+        weights_R = gather(rows.weights_SK.reshape(-1), rows.slot_R)
+        x_RD = (x_RD * weights_R[:, None].to(accumulator(x.dtype))).to(x.dtype)
+    h = grouped_mm(x_RD, rearrange(w_in, "e two f d -> e d (two f)"), rows.offsets_e)
+    return rearrange(h, "r (two f) -> r two f", two=2)
 
 
-def _expand(x: Any, weights: Any, slot: Any, row: Any, offsets: Any, *, scaled: bool) -> Any:
+def _down_reference(h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> torch.Tensor:
+    rows, wide = Layout(*fields), accumulator(h.dtype)
+    y_RD = grouped_mm(swiglu(h), w_out.mT, rows.offsets_e).to(wide)
+    if not rows.score_before:
+        y_RD = y_RD * gather(rows.weights_SK.reshape(-1), rows.slot_R)[:, None].to(wide)
+    return scatter_add(y_RD, rows.source_R, rows.weights_SK.shape[0]).to(h.dtype)
+
+
+def _weights_R1(rows: Layout) -> torch.Tensor:
+    return gather_kernel(rows.weights_SK.reshape(-1), rows.slot_R)[:, None]
+
+
+def _expand(x: torch.Tensor, rows: Layout, *, scaled: bool) -> torch.Tensor:
     """A copy of each token for each of its rows, times the pair's weight if ``scaled``."""
+    weights, slot, row, offsets, _ = rows
     if kernels.fused(x, weights):
-        from .kernels import rows
+        from .kernels import rows as fused
 
-        return rows.expand(x, row, slot, offsets, weights if scaled else None)
-    x_RD = gather_kernel(x, rows_of_slots(slot, weights.shape[1]))
-    return (x_RD * gather_kernel(weights.reshape(-1), slot)[:, None]).to(x.dtype) if scaled else x_RD
+        return fused.expand(x, row, slot, offsets, weights if scaled else None)
+    x_RD = gather_kernel(x, rows.source_R)
+    return (x_RD * _weights_R1(rows)).to(x.dtype) if scaled else x_RD
 
 
-def _activation(h: Any, weights: Any, slot: Any, offsets: Any, *, scaled: bool) -> torch.Tensor:
+def _activation(h: torch.Tensor, rows: Layout, *, scaled: bool) -> torch.Tensor:
     """SwiGLU of the pre-activation, times the pair's weight if ``scaled``."""
-    if kernels.fused(h, weights):
+    if kernels.fused(h, rows.weights_SK):
         from .kernels import activation
 
-        return activation.swiglu(h, slot, weights if scaled else None, offsets)
+        return activation.swiglu(h, rows.slot_R, rows.weights_SK if scaled else None, rows.offsets_e)
     act = swiglu(h)
-    return (act * gather_kernel(weights.reshape(-1), slot)[:, None]).to(h.dtype) if scaled else act
+    return (act * _weights_R1(rows)).to(h.dtype) if scaled else act
 
 
-def _activation_backward(
-    g_act: torch.Tensor, h: torch.Tensor, weights: Any, slot: Any, row: Any, offsets: Any, *, scaled: bool
-) -> Tensors:
+def _activation_backward(g_act: torch.Tensor, h: torch.Tensor, rows: Layout, *, scaled: bool) -> Tensors:
     """Cotangents of the pre-activation and of the weights, from that of the activation before weights."""
+    weights, slot, row, offsets, _ = rows
     if kernels.fused(h, weights):
         from .kernels import activation
 
@@ -158,19 +177,20 @@ def _activation_backward(
     if scaled:
         g_weights_R = (g_act * silu * up).sum(1)
         g_weights = gather_kernel(g_weights_R, row.reshape(-1)).view(weights.shape).to(weights.dtype)
-        g_act = g_act * gather_kernel(weights.reshape(-1), slot)[:, None]
+        g_act = g_act * _weights_R1(rows)
     g_gate = g_act * up * (sigmoid + silu * (1 - sigmoid))
     return torch.stack([g_gate, g_act * silu], 1).to(h.dtype), g_weights
 
 
-def _up_kernel(x: Any, w_in: Any, weights: Any, slot: Any, row: Any, offsets: Any, score_before: bool) -> Any:
-    x_RD = _expand(x, weights, slot, row, offsets, scaled=score_before)
-    return grouped.mm(x_RD, w_in.flatten(1, 2).mT, offsets).unflatten(1, (2, -1))
+def _up_kernel(x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> torch.Tensor:
+    rows = Layout(*fields)
+    x_RD = _expand(x, rows, scaled=rows.score_before)
+    return grouped.mm(x_RD, w_in.flatten(1, 2).mT, rows.offsets_e).unflatten(1, (2, -1))
 
 
-def _up_backward_kernel(
-    g_h: Any, x: Any, w_in: Any, weights: Any, slot: Any, row: Any, offsets: Any, score_before: bool
-) -> Tensors:
+def _up_backward_kernel(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> Tensors:
+    rows = Layout(*fields)
+    weights, slot, row, offsets, score_before = rows
     g_h = g_h.flatten(1)
     g_x_RD = grouped.mm(g_h, w_in.flatten(1, 2), offsets)
     if score_before:
@@ -179,29 +199,27 @@ def _up_backward_kernel(
     else:
         g_weights, g_x = torch.zeros_like(weights), weighted_sum_kernel(g_x_RD, None, slot, row)
     del g_x_RD  # before the next large ones
-    x_RD = _expand(x, weights, slot, row, offsets, scaled=score_before)
+    x_RD = _expand(x, rows, scaled=score_before)
     return g_x, grouped.outer(g_h, x_RD, offsets).unflatten(1, (2, -1)), g_weights
 
 
-def _down_kernel(
-    h: Any, w_out: Any, weights: Any, slot: Any, row: Any, offsets: Any, score_before: bool
-) -> Any:
-    act = _activation(h, weights, slot, offsets, scaled=False)
-    y_RD = grouped.mm(act, w_out.mT, offsets)
-    return weighted_sum_kernel(y_RD, None if score_before else weights, slot, row)
+def _down_kernel(h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> torch.Tensor:
+    rows = Layout(*fields)
+    act = _activation(h, rows, scaled=False)
+    y_RD = grouped.mm(act, w_out.mT, rows.offsets_e)
+    return weighted_sum_kernel(y_RD, None if rows.score_before else rows.weights_SK, rows.slot_R, rows.row_SK)
 
 
-def _down_backward_kernel(
-    g: Any, h: Any, w_out: Any, weights: Any, slot: Any, row: Any, offsets: Any, score_before: bool
-) -> Tensors:
-    g_RD = _expand(g, weights, slot, row, offsets, scaled=False)
+def _down_backward_kernel(g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> Tensors:
+    rows = Layout(*fields)
+    g_RD = _expand(g, rows, scaled=False)
     # The activation is computed a second time below: cheaper than to hold it beside g_h.
-    act = _activation(h, weights, slot, offsets, scaled=not score_before)
-    g_w_out = grouped.outer(g_RD, act, offsets)
+    act = _activation(h, rows, scaled=not rows.score_before)
+    g_w_out = grouped.outer(g_RD, act, rows.offsets_e)
     del act
-    g_act = grouped.mm(g_RD, w_out, offsets)
+    g_act = grouped.mm(g_RD, w_out, rows.offsets_e)
     del g_RD
-    g_h, g_weights = _activation_backward(g_act, h, weights, slot, row, offsets, scaled=not score_before)
+    g_h, g_weights = _activation_backward(g_act, h, rows, scaled=not rows.score_before)
     return g_h, g_w_out, g_weights
 
 
@@ -231,7 +249,7 @@ experts_up: Operator = declare(
     fake=lambda x, w_in, weights, slot, *rest: x.new_empty(slot.shape[0], 2, w_in.shape[2]),
     checkpoint=EXPERTS,
     example=lambda: (random(4, 3), random(3, 2, 2, 3), *_layout_example()),
-    vjp=lambda res, needs, g: (*experts_up_backward(g, *res), None, None, None, None),
+    vjp=lambda inputs, needs, g: experts_up_backward(g, *inputs),
     reference=_up_reference,
 )
 
@@ -251,6 +269,6 @@ experts_down: Operator = declare(
     fake=lambda h, w_out, weights, *rest: h.new_empty(weights.shape[0], w_out.shape[1]),
     checkpoint=EXPERTS,
     example=lambda: (random(8, 2, 2), random(3, 3, 2), *_layout_example()),
-    vjp=lambda res, needs, g: (*experts_down_backward(g, *res), None, None, None, None),
+    vjp=lambda inputs, needs, g: experts_down_backward(g, *inputs),
     reference=_down_reference,
 )

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import einsum, rearrange, reduce
 
-from .experts import ExpertParams
 from .route import RouterConfig, RouterParams
 
 
@@ -37,10 +37,11 @@ def route_reference(
 
 def choose(choice_TE: torch.Tensor, config: RouterConfig) -> torch.Tensor:
     """Which experts each token uses, (T, E) bool: the best ``top_k`` of the best groups."""
-    grouped = choice_TE.unflatten(1, (config.num_groups, -1))
-    group_scores = grouped.sort(-1, descending=True).values[:, :, : config.group_best].sum(-1)
-    open_groups = among_best(group_scores, config.top_groups)
-    return among_best(torch.where(open_groups[:, :, None], grouped, -torch.inf).flatten(1), config.top_k)
+    grouped = rearrange(choice_TE, "t (g e) -> t g e", g=config.num_groups)
+    best = grouped.sort(-1, descending=True).values[:, :, : config.group_best]
+    open_groups = among_best(reduce(best, "t g e -> t g", "sum"), config.top_groups)
+    choice = torch.where(open_groups[:, :, None], grouped, -torch.inf)
+    return among_best(rearrange(choice, "t g e -> t (g e)"), config.top_k)
 
 
 def among_best(scores: torch.Tensor, k: int) -> torch.Tensor:
@@ -53,8 +54,8 @@ def among_best(scores: torch.Tensor, k: int) -> torch.Tensor:
 
 def swiglu_reference(params: Any, x: torch.Tensor) -> torch.Tensor:
     """One expert on every token: ``w_in`` (2, F, D), ``w_out`` (D, F)."""
-    gate, up = x @ params.w_in[0].T, x @ params.w_in[1].T
-    return (F.silu(gate) * up) @ params.w_out.T
+    gate, up = einsum(x, params.w_in, "... d, half f d -> half ... f")
+    return einsum(F.silu(gate) * up, params.w_out, "... f, d f -> ... d")
 
 
 def moe_reference(
@@ -63,14 +64,13 @@ def moe_reference(
     """The whole layer: every expert on every token, weighted by :func:`route_reference`."""
     x_TD = x.reshape(-1, x.shape[-1])
     weights_TE = route_reference(params.router, x_TD, config, ids_TK)
-    y_TD = torch.zeros_like(x_TD)
-    for expert, weight_T in enumerate(weights_TE.unbind(1)):
-        one = ExpertParams(params.experts.w_in[expert], params.experts.w_out[expert])
-        if config.score_before_experts:
-            # x * 0 through a SwiGLU is 0, so tokens that didn't choose the expert add nothing.
-            y_TD = y_TD + swiglu_reference(one, x_TD * weight_T[:, None])
-        else:
-            y_TD = y_TD + swiglu_reference(one, x_TD) * weight_T[:, None]
+    ones = torch.ones_like(weights_TE)
+    # x * 0 through a SwiGLU is 0, so tokens that didn't choose the expert add nothing either way.
+    before, after = (weights_TE, ones) if config.score_before_experts else (ones, weights_TE)
+    x_TED = einsum(x_TD, before, "t d, t e -> t e d")
+    gate, up = einsum(x_TED, params.experts.w_in, "t e d, e half f d -> half t e f")
+    y_TED = einsum(F.silu(gate) * up, params.experts.w_out, "t e f, e d f -> t e d")
+    y_TD = einsum(y_TED, after, "t e d, t e -> t d")
     if params.shared:
         y_TD = y_TD + swiglu_reference(params.shared, x_TD)
     return y_TD.reshape(x.shape)

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+from einops import rearrange, reduce
 
 from ..errors import argument_error
 from ..tree import node, static
 from . import kernels
-from .bases import bilinear_jvp, gather, random, refold_rows, unfold_rows
-from .core.derive import Dims, Tensors
+from .bases import bilinear_jvp, gather, random
+from .core.batches import Fold, fold_rows, front, more_rows, same_rows
+from .core.derive import Dims
 from .core.dtypes import accumulator
-from .core.primitive import Fold, Operator, declare, front
+from .core.primitive import Operator, declare
 from .core.tape import checkpoint
 
 TOPK = checkpoint("topk", save=True)
@@ -232,15 +234,15 @@ def _topk_plain(
     def from_rank(scores: torch.Tensor, rank: int) -> torch.Tensor:
         return scores >= scores.sort(-1, descending=True).values[..., rank - 1 : rank]
 
-    grouped = choice.unflatten(1, (num_groups, -1))
-    open_groups = from_rank(grouped.sort(-1, descending=True).values[..., :group_best].sum(-1), top_groups)
-    return (
-        torch.where(open_groups[..., None], grouped, -torch.inf).flatten(1).argsort(1, descending=True)[:, :k]
-    )
+    grouped = rearrange(choice, "t (g e) -> t g e", g=num_groups)
+    best = grouped.sort(-1, descending=True).values[..., :group_best]
+    open_groups = from_rank(reduce(best, "t g e -> t g", "sum"), top_groups)
+    choice = rearrange(torch.where(open_groups[..., None], grouped, -torch.inf), "t g e -> t (g e)")
+    return choice.argsort(1, descending=True)[:, :k]
 
 
-def _topk_vmap(size: int, dims: Dims, choice: torch.Tensor, *statics: int) -> Tensors:
-    return (topk(choice.flatten(0, 1), *statics).unflatten(0, (size, choice.shape[1])),)
+def _topk_vmap(size: int, dims: Dims, choice: torch.Tensor, *statics: int) -> Fold:
+    return more_rows(size, fold_rows(choice), *statics)
 
 
 # choice (T, E) -> (T, k) int64: the k best experts of the best groups.
@@ -269,20 +271,18 @@ def _product_plain(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torc
     return (a.to(wide) @ b.to(wide)).to(dtype)
 
 
-def _product_vjp(res: Any, needs: Any, g: torch.Tensor) -> tuple[Any, ...]:
-    a, b, _ = res
+def _product_vjp(inputs: tuple[Any, ...], needs: Any, g: torch.Tensor) -> tuple[Any, ...]:
+    a, b, _ = inputs
     return (
         product(g, b.mT, a.dtype) if needs[0] else None,
         product(a.mT, g, b.dtype) if needs[1] else None,
-        None,
     )
 
 
 def _product_vmap(size: int, dims: Dims, a: Any, b: Any, dtype: torch.dtype) -> Fold:
     if dims[1] is None and b.dim() == 2:
-        return Fold((a.flatten(0, 1), b, dtype), unfold_rows(size), refold_rows)
-    args = front(a, dims[0], size), front(b, dims[1], size), dtype
-    return Fold(args, lambda outs: outs, lambda outs: outs)
+        return more_rows(size, fold_rows(a), b, dtype)
+    return same_rows(front(a, dims[0], size), front(b, dims[1], size), dtype)
 
 
 # a (..., N, I), b (..., I, O) -> (..., N, O) in dtype, accumulated in float32: keeps a and b as they are.
@@ -293,7 +293,6 @@ product: Operator = declare(
     checkpoint=ROUTER,
     example=lambda: (random(4, 3), random(3, 2), torch.float64),
     plain=_product_plain,
-    residuals=lambda inputs, outputs: inputs,
     vjp=_product_vjp,
     jvp=bilinear_jvp(lambda: product),
     vmap=_product_vmap,

@@ -24,11 +24,12 @@ class InFlight(NamedTuple):
 
 
 class Transport(Protocol):
-    """A backend bound to the devices along one axis.
+    """A backend bound to the devices along one axis: two functions.
 
-    It is an immutable value that compares by what it stands for, as it is part of a plan's structure.
-    Its functions keep the promises of :func:`fmoe.dispatch` and :func:`fmoe.combine`: they are linear in the
-    rows, each other's transpose, and built of declared operators. ``docs/backends.md`` writes one.
+    It is an immutable value that compares by what it stands for, as a ``NamedTuple`` does: it is part of a
+    plan's structure, and a constant to ``torch.compile``. Its functions keep the promises of
+    :func:`fmoe.dispatch` and :func:`fmoe.combine`: they are linear in the rows, each other's transpose, and
+    built of declared operators. ``docs/backends.md`` writes one. :class:`Overlapping` has two more.
 
     >>> import fmoe
     >>> from fmoe.parallel.collectives import group_alone
@@ -42,15 +43,26 @@ class Transport(Protocol):
     def dispatch(self, x_TD: torch.Tensor, routing: Any) -> tuple[torch.Tensor, Any]:
         """Tokens (T, D) -> rows for the experts held here (S, D), and the :class:`fmoe.Plan` of them.
 
-        Device ``i`` of ``n`` holds experts ``i * E/n`` up to ``(i+1) * E/n``; a token comes once to each one
-        that holds an expert of its. The plan carries this transport.
+        Device ``i`` of ``n`` holds experts ``i * E/n`` up to ``(i+1) * E/n``. A token comes once to every
+        device that holds one of its experts. The plan carries this transport.
         """
 
     def combine(self, y_SD: torch.Tensor, plan: Any) -> torch.Tensor:
         """Rows (S, D) back to where their tokens came from, summed there: (T, D)."""
 
+
+class Overlapping(Transport, Protocol):
+    """A backend whose combine may be in flight while something else computes.
+
+    Of another backend, :func:`fmoe.ops.combine.combine_start` combines at once.
+
+    >>> import fmoe
+    >>> hasattr(fmoe.parallel.DeepEP, "combine_start"), hasattr(fmoe.parallel.AllToAll, "combine_start")
+    (True, False)
+    """
+
     def combine_start(self, y_SD: torch.Tensor, plan: Any) -> InFlight:
-        """Begin :meth:`combine`; a backend that can't wait later does all of it here."""
+        """Begin :meth:`combine`."""
 
     def join(self, coming: InFlight, plan: Any, plus: torch.Tensor | None) -> torch.Tensor:
         """Wait for what :meth:`combine_start` began, and add ``plus`` (T, D) to it, if there is any."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..ops.bases import random
-from ..ops.core.derive import Dims, Tensors
-from ..ops.core.primitive import Fold, Operator, declare
+from ..ops.core.batches import elementwise, wider_rows
+from ..ops.core.primitive import Operator, linear
 from ..ops.core.tape import checkpoint
 from .mesh import make_mesh
 
@@ -23,42 +23,26 @@ def _collective(
     *,
     impl: Callable[..., torch.Tensor],
     fake: Callable[..., torch.Tensor],
-    adjoint: Callable[..., torch.Tensor],
+    transpose: str | Callable[..., torch.Tensor],
     alone: Callable[[], tuple[Any, ...]] = lambda: (1, group_alone()),
-    blocks: bool = True,
+    vmap: Callable[..., Any] = wider_rows,
     save: bool = True,
 ) -> Operator:
     """An operator linear in its first argument; the others are static.
 
-    Its example is that of a device alone, on which nothing moves. Tests of many devices compare with devices
-    simulated in one tensor. ``alone`` gives the static arguments then.
-    ``adjoint(cotangent, *statics)`` is its transpose. ``blocks`` says that dimension 0 is special: a batch
-    goes behind it.
+    Its example is that of a device alone, on which nothing moves, with static arguments from ``alone``. Tests
+    of many devices compare with devices simulated in one tensor.
     """
-    name = schema.partition("(")[0]
-
-    def swap(outs: Tensors) -> Tensors:
-        return tuple(o.movedim(0, 1) if blocks else o for o in outs)
-
-    def vmap(size: int, dims: Dims, x: torch.Tensor, *statics: Any) -> Fold:
-        return Fold((*swap((x,)), *statics), swap, swap)
-
-    def jvp(statics: tuple[Any, ...], tangent: torch.Tensor, *_: Any) -> torch.Tensor:
-        return op(tangent, *statics)
-
-    op = declare(
+    return linear(
         schema,
         impl=impl,
         fake=fake,
-        checkpoint=checkpoint(name, save=save),
+        checkpoint=checkpoint(schema.partition("(")[0], save=save),
         example=lambda: (random(4, 3), *alone()),
         plain=lambda x, *statics: x.clone(),
-        residuals=lambda inputs, outputs: inputs[1:],
-        vjp=lambda statics, needs, g: (adjoint(g, *statics), *[None] * len(statics)),
-        jvp=jvp,
+        transpose=transpose,
         vmap=vmap,
     )
-    return op
 
 
 def group_alone() -> str:
@@ -94,23 +78,23 @@ psum_op: Operator = _collective(
     "psum(Tensor x, str group) -> Tensor",
     impl=_psum_kernel,
     fake=lambda x, group: x.new_empty(x.shape),
-    adjoint=lambda g, group: psum_op(g, group),
+    transpose="psum",
     alone=lambda: (group_alone(),),
-    blocks=False,
+    vmap=elementwise,
 )
 
 all_gather_op: Operator = _collective(
     "all_gather(Tensor x, int size, str group) -> Tensor",
     impl=_all_gather_kernel,
     fake=lambda x, size, group: x.new_empty(x.shape[0] * size, *x.shape[1:]),
-    adjoint=lambda g, size, group: reduce_scatter_op(g, size, group),
+    transpose="reduce_scatter",
 )
 
 gather_params_op: Operator = _collective(
     "gather_params(Tensor x, int size, str group) -> Tensor",
     impl=_all_gather_kernel,
     fake=lambda x, size, group: x.new_empty(x.shape[0] * size, *x.shape[1:]),
-    adjoint=lambda g, size, group: reduce_scatter_op(g, size, group),
+    transpose="reduce_scatter",
     save=False,
 )
 
@@ -118,14 +102,14 @@ reduce_scatter_op: Operator = _collective(
     "reduce_scatter(Tensor x, int size, str group) -> Tensor",
     impl=_reduce_scatter_kernel,
     fake=lambda x, size, group: x.new_empty(x.shape[0] // size, *x.shape[1:]),
-    adjoint=lambda g, size, group: all_gather_op(g, size, group),
+    transpose="all_gather",
 )
 
 all_to_all_op: Operator = _collective(
     "all_to_all(Tensor x, int size, str group) -> Tensor",
     impl=_all_to_all_kernel,
     fake=lambda x, size, group: x.new_empty(x.shape),
-    adjoint=lambda g, size, group: all_to_all_op(g, size, group),
+    transpose="all_to_all",
 )
 
 # source and destination are places in the group, or -1 for nobody.
@@ -133,7 +117,7 @@ ppermute_op: Operator = _collective(
     "ppermute(Tensor x, int source, int destination, int size, str group) -> Tensor",
     impl=_ppermute_kernel,
     fake=lambda x, source, destination, size, group: x.new_empty(x.shape),
-    adjoint=lambda g, source, destination, *group: ppermute_op(g, destination, source, *group),
+    transpose=lambda g, shape, source, destination, *group: ppermute_op(g, destination, source, *group),
     alone=lambda: (0, 0, 1, group_alone()),
-    blocks=False,
+    vmap=elementwise,
 )

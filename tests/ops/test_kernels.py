@@ -17,6 +17,7 @@ from helpers import error, fresh_seed, random_layer
 import fmoe
 from fmoe.ops import combine, dispatch, experts, kernels, route
 from fmoe.ops.bases import gather_kernel
+from fmoe.ops.experts import Layout
 from fmoe.ops.kernels import grouped
 
 triton = pytest.importorskip("triton")
@@ -146,7 +147,7 @@ def wide(fn, *args, **kwargs):
             return a
         return a.cpu().double() if a.is_floating_point() else a.cpu()
 
-    return fn(*map(up, args), **kwargs)
+    return fn(*optree.tree_map(up, args), **kwargs)
 
 
 @ON_KERNELS
@@ -157,7 +158,7 @@ def test_rows_to_experts_and_back(layer, scaled, uninitialized_is_nan):
     names = "x", "y", "weights", "slot", "row", "offsets", "held"
     x, y, weights, slot, row, offsets, held = (layer[name] for name in names)
     given = weights if scaled else None
-    expected = wide(experts._expand, x, weights, slot, row, offsets, scaled=scaled)
+    expected = wide(experts._expand, x, Layout(weights, slot, row, offsets, scaled), scaled=scaled)
     pairs = [
         (rows.expand(x, row, slot, offsets, given)[:held], expected[:held]),
         (rows.gather(x, torch.div(slot, 3, rounding_mode="floor")), wide(gather_kernel, x, slot // 3)),
@@ -179,10 +180,11 @@ def test_swiglu_and_its_backward(layer, scaled, uninitialized_is_nan):
     names = "g_act", "h", "weights", "slot", "row", "offsets", "held", "tolerance"
     g, h, weights, slot, row, offsets, held, tolerance = (layer[name] for name in names)
     got = activation.swiglu(h, slot, weights if scaled else None, offsets)
-    want = wide(experts._activation, h, weights, slot, offsets, scaled=scaled)
+    layout = Layout(weights, slot, row, offsets, scaled)
+    want = wide(experts._activation, h, layout, scaled=scaled)
     assert error(got[:held].cpu(), want[:held]) < tolerance
     g_h, g_weights = activation.swiglu_backward(g, h, slot, weights, offsets, weighted=scaled)
-    want = wide(experts._activation_backward, g, h, weights, slot, row, offsets, scaled=scaled)
+    want = wide(experts._activation_backward, g, h, layout, scaled=scaled)
     assert error(g_h[:held].cpu(), want[0][:held]) < tolerance
     assert error(g_weights.cpu(), want[1]) < tolerance
 

@@ -220,7 +220,7 @@ def test_what_the_experts_hold(monkeypatch):
     new = functools.partial(torch.empty, dtype=BFLOAT16)
     monkeypatch.setattr(experts, "_expand", lambda x, *how, scaled: new(rows, x.shape[1]))
     monkeypatch.setattr(experts, "_activation", lambda h, *how, scaled: new(rows, hidden))
-    backward = lambda g, h, weights, *how, scaled: (torch.empty_like(h), torch.empty_like(weights))  # noqa: E731
+    backward = lambda g, h, rows, scaled: (torch.empty_like(h), torch.empty_like(rows.weights_SK))  # noqa: E731
     monkeypatch.setattr(experts, "_activation_backward", backward)
     monkeypatch.setattr(experts, "weighted_sum_kernel", lambda y, *how: new(tokens, y.shape[1]))
     monkeypatch.setattr(experts.grouped, "mm", lambda x, w, offsets: new(x.shape[0], w.shape[2]))

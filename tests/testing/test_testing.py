@@ -2,16 +2,15 @@
 
 import re
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
 from devices import bare_mesh
 
 import fmoe
-from fmoe.ops.core.axes import Group, group_of
-from fmoe.ops.dispatch import layout
+from fmoe.extend import Group, group_of, layout
 from fmoe.ops.reference import swiglu_reference
-from fmoe.ops.transport import InFlight
 from fmoe.parallel import AllToAll, all_gather, reduce_scatter
 from fmoe.parallel.collectives import group_alone
 from fmoe.testing import LawBroken, check_backend, check_experts, check_router
@@ -53,7 +52,7 @@ class Joins(AllToAll):
     """Forgets what join adds."""
 
     def join(self, coming, plan, plus):
-        return super().join(coming, plan, None)
+        return coming.y_TD
 
 
 class Remembers(AllToAll):
@@ -68,9 +67,6 @@ class Remembers(AllToAll):
 
     def combine(self, y_SD, plan):
         return super().combine(y_SD, self.last[0])
-
-    def combine_start(self, y_SD, plan):
-        return super().combine_start(y_SD, self.last[0])
 
 
 class Keeps(AllToAll):
@@ -155,10 +151,11 @@ def test_an_exception_names_the_law_and_what_was_raised(pool):
         assert "the dense oracle" in text and "Again: laws=['oracle'], seed=5." in text
 
 
-class Gathering(AllToAll):
+class Gathering(NamedTuple):
     """All rows to all devices: an expensive backend, and a right one, of collectives alone."""
 
-    most = 8
+    group: Group
+    most: int = 8
 
     def dispatch(self, x_TD, routing):
         held, more = routing.counts_E.shape[0] // self.group.size, self.most - len(x_TD)
@@ -175,12 +172,6 @@ class Gathering(AllToAll):
 
     def combine(self, y_SD, plan):
         return reduce_scatter(y_SD, "ep")[: len(plan.sent[0])]
-
-    def combine_start(self, y_SD, plan):
-        return InFlight(self.combine(y_SD, plan))
-
-    def join(self, coming, plan, plus):
-        return coming.y_TD if plus is None else coming.y_TD + plus
 
 
 def gathering(axes):

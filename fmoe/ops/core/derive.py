@@ -1,5 +1,6 @@
 """Rules of an operator from a reference: the same function composed of other operators."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,18 +10,27 @@ Tensors = tuple[torch.Tensor, ...]
 Dims = tuple[int | None, ...]
 
 
+def inputs_alone(inputs: tuple[Any, ...], outputs: Tensors) -> tuple[Any, ...]:
+    return inputs
+
+
 class Rules(NamedTuple):
     """How an operator behaves under transforms; ``ops/core/primitive.py`` says what each rule takes."""
 
-    residuals: Callable[[tuple[Any, ...], Tensors], tuple[Any, ...]]
     vjp: Any
     jvp: Any
     vmap: Any
+    residuals: Callable[[tuple[Any, ...], Tensors], tuple[Any, ...]] = inputs_alone
 
 
 def few(values: tuple[Any, ...]) -> Any:
     """A tuple of values, or the only one."""
     return values[0] if len(values) == 1 else values
+
+
+def as_tuple(values: Any) -> tuple[Any, ...]:
+    """The reverse."""
+    return values if isinstance(values, tuple) else (values,)
 
 
 def derive(reference: Callable[..., Any], num_inputs: int) -> Rules:
@@ -38,13 +48,10 @@ def derive(reference: Callable[..., Any], num_inputs: int) -> Rules:
     def floats(inputs: Sequence[Any]) -> list[int]:
         return [i for i, a in enumerate(inputs) if isinstance(a, torch.Tensor) and a.is_floating_point()]
 
-    def residuals(inputs: tuple[Any, ...], outputs: Tensors) -> tuple[Any, ...]:
-        return inputs
-
     def vjp(inputs: Sequence[Any], needs: Sequence[bool], *cotangents: Any) -> tuple[Any, ...]:
         where = [i for i in floats(inputs) if needs[i]]
         out, pull, *_ = torch.func.vjp(as_function_of(inputs, where), *(inputs[i] for i in where))
-        outs = out if isinstance(out, tuple) else (out,)
+        outs = as_tuple(out)
         padded = (*cotangents, *[None] * (len(outs) - len(cotangents)))
         filled = tuple(torch.zeros_like(o) if c is None else c for o, c in zip(outs, padded))
         found = dict(zip(where, pull(few(filled) if not isinstance(out, tuple) else filled)))
@@ -58,9 +65,9 @@ def derive(reference: Callable[..., Any], num_inputs: int) -> Rules:
     def vmap(size: int, dims: Dims, *inputs: Any) -> Tensors:
         out = torch.vmap(reference, in_dims=dims)(*inputs)
         # An output that no input reaches comes out expanded, and forward AD can't write a tangent to that.
-        return tuple(o.contiguous() for o in (out if isinstance(out, tuple) else (out,)))
+        return tuple(o.contiguous() for o in as_tuple(out))
 
-    return Rules(residuals, vjp, jvp, vmap)
+    return Rules(vjp, jvp, vmap)
 
 
 def pullback(reference: Callable[..., Any]) -> Callable[..., Tensors]:
@@ -72,8 +79,10 @@ def pullback(reference: Callable[..., Any]) -> Callable[..., Tensors]:
     (tensor(10.), tensor(6.))
     """
 
+    code = reference.__code__
+
     def call(cotangent: torch.Tensor, *inputs: Any) -> Tensors:
-        num = reference.__code__.co_argcount
+        num = len(inputs) if code.co_flags & inspect.CO_VARARGS else code.co_argcount
         grads = derive(reference, num).vjp(inputs[:num], (True,) * num, cotangent)
         return tuple(g for g in grads if g is not None)
 

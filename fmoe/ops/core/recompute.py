@@ -21,10 +21,11 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from ...errors import argument_error
+from .batches import front
 from .capture import Guard, check_captured
 from .dynamo import hidden_from_dynamo
+from .function import primal
 from .modes import Modes, Rng
-from .primitive import front, primal
 from .refuse import refusing_nested_forward_mode
 from .tape import Entry, PlainTape, Policy, Tape, current_tape, replay_error
 

@@ -8,7 +8,6 @@ The sizes are the only thing the host waits for, once a layer: they come back wi
 memory, for combine and both backwards.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +15,30 @@ import torch
 from ...ops.bases import gather_kernel, random
 from ...ops.combine import COMBINE, weighted_sum_kernel
 from ...ops.core.axes import Group
-from ...ops.core.derive import Dims, Tensors
-from ...ops.core.primitive import Fold, Operator, declare
+from ...ops.core.batches import wider_rows
+from ...ops.core.derive import Tensors
+from ...ops.core.primitive import Operator, declare, linear
 from ...ops.core.refuse import ALL_MOVE
 from ...ops.dispatch import DISPATCH, Plan, check_ids, layout_kernel, layout_plain, received_fake
 from ...ops.route import Routing
-from ...ops.transport import InFlight, check_experts_divide, set_default
+from ...ops.transport import check_experts_divide, set_default
 from ..collectives import group_alone
 from .wire import swap_rows
+
+
+class Sent(NamedTuple):
+    """How a dispatch sent rows, kept in its plan.
+
+    ========  ======  ================================================================
+    slot_Q            the (token, device) pair of every copy, ``t * n + d``
+    copy_Tn           the copy of every such pair, or -1
+    splits    (2, n)  rows sent to and received from each device, in the host's memory
+    ========  ======  ================================================================
+    """
+
+    slot_Q: torch.Tensor
+    copy_Tn: torch.Tensor
+    splits: torch.Tensor
 
 
 class AllToAll(NamedTuple):
@@ -45,21 +60,15 @@ class AllToAll(NamedTuple):
             x_TD, routing.weights_TK, routing.expert_ids_TK, num_experts, size, position, name
         )
         score_before = routing.score_before_experts
-        return x_SD, Plan(weights_SK, slot_R, row_SK, offsets_e, tuple(sent), score_before, self)
+        return x_SD, Plan(weights_SK, slot_R, row_SK, offsets_e, Sent(*sent), score_before, self)
 
     def combine(self, y_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
         return send_back(y_SD, *plan.sent, self.group.name)
 
-    def combine_start(self, y_SD: torch.Tensor, plan: Plan) -> InFlight:
-        return InFlight(self.combine(y_SD, plan))
-
-    def join(self, coming: InFlight, plan: Plan, plus: torch.Tensor | None) -> torch.Tensor:
-        return coming.y_TD if plus is None else coming.y_TD + plus
-
 
 def rows_sent(plan: Plan) -> torch.Tensor:
     """How many rows this device sent to each device of the axis, itself included: int64 (n,), on the host."""
-    return plan.sent[-1][0]
+    return plan.sent.splits[0]
 
 
 # ---- kernels -----------------------------------------------------------------------------------
@@ -156,72 +165,55 @@ def _send_both_back_kernel(
     return tuple(weighted_sum_kernel(c, None, slot_Q, copy_Tn) for c in came)
 
 
-# ---- operators: the tensors after the rows are a plan's ``sent`` -----------------------------------
+# ---- operators: slot, copy and splits are a plan's ``sent`` --------------------------------------------
 
 
-def _batched(op: Callable[[], Operator]) -> Callable[..., Any]:
-    """The vmap rule: rows that go one way are wider rows; examples that go different ways go one by one."""
-
-    def swap(outs: Tensors) -> Tensors:
-        return tuple(o.movedim(0, 1) for o in outs)
-
-    def rule(size: int, dims: Dims, *args: Any) -> Any:
-        if all(d is None for d in dims[1:]):
-            return Fold((args[0].movedim(0, 1), *args[1:]), swap, swap)
-        each = ([a if d is None else a[i] for a, d in zip(args, dims)] for i in range(size))
-        return (torch.stack([op()(*example) for example in each]),)
-
-    return rule
-
-
-def _sent_example() -> tuple[Any, ...]:
-    """A plan's ``sent`` in a group of one device, where every token goes to it."""
+def _sent_example() -> Sent:
+    """In a group of one device every token goes to it."""
     order = torch.arange(4)
-    return order, order[:, None], torch.tensor([[4], [4]], device="cpu")
+    return Sent(order, order[:, None], torch.tensor([[4], [4]], device="cpu"))
 
 
-send: Operator = declare(
+send: Operator = linear(
     "send(Tensor x, Tensor slot, Tensor copy, Tensor splits, SymInt rows, str group) -> Tensor",
     impl=_send_kernel,
     fake=lambda x, slot, copy, splits, rows, group: x.new_empty(rows, *x.shape[1:]),
     checkpoint=DISPATCH,
     example=lambda: (random(4, 3), *_sent_example(), 4, group_alone()),
-    plain=lambda x, *how: x.clone(),
-    residuals=lambda inputs, outputs: inputs[1:],
-    vjp=lambda how, needs, g: (send_back(g, *how[:3], how[4]), *[None] * 5),
-    jvp=lambda how, tangent, *_: send(tangent, *how),
-    vmap=_batched(lambda: send),
+    plain=lambda x, *others: x.clone(),
+    transpose=lambda g, shape, slot, copy, splits, rows, group: send_back(g, slot, copy, splits, group),
+    vmap=wider_rows,
 )
 
-send_back: Operator = declare(
+send_back: Operator = linear(
     "send_back(Tensor y, Tensor slot, Tensor copy, Tensor splits, str group) -> Tensor",
     impl=_send_back_kernel,
     fake=lambda y, slot, copy, splits, group: y.new_empty(copy.shape[0], *y.shape[1:]),
     checkpoint=COMBINE,
     example=lambda: (random(4, 3), *_sent_example(), group_alone()),
-    plain=lambda y, *how: y.clone(),
-    residuals=lambda inputs, outputs: (*inputs[1:4], inputs[0].shape[0], inputs[4]),
-    vjp=lambda how, needs, g: (send(g, *how), *[None] * 4),
-    jvp=lambda how, tangent, *_: send_back(tangent, *how[:3], how[4]),
-    vmap=_batched(lambda: send_back),
+    plain=lambda y, *others: y.clone(),
+    transpose=lambda g, shape, slot, copy, splits, group: send(g, slot, copy, splits, shape[0], group),
+    vmap=wider_rows,
 )
 
 
-def _templates(*tensors: torch.Tensor) -> tuple[Any, ...]:
-    """Shapes and dtypes, as statics."""
-    return tuple((tuple(t.shape), t.dtype) for t in tensors)
+class _Way(NamedTuple):
+    """What derivatives of a dispatch need: how and among whom rows went, and how many came."""
+
+    sent: Sent
+    rows: int
+    group: str
+
+    def there(self, x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else send(x, *self.sent, self.rows, self.group)
+
+    def back(self, y: torch.Tensor | None) -> torch.Tensor | None:
+        return None if y is None else send_back(y, *self.sent, self.group)
 
 
-def _tangent(moved: torch.Tensor | None, template: Any, slot: torch.Tensor) -> torch.Tensor:
-    """Zeros where there is none: PyTorch takes ``None`` for integers only."""
-    shape, dtype = template
-    return torch.zeros(shape, dtype=dtype, device=slot.device) if moved is None else moved
-
-
-def _both_jvp(how: tuple[Any, ...], *tangents: Any) -> Tensors:
-    *sent, _, group, templates = how
-    moved = (None if t is None else send_back(t, *sent, group) for t in tangents[:2])
-    return tuple(_tangent(t, template, sent[0]) for t, template in zip(moved, templates))
+def _way_back(inputs: tuple[Any, ...], outputs: Tensors) -> _Way:
+    y, _, slot, copy, splits, group = inputs
+    return _Way(Sent(slot, copy, splits), y.shape[0], group)
 
 
 # Both cotangents of exchange in one message.
@@ -234,10 +226,10 @@ send_both_back: Operator = declare(
     ),
     checkpoint=COMBINE,
     example=lambda: (random(4, 3), random(4, 2), *_sent_example(), group_alone()),
-    reference=lambda y, weights, *how: (send_back(y, *how), send_back(weights, *how)),
-    residuals=lambda inputs, outputs: (*inputs[2:5], inputs[0].shape[0], inputs[5], _templates(*outputs)),
-    vjp=lambda how, needs, *gs: (*(None if g is None else send(g, *how[:5]) for g in gs), *[None] * 4),
-    jvp=_both_jvp,
+    reference=lambda y, weights, *way: (send_back(y, *way), send_back(weights, *way)),
+    residuals=_way_back,
+    vjp=lambda way, needs, g_y, g_weights: (way.there(g_y), way.there(g_weights)),
+    jvp=lambda way, t_y, t_weights, *_: (way.back(t_y), way.back(t_weights)),
 )
 
 
@@ -248,23 +240,18 @@ def _exchange_plain(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, *
     return x, weights, slot, row, offsets, *_sent_example()
 
 
-def _exchange_vjp(how: tuple[Any, ...], needs: Any, g_x: Any, g_weights: Any, *_: Any) -> tuple[Any, ...]:
-    *sent, _, group, _ = how
-    if g_weights is None or g_x is None:
-        found = (None if g is None else send_back(g, *sent, group) for g in (g_x, g_weights))
-    else:
-        found = send_both_back(g_x, g_weights, *sent, group)
-    return *found, *[None] * 5
+def _exchange_way(inputs: tuple[Any, ...], outputs: Tensors) -> _Way:
+    return _Way(Sent(*outputs[5:]), outputs[0].shape[0], inputs[-1])
 
 
-def _exchange_jvp(how: tuple[Any, ...], *tangents: Any) -> tuple[Any, ...]:
-    moved = (None if t is None else send(t, *how[:5]) for t in tangents[:2])
-    return *(_tangent(t, template, how[0]) for t, template in zip(moved, how[5])), *[None] * 6
+def _exchange_vjp(way: _Way, needs: Any, g_x: Any, g_weights: Any, *_: Any) -> tuple[Any, ...]:
+    if g_x is None or g_weights is None:
+        return way.back(g_x), way.back(g_weights)
+    return send_both_back(g_x, g_weights, *way.sent, way.group)
 
 
 # x (T, D), weights (T, K), ids (T, K) -> their rows for the experts held here (S, D), (S, K), how these lie
-# by expert, as in Plan, and how they were sent: the (token, device) pair ``t * n + d`` of every copy (Q,),
-# the copy of every such pair (T, n) or -1, and rows sent to and received from each device (2, n) on the host.
+# by expert, as in Plan, and how they were sent, as in Sent.
 exchange: Operator = declare(
     "exchange(Tensor x, Tensor weights, Tensor ids, SymInt num_experts, int size, int position, str group) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -273,14 +260,9 @@ exchange: Operator = declare(
     checkpoint=DISPATCH,
     example=lambda: (random(4, 3), random(4, 2), torch.rand(4, 3).argsort(1)[:, :2], 3, 1, 0, group_alone()),
     plain=_exchange_plain,
-    residuals=lambda inputs, outputs: (
-        *outputs[5:8],
-        outputs[0].shape[0],
-        inputs[6],
-        _templates(*outputs[:2]),
-    ),
+    residuals=_exchange_way,
     vjp=_exchange_vjp,
-    jvp=_exchange_jvp,
+    jvp=lambda way, t_x, t_weights, *_: (way.there(t_x), way.there(t_weights)),
     vmap=ALL_MOVE,
 )
 

@@ -1,13 +1,14 @@
 """The operators of the DeepEP backend: dispatch, combine, and what their derivatives are made of."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ....ops.bases import random, total
 from ....ops.combine import COMBINE
-from ....ops.core.derive import Dims, Tensors
-from ....ops.core.primitive import Operator, declare
+from ....ops.core.batches import each, one_by_one
+from ....ops.core.derive import Tensors
+from ....ops.core.primitive import Operator, declare, linear
 from ....ops.core.refuse import ALL_MOVE
 from ....ops.core.tape import checkpoint
 from ....ops.dispatch import DISPATCH, check_ids, layout_kernel, layout_plain, received_fake
@@ -37,56 +38,43 @@ def _dispatch_fake(x: Any, weights: Any, ids: Any, num_experts: int, size: int, 
     return *received, *sent_fake(x, ids.shape[0], dynamic)
 
 
-def _send_kernel(x: torch.Tensor, *how: Any) -> torch.Tensor:
-    *sent, _, buffer = how
-    return find(buffer).engine.send(x.contiguous(), unpack(tuple(sent)))
+def _send_kernel(x: torch.Tensor, rows: int, buffer: str, *sent: torch.Tensor) -> torch.Tensor:
+    return find(buffer).engine.send(x.contiguous(), unpack(sent))
 
 
-def _send_weights_kernel(weights: torch.Tensor, row_SK: torch.Tensor, *how: Any) -> torch.Tensor:
-    *sent, buffer = how
-    came = find(buffer).engine.send_weights(weights, unpack(tuple(sent)))
+def _send_weights_kernel(weights: Any, row_SK: torch.Tensor, buffer: str, *sent: Any) -> torch.Tensor:
+    came = find(buffer).engine.send_weights(weights, unpack(sent))
     return came.masked_fill(row_SK < 0, 0)
 
 
-def _combine_weights_kernel(weights: torch.Tensor, row_SK: torch.Tensor, *how: Any) -> torch.Tensor:
-    *sent, buffer = how
-    return find(buffer).engine.combine_weights(_here(weights, row_SK), unpack(tuple(sent)))
+def _combine_weights_kernel(weights: Any, row_SK: torch.Tensor, buffer: str, *sent: Any) -> torch.Tensor:
+    return find(buffer).engine.combine_weights(_here(weights, row_SK), unpack(sent))
 
 
 def _here(weights_SK: torch.Tensor, row_SK: torch.Tensor) -> torch.Tensor:
     return weights_SK.masked_fill(row_SK < 0, 0).contiguous()
 
 
-def _combine_kernel(y: torch.Tensor, *how: Any) -> torch.Tensor:
-    *sent, wait, buffer = how
+def _combine_kernel(y: torch.Tensor, wait: bool, buffer: str, *sent: torch.Tensor) -> torch.Tensor:
     held = find(buffer)
-    return held.engine.combine(y.contiguous(), unpack(tuple(sent)), wait=wait or not held.overlap)[0]
+    return held.engine.combine(y.contiguous(), unpack(sent), wait=wait or not held.overlap)[0]
 
 
-def _combine_both_kernel(y: torch.Tensor, weights: torch.Tensor, row_SK: torch.Tensor, *how: Any) -> Tensors:
-    *sent, buffer = how
-    return find(buffer).engine.combine(y.contiguous(), unpack(tuple(sent)), _here(weights, row_SK))
+def _combine_both_kernel(y: Any, weights: Any, row_SK: Any, buffer: str, *sent: Any) -> Tensors:
+    return find(buffer).engine.combine(y.contiguous(), unpack(sent), _here(weights, row_SK))
 
 
-def _join_kernel(y: torch.Tensor, plus: torch.Tensor | None, *how: Any) -> torch.Tensor:
-    find(how[-1]).engine.join()
+def _join_kernel(y: Any, plus: Any, held: Any, buffer: str, *sent: Any) -> torch.Tensor:
+    find(buffer).engine.join()
+    return _join_plain(y, plus)
+
+
+def _join_plain(y: torch.Tensor, plus: torch.Tensor | None, *others: Any) -> torch.Tensor:
     return y.clone() if plus is None else y + plus
 
 
-# ---- operators ----------------------------------------------------------------------------------------
-
-
-def _each(op: Any) -> Any:
-    """A batch, example by example; all in one row might be a longer row than DeepEP sends."""
-
-    def rule(size: int, dims: Dims, *inputs: Any) -> Tensors:
-        found = [op().outputs(*(a if d is None else a[i] for a, d in zip(inputs, dims))) for i in range(size)]
-        return tuple(map(torch.stack, zip(*found)))
-
-    return rule
-
-
-_NO_MORE = [None] * (PARTS + 1)
+# ---- linear operators ---------------------------------------------------------------------------------
+# A batch goes example by example: all in one row might be a longer row than DeepEP sends.
 
 
 def _row_example() -> torch.Tensor:
@@ -94,102 +82,119 @@ def _row_example() -> torch.Tensor:
 
 
 # x (T, D) -> (S, D), by the handle of a dispatch.
-deepep_send: Operator = declare(
-    f"deepep_send(Tensor x, {SENT}, SymInt rows, str buffer) -> Tensor",
+deepep_send: Operator = linear(
+    f"deepep_send(Tensor x, SymInt rows, str buffer, {SENT}) -> Tensor",
     impl=_send_kernel,
-    fake=lambda x, *how: x.new_empty(how[-2], x.shape[1]),
+    fake=lambda x, rows, *others: x.new_empty(rows, x.shape[1]),
     checkpoint=DISPATCH,
-    example=lambda: (random(4, 3), *sent_example(), 4, alone()),
-    plain=lambda x, *how: x.clone(),
-    residuals=lambda inputs, outputs: inputs[1:],
-    vjp=lambda how, needs, g: (deepep_combine(g, *how[:-2], True, how[-1]), *_NO_MORE, None, None),
-    jvp=lambda how, tangent, *_: deepep_send(tangent, *how),
-    vmap=_each(lambda: deepep_send),
+    example=lambda: (random(4, 3), 4, alone(), *sent_example()),
+    plain=lambda x, *others: x.clone(),
+    transpose=lambda g, shape, rows, buffer, *sent: deepep_combine(g, True, buffer, *sent),
+    vmap=one_by_one,
 )
 
-
-def _weights_operator(name: str, kernel: Any, fake: Any, checkpoint: str, transpose: Any) -> Operator:
-    """One of the two that carry weights, each the other's transpose; experts elsewhere are left out."""
-    op: Operator = declare(
-        f"{name}(Tensor weights, Tensor row, {SENT}, str buffer) -> Tensor",
-        impl=kernel,
-        fake=fake,
-        checkpoint=checkpoint,
-        example=lambda: (random(4, 2), _row_example(), *sent_example(), alone()),
-        plain=lambda weights, row, *how: torch.where(row < 0, 0, weights),
-        residuals=lambda inputs, outputs: inputs[1:],
-        vjp=lambda how, needs, g: (transpose()(g, *how), None, *_NO_MORE, None),
-        jvp=lambda how, tangent, *_: op(tangent, *how),
-        vmap=_each(lambda: op),
-    )
-    return op
-
+# y (S, D) -> (T, D), each token's rows summed. Without ``wait`` nothing may read it before a join, so
+# derivatives and batches wait.
+deepep_combine: Operator = linear(
+    f"deepep_combine(Tensor y, bool wait, str buffer, {SENT}) -> Tensor",
+    impl=_combine_kernel,
+    fake=lambda y, wait, buffer, *sent: y.new_empty(sent[0].shape[0], y.shape[1]),
+    checkpoint=COMBINE,
+    example=lambda: (random(4, 3), True, alone(), *sent_example()),
+    plain=lambda y, *others: y.clone(),
+    transpose=lambda g, shape, wait, buffer, *sent: deepep_send(g, shape[0], buffer, *sent),
+    jvp=lambda tangent, wait, *others: deepep_combine(tangent, True, *others),
+    vmap=lambda size, dims, y, wait, *others: each(deepep_combine.outputs, size, dims, y, True, *others),
+)
 
 # weights (T, K) -> (S, K), zeros for experts elsewhere.
-deepep_send_weights: Operator = _weights_operator(
-    "deepep_send_weights",
-    _send_weights_kernel,
-    lambda weights, row, *how: weights.new_empty(row.shape),
-    DISPATCH,
-    lambda: deepep_combine_weights,
+deepep_send_weights: Operator = linear(
+    f"deepep_send_weights(Tensor weights, Tensor row, str buffer, {SENT}) -> Tensor",
+    impl=_send_weights_kernel,
+    fake=lambda weights, row, *others: weights.new_empty(row.shape),
+    checkpoint=DISPATCH,
+    example=lambda: (random(4, 2), _row_example(), alone(), *sent_example()),
+    plain=lambda weights, row, *others: torch.where(row < 0, 0, weights),
+    transpose="deepep_combine_weights",
+    vmap=one_by_one,
 )
 
-# weights (S, K) -> (T, K): its transpose.
-deepep_combine_weights: Operator = _weights_operator(
-    "deepep_combine_weights",
-    _combine_weights_kernel,
-    lambda weights, row, *how: weights.new_empty(how[0].shape[0], weights.shape[1]),
-    COMBINE,
-    lambda: deepep_send_weights,
-)
-
-# y (S, D) -> (T, D), each token's rows summed. Without ``wait`` nothing may read it before a join.
-deepep_combine: Operator = declare(
-    f"deepep_combine(Tensor y, {SENT}, bool wait, str buffer) -> Tensor",
-    impl=_combine_kernel,
-    fake=lambda y, *how: y.new_empty(how[0].shape[0], y.shape[1]),
+# weights (S, K) -> (T, K), of the experts held here.
+deepep_combine_weights: Operator = linear(
+    f"deepep_combine_weights(Tensor weights, Tensor row, str buffer, {SENT}) -> Tensor",
+    impl=_combine_weights_kernel,
+    fake=lambda weights, row, buffer, *sent: weights.new_empty(sent[0].shape[0], weights.shape[1]),
     checkpoint=COMBINE,
-    example=lambda: (random(4, 3), *sent_example(), True, alone()),
-    plain=lambda y, *how: y.clone(),
-    residuals=lambda inputs, outputs: (*inputs[1 : PARTS + 2], inputs[0].shape[0], inputs[-1]),
-    vjp=lambda how, needs, g: (deepep_send(g, *how), *_NO_MORE, None, None),
-    jvp=lambda how, tangent, *_: deepep_combine(tangent, *how[:-2], True, how[-1]),
-    vmap=_each(lambda: deepep_combine),
+    example=lambda: (random(4, 2), _row_example(), alone(), *sent_example()),
+    plain=lambda weights, row, *others: torch.where(row < 0, 0, weights),
+    transpose="deepep_send_weights",
+    vmap=one_by_one,
 )
+
+
+# ---- several at once ----------------------------------------------------------------------------------
+
+
+class _Way(NamedTuple):
+    """What derivatives of a dispatch need: how its rows went, and how many came."""
+
+    row_SK: torch.Tensor
+    sent: Tensors
+    rows: int
+    buffer: str
+
+    def there(self, x: Any, weights: Any) -> tuple[Any, Any]:
+        """Rows and weights, or their tangents, to the experts."""
+        return (
+            None if x is None else deepep_send(x, self.rows, self.buffer, *self.sent),
+            None if weights is None else deepep_send_weights(weights, self.row_SK, self.buffer, *self.sent),
+        )
+
+    def back(self, y: Any, weights: Any) -> tuple[Any, Any]:
+        if weights is None:
+            return deepep_combine(y, True, self.buffer, *self.sent), None
+        if y is None:
+            return None, deepep_combine_weights(weights, self.row_SK, self.buffer, *self.sent)
+        return deepep_combine_both(y, weights, self.row_SK, self.buffer, *self.sent)
+
+
+def _way_back(inputs: tuple[Any, ...], outputs: Tensors) -> _Way:
+    y, _, row_SK, buffer, *sent = inputs
+    return _Way(row_SK, tuple(sent), y.shape[0], buffer)
+
 
 # Rows and the weights' cotangents in one message.
 deepep_combine_both: Operator = declare(
-    f"deepep_combine_both(Tensor y, Tensor weights, Tensor row, {SENT}, str buffer) -> (Tensor, Tensor)",
+    f"deepep_combine_both(Tensor y, Tensor weights, Tensor row, str buffer, {SENT}) -> (Tensor, Tensor)",
     impl=_combine_both_kernel,
-    fake=lambda y, weights, row, *how: tuple(t.new_empty(how[0].shape[0], t.shape[1]) for t in (y, weights)),
+    fake=lambda y, weights, row, buffer, *sent: tuple(
+        t.new_empty(sent[0].shape[0], t.shape[1]) for t in (y, weights)
+    ),
     checkpoint=COMBINE,
-    example=lambda: (random(4, 3), random(4, 2), _row_example(), *sent_example(), alone()),
-    reference=lambda y, weights, row, *how: (
-        deepep_combine(y, *how[:-1], True, how[-1]),
-        deepep_combine_weights(weights, row, *how),
+    example=lambda: (random(4, 3), random(4, 2), _row_example(), alone(), *sent_example()),
+    reference=lambda y, weights, row, buffer, *sent: (
+        deepep_combine(y, True, buffer, *sent),
+        deepep_combine_weights(weights, row, buffer, *sent),
     ),
-    vjp=lambda inputs, needs, g_y, g_weights: (
-        None if g_y is None else deepep_send(g_y, *inputs[3:-1], inputs[0].shape[0], inputs[-1]),
-        None if g_weights is None else deepep_send_weights(g_weights, *inputs[2:]),
-        None,
-        *_NO_MORE,
-        None,
-    ),
-    vmap=_each(lambda: deepep_combine_both),
+    residuals=_way_back,
+    vjp=lambda way, needs, g_y, g_weights: way.there(g_y, g_weights),
+    jvp=lambda way, t_y, t_weights, *_: way.back(t_y, t_weights),
+    vmap=one_by_one,
 )
 
 # y (T, D) that is on its way, and what to add to it -> (T, D). What combine still reads is an argument,
 # so that nobody uses its memory again before.
 deepep_join: Operator = declare(
-    f"deepep_join(Tensor y, Tensor? plus, Tensor held, {SENT}, str buffer) -> Tensor",
+    f"deepep_join(Tensor y, Tensor? plus, Tensor held, str buffer, {SENT}) -> Tensor",
     impl=_join_kernel,
-    fake=lambda y, plus, *how: y.new_empty(y.shape),
+    fake=lambda y, *others: y.new_empty(y.shape),
     checkpoint=JOIN,
-    example=lambda: (random(4, 3), random(4, 3), random(4, 3), *sent_example(), alone()),
-    plain=lambda y, plus, *how: y.clone() if plus is None else y + plus,
-    vjp=lambda how, needs, g: (g, g if needs[1] else None, None, *_NO_MORE, None),
-    jvp=lambda how, t_y, t_plus, *_: total(t_y, t_plus).clone(),
-    vmap=_each(lambda: deepep_join),
+    example=lambda: (random(4, 3), random(4, 3), random(4, 3), alone(), *sent_example()),
+    plain=_join_plain,
+    residuals=lambda inputs, outputs: (),
+    vjp=lambda _, needs, g: (g, g if needs[1] else None),
+    jvp=lambda _, t_y, t_plus, *others: total(t_y, t_plus).clone(),
+    vmap=one_by_one,
 )
 
 
@@ -199,32 +204,9 @@ def _dispatch_plain(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, *
     return x, torch.where(ids < 0, 0, weights), slot, row, offsets, *sent_example(x.shape[0])
 
 
-def _dispatch_vjp(how: tuple[Any, ...], needs: Any, g_x: Any, g_weights: Any, *_: Any) -> tuple[Any, ...]:
-    row, *sent, _, _, buffer = how
-    if g_weights is None:
-        found = deepep_combine(g_x, *sent, True, buffer), None
-    elif g_x is None:
-        found = None, deepep_combine_weights(g_weights, row, *sent, buffer)
-    else:
-        found = deepep_combine_both(g_x, g_weights, row, *sent, buffer)
-    return *found, *[None] * 4
-
-
-def _dispatch_jvp(how: tuple[Any, ...], t_x: Any, t_weights: Any, *_: Any) -> tuple[Any, ...]:
-    row, *sent, (x_dtype, weights_dtype, dim), rows, buffer = how
-    # PyTorch wants a tangent for each floating-point output, or for none.
-    x = row.new_zeros(rows, dim, dtype=x_dtype) if t_x is None else deepep_send(t_x, *sent, rows, buffer)
-    if t_weights is None:
-        weights = row.new_zeros(row.shape, dtype=weights_dtype)
-    else:
-        weights = deepep_send_weights(t_weights, row, *sent, buffer)
-    return x, weights, *[None] * (PARTS + 4)
-
-
-def _dispatch_residuals(inputs: tuple[Any, ...], outputs: Tensors) -> tuple[Any, ...]:
-    x, weights = outputs[:2]
-    like = x.dtype, weights.dtype, x.shape[1]
-    return *outputs[3:4], *outputs[5:], like, x.shape[0], inputs[-1]
+def _dispatch_way(inputs: tuple[Any, ...], outputs: Tensors) -> _Way:
+    x_SD, _, _, row_SK, _, *sent = outputs
+    return _Way(row_SK, tuple(sent), x_SD.shape[0], inputs[-1])
 
 
 # x (T, D), weights (T, K), ids (T, K) -> their rows for the experts held here (S, D), (S, K), how these lie
@@ -237,8 +219,8 @@ deepep_dispatch: Operator = declare(
     checkpoint=DISPATCH,
     example=lambda: (random(4, 3), random(4, 2), torch.rand(4, 3).argsort(1)[:, :2], 3, 1, alone()),
     plain=_dispatch_plain,
-    residuals=_dispatch_residuals,
-    vjp=_dispatch_vjp,
-    jvp=_dispatch_jvp,
+    residuals=_dispatch_way,
+    vjp=lambda way, needs, g_x, g_weights, *_: way.back(g_x, g_weights),
+    jvp=lambda way, t_x, t_weights, *_: way.there(t_x, t_weights),
     vmap=ALL_MOVE,
 )

@@ -25,7 +25,7 @@ from .operators import deepep_combine, deepep_dispatch, deepep_join
 class DeepEP(NamedTuple):
     """The DeepEP backend, from :func:`deepep`: the devices of one group, and the name of their buffer.
 
-    Like :class:`AllToAll` it is a :class:`~fmoe.ops.transport.Transport`.
+    It is an :class:`~fmoe.ops.transport.Overlapping` transport.
 
     >>> import fmoe
     >>> sizes = dict(max_tokens_per_rank=64, dim=256, top_k=2, num_experts=8)
@@ -48,13 +48,13 @@ class DeepEP(NamedTuple):
         return x_SD, Plan(weights_SK, slot_R, row_SK, offsets_e, tuple(sent), score_before, self)
 
     def combine(self, y_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
-        return deepep_combine(y_SD, *plan.sent, True, self.buffer)
+        return deepep_combine(y_SD, True, self.buffer, *plan.sent)
 
     def combine_start(self, y_SD: torch.Tensor, plan: Plan) -> InFlight:
-        return InFlight(deepep_combine(y_SD, *plan.sent, False, self.buffer), (y_SD,))
+        return InFlight(deepep_combine(y_SD, False, self.buffer, *plan.sent), (y_SD,))
 
     def join(self, coming: InFlight, plan: Plan, plus: torch.Tensor | None) -> torch.Tensor:
-        return deepep_join(coming.y_TD, plus, *coming.held, *plan.sent, self.buffer)
+        return deepep_join(coming.y_TD, plus, *coming.held, self.buffer, *plan.sent)
 
 
 @contextmanager
