@@ -1,7 +1,8 @@
+import functools
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
@@ -10,6 +11,8 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "support"))
 
 from workers import Pool
+
+from fmoe import __main__
 
 # A busy machine is no reason to fail.
 hypothesis.settings.register_profile(
@@ -28,6 +31,12 @@ def seed(request: pytest.FixtureRequest) -> int:
     return value
 
 
+@pytest.fixture
+def slow(request: pytest.FixtureRequest) -> bool:
+    """Whether to run the full cross product."""
+    return request.config.getoption("--slow")
+
+
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every device there is, as the default one."""
@@ -36,6 +45,29 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         return
     with torch.device(request.param):
         yield request.param
+
+
+@pytest.fixture
+def aot_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compiles does so without Inductor, which takes a minute and has a test of its own."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What ``python -m fmoe`` prints: here in this process, as a new one takes seconds to import PyTorch."""
+
+    def run(*words: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["fmoe", *map(str, words)])
+        try:
+            __main__.main()
+        except SystemExit as ended:
+            if ended.code:
+                raise
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture(autouse=True)
@@ -57,16 +89,21 @@ def pool() -> Iterator[Pool]:
 STARTS_PROCESSES = ("test_processes.py", "test_train_many.py", "03_expert_parallelism")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """``ranks``: what keeps all cores busy by itself, and is ten times slower beside another of its kind."""
     for item in items:
         starts = any(name in item.nodeid for name in STARTS_PROCESSES)
         if starts or "pool" in getattr(item, "fixturenames", ()):
             item.add_marker("ranks")
+    if not config.getoption("--slow"):
+        slow = {item for item in items if item.get_closest_marker("slow")}
+        config.hook.pytest_deselected(items=list(slow))
+        items[:] = [item for item in items if item not in slow]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="the seed of every test; fresh by default")
+    parser.addoption("--slow", action="store_true", help="also the full cross products, marked slow")
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -1,9 +1,10 @@
 """What the tests share: random layers, comparisons, the table of transforms."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import optree
+import pytest
 import torch
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -22,6 +23,19 @@ CONFIGS = {
     ),
     "balanced": fmoe.RouterConfig(top_k=3, force_balance=True),
 }
+
+
+def quick(some: Container[Any], cases: Iterable[Any]) -> list[Any]:
+    """Cases to parametrize a test with, of which those not among ``some`` run with ``--slow`` only.
+
+    A tuple is a case of several arguments.
+    """
+
+    def param(case: Any) -> Any:
+        marks = () if case in some else pytest.mark.slow
+        return pytest.param(*(case if isinstance(case, tuple) else [case]), marks=marks)
+
+    return [*map(param, cases)]
 
 
 def fresh_seed() -> int:
