@@ -1,5 +1,7 @@
 """``python -m fmoe doctor``: what is here, what ``auto`` would choose, and whether the laws hold."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -7,20 +9,20 @@ import sys
 import deep_ep_double
 import pytest
 import torch
+import torch.distributed as dist
 
 import fmoe
 from fmoe import __main__, doctor
+from fmoe.ops.core.axes import group_of
+from fmoe.parallel import AllToAll
+from fmoe.parallel.together import from_all
+from fmoe.testing import check_backend
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-def run(*args, launcher=()):
-    command = [sys.executable, *launcher, "-m", "fmoe", "doctor", *args]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-
-
-def test_it_says_what_is_here_and_what_auto_would_choose():
-    found = json.loads(run("--json", "--no-test"))
+def test_it_says_what_is_here_and_what_auto_would_choose(command):
+    found = json.loads(command("doctor", "--json", "--no-test"))
     assert found["torch"] == torch.__version__
     assert found["can"]["all_to_all"][0] == "gloo"
     assert found["auto"] in ("deepep", "all_to_all") and found["why"]
@@ -39,7 +41,9 @@ def test_it_says_which_deep_ep_loads():
 
 
 def test_it_tests_itself_on_all_processes_under_a_launcher():
-    found = json.loads(run("--json", launcher=TORCHRUN))
+    words = [sys.executable, *TORCHRUN, "-m", "fmoe", "doctor", "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
+    found = json.loads(done.stdout)
     assert {"router", "experts", "all_to_all"} <= found["self_test"].keys()
     for test in found["self_test"].values():
         assert test["broken"] is None
@@ -47,32 +51,34 @@ def test_it_tests_itself_on_all_processes_under_a_launcher():
     assert "ep=2" in found["self_test"]["all_to_all"]["report"]
 
 
-def test_a_world_size_without_a_rank_is_no_launch(monkeypatch):
+def test_a_world_size_without_a_rank_is_no_launch(monkeypatch, command):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.delenv("RANK", raising=False)
-    assert json.loads(run("--json"))["self_test"].keys() == {"router", "experts", "local"}
+    assert json.loads(command("doctor", "--json"))["self_test"].keys() == {"router", "experts", "local"}
 
 
-BROKEN_ON_RANK_1 = """
-import os, sys
-from fmoe import __main__
-from fmoe.parallel import AllToAll
-def dispatch(*_):
-    raise OSError("the driver is broken")
-if os.environ["RANK"] == "1":
-    AllToAll.dispatch = dispatch
-sys.argv = ["fmoe", "doctor"]
-__main__.main()
-"""
+class Broken(AllToAll):
+    def dispatch(self, x_TD, routing):
+        raise OSError("the driver is broken")
 
 
-def test_what_only_another_rank_finds_is_told(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(BROKEN_ON_RANK_1)
-    done = subprocess.run([sys.executable, *TORCHRUN, script], capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert "rank 1: check_backend: AllToAll on " in done.stderr
-    assert "met OSError: the driver is broken" in done.stderr
+def broken_on_rank_1():
+    """What the second of two ranks says and exits with."""
+    mesh, said = fmoe.make_mesh("ep=2", device_type="cpu"), io.StringIO()
+    if dist.get_rank() == 0:
+        from_all(0)  # it agrees on a seed, and would then wait for the other
+        return None
+    backend = Broken(group_of(mesh, ("ep",)))
+    with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as ended:
+        doctor._tried(lambda: check_backend(backend, mesh, laws=["oracle"]))
+    return said.getvalue(), ended.value.code
+
+
+def test_what_only_another_rank_finds_is_told(pool):
+    (said, code) = pool.run(2, broken_on_rank_1)[1]
+    assert code == 1
+    assert said.startswith("rank 1: check_backend: Broken on ")
+    assert "met OSError: the driver is broken" in said
 
 
 def counts_none(params, x, config):

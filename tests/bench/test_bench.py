@@ -1,7 +1,6 @@
 """The benchmark measures what it says, and refuses to time what is wrong."""
 
 import json
-import subprocess
 import sys
 
 import optree
@@ -24,21 +23,20 @@ from fmoe.training.optim import adamw
 TINY = Shape(tokens=48, dim=16, hidden=8, experts=8, top_k=2)
 
 
-def test_the_command_measures_every_layer_and_writes_json(tmp_path):
+def test_the_command_measures_every_layer_and_writes_json(command, tmp_path):
     file = tmp_path / "layer.json"
-    command = [sys.executable, "-m", "fmoe", "bench", "layer", "--sizes", *map(str, TINY), "--rounds", "3"]
     names = "fmoe", "fmoe, rows aligned to 16", "PyTorch eager", "transformers grouped_mm"
-    how = ["--device", "cpu", "--dtype", "float32", "--json", str(file), "--only", *names, "--align", "16"]
-    how += ["--picture", str(file.with_suffix(".svg"))]
-    done = subprocess.run([*command, *how], capture_output=True, text=True, check=True)
+    how = ["--device", "cpu", "--dtype", "float32", "--json", file, "--only", *names, "--align", 16]
+    how += ["--picture", file.with_suffix(".svg"), "--rounds", 3]
+    shown = command("bench", "layer", "--sizes", *TINY, *how)
     (result,) = json.loads(file.read_text())
     assert result["shape"] == TINY._asdict()
     assert result["torch"] == torch.__version__
     assert result["engine"] == "loop"
-    assert "our grouped products by 'loop'" in done.stdout.replace("\n", " ")
+    assert "our grouped products by 'loop'" in shown.replace("\n", " ")
     assert [row["layer"] for row in result["layers"]] == list(names)
     for row in result["layers"]:
-        assert row["layer"] in done.stdout
+        assert row["layer"] in shown
         assert row["error"] < 1e-5
         assert row["rate"] == pytest.approx(3 * TINY.flops / row["step"] / 1e9)
         assert row["share"] == pytest.approx(row["rate"] / result["matmul_tflops"])
@@ -116,19 +114,22 @@ def test_time_goes_to_the_kind_of_the_operator_around():
     assert time_by_kind(spans, on_cuda=True) == {kind: times[1] for kind, times in kinds.items()}
 
 
-def model_command(monkeypatch, capsys, tmp_path, *words):
-    file = tmp_path / "model.json"
-    sizes = "--model debug --layers 2 --batch-size 2 --seq-len 32 --steps 4"
-    sizes = [*sizes.split(), "--device", "cpu", "--dtype", "float32"]
-    argv = ["fmoe", "bench", "model", *sizes, "--json", str(file), *words]
-    monkeypatch.setattr(sys, "argv", argv)
-    __main__.main()
-    return json.loads(file.read_text()), capsys.readouterr().out
+@pytest.fixture
+def model_command(command, tmp_path):
+    """What ``bench model`` with these words writes and prints."""
+
+    def run(*words):
+        file = tmp_path / "model.json"
+        sizes = "--model debug --layers 2 --batch-size 2 --seq-len 32 --steps 4 --device cpu --dtype float32"
+        shown = command("bench", "model", *sizes.split(), "--json", file, *words)
+        return json.loads(file.read_text()), shown
+
+    return run
 
 
-def test_the_model_command_measures_training_steps(monkeypatch, capsys, tmp_path):
+def test_the_model_command_measures_training_steps(model_command, tmp_path):
     trace = tmp_path / "trace.json"
-    result, shown = model_command(monkeypatch, capsys, tmp_path, "--remat", "full", "--trace", str(trace))
+    result, shown = model_command("--remat", "full", "--trace", trace)
     assert (result["layers"], result["dense_layers"]) == (2, 1)
     assert 0.9 * 5.545 < result["first_loss"] < 1.1 * 5.545  # log(256)
     config = deepseek_v3.preset("debug", layers=2)
@@ -149,14 +150,14 @@ def test_the_model_command_measures_training_steps(monkeypatch, capsys, tmp_path
         assert text in shown
 
 
-def test_the_model_command_trains_on_text_with_balanced_experts_compiled(monkeypatch, capsys, tmp_path):
+@pytest.mark.usefixtures("aot_eager")
+def test_the_model_command_trains_on_text_with_balanced_experts_compiled(model_command, tmp_path):
     text = tmp_path / "words.txt"
     text.write_text("the same words again and again, " * 200)
-    how = ["--data", str(text), "--balanced", "--compile", "--compute-dtype", "bfloat16", "--steps", "6"]
+    how = ["--data", text, "--balanced", "--compile", "--compute-dtype", "bfloat16", "--steps", "6"]
     how += ["--moments-dtype", "bfloat16"]
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    result, shown = model_command(monkeypatch, capsys, tmp_path, *how)
+    result, shown = model_command(*how)
     assert result["last_loss"] < result["first_loss"]
     assert result["balanced"] and result["compiled"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0

@@ -1,9 +1,6 @@
 """Tuning keeps what is fastest, and products use what is kept."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -162,9 +159,8 @@ def test_a_cache_that_cannot_be_read_is_none_but_a_file_that_was_named_is_an_err
     assert product() == Choice("loop")
 
 
-def test_the_command_prints_a_table_of_choices_and_products(file):
-    command = [sys.executable, "-m", "fmoe", "tune", "--sizes", *map(str, TINY), "--rounds", "2"]
-    how = ["--device", "cpu", "--dtype", "float32"]
-    done = subprocess.run([*command, *how], capture_output=True, text=True, check=True, env=os.environ)
-    assert "loop" in done.stdout and "outer" in done.stdout
+def test_the_command_prints_a_table_of_choices_and_products(command, file):
+    how = ["--rounds", 2, "--device", "cpu", "--dtype", "float32"]
+    shown = command("tune", "--sizes", *TINY, *how)
+    assert "loop" in shown and "outer" in shown
     assert set(json.loads(file.read_text())["cpu"]) == set(products(TINY, torch.float32))
