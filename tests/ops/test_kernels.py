@@ -3,6 +3,7 @@
 The interpreter is chosen when Triton is imported, so without a GPU these tests run in a process of their own.
 """
 
+import itertools
 import os
 import pathlib
 import subprocess
@@ -12,7 +13,7 @@ import warnings
 import optree
 import pytest
 import torch
-from helpers import error, fresh_seed, random_layer
+from helpers import error, fresh_seed, quick, random_layer
 
 import fmoe
 from fmoe.ops import combine, dispatch, experts, kernels, route
@@ -46,19 +47,10 @@ def interpreter(monkeypatch):
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels run here already")
-def test_kernels_in_the_interpreter():
+def test_kernels_in_the_interpreter(slow):
+    options = ["--seed", str(fresh_seed()), "-p", "no:cacheprovider", *["--slow"] * slow]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            __file__,
-            "--seed",
-            str(fresh_seed()),
-            "-p",
-            "no:cacheprovider",
-        ],
+        [sys.executable, "-m", "pytest", "-q", __file__, *options],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=pathlib.Path(fmoe.__file__).parent.parent,
         capture_output=True,
@@ -96,7 +88,7 @@ def test_layout(ids):
         assert torch.equal(got.cpu(), want)
 
 
-@pytest.fixture(params=[*((dtype, 1) for dtype in ROUNDED), (torch.float32, 64), (torch.float16, 4)], ids=str)
+@pytest.fixture(params=[*((dtype, 1) for dtype in ROUNDED), (torch.float32, 8), (torch.float16, 4)], ids=str)
 def layer(request):
     """A plan of few rows, aligned or not, and rows of each kind; the rows nobody holds are NaN."""
     tokens, num_experts, top_k, dim, hidden = 19, 5, 3, 1100, 70  # wider than a block of columns
@@ -190,9 +182,13 @@ def test_swiglu_and_its_backward(layer, scaled, uninitialized_is_nan):
 
 
 @ON_KERNELS
-@pytest.mark.parametrize("multiple", [1, 8])
-@pytest.mark.parametrize("score_before", [False, True])
-@pytest.mark.parametrize("ids", ["some dropped", "all on one", "nowhere", "no token"])
+@pytest.mark.parametrize(
+    ("ids", "score_before", "multiple"),
+    quick(
+        [("some dropped", False, 8), ("some dropped", True, 1), ("nowhere", False, 8), ("no token", True, 1)],
+        itertools.product(["some dropped", "all on one", "nowhere", "no token"], [False, True], [1, 8]),
+    ),
+)
 def test_the_experts_put_together(ids, score_before, multiple, monkeypatch, uninitialized_is_nan):
     """Values and gradients, with any routing; the products are of the engine that this device has."""
     if INTERPRETED:
