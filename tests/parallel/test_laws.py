@@ -5,6 +5,7 @@ import functools
 import laws
 import pytest
 import torch
+from helpers import quick
 from laws import Where, ranks_of
 from workers import Pool
 
@@ -18,11 +19,11 @@ ALONG_EP = [axes for axes in MESHES if "ep" in axes]
 SOME = ["ep=4", "dp=2,ep=2", "ep=2,tp=2"]
 TOLERANCE = 1e-10
 
-EVERYWHERE = [Where(axes, b, device) for device in DEVICES for b in BACKENDS for axes in MESHES]
 
-every = pytest.mark.parametrize("where", EVERYWHERE, ids=str)
-some = pytest.mark.parametrize("where", [w for w in EVERYWHERE if w.axes in SOME], ids=str)
-along_ep = pytest.mark.parametrize("where", [w for w in EVERYWHERE if w.axes in ALONG_EP], ids=str)
+def on(some, meshes):
+    """A test on these meshes, on all but ``some`` with ``--slow`` only."""
+    places = [Where(axes, b, device) for device in DEVICES for b in BACKENDS for axes in meshes]
+    return pytest.mark.parametrize("where", quick([w for w in places if w.axes in some], places), ids=str)
 
 
 def hold(pool, law, where, *args, tolerance=TOLERANCE, timeout=90):
@@ -31,39 +32,42 @@ def hold(pool, law, where, *args, tolerance=TOLERANCE, timeout=90):
         assert found and not wrong, (rank, wrong)
 
 
-@every
+@on(["ep=1", "ep=4", "dp=2", "tp=2", "dp=2,ep=2", "ep=2,tp=2"], MESHES)
 def test_equals_the_oracle(pool, where):
     hold(pool, laws.oracle, where, "sigmoid, groups")
 
 
 # What differs between meshes doesn't differ between routers, nor between first and second derivatives.
-@some
+@on(["dp=2,ep=2"], SOME)
 @pytest.mark.parametrize("config", ["softmax, before", "balanced"])
 def test_any_router_equals_the_oracle(pool, where, config):
     hold(pool, laws.oracle, where, config)
 
 
-@some
+@on(["dp=2,ep=2", "ep=2,tp=2"], SOME)
 def test_second_derivatives_equal_the_oracle(pool, where):
     hold(pool, laws.oracle, where, "sigmoid, groups", 2)
 
 
-@along_ep
-@pytest.mark.parametrize("counts", [(5, 3, 4, 2), (0, 4, 0, 1), (0, 0, 0, 0)], ids=str)
+COUNTS = {"some": [5, 3, 4, 2], "none on one": [0, 4, 0, 1], "none": [0, 0, 0, 0]}
+
+
+@on(["ep=2", "dp=2,ep=2", "ep=2,tp=2"], ALONG_EP)
+@pytest.mark.parametrize("counts", quick(["none on one"], COUNTS))
 def test_any_number_of_plain_tokens_on_each_device(pool, where, counts):
-    hold(pool, laws.plain_tokens, where, list(counts))
+    hold(pool, laws.plain_tokens, where, COUNTS[counts])
 
 
 # Compiling is tried below, of moe_forward with DTensors.
 MOST = [name for name in LAWS if name != "compilation"]
 
 
-@along_ep
+@on(["ep=1", "ep=4"], ALONG_EP)
 def test_the_backend_keeps_the_laws(pool, where):
     pool.run(ranks_of(where.axes), laws.backend, where, MOST)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", quick([torch.bfloat16], [torch.float32, torch.bfloat16]), ids=str)
 def test_the_backend_keeps_the_laws_in_lower_precision(pool, dtype):
     pool.run(2, laws.backend, Where("ep=2", dtype=dtype), MOST)
 
@@ -74,13 +78,18 @@ def test_parameters_are_gathered_again_under_remat(pool, where):
 
 
 @pytest.mark.parametrize("where", [Where("ep=2")], ids=str)
-def test_compiles_whole(pool, where):
-    hold(pool, laws.compilation, where, timeout=300)
+def test_compiles_whole(pool, where, slow):
+    hold(pool, laws.compilation, where, slow, timeout=300)
 
 
-@pytest.mark.parametrize("where", [w for w in EVERYWHERE if w.axes in ("dp=2,ep=2", "ep=2,tp=2")], ids=str)
+@on(["dp=2,ep=2", "ep=2,tp=2"], ["dp=2,ep=2", "ep=2,tp=2"])
 def test_the_models_gradients_are_those_of_one_process(pool, where):
     hold(pool, laws.model, where, timeout=240)
+
+
+@on(["ep=2"], ["ep=2", "dp=2,ep=2", "ep=2,tp=2"])
+def test_the_models_layers_compile_with_remat(pool, where):
+    hold(pool, laws.compiled_layers, where, timeout=240)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the host and the device are one")
@@ -106,16 +115,16 @@ def check_training(pool, where, alone_on, steps=10):
         assert steps < 10 or norm == pytest.approx(alone[1], rel=1e-6)
 
 
-@pytest.mark.parametrize("where", [w for w in EVERYWHERE if w.axes != "ep=1"], ids=str)
+@on(["dp=2,ep=2", "ep=2,tp=2"], [axes for axes in MESHES if axes != "ep=1"])
 def test_ten_steps_of_training_are_those_of_one_process(pool, where, losses_alone):
     check_training(pool, where, losses_alone)
 
 
 @pytest.mark.ranks
-def test_steps_with_everything_on_eight_processes(losses_alone):
+def test_steps_with_everything_on_eight_processes(losses_alone, slow):
     eight = Pool(8)
     try:
-        for axes in ("dp=2,ep=2,tp=2", "ep=8"):
+        for axes in ["dp=2,ep=2,tp=2", *["ep=8"] * slow]:
             check_training(eight, Where(axes), losses_alone, steps=3)
     finally:
         eight.stop(5)

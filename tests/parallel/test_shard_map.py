@@ -488,5 +488,6 @@ def test_compile_fullgraph(pool):
     pool.run(4, compiled, "aot_eager", "dp=2,ep=2", ["dtensors", "plain", "inside"])
 
 
+@pytest.mark.slow
 def test_compile_with_inductor(pool):
     pool.run(2, compiled, "inductor", "dp=1,ep=2", ["dtensors", "inside"], timeout=200.0)

@@ -2,19 +2,18 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
-import sys
 
 import optree
 import pytest
 import torch
 from devices import bare_mesh
-from helpers import allocated_at_once
+from helpers import allocated_at_once, quick
 from laws import ranks_of
 
 import fmoe
-from fmoe import __main__
 from fmoe.bench.model import bench_model
 from fmoe.introspect import kept_bytes, wire_bytes
 from fmoe.models import deepseek_v3
@@ -47,10 +46,10 @@ def same(layer):
 @pytest.mark.parametrize(
     ("config", "dtype", "compute", "wrap"),
     [
-        (SMALL, FLOAT32, FLOAT32, same),
+        pytest.param(SMALL, FLOAT32, FLOAT32, same, marks=pytest.mark.slow),
         (SMALL, FLOAT32, BFLOAT16, fmoe.remat),
         (TIED, BFLOAT16, BFLOAT16, same),
-        (TIED, BFLOAT16, BFLOAT16, FULL),
+        pytest.param(TIED, BFLOAT16, BFLOAT16, FULL, marks=pytest.mark.slow),
     ],
     ids=["float32", "mixed, remat", "bfloat16", "bfloat16, all recomputed"],
 )
@@ -88,7 +87,9 @@ def test_clipping_takes_no_memory():
     assert plan(SMALL, max_norm=None, **how).stages[0].peaks["backward"] == stage.peaks["backward"]
 
 
-@pytest.mark.parametrize(("kept", "moments"), [(FLOAT32, BFLOAT16), (BFLOAT16, FLOAT32)])
+@pytest.mark.parametrize(
+    ("kept", "moments"), quick([(FLOAT32, BFLOAT16)], [(FLOAT32, BFLOAT16), (BFLOAT16, FLOAT32)])
+)
 def test_moments_of_another_dtype_are_planned_as_they_are(monkeypatch, kept, moments):
     monkeypatch.setattr(optim, "PIECE", 2**12)
     optimizer = optim.adamw(moments_dtype=moments)
@@ -110,8 +111,10 @@ def test_micro_batches_hold_one_parts_activations_and_the_sum_of_gradients():
     assert grads <= four.peaks["backward"] - one.peaks["backward"] <= 2.1 * grads  # kept in float32
 
 
-@pytest.mark.parametrize("compute", [BFLOAT16, FLOAT32])
-@pytest.mark.parametrize("kept", [BFLOAT16, FLOAT32])
+@pytest.mark.parametrize(
+    ("kept", "compute"),
+    quick([(FLOAT32, BFLOAT16), (BFLOAT16, BFLOAT16)], itertools.product((BFLOAT16, FLOAT32), repeat=2)),
+)
 def test_sums_of_gradients_are_gradients_and_not_params_to_compute_with(kept, compute):
     how = dict(seq_len=64, dtype=kept, compute_dtype=compute, device_type="cpu")
     one, two, four = (plan(SMALL, batch_size=n, micro_batches=n, **how).stages[0] for n in (1, 2, 4))
@@ -143,7 +146,7 @@ def one_step(axes, batch, config):
     return nbytes(params), nbytes(state), nbytes(grads), sum(t.sent for t in counts.values())
 
 
-@pytest.mark.parametrize("axes", ["dp=2,ep=2", "ep=2,tp=2", "ep=4"])
+@pytest.mark.parametrize("axes", quick(["ep=2,tp=2"], ["dp=2,ep=2", "ep=2,tp=2", "ep=4"]))
 def test_each_device_of_a_mesh_holds_and_sends_what_was_planned(pool, axes):
     batch, config = torch.randint(SMALL.vocab_size, (8, 64)), dataclasses.replace(SMALL, init_std=0.2)
     found = pool.run(ranks_of(axes), one_step, axes, batch, config)
@@ -253,28 +256,20 @@ def test_what_the_loss_holds():
 # ---- the command -----------------------------------------------------------------------------------
 
 
-def command(monkeypatch, capsys, *words):
-    monkeypatch.setattr(sys, "argv", ["fmoe", *words])
-    __main__.main()
-    return capsys.readouterr().out
-
-
-def test_the_command_prints_a_table_or_json(monkeypatch, capsys):
+def test_the_command_prints_a_table_or_json(command):
     sizes = "--layers 3 --mesh dp=2,ep=2,pp=2 --batch-size 8 --seq-len 32"
     words = ["plan", "--model", "debug", *sizes.split()]
-    found = json.loads(command(monkeypatch, capsys, *words, "--json"))
+    found = json.loads(command(*words, "--json"))
     assert found["mesh"] == {"pp": 2, "dp": 2, "ep": 2, "tp": 1}
     assert found["peak"] == max(stage["peak"] for stage in found["stages"])
     for stage in found["stages"]:
         assert stage["peak"] == max(sum(parts.values()) for parts in stage["phases"].values())
         for phase, parts in stage["phases"].items():
             assert parts["workspace"] == sum(stage["workspaces"][phase].values())
-    shown = command(monkeypatch, capsys, *words)
+    shown = command(*words)
     parts = "parameters", "gradients", "optimizer", "saved activations", "attention", "experts", "peak"
     assert all(part in shown for part in parts)
-    low = json.loads(
-        command(monkeypatch, capsys, *words, "--json", "--dtype", "float32", "--moments-dtype", "bfloat16")
-    )
+    low = json.loads(command(*words, "--json", "--dtype", "float32", "--moments-dtype", "bfloat16"))
     for a, b in zip(found["stages"], low["stages"]):
         assert b["optimizer"] == a["optimizer"] == pytest.approx(b["parameters"], rel=0.01)
     peaks = [f"{stage['peak'] / 2**20:.2f}" for stage in found["stages"]]

@@ -159,13 +159,13 @@ def gathering(where: Where) -> dict[str, float]:
     return {"bits": same_bits(*map(whole, grads))}
 
 
-def compilation(where: Where, backend: str = "aot_eager") -> dict[str, float]:
+def compilation(where: Where, and_remat: bool) -> dict[str, float]:
     """Whole, forward and backward, once for any routing and number of tokens."""
     mesh, config, params = where.mesh(), CONFIGS["sigmoid, groups"], where.layer()
     spread, found = fmoe.shard_params(params, mesh), {}
     torch._dynamo.utils.counters.clear()
     fn = where.forward(mesh, config)
-    compiled = torch.compile(fn, fullgraph=True, backend=backend)
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
     for rows in (8, 12, 4):
         x = torch.randn(rows, DIM, dtype=where.dtype)
         want = fmoe.value_and_grad(loss_of(fn, 1.0), (0, 1))(spread, x)
@@ -173,11 +173,10 @@ def compilation(where: Where, backend: str = "aot_eager") -> dict[str, float]:
         found[f"{rows} tokens"] = error(whole(got), whole(want))
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs <= 2, graphs  # one for the first size, one for all others
-    if torch.__version__ < "2.12":
-        return found  # Dynamo takes remat inside shard_map only
-    remat = torch.compile(fmoe.remat(fn), fullgraph=True, backend=backend)
-    got = fmoe.value_and_grad(loss_of(remat, 1.0), (0, 1))(spread, x)
-    found["remat"] = error(whole(got), whole(want))
+    if and_remat and torch.__version__ >= "2.12":  # before, Dynamo takes remat inside shard_map only
+        remat = torch.compile(fmoe.remat(fn), fullgraph=True, backend="aot_eager")
+        got = fmoe.value_and_grad(loss_of(remat, 1.0), (0, 1))(spread, x)
+        found["remat"] = error(whole(got), whole(want))
     return found
 
 
@@ -253,10 +252,21 @@ def model(where: Where) -> dict[str, float]:
         same_places = [g.placements == p.placements for g, p in zip(*map(optree.tree_leaves, (got, spread)))]
         assert all(same_places)
         found[f"gradient of {kind}"] = error(whole(got), expected)
-    compiled = lambda layer: torch.compile(fmoe.remat(layer), fullgraph=True, backend="aot_eager")  # noqa: E731
-    got = fmoe.value_and_grad(loss)(spread, *mine, **how, per_layer=compiled)[1]
-    found["compiled and remat'ed layers"] = error(whole(got), expected)
     return found
+
+
+def compiled_layers(where: Where) -> dict[str, float]:
+    """The model's gradients with layers that are compiled and recomputed."""
+    mesh = where.mesh()
+    params = deepseek_v3.init(MODEL, 7, dtype=where.dtype)
+    spread = deepseek_v3.init(MODEL, 7, dtype=where.dtype, mesh=mesh)
+    rows = 2 * group_of(mesh, token_axes(mesh)).size
+    batch = [torch.randint(MODEL.vocab_size, (rows, 9)) for _ in range(2)]
+    loss = lambda p, *batch, **how: deepseek_v3.loss(p, *batch, MODEL, **how)[0]  # noqa: E731
+    compiled = lambda layer: torch.compile(fmoe.remat(layer), fullgraph=True, backend="aot_eager")  # noqa: E731
+    how = {"mesh": mesh, "backend": where.backend, "per_layer": compiled}
+    got = fmoe.value_and_grad(loss)(spread, *(own(t, mesh) for t in batch), **how)[1]
+    return {"gradient": error(whole(got), torch.func.grad(loss)(params, *batch))}
 
 
 def train(where: Where | None, steps: int = 10) -> tuple[list[float], float]:
