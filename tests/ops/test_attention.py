@@ -8,10 +8,6 @@ import pytest
 import torch
 from helpers import error
 from parity import their_config
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
-    DeepseekV3Attention,
-    DeepseekV3RotaryEmbedding,
-)
 
 from fmoe.models.attention import (
     attention_forward,
@@ -46,23 +42,31 @@ SIZES = {
 }
 
 
-def theirs(config, params):
+@pytest.fixture(scope="module")
+def modeling():
+    """transformers' layers, whose import takes seconds."""
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3
+
+    return modeling_deepseek_v3
+
+
+def theirs(modeling, config, params):
     hf, _ = their_config(config)
     hf._attn_implementation = "eager"
-    layer = DeepseekV3Attention(hf, 0)
+    layer = modeling.DeepseekV3Attention(hf, 0)
     names = [NAMES[f"attention.{name}"][0].removeprefix("self_attn.") for name in dotted_names(params)]
     layer.load_state_dict(dict(zip(names, optree.tree_leaves(params))))
     return hf, layer
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_parity_with_transformers(sizes):
+def test_parity_with_transformers(modeling, sizes):
     config = dataclasses.replace(preset("debug"), init_std=0.3, **sizes)
     params = init_params(attention_specs(config), 0, dtype=torch.float32, device="cpu")
-    hf, layer = theirs(config, params)
+    hf, layer = theirs(modeling, config, params)
     x = torch.randn(2, 13, config.dim)
     positions = torch.arange(13)[None].expand(2, -1)
-    embedding = DeepseekV3RotaryEmbedding(hf)(x, positions)
+    embedding = modeling.DeepseekV3RotaryEmbedding(hf)(x, positions)
     mask = torch.full((13, 13), -torch.inf).triu(1)[None, None]
     expected = layer(x, embedding, mask)[0]
     got = attention_forward(params, x, rope_table(config, 13), config)
@@ -70,10 +74,10 @@ def test_parity_with_transformers(sizes):
 
 
 @pytest.mark.parametrize("name", ["16B", "671B"])
-def test_published_positions(name):
+def test_published_positions(modeling, name):
     config = preset(name)
     hf, _ = their_config(config)
-    embedding = DeepseekV3RotaryEmbedding(hf)
+    embedding = modeling.DeepseekV3RotaryEmbedding(hf)
     ours, plain = frequencies(config), frequencies(dataclasses.replace(config, yarn=None))
     torch.testing.assert_close(ours, embedding.inv_freq, rtol=1e-6, atol=0)
     # Pairs that turn 32 times in 4096 positions keep their frequency, those that turn once or less take 40

@@ -4,7 +4,6 @@ import dataclasses
 
 import optree
 import torch
-import transformers
 
 import fmoe
 from fmoe.models import deepseek_v3
@@ -102,6 +101,8 @@ def tokens(config=TINY, batch=2, length=11):
 
 
 def their_config(config):
+    import transformers  # takes seconds, and ranks that only need a configuration don't
+
     raw = export_config(config)
     return transformers.AutoConfig.for_model(**raw), getattr(transformers, raw["architectures"][0])
 
