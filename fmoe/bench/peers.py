@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch.func import functional_call
 
 from ..ops.experts import ExpertParams
@@ -49,7 +50,7 @@ def _in_three(experts: ExpertParams) -> Weights:
 
 def _interleaved(experts: ExpertParams) -> Weights:
     """Gate and up row by row, (E, 2F, D), and output (E, D, F)."""
-    return experts.w_in.transpose(1, 2).flatten(1, 2), experts.w_out
+    return rearrange(experts.w_in, "E two F D -> E (F two) D"), experts.w_out
 
 
 def _transformers(shape: Shape, config: RouterConfig) -> Layer:

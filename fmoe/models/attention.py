@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ..ops.attention import causal_attention
 from ..ops.core.axes import present
 from ..ops.core.dtypes import accumulator
+from ..ops.core.dynamo import rearrange, repeat
 from ..parallel.collectives import psum
 from ..params import P, param
 from .config import DeepSeekV3Config
@@ -97,16 +98,16 @@ def attention_forward(
         q = F.linear(rms_norm(F.linear(x, down), norm, eps), up)
     else:
         q = F.linear(x, params.query)
-    q = q.unflatten(-1, (-1, head))  # (B, L, H, N + R), the heads held here
+    q = rearrange(q, "B L (H head) -> B L H head", head=head)  # the heads held here
     q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
     latent, k_rope = F.linear(x, params.kv_down).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
     kv = F.linear(rms_norm(latent, params.kv_norm, eps), params.kv_up)
-    kv = kv.unflatten(-1, (q.shape[2], -1))
+    kv = rearrange(kv, "B L (H head) -> B L H head", H=q.shape[2])
     k_nope, v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
-    k_rope = rotate(k_rope.unsqueeze(2), rope).expand(-1, -1, q.shape[2], -1)
+    k_rope = repeat(rotate(k_rope[:, :, None], rope), "B L 1 R -> B L H R", H=q.shape[2])
     q, k = torch.cat([q_nope, rotate(q_rope, rope)], -1), torch.cat([k_nope, k_rope], -1)
     y = causal_attention(q, k, v, softmax_scale(c))
-    return psum(F.linear(y.flatten(2), params.out), present("tp"))
+    return psum(F.linear(rearrange(y, "B L H V -> B L (H V)"), params.out), present("tp"))
 
 
 def softmax_scale(config: DeepSeekV3Config) -> float:
@@ -155,8 +156,8 @@ def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
     ``x`` is (B, L, H, R). The pairs' first members come out first, then the second ones. Queries and keys
     agree on this order.
     """
-    cos, sin = (angle[:, None].to(x.dtype) for angle in rope)  # [L, 1, R/2]
-    a, b = x[..., 0::2], x[..., 1::2]
+    cos, sin = (rearrange(angle, "L R -> L 1 R").to(x.dtype) for angle in rope)
+    a, b = rearrange(x, "B L H (R pair) -> pair B L H R", pair=2)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 

@@ -11,6 +11,7 @@ from ..errors import argument_error
 from ..ops.balance import MoEStats, moe_stats
 from ..ops.combine import combine, combine_start, join
 from ..ops.core.axes import axis_names, present
+from ..ops.core.dynamo import rearrange
 from ..ops.dispatch import dispatch
 from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
 from ..ops.route import Router, RouterConfig, RouterParams, Routing, route
@@ -251,8 +252,8 @@ def moe_layer(
 
 def mlp_forward(params: ExpertParams, x: torch.Tensor) -> torch.Tensor:
     """``x`` (..., D) through one SwiGLU."""
-    h = F.linear(x, params.w_in.flatten(0, 1)).view(*x.shape[:-1], 2, params.w_in.shape[1])
-    return F.linear(swiglu(h), params.w_out)
+    h = F.linear(x, rearrange(params.w_in, "two F D -> (two F) D"))
+    return F.linear(swiglu(rearrange(h, "... (two F) -> ... two F", two=2)), params.w_out)
 
 
 def shard_params(params: Any, mesh: DeviceMesh, specs: Any = None) -> Any:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import einops
 import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -29,3 +30,23 @@ def constant_to_dynamo(fn: F) -> F:
     """As ``torch.compiler.assume_constant_result``: called while tracing, and its result baked in."""
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return fn
+
+
+def one_step_to_dynamo(fn: F) -> F:
+    """As ``torch.compiler.allow_in_graph``: a call of ``fn`` is one step of the graph, not traced further."""
+
+    @constant_to_dynamo
+    def register() -> None:
+        torch.compiler.allow_in_graph(fn)
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            register()
+        return fn(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+# Tracing einops' parser takes Dynamo a quarter of a second for each pattern.
+rearrange, repeat = one_step_to_dynamo(einops.rearrange), one_step_to_dynamo(einops.repeat)
