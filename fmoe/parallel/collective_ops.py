@@ -21,12 +21,10 @@ _wait = _c10d.wait_tensor
 def _collective(
     schema: str,
     *,
-    impl: Callable[..., torch.Tensor],
-    fake: Callable[..., torch.Tensor],
-    transpose: str | Callable[..., torch.Tensor],
     alone: Callable[[], tuple[Any, ...]] = lambda: (1, group_alone()),
-    vmap: Callable[..., Any] = wider_rows,
+    vmap: Any = wider_rows,
     save: bool = True,
+    **others: Any,
 ) -> Operator:
     """An operator linear in its first argument; the others are static.
 
@@ -35,13 +33,11 @@ def _collective(
     """
     return linear(
         schema,
-        impl=impl,
-        fake=fake,
         checkpoint=checkpoint(schema.partition("(")[0], save=save),
         example=lambda: (random(4, 3), *alone()),
         plain=lambda x, *statics: x.clone(),
-        transpose=transpose,
         vmap=vmap,
+        **others,
     )
 
 

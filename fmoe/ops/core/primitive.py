@@ -20,6 +20,7 @@ Transforms inside ``torch.compile`` drop custom backwards silently (pytorch#1932
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -39,15 +40,7 @@ _REGISTRY: "dict[str, Operator]" = {}
 Rule = Callable[..., Any] | Unsupported
 
 
-class Stated(NamedTuple):
-    """What a declaration says beside its rules: what to check it by, and which rules it wrote by hand."""
-
-    plain: Callable[..., Any]
-    example: Callable[[], tuple[Any, ...]]
-    dependent: Callable[..., Tensors]
-    by_hand: frozenset[str]
-
-
+@dataclass(eq=False, repr=False)
 class Operator:
     """A differentiable function with a raw kernel; made by :func:`declare`.
 
@@ -59,18 +52,21 @@ class Operator:
     (<operator gather>, 'gather', True)
     """
 
-    def __init__(
-        self, name: str, raw: Any, checkpoint: str, residual_outputs: int, rules: Rules, stated: Stated
-    ) -> None:
-        self.name = name
-        self.raw = raw
-        self.checkpoint = checkpoint
-        self.rules = rules
-        self.plain, self.example, self.dependent, self.by_hand = stated
-        self.num_inputs = len(raw._schema.arguments)
-        self.num_outputs = len(raw._schema.returns)
-        self.num_values = self.num_outputs - residual_outputs
-        self.traced = raw if rules.vjp is None else traced_function(self).apply
+    raw: Any
+    rules: Rules
+    by_hand: frozenset[str]
+    checkpoint: str
+    example: Callable[[], tuple[Any, ...]]
+    plain: Any
+    dependent: Callable[..., Tensors]
+    residual_outputs: int
+
+    def __post_init__(self) -> None:
+        self.name = self.raw._schema.name.removeprefix(f"{NAMESPACE}::")
+        self.num_inputs = len(self.raw._schema.arguments)
+        self.num_outputs = len(self.raw._schema.returns)
+        self.num_values = self.num_outputs - self.residual_outputs
+        self.traced = self.raw if self.rules.vjp is None else traced_function(self).apply
         self.function = eager_function(self)
 
     def __repr__(self) -> str:
@@ -161,10 +157,10 @@ def declare(
     plain = plain or reference
     if plain is None:
         raise TypeError(f"{name}: declared with neither a plain function nor a reference.")
-    stated = Stated(plain, example, dependent, by_hand)
     rules = Rules(vjp, jvp, vmap, residuals or (inputs_alone if vjp else _nothing))
-    _REGISTRY[name] = Operator(name, raw, checkpoint, residual_outputs, rules, stated)
-    return _REGISTRY[name]
+    op = Operator(raw, rules, by_hand, checkpoint, example, plain, dependent, residual_outputs)
+    _REGISTRY[name] = op
+    return op
 
 
 class _Others(NamedTuple):
@@ -177,22 +173,17 @@ class _Others(NamedTuple):
 def linear(
     schema: str,
     *,
-    impl: Callable[..., Any],
-    fake: Callable[..., Any],
-    checkpoint: str,
-    example: Callable[[], tuple[Any, ...]],
-    plain: Callable[..., Any],
     transpose: str | Callable[..., torch.Tensor],
-    vmap: Rule,
     jvp: Callable[..., torch.Tensor] | None = None,
+    **others: Any,
 ) -> Operator:
     """Declare an operator that is linear in its first argument and isn't differentiated by the others.
 
     =========  ========================================
     transpose  the name of an operator of the same other arguments, or a function of ``(cotangent, shape,
                *others)``, ``shape`` being the first argument's; either may be declared later
-    jvp        ``(tangent, *others)``; default: the operator itself
-    others     as for :func:`declare`
+    jvp        ``(tangent, *others)`` -> tangent; default: the operator itself
+    others     ``impl``, ``fake``, ``checkpoint``, ``example``, ``plain`` and ``vmap``, as for :func:`declare`
     =========  ========================================
 
     >>> from fmoe.ops.bases import random
@@ -212,15 +203,10 @@ def linear(
     moved = jvp or (lambda tangent, *others: _REGISTRY[name](tangent, *others))
     return declare(
         schema,
-        impl=impl,
-        fake=fake,
-        checkpoint=checkpoint,
-        example=example,
-        plain=plain,
         residuals=lambda inputs, outputs: _Others(inputs[0].shape, inputs[1:]),
         vjp=lambda kept, needs, g: transposed(g, kept.shape, *kept.others),
         jvp=lambda kept, tangent, *_: moved(tangent, *kept.others),
-        vmap=vmap,
+        **others,
     )
 
 
