@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import subprocess
 import sys
 
 import deep_ep_double
@@ -17,8 +16,6 @@ from fmoe.ops.core.axes import group_of
 from fmoe.parallel import AllToAll
 from fmoe.parallel.together import from_all
 from fmoe.testing import check_backend
-
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def test_it_says_what_is_here_and_what_auto_would_choose(command):
@@ -40,15 +37,13 @@ def test_it_says_which_deep_ep_loads():
         deep_ep_double.remove()
 
 
-def test_it_tests_itself_on_all_processes_under_a_launcher():
-    words = [sys.executable, *TORCHRUN, "-m", "fmoe", "doctor", "--json"]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
-    found = json.loads(done.stdout)
-    assert {"router", "experts", "all_to_all"} <= found["self_test"].keys()
-    for test in found["self_test"].values():
-        assert test["broken"] is None
-        assert all(" holds " in line for line in test["report"].splitlines()[1:])
-    assert "ep=2" in found["self_test"]["all_to_all"]["report"]
+def test_it_tests_itself_on_all_processes(pool):
+    for found in pool.run(2, doctor.self_test):
+        assert {"router", "experts", "all_to_all"} <= found.keys()
+        for test in found.values():
+            assert test["broken"] is None
+            assert all(" holds " in line for line in test["report"].splitlines()[1:])
+        assert "ep=2" in found["all_to_all"]["report"]
 
 
 def test_a_world_size_without_a_rank_is_no_launch(monkeypatch, command):

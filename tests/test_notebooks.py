@@ -45,10 +45,13 @@ def text(notebook: nbformat.NotebookNode) -> str:
 
 
 def test_there_are_notebooks():
-    assert len(NOTEBOOKS) >= 3
+    assert len(NOTEBOOKS) == 3
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# The third starts four processes of its own, for half a minute.
+@pytest.mark.parametrize(
+    "path", [*NOTEBOOKS[:2], pytest.param(NOTEBOOKS[2], marks=pytest.mark.slow)], ids=lambda path: path.stem
+)
 def test_it_runs_and_says_what_is_stored(path):
     stored, now = nbformat.read(path, as_version=4), execute(path)
     assert "True" in text(now)

@@ -120,5 +120,6 @@ def compiled_with_a_kept_buffer():
     return wrong
 
 
+@pytest.mark.slow
 def test_a_kept_buffer_under_compile(pool):
     assert max(pool.run(2, compiled_with_a_kept_buffer)) < 1e-6

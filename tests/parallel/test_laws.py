@@ -115,7 +115,7 @@ def check_training(pool, where, alone_on, steps=10):
         assert steps < 10 or norm == pytest.approx(alone[1], rel=1e-6)
 
 
-@on(["dp=2,ep=2", "ep=2,tp=2"], [axes for axes in MESHES if axes != "ep=1"])
+@on(["dp=2", "tp=2"], [axes for axes in MESHES if axes != "ep=1"])
 def test_ten_steps_of_training_are_those_of_one_process(pool, where, losses_alone):
     check_training(pool, where, losses_alone)
 

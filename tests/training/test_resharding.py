@@ -100,7 +100,7 @@ def difference(whole, ranks):
     )
 
 
-def test_training_goes_on_the_same_on_every_mesh(pool, tmp_path):
+def test_training_goes_on_the_same_on_every_mesh(pool, tmp_path, slow):
     seed = fresh_seed()
     saved, losses, ended = zip(*pool.run(4, start, tmp_path, seed))
     path = checkpoint.latest(tmp_path)
@@ -116,7 +116,7 @@ def test_training_goes_on_the_same_on_every_mesh(pool, tmp_path):
     assert difference(final, ended) < 1e-9
     assert difference(initial(seed), ended) > 1e-4
 
-    for axes in MESHES:
+    for axes in MESHES if slow else MESHES[1:]:
         loaded, found, ended = zip(*pool.run(4, resume, path, seed, axes, axes == "tp=2,ep=2"))
         assert difference(alone, loaded) == 0, axes
         assert found[0] == pytest.approx(continued, abs=1e-9, rel=0), axes

@@ -1,5 +1,7 @@
 """The example on many devices, as a user runs it: under torchrun."""
 
+import contextlib
+import io
 import os
 import runpy
 import subprocess
@@ -13,6 +15,7 @@ from helpers import quick
 from laws import ranks_of
 
 from fmoe.models import deepseek_v3, huggingface
+from fmoe.parallel import backends
 from fmoe.training import checkpoint
 from fmoe.training.metrics import read_metrics
 
@@ -63,10 +66,13 @@ def losses(folder):
 
 
 def run_here(*options, steps=10):
-    """As ``run`` with one process, in this one, which has imported PyTorch."""
-    with pytest.MonkeyPatch.context() as patch:
+    """As ``run``, but in this process, which has imported PyTorch; what it prints."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(backends, "_SAID", set())  # what an earlier test was told
         patch.setattr(sys, "argv", [str(SCRIPT), "--steps", str(steps), *OPTIONS, *map(str, options)])
         runpy.run_path(str(SCRIPT))["main"]()
+    return said.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -78,18 +84,17 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize("mesh", quick(["ep=2"], ["ep=2", "dp=2,ep=2"]))
-def test_ranks_with_every_option_train_as_one_process_does(alone, tmp_path, mesh):
+def test_ranks_with_every_option_train_as_one_process_does(pool, alone, tmp_path, mesh):
     options = ["--out", tmp_path, "--mesh", mesh, "--remat", "default", "--micro-batches", "2"]
     options += ["--sample", "def ", "--sample-tokens", "3"]
-    ranks = ranks_of(mesh)
-    done = run([*TORCHRUN, ranks, SCRIPT], *options, steps=10)
-    assert done.returncode == 0, done.stderr
+    said, *others = pool.run(ranks_of(mesh), run_here, *options)
     assert losses(tmp_path) == pytest.approx(alone, rel=1e-6)  # norms to clip by are float32
-    assert done.stdout.count("backend all_to_all along ep=2: by torch.distributed; not DeepEP, as") == 1
-    assert done.stdout.count("step 10/10") == 1
-    assert f"debug on {ranks} devices ({mesh}): 1.70M parameters" in done.stdout
-    assert "loss on held-out text" in done.stdout
-    assert "\ndef " in done.stdout
+    assert "backend all_to_all along ep=2: by torch.distributed; not DeepEP, as" in said
+    assert "step 10/10" in said
+    assert f"debug on {ranks_of(mesh)} devices ({mesh}): 1.70M parameters" in said
+    assert "loss on held-out text" in said
+    assert "\ndef " in said
+    assert not any(others), "the first rank speaks for all"
 
 
 def test_published_weights_are_read_by_two_ranks(pool, tmp_path):
