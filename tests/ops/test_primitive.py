@@ -196,7 +196,7 @@ def check_right_or_loud(op, transform, remats):
             assert error(got, expected) < 1e-10, name
 
 
-# Linear operators, such as collectives, and backwards meet only these: further derivatives follow the same rules.
+# Linear operators, such as collectives, and backwards meet only these: the rest follows from the same rules.
 ONCE_OR_TWICE = ["grad", "jvp", "vmap tokens", "vmap params", "vmap all", "vmap(vmap)", "vmap(grad) both"]
 ONCE_OR_TWICE += ["grad(vmap)", "grad(grad)", "jvp(grad)", "jacfwd(jacfwd)", "make_fx(grad)", "compile"]
 MATRIX = [*itertools.product(OPERATORS, TRANSFORMS)]
