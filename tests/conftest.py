@@ -49,14 +49,14 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def aot_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What compiles does so without Inductor, which takes a minute and has a test of its own."""
+    """``torch.compile`` without Inductor, which takes a minute and has a test of its own."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """What ``python -m fmoe`` prints: here in this process, as a new one takes seconds to import PyTorch."""
+    """Runs ``python -m fmoe`` in this process, where PyTorch is imported already, and returns its output."""
 
     def run(*words: object) -> str:
         monkeypatch.setattr(sys, "argv", ["fmoe", *map(str, words)])

@@ -21,7 +21,7 @@ TOLERANCE = 1e-10
 
 
 def on(some, meshes):
-    """A test on these meshes, on all but ``some`` with ``--slow`` only."""
+    """Parametrize a test with meshes. Those not among ``some`` run with ``--slow`` only."""
     places = [Where(axes, b, device) for device in DEVICES for b in BACKENDS for axes in meshes]
     return pytest.mark.parametrize("where", quick([w for w in places if w.axes in some], places), ids=str)
 
@@ -53,7 +53,7 @@ COUNTS = {"some": [5, 3, 4, 2], "none on one": [0, 4, 0, 1], "none": [0, 0, 0, 0
 
 
 @on(["ep=2", "dp=2,ep=2", "ep=2,tp=2"], ALONG_EP)
-@pytest.mark.parametrize("counts", quick(["none on one"], COUNTS))
+@pytest.mark.parametrize("counts", quick(["none on one", "none"], COUNTS))
 def test_any_number_of_plain_tokens_on_each_device(pool, where, counts):
     hold(pool, laws.plain_tokens, where, COUNTS[counts])
 

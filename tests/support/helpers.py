@@ -26,7 +26,7 @@ CONFIGS = {
 
 
 def quick(some: Container[Any], cases: Iterable[Any]) -> list[Any]:
-    """Cases to parametrize a test with, of which those not among ``some`` run with ``--slow`` only.
+    """Cases for ``pytest.mark.parametrize``. Those not among ``some`` run with ``--slow`` only.
 
     A tuple is a case of several arguments.
     """
