@@ -17,8 +17,8 @@ from ..ops.core.dynamo import rearrange, repeat
 from ..parallel.collectives import psum
 from ..params import P, param
 from .config import DeepSeekV3Config
+from .moe import FSDP
 
-FSDP = ("dp", "ep")
 LATENT_NORM_EPS = 1e-6  # published models have this one, whatever their other norms have
 
 

@@ -1,5 +1,6 @@
 """Checks that a layer's inputs fit together."""
 
+import functools
 import math
 from typing import Any
 
@@ -19,13 +20,9 @@ from ..tree import check_tensors, dotted_names
 def check_token_spec(function: str, argument: str, x: torch.Tensor, spec: P) -> None:
     """Raise ``ValueError`` unless tokens lie along the axes for tokens, with a whole last dimension."""
     if named_axes(spec) - {"dp", "ep"} or (dtensor_beneath(x) and any(spec[x.dim() - 1 :])):
-        raise argument_error(
-            function,
-            argument,
-            got=f"a DTensor of shape {tuple(x.shape)} placed by {spec!r}",
-            expected="whole tokens, cut along dp and ep",
-            remedy='Place it by P(("dp", "ep")).',
-        )
+        got = f"a DTensor of shape {tuple(x.shape)} placed by {spec!r}"
+        expected, remedy = "whole tokens, cut along dp and ep", 'Place it by P(("dp", "ep")).'
+        raise argument_error(function, argument, got=got, expected=expected, remedy=remedy)
 
 
 def check_layer(params: Any, x: torch.Tensor, router: Any) -> None:
@@ -40,30 +37,22 @@ def check_layer(params: Any, x: torch.Tensor, router: Any) -> None:
         expected = "a RouterConfig or a function of (params.router, x_TD)"
         raise error("router", repr(router), expected, "Pass fmoe.RouterConfig(), say.")
     if not x.is_floating_point():
-        raise error(
-            "x", f"dtype {x.dtype}", "a floating dtype", "Embed tokens before the layer, or use x.float()."
-        )
+        remedy = "Embed tokens before the layer, or use x.float()."
+        raise error("x", f"dtype {x.dtype}", "a floating dtype", remedy)
     if x.dim() == 0 or x.shape[-1] != dim:
-        raise error(
-            "x",
-            f"shape {tuple(x.shape)}",
-            f"(..., {dim}), as params.experts.w_in is {tuple(params.experts.w_in.shape)}",
-            "Pass the dimension the layer was initialised with.",
-        )
+        expected = f"(..., {dim}), as params.experts.w_in is {tuple(params.experts.w_in.shape)}"
+        remedy = "Pass the dimension the layer was initialised with."
+        raise error("x", f"shape {tuple(x.shape)}", expected, remedy)
     if params.shared and params.shared.w_in.shape[-1] != dim:
-        raise error(
-            "params.shared.w_in",
-            f"shape {tuple(params.shared.w_in.shape)}",
-            f"(2, F, {dim})",
-            "Plain params on a mesh are whole but for experts along ep and hidden dimensions along tp.",
-        )
+        got = f"shape {tuple(params.shared.w_in.shape)}"
+        remedy = "Plain params on a mesh are whole but for experts along ep and hidden dimensions along tp."
+        raise error("params.shared.w_in", got, f"(2, F, {dim})", remedy)
     for name, leaf in zip(dotted_names(params), leaves):
         if leaf.device != x.device:
             raise error(f"params.{name}", leaf.device, f"{x.device}, as x", "Move one of the two with .to().")
         if leaf.dtype != x.dtype and name.split(".")[0] != "router":
-            raise error(
-                f"params.{name}", leaf.dtype, f"{x.dtype}, as x", "Convert one of the two with .to()."
-            )
+            remedy = "Convert one of the two with .to()."
+            raise error(f"params.{name}", leaf.dtype, f"{x.dtype}, as x", remedy)
 
 
 def check_routing(routing: Any, num_tokens: int, num_experts: int) -> None:
@@ -96,9 +85,8 @@ def check_routing(routing: Any, num_tokens: int, num_experts: int) -> None:
 def check_on_one_device(function: str, param: torch.Tensor) -> None:
     """Raise ``ValueError`` for a DTensor among the params of a call that has no mesh."""
     if dtensor_beneath(param):
-        raise argument_error(
-            function, "mesh", got="None, for params that are DTensors", expected="the mesh they lie on"
-        )
+        got, expected = "None, for params that are DTensors", "the mesh they lie on"
+        raise argument_error(function, "mesh", got=got, expected=expected)
 
 
 def check_params(function: str, params: Any, specs: Any, wanted: Any, mesh: DeviceMesh) -> None:
@@ -115,59 +103,38 @@ def check_params(function: str, params: Any, specs: Any, wanted: Any, mesh: Devi
         if found != expected:
             wrong.append(f"{name} {'a plain tensor' if plain else 'a DTensor'} of {found}, not {expected}")
     if wrong or len(leaves) != len(described):
-        raise argument_error(
-            function,
-            "params",
-            got="; ".join(wrong) or f"{len(leaves)} tensors",
-            expected=f"{len(described)} tensors of config, on {describe(mesh)}",
-            remedy="Place them with fmoe.shard_params(params, mesh, deepseek_v3.specs(config)).",
-        )
+        got = "; ".join(wrong) or f"{len(leaves)} tensors"
+        all_of_them = f"{len(described)} tensors of config, on {describe(mesh)}"
+        remedy = "Place them with fmoe.shard_params(params, mesh, deepseek_v3.specs(config))."
+        raise argument_error(function, "params", got=got, expected=all_of_them, remedy=remedy)
 
 
 def check_tokens(function: str, argument: str, tokens: torch.Tensor, max_seq_len: int) -> None:
     """Raise ``ValueError`` unless ``tokens`` are int64 (B, L) of at most ``max_seq_len`` positions."""
+    error = functools.partial(argument_error, function, argument)
     if tokens.dtype != torch.int64 or tokens.dim() != 2:
-        raise argument_error(
-            function,
-            argument,
-            got=f"{tokens.dtype} of shape {tuple(tokens.shape)}",
-            expected="torch.int64 of shape (B, L)",
-            remedy="Convert with .long(), and give one sequence a batch dimension.",
-        )
+        got = f"{tokens.dtype} of shape {tuple(tokens.shape)}"
+        remedy = "Convert with .long(), and give one sequence a batch dimension."
+        raise error(got=got, expected="torch.int64 of shape (B, L)", remedy=remedy)
     if tokens.numel() == 0:
-        raise argument_error(
-            function,
-            argument,
-            got=f"no token, of shape {tuple(tokens.shape)}",
-            expected="at least one",
-            remedy="Leave empty batches out.",
-        )
+        got = f"no token, of shape {tuple(tokens.shape)}"
+        raise error(got=got, expected="at least one", remedy="Leave empty batches out.")
     if tokens.shape[1] > max_seq_len:
-        raise argument_error(
-            function,
-            argument,
-            got=f"{tokens.shape[1]} positions",
-            expected=f"at most max_seq_len={max_seq_len}",
-            remedy="Cut the sequences, or raise max_seq_len.",
-        )
+        got, expected = f"{tokens.shape[1]} positions", f"at most max_seq_len={max_seq_len}"
+        raise error(got=got, expected=expected, remedy="Cut the sequences, or raise max_seq_len.")
 
 
 def check_same(function: str, what: str, argument: str, found: Any, of_tokens: Any) -> None:
     """Raise ``ValueError`` unless ``what`` is the same for an argument as for the tokens."""
     if found != of_tokens:
-        raise argument_error(
-            function,
-            argument,
-            got=f"{argument} {what} {found}",
-            expected=f"{of_tokens}, as tokens",
-            remedy="Give every token one target, in the same place.",
-        )
+        got, expected = f"{argument} {what} {found}", f"{of_tokens}, as tokens"
+        remedy = "Give every token one target, in the same place."
+        raise argument_error(function, argument, got=got, expected=expected, remedy=remedy)
 
 
 def check_heads(function: str, num_heads: int, mesh: DeviceMesh) -> None:
     """Raise ``ValueError`` unless ``tp`` divides the heads."""
     tp = axis_sizes(mesh).get("tp", 1)
     if num_heads % tp:
-        raise argument_error(
-            function, "mesh", got=f"tp={tp} for {num_heads} heads", expected="a tp that divides the heads"
-        )
+        got, expected = f"tp={tp} for {num_heads} heads", "a tp that divides the heads"
+        raise argument_error(function, "mesh", got=got, expected=expected)

@@ -1,6 +1,7 @@
 """The sizes and hyper-parameters of a DeepSeek model, and those that were published."""
 
 import dataclasses
+import functools
 import math
 
 from ..errors import argument_error
@@ -88,27 +89,18 @@ class DeepSeekV3Config:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
+        error = functools.partial(argument_error, "DeepSeekV3Config")
         for field in dataclasses.fields(self):
             least = 0 if field.name in ("num_dense_layers", "q_lora_rank", "num_shared_experts") else 1
             value = getattr(self, field.name)
             if field.type is int and (type(value) is not int or value < least):
-                expected = f"an integer of at least {least}"
-                raise argument_error("DeepSeekV3Config", field.name, got=value, expected=expected)
+                raise error(field.name, got=value, expected=f"an integer of at least {least}")
         if self.num_dense_layers > self.num_layers:
-            raise argument_error(
-                "DeepSeekV3Config",
-                "num_dense_layers",
-                got=self.num_dense_layers,
-                expected=f"at most num_layers={self.num_layers}",
-            )
-        if self.qk_rope_head_dim % 2:
-            raise argument_error(
-                "DeepSeekV3Config",
-                "qk_rope_head_dim",
-                got=self.qk_rope_head_dim,
-                expected="an even number",
-                remedy="Rotary positions turn pairs.",
-            )
+            expected = f"at most num_layers={self.num_layers}"
+            raise error("num_dense_layers", got=self.num_dense_layers, expected=expected)
+        if (odd := self.qk_rope_head_dim) % 2:
+            remedy = "Rotary positions turn pairs."
+            raise error("qk_rope_head_dim", got=odd, expected="an even number", remedy=remedy)
         if self.num_dense_layers < self.num_layers:
             self.router.check(self.num_experts, "DeepSeekV3Config")
 
@@ -133,13 +125,7 @@ _V2 = DeepSeekV3Config(
     num_experts=160,
     num_shared_experts=2,
     router=RouterConfig(
-        top_k=6,
-        score_func="softmax",
-        num_groups=8,
-        top_groups=3,
-        group_best=1,
-        normalize=False,
-        scale=16.0,
+        top_k=6, score_func="softmax", num_groups=8, top_groups=3, group_best=1, normalize=False, scale=16.0
     ),
     max_seq_len=163840,
     yarn=Yarn(factor=40, original_max_seq_len=4096, mscale=0.707, mscale_all_dim=0.707),
@@ -208,11 +194,6 @@ def preset(name: str, *, layers: int | None = None) -> DeepSeekV3Config:
     if layers is None:
         return whole
     if not 1 <= layers <= whole.num_layers:
-        raise argument_error(
-            "preset",
-            "layers",
-            got=layers,
-            expected=f"1 to {whole.num_layers}, as {name} has",
-            remedy="Leave it out for all of them.",
-        )
+        expected, remedy = f"1 to {whole.num_layers}, as {name} has", "Leave it out for all of them."
+        raise argument_error("preset", "layers", got=layers, expected=expected, remedy=remedy)
     return dataclasses.replace(whole, num_layers=layers, num_dense_layers=min(1, whole.num_dense_layers))

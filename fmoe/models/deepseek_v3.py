@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..ops.balance import MoEStats, update_expert_bias
 from ..ops.core.axes import axis_names
+from ..ops.cross_entropy import LOGITS_BYTES
 from ..parallel.backends import choose
 from ..parallel.boundary import dtensor_beneath
 from ..parallel.placement import computing, init_on, token_axes, where_placed
@@ -31,7 +32,6 @@ from .params import LayerParams as LayerParams
 from .params import ModelParams as ModelParams
 from .params import specs as specs
 from .stages import Stats, Wrap, head, hidden, moves_of, stage_loss
-from .vocabulary import LOGITS_BYTES
 
 
 def init(

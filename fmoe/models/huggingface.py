@@ -140,9 +140,7 @@ def save(
         host: dict[str, torch.Tensor] = {}
         for value, part in shard:
             tensor = gathered(value, part.at)
-            if writes:
-                # Copies only tensors that aren't contiguous in host memory, and only one shard of them at a
-                # time.
+            if writes:  # copies only tensors that aren't contiguous in host memory, one shard at a time
                 host[part.name] = tensor.cpu().contiguous()
             weight_map[part.name] = file
         with step():
@@ -159,13 +157,9 @@ def save(
 
 def _make(path: Path) -> None:
     if any(path.glob("*.safetensors")):
-        raise argument_error(
-            "huggingface.save",
-            "path",
-            got=f"{path}, which holds safetensors",
-            expected="a directory without",
-            remedy="Choose another directory, or clear this one.",
-        )
+        got, expected = f"{path}, which holds safetensors", "a directory without"
+        remedy = "Choose another directory, or clear this one."
+        raise argument_error("huggingface.save", "path", got=got, expected=expected, remedy=remedy)
     path.mkdir(parents=True, exist_ok=True)
 
 
@@ -175,13 +169,12 @@ def _shards(
     """The published tensors of each file: for each its parameter, and its part of the parameter."""
     shards: list[list[tuple[torch.Tensor, Part]]] = [[]]
     size = 0
-    for leaf, value in zip(leaves, tensors):
-        for part in leaf.parts:
-            if shards[-1] and size + _nbytes(value, part) > max_bytes:
-                shards.append([])
-                size = 0
-            shards[-1].append((value, part))
-            size += _nbytes(value, part)
+    for value, part in ((value, part) for leaf, value in zip(leaves, tensors) for part in leaf.parts):
+        size += _nbytes(value, part)
+        if shards[-1] and size > max_bytes:
+            shards.append([])
+            size = _nbytes(value, part)
+        shards[-1].append((value, part))
     return shards
 
 
@@ -195,16 +188,12 @@ def _open(path: Path, stack: ExitStack) -> dict[str, Any]:
     files = sorted(set(indexed.values())) or ["model.safetensors"]
     if missing := [name for name in ["config.json", *files] if not (path / name).exists()]:
         pickled = sorted(file.name for file in path.glob("*.bin"))
-        raise argument_error(
-            "huggingface.load",
-            "path",
-            got=f"{path} without {', '.join(missing)}"
-            + (f", but with {', '.join(pickled)}" if pickled else ""),
-            expected=f"config.json, and model.safetensors or what {INDEX} names",
-            remedy="Pickled weights are not read; transformers' save_pretrained writes them as safetensors."
-            if pickled
-            else "Complete the download.",
-        )
+        got, remedy = f"{path} without {', '.join(missing)}", "Complete the download."
+        if pickled:
+            got += f", but with {', '.join(pickled)}"
+            remedy = "Pickled weights are not read; transformers' save_pretrained writes them as safetensors."
+        expected = f"config.json, and model.safetensors or what {INDEX} names"
+        raise argument_error("huggingface.load", "path", got=got, expected=expected, remedy=remedy)
     found: dict[str, Any] = {}
     for name in files:
         try:
@@ -237,13 +226,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _unreadable(path: Path, problem: str) -> ValueError:
-    return argument_error(
-        "huggingface.load",
-        str(path),
-        got=problem,
-        expected="a file as published",
-        remedy="Download it again.",
-    )
+    expected, remedy = "a file as published", "Download it again."
+    return argument_error("huggingface.load", str(path), got=problem, expected=expected, remedy=remedy)
 
 
 def _check(
@@ -256,9 +240,8 @@ def _check(
         if scale_name(name) in found or (name in found and found[name].get_dtype().startswith("F8")):
             sizes = zip(shape, blocks_of(len(shape), block))
             expected[scale_name(name)] = tuple(-(-size // n) for size, n in sizes)
-    first = raw["num_hidden_layers"]
-    further = range(first, first + (raw.get("num_nextn_predict_layers") or 0))
-    passed_over = tuple(f"model.layers.{layer}." for layer in further)
+    first, further = raw["num_hidden_layers"], raw.get("num_nextn_predict_layers") or 0
+    passed_over = tuple(f"model.layers.{first + i}." for i in range(further))
     problems = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [
@@ -273,13 +256,9 @@ def _check(
         ],
     }
     if any(problems.values()):
-        raise argument_error(
-            "huggingface.load",
-            "path",
-            got=f"{path} with tensors "
-            + "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names),
-            expected="the tensors its config.json implies",
-        )
+        listed = "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names)
+        got, implied = f"{path} with tensors {listed}", "the tensors its config.json implies"
+        raise argument_error("huggingface.load", "path", got=got, expected=implied)
 
 
 def _checked(leaves: list[Leaf], params: ModelParams) -> list[torch.Tensor]:
@@ -299,11 +278,7 @@ def _checked(leaves: list[Leaf], params: ModelParams) -> list[torch.Tensor]:
         elif not parts and (value.to_local() if is_dtensor(value) else value).any():
             wrong.append(f"{name} not zero, which DeepSeek-V2 can't express")
     if wrong:
-        raise argument_error(
-            "huggingface.save",
-            "params",
-            got="; ".join(wrong),
-            expected="the parameters of config",
-            remedy="Pass the configuration the parameters were made for.",
-        )
+        got, expected = "; ".join(wrong), "the parameters of config"
+        remedy = "Pass the configuration the parameters were made for."
+        raise argument_error("huggingface.save", "params", got=got, expected=expected, remedy=remedy)
     return [found[leaf.name].detach() for leaf in leaves]

@@ -21,8 +21,10 @@ from ..parallel.collectives import axis_size, psum
 from ..parallel.placement import computing, init_on, moved, moves, token_axes, where_placed
 from ..parallel.shard_map import shard_map
 from ..parallel.spec import distribute, named_axes
-from ..params import P, is_spec, param
+from ..params import P, param, partition_specs
 from .checks import check_layer, check_on_one_device, check_routing, check_token_spec
+
+FSDP = ("dp", "ep")  # the axes that a dense matrix is further cut along, and gathered where it is used
 
 
 class MoEParams(NamedTuple):
@@ -48,7 +50,6 @@ class MoEParams(NamedTuple):
 
 def moe_specs(*, dim: int, hidden_dim: int, num_experts: int, num_shared_experts: int = 0) -> MoEParams:
     """Shapes, initial values and placement of a layer's parameters: a tree of ``ParamSpec``."""
-    fsdp = ("dp", "ep")
     return MoEParams(
         RouterParams(
             param((num_experts, dim), P(None, None)),
@@ -58,23 +59,21 @@ def moe_specs(*, dim: int, hidden_dim: int, num_experts: int, num_shared_experts
             param((num_experts, 2, hidden_dim, dim), P("ep", None, "tp", "dp")),
             param((num_experts, dim, hidden_dim), P("ep", "dp", "tp")),
         ),
-        mlp_specs(dim, num_shared_experts * hidden_dim, fsdp) if num_shared_experts else (),
+        mlp_specs(dim, num_shared_experts * hidden_dim) if num_shared_experts else (),
     )
 
 
-def mlp_specs(dim: int, hidden_dim: int, fsdp: tuple[str, ...]) -> ExpertParams:
+def mlp_specs(dim: int, hidden_dim: int) -> ExpertParams:
     """The specs of a SwiGLU that every token goes through: shared experts, or a dense layer."""
     return ExpertParams(
-        param((2, hidden_dim, dim), P(None, "tp", fsdp)), param((dim, hidden_dim), P(fsdp, "tp"))
+        param((2, hidden_dim, dim), P(None, "tp", FSDP)), param((dim, hidden_dim), P(FSDP, "tp"))
     )
 
 
+_SPECS = moe_specs(dim=1, hidden_dim=1, num_experts=1, num_shared_experts=1)
+PLACED: MoEParams = partition_specs(_SPECS)._replace(router=P())
 # The placement to compute in: a device holds whole experts along ep, and a slice of every F along tp.
-COMPUTING = optree.tree_map(
-    lambda spec: computing(spec.partition),
-    moe_specs(dim=1, hidden_dim=1, num_experts=1, num_shared_experts=1),
-    is_leaf=is_spec,
-)._replace(router=P())
+COMPUTING: MoEParams = optree.tree_map(computing, PLACED)
 
 
 def moe_init(
@@ -107,22 +106,17 @@ def moe_init(
     >>> params.experts.w_in.shape, params.shared.w_out.shape
     (torch.Size([4, 2, 16, 8]), torch.Size([8, 16]))
     """
-    for name, size, least in (
-        ("dim", dim, 1),
-        ("hidden_dim", hidden_dim, 1),
-        ("num_experts", num_experts, 1),
-        ("num_shared_experts", num_shared_experts, 0),
-    ):
+    sizes = dict(
+        dim=dim, hidden_dim=hidden_dim, num_experts=num_experts, num_shared_experts=num_shared_experts
+    )
+    for name, size in sizes.items():
+        least = 0 if name == "num_shared_experts" else 1
         if not isinstance(size, int) or size < least:
             raise argument_error("moe_init", name, got=repr(size), expected=f"an integer of at least {least}")
     if not dtype.is_floating_point:
-        raise argument_error(
-            "moe_init", "dtype", got=dtype, expected="a floating dtype", remedy="Use torch.bfloat16, say."
-        )
-    specs = moe_specs(
-        dim=dim, hidden_dim=hidden_dim, num_experts=num_experts, num_shared_experts=num_shared_experts
-    )
-    return init_on("moe_init", mesh, specs, seed_or_generator, dtype=dtype, device=device)
+        expected, remedy = "a floating dtype", "Use torch.bfloat16, say."
+        raise argument_error("moe_init", "dtype", got=dtype, expected=expected, remedy=remedy)
+    return init_on("moe_init", mesh, moe_specs(**sizes), seed_or_generator, dtype=dtype, device=device)
 
 
 @overload
@@ -278,18 +272,8 @@ def shard_params(params: Any, mesh: DeviceMesh, specs: Any = None) -> Any:
     """
     if specs is None:
         if not isinstance(params, MoEParams):
-            raise argument_error(
-                "shard_params",
-                "specs",
-                got=f"None, for a {type(params).__name__}",
-                expected="specs, unless params are MoEParams",
-                remedy="Pass deepseek_v3.specs(config) for a model's params.",
-            )
-        dim, hidden, shared = params.experts.w_out.shape[1], params.experts.w_out.shape[2], params.shared
-        specs = moe_specs(
-            dim=dim,
-            hidden_dim=hidden,
-            num_experts=params.experts.w_in.shape[0],
-            num_shared_experts=shared.w_out.shape[1] // hidden if shared else 0,
-        )._replace(router=P())
+            got, expected = f"None, for a {type(params).__name__}", "specs, unless params are MoEParams"
+            remedy = "Pass deepseek_v3.specs(config) for a model's params."
+            raise argument_error("shard_params", "specs", got=got, expected=expected, remedy=remedy)
+        specs = PLACED if params.shared else PLACED._replace(shared=())
     return distribute(params, specs, mesh)

@@ -8,9 +8,9 @@ import torch
 
 from ..ops.experts import ExpertParams
 from ..params import P, is_spec, param
-from .attention import FSDP, AttentionParams, attention_specs
+from .attention import AttentionParams, attention_specs
 from .config import DeepSeekV3Config
-from .moe import MoEParams, mlp_specs, moe_specs
+from .moe import FSDP, MoEParams, mlp_specs, moe_specs
 
 
 class LayerParams(NamedTuple):
@@ -66,13 +66,9 @@ def specs(config: DeepSeekV3Config) -> ModelParams:
 
     def mlp(layer: int) -> Any:
         if layer < c.num_dense_layers:
-            return mlp_specs(c.dim, c.hidden_dim, FSDP)
-        return moe_specs(
-            dim=c.dim,
-            hidden_dim=c.moe_hidden_dim,
-            num_experts=c.num_experts,
-            num_shared_experts=c.num_shared_experts,
-        )
+            return mlp_specs(c.dim, c.hidden_dim)
+        sizes = dict(num_experts=c.num_experts, num_shared_experts=c.num_shared_experts)
+        return moe_specs(dim=c.dim, hidden_dim=c.moe_hidden_dim, **sizes)
 
     tree = ModelParams(
         param((c.vocab_size, c.dim), P("tp", FSDP)),

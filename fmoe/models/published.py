@@ -59,13 +59,13 @@ BOTH: dict[str, tuple[Any, ...]] = {
     "rope_interleave": (True,),
 }
 FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "deepseek_v2": BOTH
-    | {
+    "deepseek_v2": {
+        **BOTH,
         "scoring_func": ("softmax",),
         "topk_method": ("greedy", "group_limited_greedy"),
         "norm_topk_prob": (False,),
     },
-    "deepseek_v3": BOTH | {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+    "deepseek_v3": {**BOTH, "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
 }
 ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
 
@@ -135,9 +135,8 @@ def _mistyped(raw: dict[str, Any], types: dict[str, Any]) -> list[str]:
 def _wrong_quantization(given: Any) -> list[str]:
     if not isinstance(given, dict):
         return [f"quantization_config={given!r}, not an object"]
-    wrong = []
-    if (method := given.get("quant_method", "fp8")) != "fp8":
-        wrong.append(f"quantization by {method!r}, not 'fp8'")
+    method = given.get("quant_method", "fp8")
+    wrong = [] if method == "fp8" else [f"quantization by {method!r}, not 'fp8'"]
     block = given.get("weight_block_size", [128, 128])
     if not isinstance(block, list) or len(block) != 2 or [n for n in block if type(n) is not int or n < 1]:
         wrong.append(f"weight_block_size={block!r}, not two sizes")
@@ -157,13 +156,11 @@ def _wrong_rope(rope: Any) -> list[str]:
     needed = list(YARN)[:2]
     if rope.get("mscale_all_dim"):
         needed.append("mscale")  # the published implementations disagree without it
-    known = {*YARN, "rope_type", "type", "rope_theta"}
+    known = {*ROPE_TYPES, "rope_type", "type"}
     harmless = {"attention_factor": None, "truncate": True}
-    return [f"YaRN's {key} missing" for key in needed if rope.get(key) is None] + [
-        f"YaRN's {key}={value!r}"
-        for key, value in rope.items()
-        if key not in known and harmless.get(key, ...) != value
-    ]
+    wrong = [f"YaRN's {key} missing" for key in needed if rope.get(key) is None]
+    odd = {key: value for key, value in rope.items() if key not in known and harmless.get(key, ...) != value}
+    return wrong + [f"YaRN's {key}={value!r}" for key, value in odd.items()]
 
 
 def export_config(config: DeepSeekV3Config) -> dict[str, Any]:
@@ -185,13 +182,9 @@ def export_config(config: DeepSeekV3Config) -> dict[str, Any]:
     if config.num_shared_experts < 1:
         wrong.append("num_shared_experts=0, not 1 or more")
     if wrong:
-        raise argument_error(
-            "huggingface.save",
-            "config",
-            got="; ".join(wrong),
-            expected="what DeepseekV3ForCausalLM or DeepseekV2ForCausalLM can express",
-            remedy="Keep such a model in fmoe's own checkpoints.",
-        )
+        got, expected = "; ".join(wrong), "what DeepseekV3ForCausalLM or DeepseekV2ForCausalLM can express"
+        remedy = "Keep such a model in fmoe's own checkpoints."
+        raise argument_error("huggingface.save", "config", got=got, expected=expected, remedy=remedy)
     fixed = {key: allowed[0] for key, allowed in FIXED[kind].items()}
     if kind == "deepseek_v2" and limited:
         fixed["topk_method"] = "group_limited_greedy"
@@ -213,10 +206,6 @@ def export_config(config: DeepSeekV3Config) -> dict[str, Any]:
 
 
 def _error(wrong: list[str]) -> ValueError:
-    return argument_error(
-        "huggingface.load",
-        "config.json",
-        got="; ".join(wrong),
-        expected="a DeepSeek-V2 or DeepSeek-V3 that fmoe computes exactly",
-        remedy="Convert the model to one, with transformers for instance.",
-    )
+    got, expected = "; ".join(wrong), "a DeepSeek-V2 or DeepSeek-V3 that fmoe computes exactly"
+    remedy = "Convert the model to one, with transformers for instance."
+    return argument_error("huggingface.load", "config.json", got=got, expected=expected, remedy=remedy)

@@ -48,11 +48,20 @@ def sample(
     >>> sample(init(config, 0), prompt, config, num_tokens=5, seed_or_generator=0).shape
     torch.Size([1, 8])
     """
-    _check(prompt, num_tokens, temperature, top_k, window, config)
+    longest = config.max_seq_len
+    for name, value, fits, expected in (
+        ("prompt", f"shape {tuple(prompt.shape)}", prompt.dim() == 2 and prompt.numel() > 0, "(B, L), L > 0"),
+        ("num_tokens", num_tokens, num_tokens >= 0, "at least 0"),
+        ("temperature", temperature, temperature >= 0, "at least 0"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "None or at least 1"),
+        ("window", window, window is None or 1 <= window <= longest, f"None or 1 to max_seq_len={longest}"),
+    ):
+        if not fits:
+            raise argument_error("sample", name, got=value, expected=expected)
     generator = seed_or_generator
     if not isinstance(generator, torch.Generator):
         generator = torch.Generator(prompt.device).manual_seed(generator)
-    text, window = prompt, window or config.max_seq_len
+    text, window = prompt, window or longest
     for _ in range(num_tokens):
         seen = text[:, -window:]
         if mesh is not None:
@@ -68,23 +77,3 @@ def sample(
             chosen = torch.multinomial((last / temperature).softmax(-1), 1, generator=generator)
         text = torch.cat([text, chosen], 1)
     return text
-
-
-def _check(
-    prompt: torch.Tensor,
-    num_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    window: int | None,
-    config: DeepSeekV3Config,
-) -> None:
-    longest = config.max_seq_len
-    for name, value, fits, expected in (
-        ("prompt", f"shape {tuple(prompt.shape)}", prompt.dim() == 2 and prompt.numel() > 0, "(B, L), L > 0"),
-        ("num_tokens", num_tokens, num_tokens >= 0, "at least 0"),
-        ("temperature", temperature, temperature >= 0, "at least 0"),
-        ("top_k", top_k, top_k is None or top_k >= 1, "None or at least 1"),
-        ("window", window, window is None or 1 <= window <= longest, f"None or 1 to max_seq_len={longest}"),
-    ):
-        if not fits:
-            raise argument_error("sample", name, got=value, expected=expected)

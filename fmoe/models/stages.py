@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..ops.balance import MoEStats, moe_stats
 from ..ops.core.axes import present
+from ..ops.cross_entropy import LOGITS_BYTES
 from ..ops.experts import ExpertParams
 from ..parallel.collectives import psum
 from ..parallel.placement import Moves, moved, moves
@@ -19,7 +20,7 @@ from .attention import Rope, attention_forward, rms_norm, rope_table
 from .config import DeepSeekV3Config
 from .moe import mlp_forward, moe_layer
 from .params import LayerParams, ModelParams
-from .vocabulary import LOGITS_BYTES, embed, summed_cross_entropy
+from .vocabulary import embed, summed_cross_entropy
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 Stats = tuple[MoEStats, ...]

@@ -5,8 +5,7 @@ import torch.nn.functional as F
 
 from ..errors import argument_error
 from ..ops.core.axes import present
-from ..ops.cross_entropy import LOGITS_BYTES as LOGITS_BYTES
-from ..ops.cross_entropy import cross_entropy_terms
+from ..ops.cross_entropy import LOGITS_BYTES, cross_entropy_terms
 from ..parallel.collectives import all_gather, axis_index, axis_size, psum
 
 IGNORED = -100
@@ -19,13 +18,9 @@ def embed(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         try:
             return F.embedding(ids, weight)
         except IndexError as error:  # on a CPU; CUDA reports it at its next wait
-            raise argument_error(
-                "embed",
-                "ids",
-                got="an id outside the vocabulary",
-                expected=f"0 to {weight.shape[0] - 1}",
-                remedy="Use the tokenizer that the model is for.",
-            ) from error
+            got, expected = "an id outside the vocabulary", f"0 to {weight.shape[0] - 1}"
+            remedy = "Use the tokenizer that the model is for."
+            raise argument_error("embed", "ids", got=got, expected=expected, remedy=remedy) from error
     index, here = _mine(ids, weight.shape[0], axes)
     return psum(torch.where(here[..., None], F.embedding(index, weight), 0), axes)
 
