@@ -57,11 +57,11 @@ class DryRun(TorchDispatchMode):
         maker = self.maker[self.number(args[0])] if name == "aten::clone" else name
         for tensor in outputs:
             self.number(tensor, name if maker == "given" else maker)
-        held = WORKSPACES.get(name, lambda *_: 0)(args, outputs) if self.on_cuda else 0
+        held = WORKSPACES[name](args, outputs) if self.on_cuda and name in WORKSPACES else 0
         if held > 0:
-            number = self._new(held, name)
-            self.timeline.append((number, False))
-        self.sent[name] += SENT.get(name, lambda *_: 0)(args, outputs)
+            self.timeline.append((self._new(held, name), False))
+        if name in SENT:
+            self.sent[name] += SENT[name](args, outputs)
         return out
 
     def mark(self, name: str) -> None:
@@ -93,18 +93,18 @@ class DryRun(TorchDispatchMode):
         """The most bytes between two places of the timeline, and where that is."""
         live = self.size(self.alive(start))
         most, where = live, start
-        for at in range(start, stop):
-            number, came = self.timeline[at]
+        for at, (number, came) in enumerate(self.timeline[start:stop], start):
             live += self.bytes_of[number] if came else -self.bytes_of[number]
             if live > most:
                 most, where = live, at + 1
         return most, where
 
     def _new(self, nbytes: int, maker: str) -> int:
+        number = len(self.maker)
         self.bytes_of.append(-(-nbytes // GRANULE) * GRANULE if self.on_cuda else nbytes)
         self.maker.append(maker)
-        self.timeline.append((len(self.maker) - 1, True))
-        return len(self.maker) - 1
+        self.timeline.append((number, True))
+        return number
 
     def _gone(self, where: int) -> None:
         self.timeline.append((self._numbers.pop(where), False))
@@ -143,8 +143,7 @@ def _experts_down(args: Any, outs: Any) -> int:
 
 
 def _experts_down_backward(args: Any, outs: Any) -> int:
-    h, dim = args[1], args[2].shape[1]
-    hidden = h.shape[2]
+    h, hidden, dim = args[1], args[1].shape[2], args[2].shape[1]
     # Two of (R, F) in turn. The first lies beside the expanded cotangents, before g_h (R, 2, F) exists.
     return h.shape[0] * max(hidden, dim - hidden) * h.element_size()
 
@@ -210,7 +209,7 @@ def _send_back(args: Any, outs: Any) -> int:
 
 def _send_both_back(args: Any, outs: Any) -> int:
     y, slot = args[0], args[2]
-    return _rows(y, y.shape[0]) + 2 * _rows(y, slot.shape[0])
+    return y.nbytes + 2 * _rows(y, slot.shape[0])
 
 
 WORKSPACES: dict[str, Callable[[Any, Any], int]] = {

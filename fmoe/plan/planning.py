@@ -89,47 +89,35 @@ def plan(
     >>> found.stages[0].parameters == 4 * num_params(preset("debug"))[0]
     True
     """
+    error = functools.partial(argument_error, "plan")
     for name, number in (("batch_size", batch_size), ("seq_len", seq_len), ("micro_batches", micro_batches)):
         if not isinstance(number, int) or number < 1:
-            raise argument_error("plan", name, got=number, expected="an integer of at least 1")
+            raise error(name, got=number, expected="an integer of at least 1")
     if not 1 <= imbalance < math.inf:
-        raise argument_error(
-            "plan",
-            "imbalance",
-            got=imbalance,
-            expected="a number of at least 1",
-            remedy="An even router has 1.",
-        )
+        expected, remedy = "a number of at least 1", "An even router has 1."
+        raise error("imbalance", got=imbalance, expected=expected, remedy=remedy)
     if device_type not in ("cuda", "cpu"):
-        raise argument_error(
-            "plan",
-            "device_type",
-            got=repr(device_type),
-            expected="cuda or cpu, whose allocations are known",
-            remedy="Other devices can't be planned yet.",
-        )
+        expected, remedy = "cuda or cpu, whose allocations are known", "Other devices can't be planned yet."
+        raise error("device_type", got=repr(device_type), expected=expected, remedy=remedy)
     if not isinstance(mesh, str | Mapping):
-        raise argument_error(
-            "plan",
-            "mesh",
-            got=repr(mesh),
-            expected="axes and sizes, as a text or a dict",
-            remedy='Write "dp=2,ep=4", say.',
-        )
+        expected, remedy = "axes and sizes, as a text or a dict", 'Write "dp=2,ep=4", say.'
+        raise error("mesh", got=repr(mesh), expected=expected, remedy=remedy)
     words, named = (mesh, {}) if isinstance(mesh, str) else ("", mesh)
     sizes = dict(zip(AXES, parse_axes("plan", words, named)))
-    pp, here = sizes["pp"], _without_pp(sizes)
+    pp = sizes["pp"]
+    here: Any = MeshOfSizes({axis: n for axis, n in sizes.items() if axis != "pp"})
     devices = math.prod(axis_sizes(here)[axis] for axis in token_axes(here))
     check_divides("batch_size", batch_size, devices * micro_batches, "dp * ep * micro_batches")
     check_divides("config.num_experts", config.num_experts, sizes["ep"], "ep")
     check_divides("config.num_heads", config.num_heads, sizes["tp"], "tp")
     if not 1 <= pp <= config.num_layers:
-        raise argument_error(
-            "plan", "mesh", got=f"pp={pp}", expected=f"at most num_layers={config.num_layers}"
-        )
+        raise error("mesh", got=f"pp={pp}", expected=f"at most num_layers={config.num_layers}")
     batch = batch_size // devices // micro_batches, seq_len
     copies = copies_per_token(config, sizes["ep"])
-    rows = _rows(config, math.prod(batch), copies, imbalance) if sizes["ep"] > 1 else None
+    rows, tokens = None, math.prod(batch)
+    if sizes["ep"] > 1:
+        sent, pairs = tokens * copies, tokens * config.router.top_k
+        rows = Rows(math.ceil(sent), math.ceil(sent * imbalance), math.ceil(pairs * imbalance))
     job = Job(
         config, here, batch, micro_batches, dtype, compute_dtype or dtype, per_layer, optimizer or adamw(),
         max_norm, logits_bytes, rows, device_type == "cuda",
@@ -138,14 +126,9 @@ def plan(
     stages, cuts = [], [round(i * config.num_layers / pp) for i in range(pp + 1)]
     for i, (a, b) in enumerate(itertools.pairwise(cuts)):
         dense = max(0, min(b, config.num_dense_layers) - a)
-        found = run(dense, b - a - dense, i == 0, i == pp - 1)
-        in_flight = min(micro_batches, pp - i)  # as in a 1F1B schedule
-        stages.append(_in_flight(found._replace(layers=(a, b)), in_flight))
-    return Plan(sizes, math.prod(batch) * micro_batches, tuple(stages), rows, copies)
-
-
-def _without_pp(sizes: dict[str, int]) -> Any:
-    return MeshOfSizes({axis: n for axis, n in sizes.items() if axis != "pp"})
+        found = run(dense, b - a - dense, i == 0, i == pp - 1)._replace(layers=(a, b))
+        stages.append(_in_flight(found, min(micro_batches, pp - i)))  # as in a 1F1B schedule
+    return Plan(sizes, tokens * micro_batches, tuple(stages), rows, copies)
 
 
 def copies_per_token(config: DeepSeekV3Config, ep: int) -> float:
@@ -162,11 +145,6 @@ def copies_per_token(config: DeepSeekV3Config, ep: int) -> float:
     ids = topk(scores, c.num_groups, c.top_groups, c.group_best, c.top_k)
     reached.scatter_(1, ids // (config.num_experts // ep), True)
     return reached.sum().item() / SAMPLED_TOKENS
-
-
-def _rows(config: DeepSeekV3Config, tokens: int, copies: float, imbalance: float) -> Rows:
-    busiest = math.ceil(tokens * copies * imbalance)
-    return Rows(math.ceil(tokens * copies), busiest, math.ceil(tokens * config.router.top_k * imbalance))
 
 
 def _in_flight(stage: StagePlan, count: int) -> StagePlan:

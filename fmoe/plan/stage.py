@@ -25,8 +25,9 @@ from ..training.optim import Optimizer, clip_factor, global_norm
 from ..transforms import value_and_grad
 from .dry_run import CUBLAS, DryRun, Rows
 
-PHASES = ("forward", "backward", "clip", "update")
 PARTS = ("parameters", "converted", "gradients", "optimizer", "activations", "workspace")
+_PURPOSE = dict.fromkeys(("exchange", "send", "send_back", "send_both_back"), "tokens")
+_PURPOSE |= dict.fromkeys(("gather_params", "reduce_scatter"), "parameters")
 
 
 class StagePlan(NamedTuple):
@@ -146,15 +147,14 @@ def _described(run: DryRun, owned: dict[str, set[int]], gradients: int, steps: f
         converted, kept = before - run.alive(start) - known, run.alive(end) - before
         owned["converted"] |= converted
         owned["activations"] |= kept - owned["gradients"]
-    (differentiated,), (clipped,), (done,) = (marks[name] for name in ("differentiated", "clipped", "done"))
-    spans = (
-        zip(began, forward),
-        zip(forward, [*began[1:], differentiated]),
-        [(differentiated, clipped)],
-        [(clipped, done)],
-    )
+    spans = {
+        "forward": zip(began, forward),
+        "backward": zip(forward, began[1:] + marks["differentiated"]),
+        "clip": zip(marks["differentiated"], marks["clipped"]),
+        "update": zip(marks["clipped"], marks["done"]),
+    }
     phases, workspaces = {}, {}
-    for phase, places in zip(PHASES, spans):
+    for phase, places in spans.items():
         at = run.alive(max(run.peak(*ends) for ends in places)[1])
         parts = {part: run.size(at & owned[part]) for part in PARTS[:-1]}
         others = _by_kind(run, at - set().union(*owned.values())) | {"cuBLAS": CUBLAS * run.on_cuda}
@@ -176,11 +176,6 @@ def _by_kind(run: DryRun, numbers: set[int]) -> dict[str, int]:
     return dict(found.most_common())
 
 
-_PURPOSE = dict.fromkeys(("exchange", "send", "send_back", "send_both_back"), "tokens") | dict.fromkeys(
-    ("gather_params", "reduce_scatter"), "parameters"
-)
-
-
 def _stage_loss(
     job: Job, tree: ModelParams, run: DryRun, first: bool, params: ModelParams, tokens: torch.Tensor
 ) -> Any:
@@ -200,17 +195,13 @@ def _stage_loss(
 
 
 def _stage_specs(config: DeepSeekV3Config, dense: int, sparse: int, first: bool, last: bool) -> ModelParams:
-    whole = specs(config)
-    c = config.num_dense_layers
-    layers = whole.layers[:dense] + whole.layers[c : c + sparse]
-    lookup = first or (last and config.tied_head)
-    absent: Any = ()
-    return ModelParams(
-        whole.embedding if lookup else absent,
-        layers,
-        whole.norm if last else absent,
-        whole.head if last else absent,
-    )
+    whole, start = specs(config), config.num_dense_layers
+    here: dict[str, Any] = {"layers": whole.layers[:dense] + whole.layers[start : start + sparse]}
+    if not (first or (last and config.tied_head)):
+        here["embedding"] = ()
+    if not last:
+        here |= {"norm": (), "head": ()}
+    return whole._replace(**here)
 
 
 def _local(spec: Any, job: Job) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """A plan as a table."""
 
+from collections.abc import Callable
 from itertools import groupby
 
 from rich.console import Console
@@ -21,7 +22,7 @@ def report(plan: Plan, console: Console, title: str = "") -> None:
     │ parameters          │       2.84 │
     """
     columns = [[*group] for _, group in groupby(plan.stages, key=lambda s: s._replace(layers=(0, 0)))]
-    pp, kinds = plan.mesh["pp"], list(dict.fromkeys(k for s in plan.stages for k in s.activations))
+    stages, pp = [group[0] for group in columns], plan.mesh["pp"]
     notes = [f"{plan.tokens_per_device:,} tokens a device and step"]
     if plan.rows:
         notes.append(
@@ -31,39 +32,32 @@ def report(plan: Plan, console: Console, title: str = "") -> None:
     if pp > 1:
         notes.append(f"layers divided over pp={pp}, micro-batches in flight as in 1F1B; not trained yet")
     unit, size = ("GiB", 2**30) if plan.peak >= 2**30 else ("MiB", 2**20)
-
-    def shown(nbytes: int) -> str:
-        return f"{nbytes / size:,.2f}"
-
     table = Table(f"{unit} a device", title=title or None, caption=". ".join(notes))
     table.columns[0].no_wrap = True
     for group in columns:
         table.add_column(_layers(group), justify="right")
 
-    def row(name: str, *values: str, end: bool = False) -> None:
-        table.add_row(name, *values, end_section=end)
+    def row(name: str, nbytes: Callable[[StagePlan], int], form: str = "{:,.2f}") -> None:
+        """A row, unless every stage has zero bytes."""
+        if any(map(nbytes, stages)):
+            table.add_row(name, *(form.format(nbytes(s) / size) for s in stages))
 
-    stages = [group[0] for group in columns]
-    for part in ("parameters", "converted", "gradients", "optimizer"):
-        if any(getattr(s, part) for s in stages):
-            row(_NAMES.get(part, part), *(shown(getattr(s, part)) for s in stages))
-    row("saved activations", *(shown(sum(s.activations.values())) for s in stages))
-    for kind in kinds:
-        row(f"  {kind}", *(shown(s.activations.get(kind, 0)) for s in stages))
+    def rows(indent: str, parts: Callable[[StagePlan], dict[str, int]]) -> None:
+        for name in dict.fromkeys(name for s in stages for name in parts(s)):
+            row(indent + _NAMES.get(name, name), lambda s: parts(s).get(name, 0))  # noqa: B023
+
+    rows("", lambda s: {part: getattr(s, part) for part in PARTS[:4]})
+    row("saved activations", lambda s: sum(s.activations.values()))
+    rows("  ", lambda s: s.activations)
     if pp > 1:
-        row("micro-batches in flight", *(str(s.in_flight) for s in stages))
-    row("", *[""] * len(stages), end=True)
-    for phase in stages[0].peaks:
-        row(f"most in {phase}", *(shown(s.peaks[phase]) for s in stages))
-    row("peak", *(f"[bold]{shown(s.peak)}[/bold]" for s in stages))
-    for part in PARTS:
-        if any(s.at_peak[part] for s in stages):
-            row(f"  {_NAMES.get(part, part)}", *(shown(s.at_peak[part]) for s in stages))
-    for kind in dict.fromkeys(k for s in stages for k in _workspace(s)):
-        row(f"    {kind}", *(shown(_workspace(s).get(kind, 0)) for s in stages))
+        table.add_row("micro-batches in flight", *(str(s.in_flight) for s in stages))
+    table.add_row(end_section=True)
+    rows("most in ", lambda s: s.peaks)
+    row("peak", lambda s: s.peak, "[bold]{:,.2f}[/bold]")
+    rows("  ", lambda s: {part: s.at_peak[part] for part in PARTS})
+    rows("    ", _workspace)
     for purpose in ("tokens", "parameters", "sums"):
-        if any(s.sent.get(purpose) for s in stages):
-            row(f"sent a step: {purpose}", *(shown(s.sent.get(purpose, 0)) for s in stages))
+        row(f"sent a step: {purpose}", lambda s: s.sent.get(purpose, 0))  # noqa: B023
     console.print(table)
 
 

@@ -18,11 +18,9 @@ from ..ops.transport import Transport
 from ..parallel.together import from_all, num_ranks
 from ..transforms import remat, save_nothing, value_and_grad
 from .moving import adjoint, plans, unused_rows
-from .report import Found, Law, Report, hold
-from .samples import TOLERANCE, error, same_bits
+from .report import Found, Report, by_name, hold
+from .samples import TOLERANCE, error, noise, same_bits, short
 from .setting import Case, Setting, case_of
-
-# ---- the laws ------------------------------------------------------------------------------------
 
 
 def _oracle(case: Case, what: str) -> Iterator[Found]:
@@ -66,7 +64,7 @@ def second(s: Setting) -> Iterator[Found]:
     case = case_of(s)
     loss, (_, params, x) = case.dense_loss(), case.dense()
     g = torch.func.grad(loss, (0, 1))(params, x)
-    u = optree.tree_map(lambda t: torch.randn(t.shape).to(t) / max(1, t.numel()) ** 0.5, g)
+    u = optree.tree_map(lambda t: noise(t) / max(1, t.numel()) ** 0.5, g)
     expected = torch.func.vjp(torch.func.grad(loss, (0, 1)), params, x)[1](u)
     got, pull, *_ = torch.func.vjp(torch.func.grad(case.loss(), (0, 1)), *case.mine())
     mine = optree.tree_map(lambda t, like: t.to(like.dtype), (s.held(u[0]), case.own(u[1])), got)
@@ -98,13 +96,10 @@ def recomputation(s: Setting) -> Iterator[Found]:
     """remat changes no bit, and by default moves no token twice."""
     case = case_of(s)
     kept = {name for name, op in operators().items() if checkpoint_names()[op.checkpoint]}
+    layers = {"none": s.forward, "default": remat(s.forward), "all": remat(s.forward, save_nothing)}
     calls: dict[str, dict[str, int]] = {}
     grads = {}
-    for name, layer in (
-        ("none", s.forward),
-        ("default", remat(s.forward)),
-        ("all", remat(s.forward, save_nothing)),
-    ):
+    for name, layer in layers.items():
         with raw_calls() as counted:
             grads[name] = value_and_grad(case.loss(layer), (0, 1))(*case.mine())
         calls[name] = {op: count for op, count in counted.items() if op in kept}
@@ -158,13 +153,10 @@ def no_leak(s: Setting) -> Iterator[Found]:
     yield s.found("the number of tensors that each round leaves", max(0.0, float(more)), 0.0)
 
 
-LAWS: dict[str, Law[Setting]] = {
-    law.__name__: law
-    for law in (
-        oracle, degenerate, invariance, adjoint, unused_rows, plans, second, transforms, recomputation,
-        compilation, no_leak,
-    )
-}  # fmt: skip
+LAWS = by_name(
+    oracle, degenerate, invariance, adjoint, unused_rows, plans, second, transforms, recomputation,
+    compilation, no_leak,
+)  # fmt: skip
 
 
 def check_backend(
@@ -210,27 +202,19 @@ def check_backend(
     []
     """
     if "ep" not in axis_names(mesh) or mesh.size() != num_ranks():
-        raise argument_error(
-            "check_backend",
-            "mesh",
-            got=f"{describe(mesh)} among {num_ranks()} ranks",
-            expected="a mesh of all ranks with an axis ep",
-            remedy='Make it with fmoe.make_mesh("ep=2"), say.',
-        )
+        got, expected = f"{describe(mesh)} among {num_ranks()} ranks", "a mesh of all ranks with an axis ep"
+        remedy = 'Make it with fmoe.make_mesh("ep=2"), say.'
+        raise argument_error("check_backend", "mesh", got=got, expected=expected, remedy=remedy)
     devices = axis_sizes(mesh)["ep"]
     num_experts = max(8, 4 * devices) if num_experts is None else num_experts
     if num_experts % devices or not 1 <= top_k <= num_experts:
-        raise argument_error(
-            "check_backend",
-            "num_experts",
-            got=f"{num_experts} on {devices} devices, with top_k={top_k}",
-            expected="as many on each device, and no fewer than top_k",
-            remedy="Raise num_experts.",
-        )
+        got = f"{num_experts} on {devices} devices, with top_k={top_k}"
+        expected, remedy = "as many on each device, and no fewer than top_k", "Raise num_experts."
+        raise argument_error("check_backend", "num_experts", got=got, expected=expected, remedy=remedy)
     if dtype not in TOLERANCE:
         raise argument_error("check_backend", "dtype", got=dtype, expected=f"one of {list(TOLERANCE)}")
     setting = Setting(mesh, backend, dtype, tokens, dim, num_experts, top_k, any_order, forwards)
     default = "torch.distributed's all-to-all" if devices > 1 else "no backend"
     name = default if backend is None else type(backend).__name__
-    title = f"{name} on {describe(mesh)}, {mesh.device_type}, {str(dtype).removeprefix('torch.')}"
+    title = f"{name} on {describe(mesh)}, {mesh.device_type}, {short(dtype)}"
     return hold("check_backend", title, LAWS, setting, laws, seed, together=from_all)

@@ -12,11 +12,12 @@ from ..ops.combine import combine
 from ..ops.dispatch import Plan, dispatch
 from ..ops.route import Routing
 from ..transforms import remat, save_nothing, value_and_grad
-from .report import Found, Law, Report, hold
-from .samples import ROUTES, TOLERANCE, dot, error, largest, routing_of, same_bits, widened
+from .report import Found, Report, by_name, hold
+from .samples import ROUTES, TOLERANCE, dot, error, largest, noise, routing_of, same_bits, short, widened
 
 Experts = Callable[[Any, torch.Tensor, Plan], torch.Tensor]
 OneExpert = Callable[[Any, torch.Tensor], torch.Tensor]
+ALL = (0, 1, 2)  # params, weights, tokens
 
 
 class Subject(NamedTuple):
@@ -47,12 +48,18 @@ class Subject(NamedTuple):
         return torch.randn(self.tokens if count is None else count, self.dim).to(self.like)
 
     def routing(self, name: str = "any experts") -> Routing:
-        ids = ROUTES[name](0, self.tokens, self.num_experts, 1, self.top_k)
-        return self.routed(ids)
+        return self.routed(ROUTES[name](0, self.tokens, self.num_experts, 1, self.top_k), self.num_experts)
 
-    def routed(self, ids_TK: torch.Tensor, num_experts: int | None = None) -> Routing:
-        num_experts = self.num_experts if num_experts is None else num_experts
+    def routed(self, ids_TK: torch.Tensor, num_experts: int) -> Routing:
         return routing_of(ids_TK, num_experts, dtype=self.like.dtype, device=str(self.like.device))
+
+    def args(self, routing: Routing) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        """Params, weights and random tokens for this routing."""
+        return self.params, routing.weights_TK, self.rows(len(routing.expert_ids_TK))
+
+    def gradient(self, layer: Callable[..., torch.Tensor], c: torch.Tensor) -> Callable[..., Any]:
+        """The gradient of a scalar made of the layer's output, by params, weights and tokens."""
+        return torch.func.grad(self.scalar(layer, c), ALL)
 
     def scalar(self, layer: Callable[..., torch.Tensor], c: torch.Tensor) -> Callable[..., torch.Tensor]:
         return lambda *args: ((layer(*args).double() / self.scale).sin() * c.double()).sum()
@@ -75,22 +82,19 @@ class Subject(NamedTuple):
 
     def dense(self, routing: Routing) -> Callable[..., torch.Tensor]:
         """The same function, made of the function of one expert."""
-        return dense_of(self.one, self.num_experts, routing)
 
+        def dense(params: Any, weights_TK: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+            y = torch.zeros_like(x_TD)
+            for e in range(self.num_experts):
+                mine, chosen = optree.tree_map(lambda w: w[e], params), routing.expert_ids_TK == e  # noqa: B023
+                weight = (weights_TK * chosen).sum(1, keepdim=True)
+                if routing.score_before_experts:
+                    y = y + torch.where(chosen.any(1, keepdim=True), self.one(mine, x_TD * weight), 0)
+                else:
+                    y = y + self.one(mine, x_TD) * weight
+            return y
 
-def dense_of(one: OneExpert, num_experts: int, routing: Routing) -> Callable[..., torch.Tensor]:
-    def dense(params: Any, weights_TK: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
-        y = torch.zeros_like(x_TD)
-        for e in range(num_experts):
-            mine, chosen = optree.tree_map(lambda w: w[e], params), routing.expert_ids_TK == e  # noqa: B023
-            weight = (weights_TK * chosen).sum(1, keepdim=True)
-            if routing.score_before_experts:
-                y = y + torch.where(chosen.any(1, keepdim=True), one(mine, x_TD * weight), 0)
-            else:
-                y = y + one(mine, x_TD) * weight
-        return y
-
-    return dense
+        return dense
 
 
 def oracle(s: Subject) -> Iterator[Found]:
@@ -101,15 +105,13 @@ def oracle(s: Subject) -> Iterator[Found]:
 
 
 def _oracle(s: Subject, name: str, routing: Routing) -> Iterator[Found]:
-    x = s.rows(len(routing.expert_ids_TK))
-    args = s.params, routing.weights_TK, x
-    layer, dense, c = s.layer(routing), s.dense(routing), torch.randn(x.shape).to(x)
+    args, layer, dense = s.args(routing), s.layer(routing), s.dense(routing)
+    c = noise(args[2])
     y = dense(*widened(args))
     yield Found(f"{name}: the output", error(layer(*args), y, s.scale), s.allowed)
     with torch.no_grad():
         yield Found(f"{name}: the output without gradients", error(layer(*args), y, s.scale), s.allowed)
-    got = torch.func.grad(s.scalar(layer, c), (0, 1, 2))(*args)
-    expected = torch.func.grad(s.scalar(dense, c), (0, 1, 2))(*widened(args))
+    got, expected = s.gradient(layer, c)(*args), s.gradient(dense, c)(*widened(args))
     yield from s.compared(f"{name}: the gradient", got, expected, 2 * s.allowed)
 
 
@@ -128,12 +130,13 @@ def invariance(s: Subject) -> Iterator[Found]:
 
 def second(s: Subject) -> Iterator[Found]:
     """Second derivatives are right."""
-    routing, x = s.routing("some pairs dropped"), s.rows()
-    args, c = (s.params, routing.weights_TK, x), torch.randn(x.shape).to(x)
+    routing = s.routing("some pairs dropped")
+    args = s.args(routing)
+    c = noise(args[2])
 
     def of(layer: Callable[..., torch.Tensor], args: Any) -> Any:
-        slope = torch.func.grad(s.scalar(layer, c), (0, 1, 2))
-        return torch.func.grad(lambda *a: dot(*[widened(slope(*a))] * 2), (0, 1, 2))(*args)
+        slope = s.gradient(layer, c)
+        return torch.func.grad(lambda *a: dot(*[widened(slope(*a))] * 2), ALL)(*args)
 
     got, expected = of(s.layer(routing), args), of(s.dense(routing), widened(args))
     yield from s.compared("the squared gradient's gradient", got, expected, 8 * s.allowed)
@@ -141,10 +144,9 @@ def second(s: Subject) -> Iterator[Found]:
 
 def transforms(s: Subject) -> Iterator[Found]:
     """Forward mode, batches of tokens and gradients per example are right."""
-    routing, x = s.routing(), s.rows()
-    args, c = (s.params, routing.weights_TK, x), torch.randn(x.shape).to(x)
-    layer, dense = s.layer(routing), s.dense(routing)
-    tangents = optree.tree_map(lambda t: torch.randn(t.shape).to(t), args)
+    routing = s.routing()
+    args, layer, dense = s.args(routing), s.layer(routing), s.dense(routing)
+    c, tangents = noise(args[2]), optree.tree_map(noise, args)
     got = torch.func.jvp(layer, args, tangents)[1]
     expected = torch.func.jvp(dense, widened(args), widened(tangents))[1]
     yield Found("jvp", error(got, expected, largest(expected)), 4 * s.allowed)
@@ -153,20 +155,19 @@ def transforms(s: Subject) -> Iterator[Found]:
     got = torch.vmap(layer, by_batch)(*args[:2], batch)
     expected = torch.vmap(dense, by_batch)(*widened((*args[:2], batch)))
     yield Found("vmap", error(got, expected, s.scale), s.allowed)
-    gradients = lambda fn: torch.func.grad(s.scalar(fn, c), (0, 1, 2))  # noqa: E731
-    got = torch.vmap(gradients(layer), by_batch)(*args[:2], batch)
-    expected = torch.vmap(gradients(dense), by_batch)(*widened((*args[:2], batch)))
+    got = torch.vmap(s.gradient(layer, c), by_batch)(*args[:2], batch)
+    expected = torch.vmap(s.gradient(dense, c), by_batch)(*widened((*args[:2], batch)))
     yield from s.compared("vmap(grad)", got, expected, 2 * s.allowed)
 
 
 def recomputation(s: Subject) -> Iterator[Found]:
     """remat changes no bit."""
-    routing, x = s.routing(), s.rows()
-    args, c = (s.params, routing.weights_TK, x), torch.randn(x.shape).to(x)
-    layer = s.layer(routing)
-    plain = value_and_grad(s.scalar(layer, c), (0, 1, 2))(*args)
+    routing = s.routing()
+    args, layer = s.args(routing), s.layer(routing)
+    c = noise(args[2])
+    plain = value_and_grad(s.scalar(layer, c), ALL)(*args)
     for name, wrapped in (("by default", remat(layer)), ("everything", remat(layer, save_nothing))):
-        again = value_and_grad(s.scalar(wrapped, c), (0, 1, 2))(*args)
+        again = value_and_grad(s.scalar(wrapped, c), ALL)(*args)
         yield Found(f"recomputing {name}, the gradient", same_bits(again, plain), 0.0)
 
 
@@ -174,17 +175,15 @@ def compilation(s: Subject) -> Iterator[Found]:
     """torch.compile(fullgraph=True) gives the same, forward and backward."""
     torch._dynamo.reset()
 
-    def run(
-        params: Any, x_TD: torch.Tensor, ids: Any, weights: Any, counts: Any, scores: Any
-    ) -> torch.Tensor:
-        x_SD, plan = dispatch(x_TD, Routing(ids, weights, counts, scores))
+    def run(params: Any, x_TD: torch.Tensor, *routing: Any) -> torch.Tensor:
+        x_SD, plan = dispatch(x_TD, Routing(*routing))
         return combine(s.experts(params, x_SD, plan), plan)
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for name in ("any experts", "one expert for all"):
         routing, x = s.routing(name), s.rows()
         args = routing.expert_ids_TK, routing.weights_TK, routing.counts_E, routing.scores_TE
-        c = torch.randn(x.shape).to(x)
+        c = noise(x)
         got, want = (
             value_and_grad(lambda p, x: (fn(p, x, *args) * c).sum(), (0, 1))(s.params, x)  # noqa: B023
             for fn in (compiled, run)
@@ -192,9 +191,7 @@ def compilation(s: Subject) -> Iterator[Found]:
         yield Found(f"{name}: the gradient", error(got, want), s.allowed)
 
 
-LAWS: dict[str, Law[Subject]] = {
-    law.__name__: law for law in (oracle, invariance, second, transforms, recomputation, compilation)
-}
+LAWS = by_name(oracle, invariance, second, transforms, recomputation, compilation)
 
 
 def check_experts(
@@ -241,16 +238,12 @@ def check_experts(
     []
     """
     leaves = optree.tree_leaves(params)
-    firsts = {leaf.shape[:1] for leaf in leaves}
-    dtypes = {leaf.dtype for leaf in leaves}
+    firsts, dtypes = {leaf.shape[:1] for leaf in leaves}, {leaf.dtype for leaf in leaves}
     if len(firsts) != 1 or next(iter(firsts)) < (2,) or not dtypes <= TOLERANCE.keys() or len(dtypes) != 1:
-        raise argument_error(
-            "check_experts",
-            "params",
-            got=f"shapes {[tuple(leaf.shape) for leaf in leaves]} of {sorted(map(str, dtypes))}",
-            expected="tensors of one floating dtype whose first dimension is two experts or more",
-            remedy="Stack the experts' parameters.",
-        )
+        got = f"shapes {[tuple(leaf.shape) for leaf in leaves]} of {sorted(map(str, dtypes))}"
+        expected = "tensors of one floating dtype whose first dimension is two experts or more"
+        remedy = "Stack the experts' parameters."
+        raise argument_error("check_experts", "params", got=got, expected=expected, remedy=remedy)
     subject = Subject(experts, one_expert, params, tokens, dim, top_k, 1.0)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
@@ -258,5 +251,5 @@ def check_experts(
     y = subject.dense(routing)(*widened((params, routing.weights_TK)), x)
     subject = subject._replace(scale=largest(y) or 1.0)
     name = getattr(experts, "__name__", type(experts).__name__)
-    title = f"{name}, {subject.num_experts} experts, {str(subject.like.dtype).removeprefix('torch.')}"
+    title = f"{name}, {subject.num_experts} experts, {short(subject.like.dtype)}"
     return hold("check_experts", title, LAWS, subject, laws, seed)

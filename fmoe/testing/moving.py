@@ -1,7 +1,8 @@
 """The laws of dispatch and combine alone: exact adjoints, unused rows, and plans as values."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..parallel.collectives import psum
 from ..parallel.placement import token_axes
 from ..params import P
 from .report import Found
-from .samples import ROUTES, error, routing_of, same_bits, whole_numbers
+from .samples import ROUTES, error, noise, routing_of, same_bits, whole_numbers
 from .setting import Setting
 
 
@@ -40,7 +41,7 @@ def _inner_products(s: Setting, routing: Routing, copies: torch.Tensor) -> list[
     w = numbers(ids.shape, routing.weights_TK.dtype)
 
     def sent(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, Plan]:
-        return dispatch(x, Routing(ids, w, routing.counts_E, routing.scores_TE), axis="ep")
+        return dispatch(x, replace(routing, weights_TK=w), axis="ep")
 
     def body(x: torch.Tensor) -> torch.Tensor:
         x_SD, plan = sent(x, w)
@@ -52,9 +53,8 @@ def _inner_products(s: Setting, routing: Routing, copies: torch.Tensor) -> list[
         used = (plan.row_SK >= 0).any(1, keepdim=True)  # a backend may send rows that nobody wants
         off = (combine(x_SD * used, plan) - x * copies.to(x)[:, None]).double().abs().sum()
         pairs = (plan.offsets_e[-1] - (plan.row_SK >= 0).sum()).double().abs()
-        return torch.cat(
-            [psum(torch.stack([*rows, *weights]), token_axes(s.mesh)), torch.stack([off, pairs])]
-        )
+        over_devices = psum(torch.stack([*rows, *weights]), token_axes(s.mesh))
+        return torch.cat([over_devices, torch.stack([off, pairs])])
 
     found: list[float] = s.inside(body)(numbers((len(ids), s.dim), s.dtype)).tolist()
     return found
@@ -94,8 +94,7 @@ def plans(s: Setting) -> Iterator[Found]:
     here = P(token_axes(s.mesh))
     first, late, again = s.inside(both, here)(a, b)
     one, other = (s.inside(lambda x: combine(*sent(x)))(x) for x in (a, b))
-    compare = error if s.any_order else same_bits
-    allowed = s.allowed if s.any_order else 0.0
+    compare, allowed = (error, s.allowed) if s.any_order else (same_bits, 0.0)
     yield s.found("the first", compare(first, one), allowed)
     yield s.found("combined again, it", compare(again, one), allowed)
     yield s.found("the second, less what join added,", error(late, other))
@@ -107,9 +106,8 @@ def plans(s: Setting) -> Iterator[Found]:
     def apart(x: torch.Tensor, plus: torch.Tensor) -> torch.Tensor:
         return combine(*sent(x)) + plus
 
-    c = torch.randn(b.shape).to(b)
-    gradients = [
-        torch.func.grad(lambda x, plus: (s.inside(fn, here)(x, plus) * c).sum(), (0, 1))(b, plus)  # noqa: B023
-        for fn in (overlapped, apart)
-    ]
-    yield s.found("the gradient of combine_start and join, beside combine's,", error(*gradients))
+    def gradient(fn: Callable[..., torch.Tensor]) -> Any:
+        return torch.func.grad(lambda x, plus: (s.inside(fn, here)(x, plus) * c).sum(), (0, 1))(b, plus)
+
+    c, what = noise(b), "the gradient of combine_start and join, beside combine's,"
+    yield s.found(what, error(gradient(overlapped), gradient(apart)))

@@ -101,8 +101,8 @@ class LawBroken(AssertionError):
         self.report = report
 
 
-def alone(value: T) -> list[T]:
-    return [value]
+def by_name(*laws: Law[T]) -> dict[str, Law[T]]:
+    return {law.__name__: law for law in laws}
 
 
 def hold(
@@ -112,7 +112,7 @@ def hold(
     subject: T,
     names: Sequence[str] | None,
     seed: int | None,
-    together: Callable[[Any], list[Any]] = alone,
+    together: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> Report:
     """Check that ``subject`` keeps the laws of these names.
 
@@ -133,9 +133,9 @@ def hold(
                 found = list(laws[name](subject))
             except Exception as error:
                 met = f"{function}: {title}: {name} met {type(error).__name__}: {error}"
-                told = ["\n  ".join([met, _stated(laws[name]), _again(name, seed)])]
-                told += [_told(function, report, laws)] if report.broken else []
-                text = "\n".join(told)
+                text = "\n  ".join([met, _stated(laws[name]), _again(name, seed)])
+                if report.broken:
+                    text += "\n" + _told(function, report, laws)
                 raise LawBroken(text, report) from error
             everyone = zip(*together(found), strict=True)
             report.laws[name] = [max(same, key=lambda f: f.share) for same in everyone]

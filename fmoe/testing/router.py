@@ -1,6 +1,6 @@
 """The laws of routers, which choose experts for tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import optree
@@ -9,8 +9,8 @@ import torch
 from ..errors import argument_error
 from ..ops.route import Router
 from ..transforms import remat, save_nothing, value_and_grad
-from .report import Found, Law, Report, hold
-from .samples import dot, error, same_bits, widened
+from .report import Found, Report, by_name, hold
+from .samples import dot, error, same_bits, short, widened
 
 
 class Subject(NamedTuple):
@@ -41,14 +41,10 @@ def form(s: Subject) -> Iterator[Found]:
     for what, x in (("tokens", s.rows()), ("tokens all zero", 0 * s.rows()), ("no token", s.rows(0))):
         r = s.router(s.params, x)
         ids, (t, num_experts) = r.expert_ids_TK, r.scores_TE.shape
-        shapes = (
-            r.weights_TK.shape == ids.shape and t == len(ids) == len(x) and len(r.counts_E) == num_experts
-        )
-        yield Found(f"{what}: the number of shapes that don't fit", float(not shapes), 0.0)
-        kinds = ids.dtype == r.counts_E.dtype == torch.int64 and r.weights_TK.dtype in (
-            torch.float32,
-            torch.float64,
-        )
+        fit = r.weights_TK.shape == ids.shape and t == len(ids) == len(x) and len(r.counts_E) == num_experts
+        yield Found(f"{what}: the number of shapes that don't fit", float(not fit), 0.0)
+        wide = r.weights_TK.dtype in (torch.float32, torch.float64)
+        kinds = ids.dtype == r.counts_E.dtype == torch.int64 and wide
         yield Found(f"{what}: the number of dtypes but int64 and float32 or wider", float(not kinds), 0.0)
         yield Found(f"{what}: ids outside [-1, E)", _wrong((ids < -1) | (ids >= num_experts)), 0.0)
         pairs = (ids[:, :, None] == ids[:, None, :]) & (ids >= 0)[:, :, None]
@@ -86,10 +82,8 @@ def oracle(s: Subject) -> Iterator[Found]:
         for _ in range(20):  # until no choice changes on the way, where no derivative exists
             tangent = [optree.tree_map(torch.zeros_like, t) for t in (params, x)]
             tangent[along] = optree.tree_map(torch.randn_like, (params, x)[along])
-            ends = [
-                optree.tree_map(lambda t, d: t + h * d, (params, x), tuple(tangent))  # noqa: B023
-                for h in (-step, step)
-            ]
+            shift = optree.tree_map(lambda d: step * d, tuple(tangent))
+            ends = [optree.tree_map(op, (params, x), shift) for op in (torch.sub, torch.add)]
             if all(torch.equal(s.router(*end).expert_ids_TK, r.expert_ids_TK) for end in ends):
                 by_difference = (loss(*ends[1]) - loss(*ends[0])) / (2 * step)
                 found = dot(slope, tuple(tangent))
@@ -109,28 +103,24 @@ def transforms(s: Subject) -> Iterator[Found]:
     batch = torch.stack([x, x.flip(0), 2 * x])
     got = torch.vmap(s.weights, (None, 0))(params, batch)
     yield Found("vmap", error(got, torch.stack([s.weights(params, x) for x in batch])), allowed)
-    by_example = torch.vmap(torch.func.grad(lambda p, x: s.weights(p, x).square().sum()), (None, 0))
     one = torch.func.grad(lambda p, x: s.weights(p, x).square().sum())
-    each = [one(params, x) for x in batch]
-    stacked = optree.tree_map(lambda *g: torch.stack(g), *each)
-    yield Found("vmap(grad)", error(by_example(params, batch), stacked), allowed)
+    stacked = optree.tree_map(lambda *g: torch.stack(g), *(one(params, x) for x in batch))
+    yield Found("vmap(grad)", error(torch.vmap(one, (None, 0))(params, batch), stacked), allowed)
 
 
 def recomputation(s: Subject) -> Iterator[Found]:
     """The same tokens are routed in the same way again, and remat changes no bit."""
     x = s.rows()
-    loss = lambda fn: lambda p, x: fn(p, x).square().sum()  # noqa: E731
-    weights = lambda p, x: s.router(p, x).weights_TK  # noqa: E731
-    plain = value_and_grad(loss(weights), (0, 1))(s.params, x)
-    for name, fn in (("once more", weights), ("under remat", remat(weights, save_nothing))):
-        yield Found(
-            f"{name}, the gradient", same_bits(value_and_grad(loss(fn), (0, 1))(s.params, x), plain), 0.0
-        )
+
+    def gradient(weights: Callable[..., torch.Tensor]) -> Any:
+        return value_and_grad(lambda p, x: weights(p, x).square().sum(), (0, 1))(s.params, x)
+
+    plain = gradient(s.weights)
+    for name, weights in (("once more", s.weights), ("under remat", remat(s.weights, save_nothing))):
+        yield Found(f"{name}, the gradient", same_bits(gradient(weights), plain), 0.0)
 
 
-LAWS: dict[str, Law[Subject]] = {
-    law.__name__: law for law in (form, invariance, oracle, transforms, recomputation)
-}
+LAWS = by_name(form, invariance, oracle, transforms, recomputation)
 
 
 def check_router(
@@ -168,13 +158,8 @@ def check_router(
     """
     leaves = [leaf for leaf in optree.tree_leaves(params) if isinstance(leaf, torch.Tensor)]
     if not leaves:
-        raise argument_error(
-            "check_router",
-            "params",
-            got="no tensor",
-            expected="a tree of floating tensors",
-            remedy="Pass the router's.",
-        )
+        expected, remedy = "a tree of floating tensors", "Pass the router's."
+        raise argument_error("check_router", "params", got="no tensor", expected=expected, remedy=remedy)
     name = getattr(router, "__name__", type(router).__name__)
-    title = f"{name}, {str(leaves[0].dtype).removeprefix('torch.')}"
+    title = f"{name}, {short(leaves[0].dtype)}"
     return hold("check_router", title, LAWS, Subject(router, params, tokens, dim), laws, seed)

@@ -9,7 +9,7 @@ import torch
 from ..models.moe import MoEParams, moe_specs
 from ..ops.core.dtypes import accumulator
 from ..ops.route import RouterConfig, Routing
-from ..params import is_spec
+from ..params import ParamSpec, is_spec
 
 # The allowed error against float64, relative to the largest value: a few roundings.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 0.01, torch.bfloat16: 0.06}
@@ -54,6 +54,15 @@ def dot(a: Any, b: Any) -> torch.Tensor:
     return torch.stack([(x * y).sum() for x, y in pairs]).sum()
 
 
+def noise(like: torch.Tensor) -> torch.Tensor:
+    """Normal numbers, drawn on the CPU in float32, so that all devices and dtypes get the same."""
+    return torch.randn(like.shape).to(like)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def widened(tree: Any) -> Any:
     """The tree in float64."""
     return optree.tree_map(lambda t: t.double() if t.is_floating_point() else t, tree)
@@ -66,14 +75,13 @@ def random_layer(
 
     Its selection bias is large enough to matter. It is drawn on the CPU, so that all devices draw the same.
     """
-    shapes = moe_specs(
-        dim=dim, hidden_dim=hidden_dim, num_experts=num_experts, num_shared_experts=int(shared)
-    )
+    sizes = dict(dim=dim, hidden_dim=hidden_dim, num_experts=num_experts)
 
-    def draw(shape: tuple[int, ...]) -> torch.Tensor:
-        return (torch.randn(shape) * shape[-1] ** -0.5 * 1.2).to(device, dtype)
+    def draw(spec: ParamSpec) -> torch.Tensor:
+        return (torch.randn(spec.shape) * spec.shape[-1] ** -0.5 * 1.2).to(device, dtype)
 
-    params: MoEParams = optree.tree_map(lambda spec: draw(spec.shape), shapes, is_leaf=is_spec)
+    specs = moe_specs(**sizes, num_shared_experts=int(shared))
+    params: MoEParams = optree.tree_map(draw, specs, is_leaf=is_spec)
     bias = torch.randn(num_experts) * 0.1
     return params._replace(router=params.router._replace(bias_E=bias.to(device)))
 
@@ -84,7 +92,7 @@ def router_config(num_experts: int, top_k: int) -> RouterConfig:
     return RouterConfig(top_k=top_k, num_groups=groups, top_groups=max(1, groups // 2), scale=2.5)
 
 
-def whole_numbers(shape: Sequence[int], dtype: torch.dtype, *, device: str) -> torch.Tensor:
+def whole_numbers(shape: Sequence[int], dtype: torch.dtype, device: str) -> torch.Tensor:
     """Random whole numbers, small enough for exact sums in any dtype."""
     return torch.randint(-4, 5, tuple(shape)).to(device, dtype)
 
@@ -114,5 +122,5 @@ def routing_of(ids_TK: torch.Tensor, num_experts: int, *, dtype: torch.dtype, de
     weights = torch.rand(ids_TK.shape, dtype=torch.float64).to(accumulator(dtype))
     counts = torch.bincount(ids_TK[ids_TK >= 0].reshape(-1), minlength=num_experts)
     scores = torch.rand(ids_TK.shape[0], num_experts)
-    ids, weights, counts, scores = (t.to(device) for t in (ids_TK, weights, counts, scores))
-    return Routing(ids, weights, counts, scores)
+    values: Any = [t.to(device) for t in (ids_TK, weights, counts, scores)]
+    return Routing(*values)

@@ -76,10 +76,8 @@ class Setting(NamedTuple):
 
     def inside(self, fn: Callable[..., Any], *params: Any) -> Callable[..., Any]:
         """``fn`` on the mesh, of params with these specs and each device's own tokens, along the backend."""
-        tokens = P(token_axes(self.mesh))
-        backends = {} if self.backend is None else {"ep": self.backend}
-        in_specs = (*params, tokens)
-        return shard_map(fn, self.mesh, in_specs=in_specs, out_specs=tokens, backends=backends)
+        tokens, backends = P(token_axes(self.mesh)), {} if self.backend is None else {"ep": self.backend}
+        return shard_map(fn, self.mesh, in_specs=(*params, tokens), out_specs=tokens, backends=backends)
 
     @property
     def forward(self) -> Callable[..., torch.Tensor]:
