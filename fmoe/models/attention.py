@@ -4,6 +4,7 @@ Shape letters beyond those of ``fmoe/ops``: B sequences, L positions, H heads. N
 head's query and key without and with position. V is the dimension of its value.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -53,29 +54,26 @@ class Rope(NamedTuple):
 
 def attention_specs(config: DeepSeekV3Config) -> AttentionParams:
     """Shapes, initial values and placement of one attention's parameters."""
-
-    def weight(rows: int, columns: int, partition: P) -> Any:
-        return param((rows, columns), partition, scale=config.init_std)
-
-    def norm(size: int) -> Any:
-        return param((size,), P(None), init="ones")
-
-    c = config
+    c, weight = config, functools.partial(param, scale=config.init_std)
     query_dim = c.num_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-    query: Any = weight(query_dim, c.dim, P("tp", FSDP))
+    query: Any = weight((query_dim, c.dim), P("tp", FSDP))
     if c.q_lora_rank:
         query = LowRankQuery(
-            weight(c.q_lora_rank, c.dim, P(None, FSDP)),
-            norm(c.q_lora_rank),
-            weight(query_dim, c.q_lora_rank, P("tp", FSDP)),
+            weight((c.q_lora_rank, c.dim), P(None, FSDP)),
+            norm_spec(c.q_lora_rank),
+            weight((query_dim, c.q_lora_rank), P("tp", FSDP)),
         )
     return AttentionParams(
         query,
-        weight(c.kv_lora_rank + c.qk_rope_head_dim, c.dim, P(None, FSDP)),
-        norm(c.kv_lora_rank),
-        weight(c.num_heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank, P("tp", FSDP)),
-        weight(c.dim, c.num_heads * c.v_head_dim, P(FSDP, "tp")),
+        weight((c.kv_lora_rank + c.qk_rope_head_dim, c.dim), P(None, FSDP)),
+        norm_spec(c.kv_lora_rank),
+        weight((c.num_heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank), P("tp", FSDP)),
+        weight((c.dim, c.num_heads * c.v_head_dim), P(FSDP, "tp")),
     )
+
+
+def norm_spec(size: int) -> Any:
+    return param((size,), P(None), init="ones")
 
 
 def attention_forward(

@@ -8,7 +8,7 @@ import torch
 
 from ..ops.experts import ExpertParams
 from ..params import P, is_spec, param
-from .attention import AttentionParams, attention_specs
+from .attention import AttentionParams, attention_specs, norm_spec
 from .config import DeepSeekV3Config
 from .moe import FSDP, MoEParams, mlp_specs, moe_specs
 
@@ -61,19 +61,17 @@ def specs(config: DeepSeekV3Config) -> ModelParams:
     """
     c = config
 
-    def norm() -> Any:
-        return param((c.dim,), P(None), init="ones")
-
     def mlp(layer: int) -> Any:
         if layer < c.num_dense_layers:
             return mlp_specs(c.dim, c.hidden_dim)
         sizes = dict(num_experts=c.num_experts, num_shared_experts=c.num_shared_experts)
         return moe_specs(dim=c.dim, hidden_dim=c.moe_hidden_dim, **sizes)
 
+    norm, vocabulary = norm_spec(c.dim), param((c.vocab_size, c.dim), P("tp", FSDP))
     tree = ModelParams(
-        param((c.vocab_size, c.dim), P("tp", FSDP)),
-        tuple(LayerParams(norm(), attention_specs(c), norm(), mlp(i)) for i in range(c.num_layers)),
-        norm(),
-        () if c.tied_head else param((c.vocab_size, c.dim), P("tp", FSDP)),
+        vocabulary,
+        tuple(LayerParams(norm, attention_specs(c), norm, mlp(i)) for i in range(c.num_layers)),
+        norm,
+        () if c.tied_head else vocabulary,
     )
     return optree.tree_map(lambda s: dataclasses.replace(s, scale=c.init_std), tree, is_leaf=is_spec)

@@ -203,15 +203,6 @@ def _exchange(args: Any, outs: Any) -> int:
     return sum(2 * _rows(t, sent) + _rows(t, received) for t in args[:3])
 
 
-def _send_back(args: Any, outs: Any) -> int:
-    return _rows(args[0], args[1].shape[0])
-
-
-def _send_both_back(args: Any, outs: Any) -> int:
-    y, slot = args[0], args[2]
-    return y.nbytes + 2 * _rows(y, slot.shape[0])
-
-
 WORKSPACES: dict[str, Callable[[Any, Any], int]] = {
     "fmoe::experts_up": _experts_up,
     "fmoe::experts_up_backward": _experts_up_backward,
@@ -222,9 +213,9 @@ WORKSPACES: dict[str, Callable[[Any, Any], int]] = {
     "fmoe::cross_entropy_terms": _cross_entropy,
     "fmoe::cross_entropy_terms_backward": _cross_entropy_backward,
     "fmoe::exchange": _exchange,
-    "fmoe::send": _send_back,
-    "fmoe::send_back": _send_back,
-    "fmoe::send_both_back": _send_both_back,
+    "fmoe::send": lambda args, outs: _rows(args[0], args[1].shape[0]),
+    "fmoe::send_back": lambda args, outs: _rows(args[0], args[1].shape[0]),
+    "fmoe::send_both_back": lambda args, outs: args[0].nbytes + 2 * _rows(args[0], args[2].shape[0]),
 }
 
 

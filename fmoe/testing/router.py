@@ -32,26 +32,25 @@ class Subject(NamedTuple):
         return self.router(params, x).weights_TK
 
 
-def _wrong(condition: torch.Tensor) -> float:
-    return float(condition.sum())
-
-
 def form(s: Subject) -> Iterator[Found]:
     """Each token has K distinct experts or -1, has finite weights, and is counted, also without tokens."""
     for what, x in (("tokens", s.rows()), ("tokens all zero", 0 * s.rows()), ("no token", s.rows(0))):
         r = s.router(s.params, x)
         ids, (t, num_experts) = r.expert_ids_TK, r.scores_TE.shape
         fit = r.weights_TK.shape == ids.shape and t == len(ids) == len(x) and len(r.counts_E) == num_experts
-        yield Found(f"{what}: the number of shapes that don't fit", float(not fit), 0.0)
         wide = r.weights_TK.dtype in (torch.float32, torch.float64)
-        kinds = ids.dtype == r.counts_E.dtype == torch.int64 and wide
-        yield Found(f"{what}: the number of dtypes but int64 and float32 or wider", float(not kinds), 0.0)
-        yield Found(f"{what}: ids outside [-1, E)", _wrong((ids < -1) | (ids >= num_experts)), 0.0)
+        typed = ids.dtype == r.counts_E.dtype == torch.int64 and wide
         pairs = (ids[:, :, None] == ids[:, None, :]) & (ids >= 0)[:, :, None]
-        yield Found(f"{what}: experts chosen twice by a token", _wrong(pairs.sum(2) > 1), 0.0)
-        yield Found(f"{what}: weights that aren't finite", _wrong(~r.weights_TK.isfinite()), 0.0)
         counts = torch.bincount(ids[ids >= 0].reshape(-1), minlength=num_experts)
-        yield Found(f"{what}: experts counted wrongly", _wrong(counts != r.counts_E), 0.0)
+        for problem, number in (
+            ("the number of shapes that don't fit", not fit),
+            ("the number of dtypes but int64 and float32 or wider", not typed),
+            ("ids outside [-1, E)", ((ids < -1) | (ids >= num_experts)).sum()),
+            ("experts chosen twice by a token", (pairs.sum(2) > 1).sum()),
+            ("weights that aren't finite", (~r.weights_TK.isfinite()).sum()),
+            ("experts counted wrongly", (counts != r.counts_E).sum()),
+        ):
+            yield Found(f"{what}: {problem}", float(number), 0.0)
 
 
 def invariance(s: Subject) -> Iterator[Found]:
@@ -60,7 +59,7 @@ def invariance(s: Subject) -> Iterator[Found]:
     together = s.router(s.params, x)
     parts = [s.router(s.params, part) for part in x.split((s.tokens + 1) // 2)]
     ids = torch.cat([part.expert_ids_TK for part in parts])
-    yield Found("experts chosen otherwise", _wrong(ids != together.expert_ids_TK), 0.0)
+    yield Found("experts chosen otherwise", float((ids != together.expert_ids_TK).sum()), 0.0)
     weights = torch.cat([part.weights_TK for part in parts])
     yield Found("the weights", error(weights, together.weights_TK), 1e-5)
     yield Found("the counts", error(sum(part.counts_E for part in parts), together.counts_E), 0.0)
