@@ -1,7 +1,4 @@
-"""Descriptions of parameters. One tree of :class:`ParamSpec` gives a model's shapes, values and placement.
-
-So these three can't drift apart.
-"""
+"""Descriptions of parameters: one tree of :class:`ParamSpec` gives a model's shapes, values and placement."""
 
 import dataclasses
 import hashlib
@@ -63,8 +60,10 @@ class ParamSpec:
         """The initial value, or a piece of it. A piece has the same numbers as the whole has there."""
         shape = torch.empty(self.shape, device="meta")[piece].shape
         out = torch.empty(shape, dtype=self.dtype or dtype, device=device)
-        if self.init != "normal" or out.is_meta:
-            return out if out.is_meta else out.fill_(1.0 if self.init == "ones" else 0.0)
+        if out.is_meta:
+            return out
+        if self.init != "normal":
+            return out.fill_(1.0 if self.init == "ones" else 0.0)
         if len(self.shape) < 3:
             return out.copy_(self._normal(f"{seed}/{name}", self.shape, device)[piece])
         # One matrix at a time, since a device holds only a few of the experts.
@@ -105,10 +104,10 @@ def init_params(
 ) -> Any:
     """Initial values for a tree of :class:`ParamSpec`, or pieces of them: a tree of tuples of slices.
 
-    Every leaf draws from a generator of its own, seeded by ``seed`` and the leaf's dotted name. In a leaf of
-    three or more dimensions, so does every entry of the first. So adding or removing a parameter changes no
-    other, and a device draws little more than its pieces. If ``seed`` is a generator, it gives one number:
-    the seed. Values depend on the device type, as PyTorch's generators do.
+    Every leaf draws from its own generator, seeded by ``seed`` and the leaf's dotted name. In a leaf of three
+    or more dimensions, so does every entry of the first. So adding a parameter changes no other, and a device
+    draws little more than its pieces. A generator as ``seed`` gives one number, the seed. Values depend on
+    the device type, as PyTorch's generators do.
 
     Raises ``ValueError`` if ``pieces`` and ``specs`` are different trees.
 
@@ -121,14 +120,11 @@ def init_params(
     device = torch.get_default_device() if device is None else device
     if isinstance(seed, torch.Generator):
         seed = int(torch.randint(2**62, (), generator=seed, device=seed.device))
-    leaves, treedef = optree.tree_flatten(specs, is_leaf=is_spec)
+    leaves, treedef = optree.tree_flatten(specs)
     which = [()] * len(leaves) if pieces is None else treedef.flatten_up_to(pieces)
-    names = dotted_names(specs, is_leaf=is_spec)
-    values = [
-        leaf.draw(seed, name, dtype=dtype, device=device, piece=piece)
-        for name, leaf, piece in zip(names, leaves, which)
-    ]
-    return optree.tree_unflatten(treedef, values)
+    named = zip(leaves, dotted_names(specs), which)
+    values = [leaf.draw(seed, name, dtype=dtype, device=device, piece=piece) for leaf, name, piece in named]
+    return treedef.unflatten(values)
 
 
 def partition_specs(specs: Any) -> Any:
@@ -137,18 +133,16 @@ def partition_specs(specs: Any) -> Any:
     >>> partition_specs({"w": ParamSpec((4, 2), P("ep", None)), "b": ParamSpec((4,), P("ep"))})
     {'w': P('ep', None), 'b': P('ep')}
     """
-    return optree.tree_map(lambda spec: spec.partition, specs, is_leaf=is_spec)
+    return optree.tree_map(lambda spec: spec.partition, specs)
 
 
 def trained_mask(specs: Any) -> Any:
-    """Which parameters of a tree of :class:`ParamSpec` are trained: a tree of bools.
-
-    ``adamw(trained=)`` takes it.
+    """Which parameters of a tree of :class:`ParamSpec` are trained: a tree of bools, for ``adamw(trained=)``.
 
     >>> trained_mask({"w": ParamSpec((4, 2), P()), "bias": ParamSpec((4,), P(), trained=False)})
     {'w': True, 'bias': False}
     """
-    return optree.tree_map(lambda spec: spec.trained, specs, is_leaf=is_spec)
+    return optree.tree_map(lambda spec: spec.trained, specs)
 
 
 def leaf_mask(function: str, argument: str, mask: Any, tree: Any) -> list[bool]:
@@ -179,4 +173,4 @@ def num_params(specs: Any) -> int:
     >>> num_params({"w": ParamSpec((256, 2048, 7168), P("ep", None, None)), "b": ParamSpec((256,), P("ep"))})
     3758096640
     """
-    return sum(math.prod(spec.shape) for spec in optree.tree_leaves(specs, is_leaf=is_spec))
+    return sum(math.prod(spec.shape) for spec in optree.tree_leaves(specs))

@@ -41,17 +41,11 @@ def node(cls: type[T]) -> type[T]:
     def unflatten(context: tuple[Any, ...], leaves: Iterable[Any]) -> T:
         return cls(**dict(zip(children, leaves)), **dict(zip(statics, context)))
 
-    def flatten_with_entries(value: Any) -> tuple[list[Any], tuple[Any, ...], list[str]]:
-        return *flatten(value), children
-
-    class Entry(optree.GetAttrEntry):
-        __slots__ = ()
-
     optree.register_pytree_node(
         cls,
-        flatten_with_entries,
+        lambda value: (*flatten(value), children),
         unflatten,
-        path_entry_type=Entry,
+        path_entry_type=optree.GetAttrEntry,
         namespace=_EVERYWHERE,
     )
     torch_pytree.register_pytree_node(cls, flatten, lambda leaves, context: unflatten(context, leaves))
@@ -87,13 +81,12 @@ def check_tensors(function: str, argument: str, tree: Any) -> list[torch.Tensor]
     leaves = optree.tree_leaves(tree, none_is_leaf=True)
     if all(isinstance(leaf, torch.Tensor) for leaf in leaves):
         return leaves  # making names takes longer than this check
-    for name, leaf in zip(dotted_names(tree, none_is_leaf=True), leaves):
-        if not isinstance(leaf, torch.Tensor):
-            raise argument_error(
-                function,
-                f"{argument}.{name}",
-                got=type(leaf).__name__,
-                expected="a tensor",
-                remedy="Leaves are tensors only; write an absent subtree as ().",
-            )
-    return leaves
+    named = zip(dotted_names(tree, none_is_leaf=True), leaves)
+    name, leaf = next((name, leaf) for name, leaf in named if not isinstance(leaf, torch.Tensor))
+    raise argument_error(
+        function,
+        f"{argument}.{name}",
+        got=type(leaf).__name__,
+        expected="a tensor",
+        remedy="Leaves are tensors only; write an absent subtree as ().",
+    )

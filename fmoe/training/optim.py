@@ -1,30 +1,32 @@
 """Functional optimisation: AdamW and clipping, values in, values out."""
 
+import functools
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import optree
 import torch
+import torch.distributed as dist
 from torch.optim.adamw import adamw as torch_adamw
 
 from ..errors import argument_error
 from ..models.moe import moe_specs
 from ..ops.core.dtensors import is_dtensor, local, map_local
+from ..ops.core.dtypes import accumulator
 from ..ops.route import RouterParams
 from ..params import leaf_mask, trained_mask
 from ..tree import check_tensors, dotted_names
-from .clipping import clip_by_global_norm as clip_by_global_norm  # re-exported
-from .clipping import clip_factor as clip_factor
-from .clipping import global_norm as global_norm
 
 Rows = Sequence[Sequence[torch.Tensor]]
 PIECE = 2**25  # numbers widened at once
 ROUTER_MASK = trained_mask(moe_specs(dim=1, hidden_dim=1, num_experts=1).router)
+KERNEL = functools.partial(torch_adamw, fused=True, foreach=False, amsgrad=False, maximize=False)
 
 
 class AdamWState(NamedTuple):
-    """How many updates were made (float32 scalar), and both moments as trees like the params.
+    """The number of updates so far (float32 scalar), and both moments as trees like the params.
 
     >>> adamw().init({"w": torch.ones(2)})
     AdamWState(step=tensor(0.), exp_avg={'w': tensor([0., 0.])}, exp_avg_sq={'w': tensor([0., 0.])})
@@ -96,20 +98,20 @@ def adamw(
     =============  ====================================================================================
 
     Params, grads and both moments are trees of one structure. Tensors of one leaf share shape, device and
-    placements. Params and grads share the dtype, too. A leaf that isn't trained comes back as it is, and its
+    placements. Params and grads also share the dtype. A leaf that isn't trained comes back as it is, and its
     moments are empty.
 
-    Where moments have another dtype than a parameter, it is updated in the wider one, a piece at a time, and
-    the narrower is rounded once. Bfloat16 moments of float32 params, as DeepSeek-V3 was trained with, halve
-    the state. With ``betas[1]`` above 0.996 some second moments would stop decaying: each decrement rounds to
-    nothing. Bfloat16 params lose every change below a 512th of a number. To avoid that, keep params in
-    float32 and compute in bfloat16 with :func:`fmoe.training.gradients.computing_in`.
+    Where moments and a parameter differ in dtype, both are updated in the wider one, a piece at a time, and
+    the narrower is rounded once. Bfloat16 moments of float32 params, as in DeepSeek-V3's training, halve the
+    state. With ``betas[1]`` above 0.996 some of them would stop decaying: each decrement rounds to nothing.
+    Bfloat16 params lose every change below a 512th of a number. Instead, keep params in float32 and compute
+    in bfloat16 with :func:`fmoe.training.gradients.computing_in`.
 
     ``update`` modifies nothing it is given and returns contiguous tensors that do not require grad. It
-    multiplies gradients by ``scale`` as it reads them, a float32 scalar such as :func:`clip_factor` gives.
-    With ``donate=True`` it writes into the memory of ``params`` and ``state``, and with a ``scale`` into
-    that of ``grads``, as jax's ``donate_argnums``: the caller must not use them again. It still copies
-    leaves that share memory and gradients that are part of a graph.
+    multiplies gradients by ``scale``, such as :func:`clip_factor` gives, as it reads them. With
+    ``donate=True`` it writes into the memory of ``params`` and ``state``, and with a ``scale`` into that of
+    ``grads``. As with jax's ``donate_argnums``, the caller must not use them again. It still copies leaves
+    that share memory and gradients that are part of a graph.
 
     Raises ``ValueError`` where the trees or their leaves do not match.
 
@@ -131,8 +133,9 @@ def adamw(
             expected="bfloat16, float32, float64 or None",
             remedy="Leave it out; in float16 squares of small gradients would be zero.",
         )
-    how = _AdamW(betas, eps, weight_decay, moments_dtype, trained_by_default if trained is None else trained)
-    return Optimizer(how.init, how.update)
+    trained = trained_by_default if trained is None else trained
+    functions = _AdamW(betas, eps, weight_decay, moments_dtype, trained)
+    return Optimizer(functions.init, functions.update)
 
 
 def trained_by_default(params: Any) -> Any:
@@ -165,8 +168,9 @@ class _AdamW(NamedTuple):
         trained = leaf_mask("adamw.init", "trained", self.trained, params)
 
         def zeros() -> Any:
-            moments = [_zeros(p, self._moments_of(p), moved) for p, moved in zip(leaves, trained)]
-            return optree.tree_unflatten(structure, moments)
+            return structure.unflatten(
+                _zeros(leaf, self._moments_of(leaf), moved) for leaf, moved in zip(leaves, trained)
+            )
 
         device = leaves[0].device if leaves else None
         return AdamWState(torch.zeros((), dtype=torch.float32, device=device), zeros(), zeros())
@@ -185,75 +189,53 @@ class _AdamW(NamedTuple):
         scale: torch.Tensor | None = None,
         donate: bool = False,
     ) -> tuple[Any, AdamWState]:
-        structure = optree.tree_structure(params)
+        leaves, structure = optree.tree_flatten(params)
         moves = leaf_mask("adamw.update", "trained", self.trained, params)
-        old, g, old_m, old_v = (
-            _checked(params, moves, argument, tree, dtype_of)
-            for argument, tree, dtype_of in [
-                ("params", params, _own_dtype),
-                ("grads", grads, _own_dtype),
-                ("state.exp_avg", state.exp_avg, self._moments_of),
-                ("state.exp_avg_sq", state.exp_avg_sq, self._moments_of),
-            ]
-        )
-        p, m, v = (_ours(leaves, moves, donate) for leaves in (old, old_m, old_v))
+        g = _checked("grads", grads, params, moves)
+        m = _checked("state.exp_avg", state.exp_avg, params, moves, self._moments_of)
+        v = _checked("state.exp_avg_sq", state.exp_avg_sq, params, moves, self._moments_of)
+        p, m, v = (_ours(each, moves, donate) for each in (leaves, m, v))
         if scale is not None:
             in_a_graph = any(leaf.requires_grad for leaf in g)
             scale, g = scale.reciprocal(), _ours(g, moves, donate and not in_a_graph)
 
         alike: dict[Any, list[list[torch.Tensor]]] = defaultdict(list)
-        for moved, *leaves in zip(moves, p, g, m, v):
+        for moved, *tensors in zip(moves, p, g, m, v):
             if moved:
-                row = [local(leaf).contiguous() for leaf in leaves]
+                row = [local(tensor).contiguous() for tensor in tensors]
                 alike[row[0].dtype, row[2].dtype, row[0].device, row[0].ndim >= 2].append(row)
         for (dtype, of_moments, _, decayed), rows in alike.items():
-            how = state.step, scale, learning_rate, self.weight_decay if decayed else 0.0
+            weight_decay = self.weight_decay if decayed else 0.0
+            options = dict(lr=learning_rate, weight_decay=weight_decay, eps=self.eps, grad_scale=scale)
+            kernel = functools.partial(KERNEL, beta1=self.betas[0], beta2=self.betas[1], **options)
             if dtype == of_moments:
-                self._fused(rows, *how)
+                _fused(kernel, rows, state.step)
             else:
-                self._widened(rows, torch.promote_types(dtype, of_moments), *how)
-        new_params, exp_avg, exp_avg_sq = (optree.tree_unflatten(structure, leaves) for leaves in (p, m, v))
+                _widened(kernel, rows, state.step, torch.promote_types(dtype, of_moments))
+        new_params, exp_avg, exp_avg_sq = map(structure.unflatten, (p, m, v))
         return new_params, AdamWState(state.step + 1, exp_avg, exp_avg_sq)
 
-    def _fused(
-        self,
-        rows: Rows,
-        step: torch.Tensor,
-        divisor: torch.Tensor | None,
-        learning_rate: float,
-        weight_decay: float,
-    ) -> None:
-        """Update rows of a param, grad and two moments, contiguous, of one dtype and device, in place.
 
-        With a divisor the kernel writes the grads divided by it, too.
-        """
-        p, g, m, v = map(list, zip(*rows))
-        torch_adamw(
-            *(p, g, m, v, []),
-            # The kernel counts in place, a step per tensor, so it gets copies of the one step.
-            state_steps=list(step.to(p[0].device).repeat(len(rows)).unbind()),
-            fused=True,
-            grad_scale=divisor,
-            foreach=False,
-            amsgrad=False,
-            maximize=False,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            lr=learning_rate,
-            weight_decay=weight_decay,
-            eps=self.eps,
-        )
+def _fused(kernel: Callable[..., None], rows: Rows, step: torch.Tensor) -> None:
+    """Update rows of a param, grad and two moments, contiguous, of one dtype and device, in place.
 
-    def _widened(self, rows: Rows, dtype: torch.dtype, *how: Any) -> None:
-        """The same of rows of two dtypes, in ``dtype``; the kernel takes one (pytorch#146542)."""
-        for row in rows:
-            for piece in zip(*(t.view(-1).split(PIECE) for t in row)):
-                wide = [t.to(dtype) for t in piece]
-                self._fused([wide], *how)
-                for i in (0, 2, 3):  # not the grad
-                    if wide[i] is not piece[i]:
-                        piece[i].copy_(wide[i])
-                del wide  # before the next piece's
+    With a ``grad_scale`` the kernel also writes the grads, divided by it.
+    """
+    p, g, m, v = map(list, zip(*rows))
+    # The kernel counts in place, a step per tensor, so it gets copies of the one step.
+    kernel(p, g, m, v, [], list(step.to(p[0].device).repeat(len(rows)).unbind()))
+
+
+def _widened(kernel: Callable[..., None], rows: Rows, step: torch.Tensor, dtype: torch.dtype) -> None:
+    """The same for rows of two dtypes, in ``dtype``; the kernel takes one (pytorch#146542)."""
+    for row in rows:
+        for piece in zip(*(t.view(-1).split(PIECE) for t in row)):
+            wide = [t.to(dtype) for t in piece]
+            _fused(kernel, [wide], step)
+            for i in (0, 2, 3):  # not the grad
+                if wide[i] is not piece[i]:
+                    piece[i].copy_(wide[i])
+            del wide  # before the next piece's
 
 
 def _zeros(leaf: torch.Tensor, dtype: torch.dtype, moved: bool) -> torch.Tensor:
@@ -262,37 +244,28 @@ def _zeros(leaf: torch.Tensor, dtype: torch.dtype, moved: bool) -> torch.Tensor:
     return map_local(lambda t: torch.zeros_like(t, dtype=dtype, memory_format=torch.contiguous_format), leaf)
 
 
-# The fused kernel reads memory front to back whatever the strides, so it gets contiguous tensors only.
-def _copy(leaf: torch.Tensor) -> torch.Tensor:
-    return map_local(lambda t: t.clone(memory_format=torch.contiguous_format), leaf)
-
-
 def _ours(leaves: list[torch.Tensor], moves: list[bool], donate: bool) -> list[torch.Tensor]:
-    """What may be written to, where it moves: donated leaves that share no memory, and copies of others."""
+    """Leaves to write to, where they move: donated ones that share no memory, and copies of others.
+
+    All are contiguous, because the fused kernel reads memory front to back whatever the strides.
+    """
     holders = Counter(local(leaf).untyped_storage()._cdata for leaf in leaves)
 
-    def alone(piece: torch.Tensor) -> bool:
-        return piece.is_contiguous() and holders[piece.untyped_storage()._cdata] == 1
-
     def writable(leaf: torch.Tensor) -> torch.Tensor:
-        return leaf.detach() if donate and alone(local(leaf)) else _copy(leaf)
+        piece = local(leaf)
+        if donate and piece.is_contiguous() and holders[piece.untyped_storage()._cdata] == 1:
+            return leaf.detach()
+        return map_local(lambda t: t.clone(memory_format=torch.contiguous_format), leaf)
 
     return [writable(leaf) if moved else leaf for leaf, moved in zip(leaves, moves)]
 
 
-def _own_dtype(leaf: torch.Tensor) -> torch.dtype:
-    return leaf.dtype
-
-
-def _layout(leaf: Any, dtype_of: Callable[[torch.Tensor], torch.dtype] = _own_dtype) -> tuple[Any, ...]:
-    if not isinstance(leaf, torch.Tensor):
-        return (type(leaf).__name__,)
-    plain = dtype_of(leaf), tuple(leaf.shape), leaf.device
-    return (*plain, leaf.placements, leaf.device_mesh) if is_dtensor(leaf) else plain
+DtypeOf = Callable[[Any], torch.dtype]
+OWN: DtypeOf = operator.attrgetter("dtype")
 
 
 def _checked(
-    params: Any, moves: list[bool], argument: str, tree: Any, dtype_of: Callable[[torch.Tensor], torch.dtype]
+    argument: str, tree: Any, params: Any, moves: list[bool], dtype_of: DtypeOf = OWN
 ) -> list[torch.Tensor]:
     """The leaves of a tree that has the structure of params and, where they move, layouts like theirs."""
     (expected, structure), (leaves, theirs) = optree.tree_flatten(params), optree.tree_flatten(tree)
@@ -305,7 +278,7 @@ def _checked(
             expected="the leaves and containers of params",
             remedy="Differentiate, and call init on, the params you pass here.",
         )
-    layouts = [(_layout(leaf), _layout(like, dtype_of)) for leaf, like in zip(leaves, expected)]
+    layouts = [(_layout(leaf, OWN), _layout(like, dtype_of)) for leaf, like in zip(leaves, expected)]
     if wrong := [i for i, (mine, theirs) in enumerate(layouts) if moves[i] and mine != theirs]:
         names = dotted_names(params)
         got, wanted = (
@@ -315,3 +288,98 @@ def _checked(
             "adamw.update", argument, got=got, expected=wanted, remedy="Cast or redistribute first."
         )
     return leaves
+
+
+def _layout(leaf: Any, dtype_of: DtypeOf) -> tuple[Any, ...]:
+    if not isinstance(leaf, torch.Tensor):
+        return (type(leaf).__name__,)
+    plain = dtype_of(leaf), tuple(leaf.shape), leaf.device
+    return (*plain, leaf.placements, leaf.device_mesh) if is_dtensor(leaf) else plain
+
+
+def global_norm(grads: Any) -> torch.Tensor:
+    """The Euclidean norm of all leaves as one vector: a float32 scalar, summed in float32 or wider.
+
+    Leaves may be DTensors. Those sharded alike share one collective, and the result is a plain tensor with
+    the same bits on every rank. Nothing waits for the device. No leaf is copied, except that the CPU's kernel
+    copies dtypes narrower than float32, one leaf at a time.
+
+    Raises ``ValueError`` for leaves that aren't tensors.
+
+    >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])})
+    tensor(5.)
+    """
+    leaves = check_tensors("global_norm", "grads", grads)
+    device = leaves[0].device if leaves else None
+    norms: dict[Any, list[torch.Tensor]] = defaultdict(list)
+    for leaf in leaves:
+        piece, groups = _piece(leaf)
+        # Not torch._foreach_norm, which has neither vmap nor jvp.
+        norm = torch.linalg.vector_norm(piece, dtype=accumulator(piece.dtype))
+        norms[groups].append(norm.to(device, torch.float32))
+    total = torch.zeros((), device=device)
+    for groups, parts in norms.items():
+        part = torch.stack(parts).square().sum()
+        for group in groups:
+            # Gather, then sum in one order, so that the norm has the same bits on every rank.
+            gathered = [torch.empty_like(part) for _ in range(group.size())]
+            dist.all_gather(gathered, part, group=group)
+            part = torch.stack(gathered).sum()
+        total = total + part
+    return total.sqrt()
+
+
+def _piece(leaf: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    """This device's piece of a leaf, and the process groups over which the rest of it lies."""
+    if not is_dtensor(leaf):
+        return leaf, ()
+    from torch.distributed.tensor import Replicate
+
+    summed = [Replicate() if p.is_partial() else p for p in leaf.placements]
+    if summed != list(leaf.placements):
+        leaf = leaf.redistribute(placements=summed)
+    groups = [leaf.device_mesh.get_group(i) for i, p in enumerate(summed) if not p.is_replicate()]
+    return local(leaf), tuple(groups)
+
+
+def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """The factor that brings gradients of this norm to at most ``max_norm``: a float32 scalar.
+
+    It is ``min(1, max_norm / (norm + 1e-6))``, as in ``torch.nn.utils.clip_grad_norm_`` (Pascanu et al.,
+    arXiv:1211.5063). Where the norm isn't finite it is 1, so that one can see which gradient is at fault.
+    An optimizer's ``update`` takes it as ``scale``.
+
+    Raises ``ValueError`` unless ``max_norm`` is positive.
+
+    >>> grads = [torch.tensor([3.0, 4.0])]
+    >>> clip_factor(global_norm(grads), 1.0)
+    tensor(0.2000)
+    """
+    if not max_norm > 0:
+        raise argument_error(
+            "clip_factor",
+            "max_norm",
+            got=max_norm,
+            expected="a positive number",
+            remedy="Pass math.inf for no clipping.",
+        )
+    return torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
+
+
+def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, torch.Tensor]:
+    """Gradients times :func:`clip_factor`, in their dtype, and their :func:`global_norm` before that.
+
+    If they go to an optimizer next, pass it the factor as ``scale``: that needs no copy and no time.
+
+    Raises ``ValueError`` unless ``max_norm`` is positive.
+
+    >>> clip_by_global_norm([torch.tensor([3.0, 4.0])], 1.0)
+    ([tensor([0.6000, 0.8000])], tensor(5.))
+    """
+    norm = global_norm(grads)
+    factor = clip_factor(norm, max_norm)
+
+    def scaled(piece: torch.Tensor) -> torch.Tensor:
+        return (piece * factor.to(piece.device)).to(piece.dtype)  # a product of two scalars has the wider
+
+    return optree.tree_map(lambda leaf: map_local(scaled, leaf), grads), norm
