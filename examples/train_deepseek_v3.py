@@ -1,18 +1,17 @@
 """Train a small DeepSeek-V3 on the source code of the Python standard library, byte by byte.
 
     python examples/train_deepseek_v3.py
-
     torchrun --nproc-per-node 4 examples/train_deepseek_v3.py --mesh dp=2,ep=2
 
 With the defaults it takes about two minutes on two CPU cores. It leaves metrics (JSONL) in runs/debug and,
 where matplotlib is installed, pictures of the loss and of the experts' load (SVG). With --save-every 100 it
-also leaves checkpoints there. The same command with --resume goes on from the newest, to the same bits as if
-nothing had happened; on another mesh, to the same numbers within rounding.
+also leaves checkpoints there. With --resume the same command goes on from the newest: to the same bits as a
+run without a break, or on another mesh to the same numbers within rounding.
 """
 
-import dataclasses
-import functools
 import time
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,12 +23,11 @@ from fmoe.models.sampling import sample
 from fmoe.training import checkpoint, data, gradients, launch, metrics, optim, plot, schedules
 from fmoe.training.tokenizer import BYTES, load_tokenizer
 
-DTYPES = ["float32", "bfloat16", "float64"]
-
 
 def parse():
     parser = launch.Parser(description=__doc__)
-    add, positive = parser.add_argument, launch.at_least(1)
+    add, positive, rate = parser.add_argument, launch.at_least(1), launch.at_least(0.0)
+    dtypes = dict(choices=["float32", "bfloat16", "float64"])
     add("--preset", help="model configuration (default: debug)")
     add("--layers", type=int, help="how many of the preset's layers, one of them dense (default: all)")
     add("--dim", type=int, help="numbers in a token's vector (default: the preset's)")
@@ -51,11 +49,9 @@ def parse():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--mesh", default="", help='axes and sizes under torchrun, as "dp=2,ep=4"; experts lie along ep')
     add("--ep-backend", default="auto", help="what carries tokens along ep: auto, all_to_all or deepep")
-    add("--dtype", choices=DTYPES, default="float32", help="of parameters and gradients")
-    add(
-        "--compute-dtype", choices=DTYPES, help="default: bfloat16 on CUDA with --dtype float32, else --dtype"
-    )
-    add("--moments-dtype", choices=DTYPES, help="of the optimiser's moments (default: --dtype)")
+    add("--dtype", **dtypes, default="float32", help="of parameters and gradients")
+    add("--compute-dtype", **dtypes, help="default: bfloat16 on CUDA with --dtype float32, else --dtype")
+    add("--moments-dtype", **dtypes, help="of the optimiser's moments (default: --dtype)")
     add("--remat", default="none", help="what layers recompute: none, full, default, or save:NAME,NAME")
     add("--compile", action="store_true", help="compile each layer with torch.compile")
     add("--eval-every", type=int, default=0, help="steps between evaluations on held-out text; 0: none")
@@ -65,7 +61,7 @@ def parse():
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one")
     add("--sample", metavar="PROMPT", help="print what the model makes of this in the end")
     add("--sample-tokens", type=positive, default=300, help="how many tokens to add to --sample")
-    add("--temperature", type=launch.at_least(0.0), default=1.0, help="of --sample; 0: the likeliest token")
+    add("--temperature", type=rate, default=1.0, help="of --sample; 0: the likeliest token")
     add("--top-k", type=positive, default=10, help="--sample draws from so many tokens")
     add("--out", type=Path, help="output folder (default: runs/PRESET)")
     args = parser.parse_args()
@@ -79,60 +75,53 @@ def parse():
     return args
 
 
-def start_model(args, mesh):
-    """A configuration and parameters: random, or those of ``--init-from``."""
-    where = dict(dtype=getattr(torch, args.dtype), device=args.device, mesh=mesh)
-    if args.init_from:
-        from fmoe.models import huggingface  # needs safetensors
-
-        return huggingface.load(args.init_from, **where)
-    config = deepseek_v3.preset(args.preset, layers=args.layers)
-    sizes = dict(dim=args.dim or config.dim, vocab_size=args.vocab_size or config.vocab_size)
-    config = dataclasses.replace(config, **sizes)
-    return config, deepseek_v3.init(config, args.seed, **where)
-
-
 def main():
     args = parse()
     device, computing = torch.device(args.device), getattr(torch, args.compute_dtype)
     world = launch.join(args.mesh, device_type=device.type, options=vars(args))
     console = Console(quiet=not world.is_first, soft_wrap=True, highlight=False, markup=False)
     tokenizer, unit = (load_tokenizer(args.tokenizer), "token") if args.tokenizer else (BYTES, "byte")
-    config, params = start_model(args, world.mesh)
+    where = dict(dtype=getattr(torch, args.dtype), device=device, mesh=world.mesh)
+    if args.init_from:
+        from fmoe.models import huggingface  # needs safetensors
+
+        config, params = huggingface.load(args.init_from, **where)
+    else:
+        config = deepseek_v3.preset(args.preset, layers=args.layers)
+        config = replace(config, dim=args.dim or config.dim, vocab_size=args.vocab_size or config.vocab_size)
+        params = deepseek_v3.init(config, args.seed, **where)
     data.check_vocabulary(tokenizer, config.vocab_size)
     share = args.held_out if args.eval_every else None
     text, test = data.read_streams(args.data, tokenizer, suffix=args.suffix, field=args.field, held_out=share)
     cut = dict(batch_size=args.batch_size, seq_len=args.seq_len, seed=args.seed)
-    batches_of = functools.partial(data.batches, **cut, part=world.part, device=device)
+    batches_of = partial(data.batches, **cut, part=world.part, device=device)
     tests = [] if test is None else [batch for _, batch in zip(range(8), batches_of(test))]
-
     if args.save_every:
         checkpoint.check_ranks("--save-every")  # now, not at the first checkpoint
     optimizer = optim.adamw(moments_dtype=getattr(torch, args.moments_dtype))
-    run = {"model": dataclasses.asdict(config), "data": {**cut, "fingerprint": data.fingerprint(text)}}
-    state = {"params": params, "optimizer": optimizer.init(params)}
+    run = {"model": asdict(config), "data": {**cut, "fingerprint": data.fingerprint(text)}}
+    state = dict(params=params, optimizer=optimizer.init(params))
     state, first = checkpoint.start(args.out, state, resume=args.resume, run=run)
     params, state = state["params"], state["optimizer"]
     (total, active), entropy = deepseek_v3.num_params(config), data.unigram_entropy(text)
-    where = f"{world.size} devices ({args.mesh})" if world.mesh else args.device
+    place = f"{world.size} devices ({args.mesh})" if world.mesh else args.device
     console.print(
-        f"{args.preset} on {where}: {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; "
+        f"{args.preset} on {place}: {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; "
         f"kept in {args.dtype}, moments in {args.moments_dtype}, computing in {args.compute_dtype}; "
         f"step {first}; {len(text) / 1e6:.1f}M {unit}s of text, unigram entropy {entropy:.3f} nats a {unit}"
     )
 
     per_layer = fmoe.transforms.per_layer(args.remat, compiled=args.compile)
     how = dict(config=config, mesh=world.mesh, backend=args.ep_backend, per_layer=per_layer)
-    loss_of = gradients.computing_in(functools.partial(deepseek_v3.loss, **how), computing)
+    loss_of = gradients.computing_in(partial(deepseek_v3.loss, **how), computing)
     step_of = gradients.accumulate(fmoe.value_and_grad(loss_of, has_aux=True), args.micro_batches)
     rate_of = schedules.by_name(args.schedule, peak=args.learning_rate, total_steps=args.steps)
     tokens = args.batch_size * args.seq_len
     flops = tokens * deepseek_v3.flops_per_token(config, args.seq_len) / world.size
-    path = args.out / "metrics.jsonl"
-    file = metrics.MetricsFile(path if world.is_first else None, first_step=first)
+    file = metrics.MetricsFile(args.out / "metrics.jsonl" if world.is_first else None, first_step=first)
     with file, metrics.LiveView(args.steps, console=console) as view:
         for step, batch in zip(range(first, args.steps), batches_of(text, start_step=first)):
-            began, last = time.perf_counter(), step + 1 == args.steps
+            began, done = time.perf_counter(), step + 1
             (loss, stats), grads = step_of(params, *batch)
             norm = optim.global_norm(grads)
             scale = optim.clip_factor(norm, args.max_norm)
@@ -145,18 +134,17 @@ def main():
             seconds, counts = time.perf_counter() - began, [s.tokens_per_expert.tolist() for s in stats]
             speed = metrics.speed(flops / seconds, device)
             now = metrics.Step(step, loss, norm, rate_of(step), tokens / seconds, counts, **speed)
-            if tests and (last or (step + 1) % args.eval_every == 0):
+            if tests and (done == args.steps or done % args.eval_every == 0):
                 now = now._replace(held_out_loss=metrics.mean_loss(loss_of, params, tests))
-                console.print(f"step {step + 1}: loss on held-out text {now.held_out_loss:.3f}")
+                console.print(f"step {done}: loss on held-out text {now.held_out_loss:.3f}")
             file.write(now)
             view.update(now)
-            if args.save_every and (last or (step + 1) % args.save_every == 0):
+            if args.save_every and (done == args.steps or done % args.save_every == 0):
                 gradients.check_params(step, params)
-                saved = {"params": params, "optimizer": state}
-                checkpoint.save(args.out, step + 1, saved, run=run, keep=args.keep)
+                checkpoint.save(args.out, done, dict(params=params, optimizer=state), run=run, keep=args.keep)
 
     if world.is_first:
-        console.print(plot.report(path, reference={"unigram entropy": entropy}, unit=unit))
+        console.print(plot.report(file.path, reference={"unigram entropy": entropy}, unit=unit))
     if args.sample:
         prompt = torch.tensor([[*tokenizer.encode(args.sample.encode())]], device=device)
         options = dict(temperature=args.temperature, top_k=args.top_k, window=args.seq_len, mesh=world.mesh)

@@ -157,13 +157,9 @@ def leaf_mask(function: str, argument: str, mask: Any, tree: Any) -> list[bool]:
     except ValueError as error:
         found = [str(error)]
     if odd := [value for value in found if not isinstance(value, bool)]:
-        raise argument_error(
-            function,
-            argument,
-            got=odd[0],
-            expected="a tree prefix of bools, as True is of every tree",
-            remedy="One bool may stand for a whole subtree.",
-        )
+        expected = "a tree prefix of bools, as True is of every tree"
+        remedy = "One bool may stand for a whole subtree."
+        raise argument_error(function, argument, got=odd[0], expected=expected, remedy=remedy)
     return found
 
 

@@ -83,10 +83,6 @@ def check_tensors(function: str, argument: str, tree: Any) -> list[torch.Tensor]
         return leaves  # making names takes longer than this check
     named = zip(dotted_names(tree, none_is_leaf=True), leaves)
     name, leaf = next((name, leaf) for name, leaf in named if not isinstance(leaf, torch.Tensor))
-    raise argument_error(
-        function,
-        f"{argument}.{name}",
-        got=type(leaf).__name__,
-        expected="a tensor",
-        remedy="Leaves are tensors only; write an absent subtree as ().",
-    )
+    got = type(leaf).__name__
+    remedy = "Leaves are tensors only; write an absent subtree as ()."
+    raise argument_error(function, f"{argument}.{name}", got=got, expected="a tensor", remedy=remedy)

@@ -71,25 +71,20 @@ def read_streams(
     -> held_out    another of whole documents, or ``None``
     =============  =============================================================================
 
-    Raises ``ValueError`` for unreadable paths, for a share out of range, and where either would be empty.
+    Raises ``ValueError`` for unreadable paths, for a share out of range, and if either would be empty.
 
     >>> text, held_out = read_streams([python_stdlib() / "this.py"], held_out=0.1)
     >>> bytes(text[:4].tolist()), len(held_out) / len(text) < 0.2
     (b's = ', True)
     """
-    roots = [python_stdlib()] if paths is None else [Path(path) for path in paths]
+    roots = [python_stdlib()] if paths is None else [*map(Path, paths)]
     exclude = EXCLUDED_FOLDERS if roots == [python_stdlib()] else ()
     documents = read_documents(roots, suffix=suffix, field=field, exclude=exclude)
     if held_out is None:
         return pack(documents, tokenizer), None
     if not 0 < held_out < 1:
-        raise argument_error(
-            "read_streams",
-            "held_out",
-            got=held_out,
-            expected="a share between 0 and 1, or None",
-            remedy="Try 0.05.",
-        )
+        expected = "a share between 0 and 1, or None"
+        raise argument_error("read_streams", "held_out", got=held_out, expected=expected, remedy="Try 0.05.")
     train, test = hold_out(documents, held_out)
     return pack(train, tokenizer), pack(test, tokenizer)
 
@@ -107,13 +102,10 @@ def check_vocabulary(ids: torch.Tensor | Tokenizer, vocab_size: int) -> None:
     else:
         low, high = 0, ids.vocab_size - 1
     if low < 0 or high >= vocab_size:
-        raise argument_error(
-            "check_vocabulary",
-            "ids",
-            got=f"token ids from {low} to {high}",
-            expected=f"0 to {vocab_size - 1}, as the model's vocab_size is {vocab_size}",
-            remedy="Give the model a larger vocabulary, or use another tokenizer.",
-        )
+        got = f"token ids from {low} to {high}"
+        expected = f"0 to {vocab_size - 1}, as the model's vocab_size is {vocab_size}"
+        remedy = "Give the model a larger vocabulary, or use another tokenizer."
+        raise argument_error("check_vocabulary", "ids", got=got, expected=expected, remedy=remedy)
 
 
 def unigram_entropy(tokens: torch.Tensor) -> float:
@@ -132,7 +124,7 @@ def unigram_entropy(tokens: torch.Tensor) -> float:
 
 
 def fingerprint(tokens: torch.Tensor) -> str:
-    """A digest of a stream's dtype and tokens, by which a resumed run knows that its data is the same.
+    """A digest of a stream's dtype and tokens. It tells a resumed run that its data is the same.
 
     >>> fingerprint(pack([b"a", b"bc"]))
     '900f945e01dca2e3'
@@ -155,20 +147,16 @@ def batch_at(
     """The batch of one step: random windows of ``seq_len + 1`` tokens, chosen by ``(seed, step)`` alone.
 
     ``tokens`` is a one-dimensional integer tensor. With ``part=(i, n)`` only part ``i`` of ``n`` equal ones
-    of the batch is read, as a device reads its own. The batch goes to ``device``, by default that of the
-    tokens. Raises ``ValueError`` where no window fits, and for a batch that can't be parted so.
+    of the batch is read, as each device reads its own. The batch goes to ``device``, by default that of the
+    tokens. Raises ``ValueError`` where no window fits, and for a batch without ``n`` equal parts.
 
     >>> batch_at(7, torch.arange(4), batch_size=1, seq_len=3, seed=0)
     Batch(tokens=tensor([[0, 1, 2]]), targets=tensor([[1, 2, 3]]))
     """
     if not 1 <= seq_len < len(tokens):
-        raise argument_error(
-            "batch_at",
-            "seq_len",
-            got=seq_len,
-            expected=f"1 to {len(tokens) - 1}, as there are {len(tokens)} tokens",
-            remedy="Shorten the sequences or read more text.",
-        )
+        expected = f"1 to {len(tokens) - 1}, as there are {len(tokens)} tokens"
+        remedy = "Shorten the sequences or read more text."
+        raise argument_error("batch_at", "seq_len", got=seq_len, expected=expected, remedy=remedy)
     index, count = part
     if batch_size % count:
         raise argument_error(
@@ -193,5 +181,5 @@ def batches(tokens: torch.Tensor, *, start_step: int = 0, **cut: Any) -> Iterato
     >>> torch.equal(next(resumed).tokens, second.tokens)
     True
     """
-    batch_at(start_step, tokens, **cut)  # what is wrong with the options is said now
+    batch_at(start_step, tokens, **cut)  # raises now what is wrong with the options
     return (batch_at(step, tokens, **cut) for step in itertools.count(start_step))

@@ -1,9 +1,10 @@
-"""Text as documents: a file is one, and so is every line of a JSONL file; some can be held out."""
+"""Text as documents: every file is one, and so is every line of a JSONL file."""
 
 import hashlib
 import json
 import os
 import sysconfig
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ EXCLUDED_FOLDERS = frozenset({"site-packages", "test", "tests", "idlelib", "__py
 
 
 def python_stdlib() -> Path:
-    """The folder of Python's standard library: some ten million bytes of text that every machine has.
+    """The folder of Python's standard library: ten million bytes of text that every machine has.
 
     >>> (python_stdlib() / "this.py").exists()
     True
@@ -33,44 +34,37 @@ def read_documents(
     ==========  ==================================================================================
     paths       a file, a folder, or several; a folder means all files below it whose names end in
                 ``suffix``, sorted by path, except in folders named in ``exclude`` and links to folders
-    field       a file that ends in ``.jsonl`` has a document a line: this field of a JSON object
+    field       a ``.jsonl`` file has a document a line: this field of a JSON object
     -> list     the bytes of each document, JSONL's as UTF-8; some may be empty
     ==========  ==================================================================================
 
-    Raises ``ValueError`` where a path cannot be read, a line of JSONL has no such field (naming file
-    and line), or there is no text.
+    Raises ``ValueError`` where a path cannot be read, where a line of JSONL has no such field, and where
+    there is no text.
 
     >>> documents = read_documents(python_stdlib() / "this.py")
     >>> documents[0][:4]
     b's = '
     """
-    roots = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
+    roots = [*map(Path, [paths] if isinstance(paths, (str, Path)) else paths)]
     try:
-        files = [
-            file
-            for root in roots
-            for file in (_files_below(root, suffix, exclude) if root.is_dir() else [root])
-        ]
+        files = [file for root in roots for file in _files_of(root, suffix, exclude)]
         documents = [text for file in files for text in _documents_in(file, field)]
     except OSError as error:
         raise argument_error("read_documents", "paths", got=error, expected="readable files") from error
     if not any(documents):
-        raise argument_error(
-            "read_documents",
-            "paths",
-            got=f"{len(files)} files and no text in {', '.join(map(str, roots)) or 'no path'}",
-            expected=f"at least one byte in a file, or in a folder's *{suffix} files",
-            remedy="Check the path, suffix and exclude.",
-        )
+        got = f"{len(files)} files and no text in {', '.join(map(str, roots)) or 'no path'}"
+        expected = f"at least one byte in a file, or in a folder's *{suffix} files"
+        remedy = "Check the path, suffix and exclude."
+        raise argument_error("read_documents", "paths", got=got, expected=expected, remedy=remedy)
     return documents
 
 
 def hold_out(documents: Sequence[bytes], share: float) -> tuple[list[bytes], list[bytes]]:
     """Documents to train on and documents to evaluate on, the latter at most ``share`` of the bytes.
 
-    Which are held out follows from their content alone, so equal documents are never parted, and
-    adding some changes little for the others. Those too large for the share stay in the training set; if
-    that leaves none, the end of the longest is cut off, at a line if there is one.
+    A document's content alone decides whether it is held out. So equal documents stay together, and adding
+    some changes little for the others. Those too large for the share stay in the training set. If that leaves
+    none to hold out, the end of the longest is cut off, at a line if there is one.
 
     Raises ``ValueError`` unless ``0 <= share < 1``, and where either side would be empty.
 
@@ -86,18 +80,15 @@ def hold_out(documents: Sequence[bytes], share: float) -> tuple[list[bytes], lis
     if share == 0:
         return list(documents), []
     total = sum(map(len, documents))
-    same: dict[bytes, list[int]] = {}
-    for i, document in enumerate(documents):
-        same.setdefault(hashlib.blake2b(document, digest_size=16).digest(), []).append(i)
-    chosen: set[int] = set()
-    room = share * total
-    for digest in sorted(same):
-        size = len(same[digest]) * len(documents[same[digest][0]])
+    room, chosen = share * total, set()
+    copies = Counter(documents)
+    for document in sorted(copies, key=lambda document: hashlib.blake2b(document, digest_size=16).digest()):
+        size = copies[document] * len(document)
         if size <= room:
-            chosen.update(same[digest])
+            chosen.add(document)
             room -= size
-    held_out = [document for i, document in enumerate(documents) if i in chosen]
-    train = [document for i, document in enumerate(documents) if i not in chosen]
+    held_out = [document for document in documents if document in chosen]
+    train = [document for document in documents if document not in chosen]
     if not any(held_out) and documents:
         longest = max(documents, key=len)
         cut = len(longest) - int(share * len(longest))
@@ -106,17 +97,15 @@ def hold_out(documents: Sequence[bytes], share: float) -> tuple[list[bytes], lis
         train = [document[:cut] if document == longest else document for document in documents]
         held_out = [longest[cut:]]
     if not (any(train) and any(held_out)):
-        raise argument_error(
-            "hold_out",
-            "documents",
-            got=f"{total} bytes in {len(documents)} documents, of which a share of {share} is none",
-            expected="text for both sides",
-            remedy="Read more text or raise the share.",
-        )
+        got = f"{total} bytes in {len(documents)} documents, of which a share of {share} is none"
+        remedy = "Read more text or raise the share."
+        raise argument_error("hold_out", "documents", got=got, expected="text for both sides", remedy=remedy)
     return train, held_out
 
 
-def _files_below(root: Path, suffix: str, exclude: Collection[str]) -> list[Path]:
+def _files_of(root: Path, suffix: str, exclude: Collection[str]) -> list[Path]:
+    if not root.is_dir():
+        return [root]
     found = []
 
     def refuse(error: OSError) -> None:
@@ -142,12 +131,9 @@ def _documents_in(file: Path, field: str) -> Iterator[bytes]:
                 record = None
             text = record.get(field) if isinstance(record, dict) else None
             if not isinstance(text, str):
-                raise argument_error(
-                    "read_documents",
-                    f"{file}, line {number}",
-                    got=repr(line[:60].decode(errors="replace").rstrip("\n")),
-                    expected=f"a JSON object whose {field!r} is a string",
-                    remedy="Correct or remove the line, or name another field.",
-                )
+                got = repr(line[:60].decode(errors="replace").rstrip("\n"))
+                expected = f"a JSON object whose {field!r} is a string"
+                remedy, where = "Correct or remove the line, or name another field.", f"{file}, line {number}"
+                raise argument_error("read_documents", where, got=got, expected=expected, remedy=remedy)
             # A lone surrogate is valid JSON and no character.
             yield text.encode(errors="replace")

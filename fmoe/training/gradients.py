@@ -1,7 +1,8 @@
-"""Around the gradient of a step: micro-batches, the dtype to compute in, and what isn't finite."""
+"""Around the gradient of a step: micro-batches, the dtype to compute in, and numbers that aren't finite."""
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ REMEDY = "Resume from the last checkpoint with a lower learning rate, a longer w
 
 
 def accumulate(value_and_grad_fn: Callable[..., Any], num_micro_batches: int) -> Callable[..., Any]:
-    """``value_and_grad_fn`` of a batch, taken a part at a time, so that only a part's activations are held.
+    """``value_and_grad_fn`` of a batch, taken a part at a time, to hold the activations of one part only.
 
     ==================  =======================================================================
     value_and_grad_fn   ``(params, *batch) -> (value, grads)`` or ``((value, aux), grads)``, as
@@ -33,11 +34,11 @@ def accumulate(value_and_grad_fn: Callable[..., Any], num_micro_batches: int) ->
     -> function         the same function of the whole batch, within summation order
     ==================  =======================================================================
 
-    Parts weigh equally: a mean over what is counted equals the batch's where each part counts as much.
-    Values and gradients are averaged in float32 or wider whatever their dtype, and returned in it. In ``aux``
-    every :class:`fmoe.MoEStats` is merged, token counts summed; other tensors are averaged, integers summed.
+    Parts weigh equally, so a mean over tokens equals the batch's if each part counts as many of them.
+    Values and gradients are averaged in float32 or wider and returned in their dtype. In ``aux`` every
+    :class:`fmoe.MoEStats` is merged. Other tensors are averaged, and those of integers summed.
 
-    Raises ``ValueError`` where a batch cannot be cut so.
+    Raises ``ValueError`` for a batch that cannot be cut into such parts.
 
     >>> from fmoe import value_and_grad
     >>> mean = value_and_grad(lambda w, x: (w * x).mean())
@@ -55,13 +56,10 @@ def accumulate(value_and_grad_fn: Callable[..., Any], num_micro_batches: int) ->
     def call(params: Any, *batch: torch.Tensor) -> Any:
         sizes = [len(tensor) for tensor in batch]
         if any(size == 0 or size % num_micro_batches for size in sizes):
-            raise argument_error(
-                "accumulate",
-                "batch",
-                got=f"tensors of {sizes} rows",
-                expected=f"multiples of num_micro_batches={num_micro_batches}",
-            )
-        values, dtypes = [], []
+            expected = f"multiples of num_micro_batches={num_micro_batches}"
+            raise argument_error("accumulate", "batch", got=f"tensors of {sizes} rows", expected=expected)
+        values = []
+        dtypes: list[torch.dtype] = []
         total: list[torch.Tensor] = []
         for part in zip(*(tensor.chunk(num_micro_batches) for tensor in batch)):
             value, grads = value_and_grad_fn(params, *part)
@@ -72,14 +70,14 @@ def accumulate(value_and_grad_fn: Callable[..., Any], num_micro_batches: int) ->
                 # Copies: two leaves of a gradient may be one tensor.
                 total = [map_local(lambda t: t.to(accumulator(t.dtype), copy=True), leaf) for leaf in leaves]
             else:
-                total = [_added(mine, leaf) for mine, leaf in zip(total, leaves)]
+                for mine, leaf in zip(total, leaves):
+                    local(mine).add_(local(leaf))
             del grads, leaves  # before the next part's are made
-        means = [
-            map_local(functools.partial(_mean, count=num_micro_batches, dtype=dtype), mine)
-            for mine, dtype in zip(total, dtypes)
-        ]
+        for mine in total:
+            local(mine).div_(num_micro_batches)
+        means = [map_local(operator.methodcaller("to", dtype), mine) for mine, dtype in zip(total, dtypes)]
         merged = optree.tree_map(_merged, *values, is_leaf=lambda x: isinstance(x, MoEStats))
-        return merged, optree.tree_unflatten(structure, means)
+        return merged, structure.unflatten(means)
 
     return call
 
@@ -88,11 +86,11 @@ def computing_in(fn: Callable[..., Any], dtype: torch.dtype, *, keep: Any = None
     """``fn`` with its params, the first argument, converted to ``dtype``.
 
     ``keep`` says which leaves stay as they are: a tree prefix of bools, or a function of the params that
-    gives one. ``None`` keeps what isn't :func:`~fmoe.training.optim.trained_by_default`, the selection
-    biases of routers.
+    gives one. ``None`` keeps the selection biases of routers
+    (:func:`~fmoe.training.optim.trained_by_default`).
 
-    Differentiated, it gives gradients in the dtype the params are kept in: float32 master weights with
-    bfloat16 computation, say. Where they are in ``dtype`` already, nothing is converted.
+    Its gradients have the dtype the params are kept in: float32 master weights with bfloat16 computation,
+    say. Params that are in ``dtype`` already are not converted.
 
     >>> half = computing_in(lambda p, x: (p["w"] @ x).sum(), torch.bfloat16)
     >>> params, x = {"w": torch.ones(2, 2)}, torch.ones(2, dtype=torch.bfloat16)
@@ -114,7 +112,7 @@ def computing_in(fn: Callable[..., Any], dtype: torch.dtype, *, keep: Any = None
 
 
 def _untrained(params: Any) -> Any:
-    return optree.tree_map(lambda trained: not trained, trained_by_default(params))
+    return optree.tree_map(operator.not_, trained_by_default(params))
 
 
 def _converted(leaf: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -131,8 +129,7 @@ def check_finite(step: int, loss: float, grad_norm: float, grads: Any) -> None:
 
     The message names the step and every tensor whose gradient has no finite norm, from the last layer to
     the first, as the backward pass reached them. ``grads`` is read in that case only, so a healthy step does
-    not wait for the device; :func:`fmoe.training.optim.clip_factor` leaves such gradients as they are. With
-    DTensors every rank calls this and raises the same.
+    not wait for the device. With DTensors every rank calls this and raises the same.
 
     >>> grads = {"a": torch.tensor(1.0), "b": torch.tensor(torch.nan)}
     >>> check_finite(7, 0.5, torch.nan, grads)  # doctest: +ELLIPSIS
@@ -148,7 +145,7 @@ def check_finite(step: int, loss: float, grad_norm: float, grads: Any) -> None:
 
 
 def check_params(step: int, params: Any) -> None:
-    """Raise ``FloatingPointError`` unless all parameters are finite: what isn't must not be saved.
+    """Raise ``FloatingPointError`` unless all parameters are finite, as those must be that are saved.
 
     It waits for the device. The message names the step and the tensors.
 
@@ -163,21 +160,12 @@ def check_params(step: int, params: Any) -> None:
 
 
 def _not_finite(tree: Any) -> str:
-    """Which tensors of a tree have no finite norm, the last first."""
+    """The tensors of a tree without a finite norm, the last first, in words."""
     leaves = check_tensors("check_finite", "grads", tree)
     bad = [name for name, leaf in zip(dotted_names(tree), leaves) if not global_norm(leaf).isfinite()][::-1]
     shown = ", ".join(bad[:NAMES_SHOWN]) or "none"
     rest = f" and {len(bad) - NAMES_SHOWN} more" if len(bad) > NAMES_SHOWN else ""
     return f"{len(bad)} of {len(leaves)} tensors: {shown}{rest}"
-
-
-def _added(total: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
-    local(total).add_(local(leaf))
-    return total
-
-
-def _mean(total: torch.Tensor, *, count: int, dtype: torch.dtype) -> torch.Tensor:
-    return total.div_(count).to(dtype)
 
 
 def _merged(*parts: Any) -> Any:

@@ -50,17 +50,16 @@ class World(NamedTuple):
 def join(
     axes: str = "", *, device_type: str | None = None, options: Mapping[str, Any] | None = None
 ) -> World:
-    """Join the processes that ``torchrun`` started, if it did, as a mesh of these axes.
+    """Join the processes that ``torchrun`` started, if any, as a mesh of these axes.
 
     ===========  ===========================================================================
     axes         as for :func:`fmoe.make_mesh`: ``"dp=2,ep=4"``
     device_type  ``"cuda"`` or ``"cpu"``; ``None``: ``"cuda"`` where there is a CUDA device
     options      what all processes must have in common, compared as text: ``vars(args)``
-    -> World     without a launcher and axes, of this process and without a mesh
+    -> World     without a launcher and axes: this process alone, without a mesh
     ===========  ===========================================================================
 
-    Raises ``ValueError`` where the processes' options differ, and for axes that
-    :func:`fmoe.make_mesh` refuses.
+    Raises ``ValueError`` for options that differ, and for axes that :func:`fmoe.make_mesh` refuses.
 
     >>> join().part
     (0, 1)
@@ -120,9 +119,9 @@ def at_least(least: int | float) -> Callable[[str], int | float]:
 def run(main: Callable[[], Any]) -> None:
     """Call a script's ``main``; an error its user can act on becomes one line and exit status 2.
 
-    Such an error is one that fmoe raises by itself, or a file that can't be read or written. Any other
-    error keeps its traceback, which ``torchrun`` shows of the process that failed first. In the end the
-    process group is left.
+    Such an error is one that fmoe raises by itself, or a file that can't be read or written. Any other error
+    keeps its traceback, and ``torchrun`` shows that of the process that failed first. In the end this leaves
+    the process group.
 
     >>> run(lambda: print("trained"))
     trained

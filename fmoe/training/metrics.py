@@ -1,10 +1,9 @@
-"""What a training loop shows and records: a step's numbers, a JSONL file, a live view."""
+"""A training run on screen and on disk: a step's numbers, a JSONL file, a live view."""
 
 import itertools
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -24,7 +23,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 PLAIN_LINES = 20
 _LOG = logging.getLogger("fmoe")
 
-# Dense bfloat16 FLOP/s by the vendor's data sheets, for the names the devices report.
+# Dense bfloat16 FLOP/s of the vendor's data sheets, by the names that devices report.
 PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12,
@@ -49,8 +48,8 @@ def speed(flops_per_second: float, device: torch.device) -> dict[str, float]:
 class Step(NamedTuple):
     """One step's numbers: loss in nats per token, and how many tokens each expert of each layer got.
 
-    ``tflops_per_second`` counts what the model needs, not what is recomputed; ``mfu`` is its share of the
-    device's peak. What is ``None`` is not known and not recorded.
+    ``tflops_per_second`` doesn't count recomputation, and ``mfu`` is its share of the device's peak. ``None``
+    means unknown, and is not recorded.
 
     >>> Step(0, 5.5, 1.0, 1e-3, 2e4, [[3, 1]]).overload  # the busier of two experts has 1.5 times its share
     1.5
@@ -89,16 +88,15 @@ def mean_loss(loss_fn: Callable[..., Any], params: Any, batches: Sequence[Sequen
 
 
 class MetricsFile:
-    """A context manager that appends a step a line to a JSONL file, at once, so that a crash loses nothing.
+    """A context manager that writes every step to a JSONL file at once, so that a crash loses nothing.
 
     ==========  ===================================================================================
     path        ``None`` writes nothing, as all ranks but the first should
     first_step  the step this run begins with; ``None`` keeps whatever the file holds
     ==========  ===================================================================================
 
-    With ``first_step``, the first write removes what the file holds of that step and later ones, and a line
-    that a crash cut short. A run from step 0 keeps the file of an earlier run beside its own, as
-    ``metrics-1.jsonl``, and logs that.
+    With ``first_step``, the first write removes that step and later ones from the file, and a line that a
+    crash cut short. A run from step 0 renames an earlier run's file to ``metrics-1.jsonl``, and logs that.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -139,22 +137,17 @@ class MetricsFile:
 
 
 def _make_room(path: Path, step: int) -> None:
-    """Leave in a file what was recorded before this step; from step 0, give it another name."""
+    """Leave the records before this step in a file; before step 0, give it another name."""
     if step == 0:
         others = (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(1))
         earlier = path.rename(next(other for other in others if not other.exists()))
         _LOG.warning(f"the metrics of an earlier run are {earlier} now")
         return
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    _replace(path, whole + "\n" if whole else "")
-    kept = [record for record in read_metrics(path) if record["step"] < step]
-    _replace(path, "".join(json.dumps(record) + "\n" for record in kept))
-
-
-def _replace(path: Path, text: str) -> None:
+    kept = [record for record in _records(path, whole) if record["step"] < step]
     beside = path.with_suffix(".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    beside.replace(path)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -168,23 +161,23 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     [{'step': 0, 'loss': 5.5}]
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise argument_error("read_metrics", "path", got=error, expected="a readable JSONL file") from error
+    return _records(path, text)
+
+
+def _records(path: str | Path, text: str) -> list[dict[str, Any]]:
     records = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             record = None
         if not isinstance(record, dict):
-            raise argument_error(
-                "read_metrics",
-                f"{path}, line {number}",
-                got=repr(line[:60]),
-                expected="one JSON object",
-                remedy="Remove the line if a crash cut it short.",
-            )
+            where, remedy = f"{path}, line {number}", "Remove the line if a crash cut it short."
+            got, expected = repr(line[:60]), "one JSON object"
+            raise argument_error("read_metrics", where, got=got, expected=expected, remedy=remedy)
         records.append(record)
     return records
 
@@ -192,10 +185,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 class LiveView:
     """A context manager that shows a run as it goes: time left, loss, and the load of every expert.
 
-    In a terminal each MoE layer has a row of blocks, an expert a block (neighbours share one where the
-    terminal is narrow): half height is a fair share, red is twice that, ``·`` is an expert without
-    tokens; the row ends with the layer's overload. Elsewhere it prints about twenty plain lines over
-    the run. While it is open, the console also shows what the library logs.
+    In a terminal each MoE layer has a row of blocks (:func:`load_row`), which ends with the layer's overload.
+    Elsewhere it prints about twenty plain lines over the run. While it is open, the console also shows what
+    the library logs.
 
     >>> import sys
     >>> with LiveView(total_steps=1, console=Console(file=sys.stdout)) as view:
@@ -207,12 +199,11 @@ class LiveView:
         self.total_steps = total_steps
         self.console = console or Console()
         self._step: Step | None = None
-        self._first = (0, 0.0)
+        self._first = (0, 0.0)  # the first step that it was shown, and when
         self._left = "-:--:--"
         self._printed = -1
         self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
         self._log = _ConsoleHandler(self.console)
-        self._level = _LOG.level
 
     def __enter__(self) -> Self:
         self._level = _LOG.level
@@ -238,16 +229,10 @@ class LiveView:
         if step.step + 1 >= self.total_steps:
             self._left = "0:00:00"
         self._step = step
-        if not self.console.is_terminal:
-            self._print_line(step)
-
-    def _print_line(self, step: Step) -> None:
         part = (step.step + 1) * PLAIN_LINES // max(1, self.total_steps)
-        if part != self._printed:
+        if not self.console.is_terminal and part != self._printed:
             self._printed = part
-            line = "  ".join(
-                [f"step {step.step + 1}/{self.total_steps}", f"{self._left} left", *_numbers(step)]
-            )
+            line = f"step {step.step + 1}/{self.total_steps}  {self._left} left  {_numbers(step)}"
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _render(self) -> Group | Text:
@@ -263,9 +248,9 @@ class LiveView:
         )
         load = Table.grid(padding=(0, 2))
         for i, counts in enumerate(step.tokens_per_expert):
-            width = max(1, self.console.width - 24)
-            load.add_row(f"layer {i}", load_row(counts, width), f"{_overload(counts):.2f}")
-        return Group(progress, Text("  ".join(_numbers(step))), load)
+            row = load_row(counts, width=max(1, self.console.width - 24))
+            load.add_row(f"layer {i}", row, f"{_overload(counts):.2f}")
+        return Group(progress, Text(_numbers(step)), load)
 
 
 class _ConsoleHandler(logging.Handler):
@@ -278,7 +263,9 @@ class _ConsoleHandler(logging.Handler):
 
 
 def load_row(counts: Sequence[int], width: int) -> Text:
-    """An expert a block, its height and colour its load: half height, green, is a fair share.
+    """A block for each expert, or for neighbours where the width is small, that shows the largest load.
+
+    Half height is a fair share, red is twice that, and ``·`` is an expert without tokens.
 
     >>> load_row([4, 8, 0, 4], width=4).plain
     '▄█·▄'
@@ -298,15 +285,10 @@ def _overload(counts: Sequence[int]) -> float:
     return max(counts) * len(counts) / sum(counts) if any(counts) else 1.0
 
 
-def _numbers(step: Step) -> list[str]:
-    speed = [] if step.tflops_per_second is None else [f"{step.tflops_per_second:,.3g} TFLOP/s"]
-    if step.mfu is not None:
-        speed.append(f"MFU {step.mfu:.1%}")
-    return [
-        f"loss {step.loss:.3f}",
-        f"gradient norm {step.grad_norm:.2f}",
-        f"lr {step.learning_rate:.1e}",
-        f"{step.tokens_per_second:,.0f} tokens/s",
-        *speed,
-        f"overload {step.overload:.2f}",
-    ]
+def _numbers(step: Step) -> str:
+    flops = "" if step.tflops_per_second is None else f"{step.tflops_per_second:,.3g} TFLOP/s  "
+    mfu = "" if step.mfu is None else f"MFU {step.mfu:.1%}  "
+    return (
+        f"loss {step.loss:.3f}  gradient norm {step.grad_norm:.2f}  lr {step.learning_rate:.1e}  "
+        f"{step.tokens_per_second:,.0f} tokens/s  {flops}{mfu}overload {step.overload:.2f}"
+    )

@@ -126,13 +126,9 @@ def adamw(
             "adamw", "betas", got=betas, expected="two numbers in [0, 1)", remedy="Try (0.9, 0.95)."
         )
     if moments_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
-        raise argument_error(
-            "adamw",
-            "moments_dtype",
-            got=moments_dtype,
-            expected="bfloat16, float32, float64 or None",
-            remedy="Leave it out; in float16 squares of small gradients would be zero.",
-        )
+        expected = "bfloat16, float32, float64 or None"
+        remedy = "Leave it out; in float16 squares of small gradients would be zero."
+        raise argument_error("adamw", "moments_dtype", got=moments_dtype, expected=expected, remedy=remedy)
     trained = trained_by_default if trained is None else trained
     functions = _AdamW(betas, eps, weight_decay, moments_dtype, trained)
     return Optimizer(functions.init, functions.update)
@@ -268,25 +264,21 @@ def _checked(
     argument: str, tree: Any, params: Any, moves: list[bool], dtype_of: DtypeOf = OWN
 ) -> list[torch.Tensor]:
     """The leaves of a tree that has the structure of params and, where they move, layouts like theirs."""
-    (expected, structure), (leaves, theirs) = optree.tree_flatten(params), optree.tree_flatten(tree)
+    (likes, structure), (leaves, theirs) = optree.tree_flatten(params), optree.tree_flatten(tree)
     if theirs != structure:
         ours, others = set(dotted_names(params)), set(dotted_names(tree))
-        raise argument_error(
-            "adamw.update",
-            argument,
-            got=f"a tree with leaves missing: {sorted(ours - others)}, unexpected: {sorted(others - ours)}",
-            expected="the leaves and containers of params",
-            remedy="Differentiate, and call init on, the params you pass here.",
-        )
-    layouts = [(_layout(leaf, OWN), _layout(like, dtype_of)) for leaf, like in zip(leaves, expected)]
+        got = f"a tree with leaves missing: {sorted(ours - others)}, unexpected: {sorted(others - ours)}"
+        wanted = "the leaves and containers of params"
+        remedy = "Differentiate, and call init on, the params you pass here."
+        raise argument_error("adamw.update", argument, got=got, expected=wanted, remedy=remedy)
+    layouts = [(_layout(leaf, OWN), _layout(like, dtype_of)) for leaf, like in zip(leaves, likes)]
     if wrong := [i for i, (mine, theirs) in enumerate(layouts) if moves[i] and mine != theirs]:
         names = dotted_names(params)
         got, wanted = (
             "; ".join(f"{names[i]} {' '.join(map(str, layouts[i][side]))}" for i in wrong) for side in (0, 1)
         )
-        raise argument_error(
-            "adamw.update", argument, got=got, expected=wanted, remedy="Cast or redistribute first."
-        )
+        remedy = "Cast or redistribute first."
+        raise argument_error("adamw.update", argument, got=got, expected=wanted, remedy=remedy)
     return leaves
 
 
@@ -356,13 +348,8 @@ def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
     tensor(0.2000)
     """
     if not max_norm > 0:
-        raise argument_error(
-            "clip_factor",
-            "max_norm",
-            got=max_norm,
-            expected="a positive number",
-            remedy="Pass math.inf for no clipping.",
-        )
+        expected, remedy = "a positive number", "Pass math.inf for no clipping."
+        raise argument_error("clip_factor", "max_norm", got=max_norm, expected=expected, remedy=remedy)
     return torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
 
 

@@ -6,7 +6,7 @@ Each function takes plain values and returns a matplotlib ``Figure``, which a no
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Records = Sequence[Mapping[str, Any]]
-MOST_MARKS, MOST_COLUMNS = 1000, 300  # on the x axis; more would show nothing that these don't
+MOST_MARKS, MOST_COLUMNS = 1000, 300  # on the x axis; more would look the same
+SHAPE = "{tokens} tokens of {dim}, hidden {hidden}\n{top_k} of {experts} experts, {routing}"
 
 
 def plot_loss(runs: Mapping[str, Records], *, reference: Mapping[str, float] = {}) -> "Figure":
@@ -28,8 +29,8 @@ def plot_loss(runs: Mapping[str, Records], *, reference: Mapping[str, float] = {
     ``runs`` maps labels to records of :func:`~fmoe.training.metrics.read_metrics`. Losses that aren't finite
     are left out. ``reference`` maps labels to losses, such as the entropy of single bytes.
 
-    Raises ``ValueError`` for a run without a loss or with one that is no number, and ``ImportError``
-    without matplotlib.
+    Raises ``ValueError`` for a run without a loss or with one that is no number, and ``ImportError`` without
+    matplotlib.
 
     >>> figure = plot_loss({"debug": [{"step": 0, "loss": 5.5}]}, reference={"uniform": 5.545})
     >>> [line.get_label() for line in figure.axes[0].lines if not line.get_label().startswith("_")]
@@ -48,7 +49,7 @@ def plot_loss(runs: Mapping[str, Records], *, reference: Mapping[str, float] = {
             )
         color, every = f"C{number}", math.ceil(len(steps) / MOST_MARKS)
         size = 3 if len(steps) > 100 else 6
-        # As pixels: a thousand points are as heavy as the rest of an SVG picture ten times over.
+        # Pixels, because a thousand points would take ten times the rest of an SVG file.
         marks: dict[str, Any] = dict(marker="o", linestyle="", markeredgewidth=0, rasterized=True)
         ax.plot(steps[::every], losses[::every], **marks, markersize=size, color=color, alpha=0.3)
         ax.plot(steps[::every], _moving_average(losses)[::every], color=color, label=label)
@@ -67,9 +68,8 @@ def plot_load(records: Records) -> "Figure":
     ``records`` are those of :func:`~fmoe.training.metrics.read_metrics`. Where they are many, neighbouring
     steps are averaged. A fair share is what every expert would get if they were loaded evenly.
 
-    Raises ``ValueError`` for records without ``tokens_per_expert`` or whose layers and experts change,
-    and ``ImportError``
-    without matplotlib.
+    Raises ``ValueError`` for records without ``tokens_per_expert`` or whose layers and experts change, and
+    ``ImportError`` without matplotlib.
 
     >>> figure = plot_load([{"step": i, "tokens_per_expert": [[3, 1], [2, 2]]} for i in range(4)])
     >>> [ax.get_title() for ax in figure.axes]
@@ -81,18 +81,15 @@ def plot_load(records: Records) -> "Figure":
             "plot_load", "records", got="no tokens_per_expert", expected="counts by layer and expert"
         )
     counts = [record["tokens_per_expert"] for record in known]
-    for what, sizes in (
-        ("layers a record", {len(layers) for layers in counts}),
-        ("experts a layer", {len(layer) for layers in counts for layer in layers}),
-    ):
+    sizes_of = {
+        "layers a record": {len(layers) for layers in counts},
+        "experts a layer": {len(layer) for layers in counts for layer in layers},
+    }
+    for what, sizes in sizes_of.items():
         if len(sizes) > 1:
-            raise argument_error(
-                "plot_load",
-                "records",
-                got=f"{' or '.join(map(str, sorted(sizes)))} {what}",
-                expected="the same number everywhere",
-                remedy="Draw the records of one model.",
-            )
+            got = f"{' or '.join(map(str, sorted(sizes)))} {what}"
+            expected, remedy = "the same number everywhere", "Draw the records of one model."
+            raise argument_error("plot_load", "records", got=got, expected=expected, remedy=remedy)
     steps = [_number("plot_load", "records", record, "step") for record in known]
     share_NLE = torch.tensor(counts, dtype=torch.float64)
     share_NLE = share_NLE / share_NLE.mean(-1, keepdim=True).clamp_min(1e-20)
@@ -156,7 +153,7 @@ def plot_memory(kept: Mapping[str, Mapping[str, int]]) -> "Figure":
 
 
 def plot_layers(results: Sequence[Mapping[str, Any]]) -> "Figure":
-    """TFLOP/s of layers: a group of bars for each result, a line across it for the matrix product of its run.
+    """TFLOP/s of layers: a group of bars for each result, with a line for a matrix product of the same run.
 
     ``results`` are those of :func:`fmoe.bench.measure.bench_layer`, as ``python -m fmoe bench layer --json``
     writes them. Raises ``ValueError`` if they have no layer, and ``ImportError`` without matplotlib.
@@ -183,22 +180,16 @@ def plot_layers(results: Sequence[Mapping[str, Any]]) -> "Figure":
     for group, result in enumerate(results):
         label = "a large matrix product" if group == 0 else None
         ax.plot([group - 0.4, group + 0.4], [result["matmul_tflops"]] * 2, "--", color="0.4", label=label)
-    ax.set_xticks(range(len(results)), [_shape_of(result) for result in results])
+    shapes = [SHAPE.format(**each["shape"], routing=each["routing"]) for each in results]
+    ax.set_xticks(range(len(results)), shapes)
     where = dict.fromkeys(f"{each['device']}, {each['dtype'].removeprefix('torch.')}" for each in results)
     ax.set(ylabel="TFLOP/s, forward and backward", title="; ".join(where))
     ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
-def _shape_of(result: Mapping[str, Any]) -> str:
-    sizes = "{tokens} tokens of {dim}, hidden {hidden}\n{top_k} of {experts} experts".format(
-        **result["shape"]
-    )
-    return f"{sizes}, {result['routing']}"
-
-
 def save_figure(figure: "Figure", path: str | Path) -> None:
-    """Write a figure, in the format its ending names (``.svg``, ``.png``); equal figures give equal files.
+    """Write a figure as ``.svg`` or ``.png``, by the path's ending. Equal figures give equal files.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -212,7 +203,7 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
 
 
 def report(path: str | Path, *, reference: Mapping[str, float] = {}, unit: str = "token") -> str:
-    """A run in words, with its pictures ``loss.svg`` and ``load.svg`` drawn beside its metrics.
+    """A run in words, and its pictures ``loss.svg`` and ``load.svg`` beside its metrics.
 
     =========  ===================================================================================
     path       a file of :class:`~fmoe.training.metrics.MetricsFile`
@@ -250,7 +241,7 @@ def report(path: str | Path, *, reference: Mapping[str, float] = {}, unit: str =
 
 
 def empty_figure(function: str, width: float = 1, height: float = 1) -> "Figure":
-    """An empty one; not pyplot's, which would keep it."""
+    """An empty one. Pyplot would keep it."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -261,21 +252,17 @@ def empty_figure(function: str, width: float = 1, height: float = 1) -> "Figure"
 def _finite(argument: str, records: Records, name: str) -> tuple[list[float], list[float]]:
     known = [record for record in records if name in record]
     steps, values = ([_number("plot_loss", argument, r, key) for r in known] for key in ("step", name))
-    found = [(step, value) for step, value in zip(steps, values) if math.isfinite(value)]
-    return [step for step, _ in found], [value for _, value in found]
+    finite = [math.isfinite(value) for value in values]
+    return [*compress(steps, finite)], [*compress(values, finite)]
 
 
 def _number(function: str, argument: str, record: Mapping[str, Any], name: str) -> float:
     value = record.get(name)
     if isinstance(value, int | float):
         return value
-    raise argument_error(
-        function,
-        argument,
-        got=f"a record whose {name} is {value!r}",
-        expected="a number",
-        remedy="Remove such records, or write the number.",
-    )
+    got = f"a record whose {name} is {value!r}"
+    remedy = "Remove such records, or write the number."
+    raise argument_error(function, argument, got=got, expected="a number", remedy=remedy)
 
 
 def _moving_average(losses: Sequence[float]) -> list[float]:

@@ -17,6 +17,7 @@ import torch
 
 from fmoe.models import deepseek_v3
 from fmoe.training import checkpoint
+from fmoe.training.checkpoint import saving
 from fmoe.training.checkpoint.folder import summed
 from fmoe.training.checkpoint.reader import IndexUnpickler
 from fmoe.training.optim import adamw
@@ -111,18 +112,18 @@ def test_the_newest_is_found_and_the_oldest_go(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_args: Any, **_options: Any) -> None:
-        raise checkpoint.dcp.api.CheckpointException("no space", {0: (OSError("no space left"), [])})
+        raise saving.dcp.api.CheckpointException("no space", {0: (OSError("no space left"), [])})
 
-    monkeypatch.setattr(checkpoint.dcp, "save", fail)
+    monkeypatch.setattr(saving.dcp, "save", fail)
     with pytest.raises(RuntimeError, match=r"save: could not write .*step-00000001\.tmp: .*no space left"):
         checkpoint.save(tmp_path, 1, {"w": torch.ones(2)})
 
 
 def test_several_ranks_without_numpy_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.check_ranks("save")
-    monkeypatch.setattr(checkpoint, "find_spec", lambda _: None)
+    monkeypatch.setattr("fmoe.training.checkpoint.state.find_spec", lambda _: None)
     checkpoint.check_ranks("save")
-    monkeypatch.setattr(checkpoint, "num_ranks", lambda: 2)
+    monkeypatch.setattr("fmoe.training.checkpoint.state.num_ranks", lambda: 2)
     with pytest.raises(
         ImportError, match=r"--save-every: between ranks .* needs numpy. Install it with: pip"
     ):

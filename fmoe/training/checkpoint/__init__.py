@@ -1,8 +1,8 @@
 """Checkpoints that survive a crash, on ``torch.distributed.checkpoint``, in one process or in many.
 
-A checkpoint is a folder ``step-00000010`` of tensors under dotted names and ``checkpoint.json``, which says
-what they are. It is written under another name and renamed when all of it is on disk. So a folder of that
-name is whole, whenever the process was killed.
+A checkpoint is a folder ``step-00000010`` of tensors under dotted names, described by ``checkpoint.json``.
+It is written under another name and renamed when all of it is on disk. So a folder of that name is whole,
+whenever the process was killed.
 """
 
 from .loading import Loaded, latest, load, start

@@ -1,4 +1,4 @@
-"""A checkpoint as a folder of files: which are whole, what describes them, and how one comes and goes."""
+"""A checkpoint as a folder of files: its beginning and end, its description, and whether it is whole."""
 
 import json
 import os
@@ -18,15 +18,11 @@ _CHUNK = 1 << 20
 
 
 def begin(target: Path) -> Path:
-    """Make the folder that :func:`finish` will call ``target``, and put what is in the way aside."""
+    """Make the folder that :func:`finish` will name ``target``, after moving aside what is in the way."""
     if not damage(target):
-        raise argument_error(
-            "save",
-            "step",
-            got=f"{step_of(target)}, and {target} is there already",
-            expected="a step without a checkpoint",
-            remedy="Resume from it, delete it, or save to another folder.",
-        )
+        got = f"{step_of(target)}, and {target} is there already"
+        remedy = "Resume from it, delete it, or save to another folder."
+        raise argument_error("save", "step", got=got, expected="a step without a checkpoint", remedy=remedy)
     unfinished = target.with_suffix(".tmp")
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob("step-*.tmp"):
@@ -54,7 +50,7 @@ def finish(unfinished: Path, target: Path, description: dict[str, Any]) -> None:
 
 
 def remove_older(newest: Path, keep: int) -> None:
-    """Keep so many of the checkpoints up to the newest."""
+    """Remove all checkpoints up to ``newest`` but the last ``keep``."""
     for old in [path for path in whole(newest.parent) if step_of(path) <= step_of(newest)][:-keep]:
         # Renamed first: a half-deleted checkpoint must not look like one.
         remove(old.rename(old.with_suffix(".tmp")))
@@ -76,26 +72,22 @@ def step_of(path: Path) -> int:
 
 
 def damage(path: Path) -> str:
-    """Which files of a checkpoint are missing or of another size; empty if none is."""
+    """The files of a checkpoint that are missing or of another size, in words; empty if none is."""
     description = described(path)
     if isinstance(description, str):
         return description
-    sizes = {name: _size(path / name) for name in description["files"]}
-    return "; ".join(
-        f"{name} of {sizes[name]} bytes, which had {file['bytes']}"
-        for name, file in description["files"].items()
-        if sizes[name] != file["bytes"]
-    )
+    sizes = ((name, _size(path / name), file["bytes"]) for name, file in description["files"].items())
+    return "; ".join(f"{name} of {size} bytes, which had {had}" for name, size, had in sizes if size != had)
 
 
 def changed(path: Path, names: Iterable[str]) -> str:
-    """Which of these files of a checkpoint have other content than they had; empty if none has."""
+    """Those of these files of a checkpoint whose content changed, in words; empty if none did."""
     files = described(path)["files"]
     return "; ".join(f"{name} whose content changed" for name in names if summed(path / name) != files[name])
 
 
 def summed(file: Path) -> dict[str, int]:
-    """What a file is known by: its size and its CRC-32, which is read faster than a disk is."""
+    """A file's size and its CRC-32, which takes less time than reading from a disk."""
     total, chunk = 0, bytearray(_CHUNK)
     with file.open("rb", buffering=0) as content:
         while length := content.readinto(chunk):
@@ -104,7 +96,7 @@ def summed(file: Path) -> dict[str, int]:
 
 
 def described(path: Path) -> Any:
-    """The content of checkpoint.json, or in words why there is none."""
+    """The content of checkpoint.json, or, in words, the reason that there is none."""
     try:
         description = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

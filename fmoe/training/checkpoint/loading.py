@@ -1,4 +1,4 @@
-"""Loading, on any mesh: of the newest checkpoint or of a named one."""
+"""Loading the newest checkpoint or a named one, on any mesh."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from ...errors import argument_error
-from ...ops.core.dtensors import is_dtensor
+from ...ops.core.dtensors import map_local
 from ...parallel.together import check_alike, differences, num_ranks, this_rank, together
 from . import folder as folders
 from .reader import PlainReader
@@ -22,7 +22,7 @@ _LOG = logging.getLogger("fmoe")
 
 
 class Loaded(NamedTuple):
-    """A state as it was saved, and how many steps had been made: the next step, and the next batch's.
+    """A state as it was saved, and the number of steps it had made, which is that of the next step and batch.
 
     >>> state, start = Loaded({"params": torch.zeros(2)}, step=10)  # as from load
     >>> [*range(start, 12)]  # the steps that are left of twelve
@@ -34,7 +34,7 @@ class Loaded(NamedTuple):
 
 
 def latest(folder: str | Path) -> Path | None:
-    """The checkpoint of the most steps, or ``None``. One that lacks a file or part of one doesn't count.
+    """The checkpoint of the most steps, or ``None``. One without all of its files doesn't count.
 
     >>> import tempfile
     >>> from fmoe.training.checkpoint import save
@@ -50,23 +50,22 @@ def latest(folder: str | Path) -> Path | None:
 def load(
     path: str | Path, like: Any, *, run: Mapping[str, Any] | None = None, donate: bool = False
 ) -> Loaded:
-    """What :func:`save` wrote, with the structure, devices and placements of ``like``, on any mesh.
+    """Read a state that :func:`save` wrote, with the structure, devices and placements of ``like``.
 
     =========  ===================================================================================
     path       from :func:`latest`
-    like       a tree as the one saved, of tensors of the same shapes and dtypes; DTensors may be placed
-               otherwise than they were, and plain tensors, which are then whole, may have been DTensors
+    like       a tree as the one saved, of tensors of the same shapes and dtypes; DTensors may have other
+               placements, and plain tensors, which get whole values, may have been DTensors
     run        compared with the ``run`` that was saved, unless ``None``
     donate     write into the tensors of ``like``, which must not be used again, instead of new ones
     -> Loaded  ``state`` and ``step``
     =========  ===================================================================================
 
     With a process group every rank calls this, and each reads the saved pieces that overlap its own. Tensors
-    are unpickled by PyTorch's ``weights_only``, and PyTorch's index of them by an unpickler that knows that
-    index's classes and no other.
+    are unpickled by PyTorch's ``weights_only``, and PyTorch's index by an unpickler of that index's classes.
 
-    Raises ``ValueError`` for what is no checkpoint, or not all of one, or changed since. It also lists every
-    difference from ``like`` or ``run``. An error of one rank is raised on all.
+    Raises ``ValueError`` for a folder that is no whole checkpoint or changed since it was saved. It also
+    lists every difference from ``like`` or ``run``. An error of one rank is raised on all.
 
     >>> import tempfile
     >>> from fmoe.training.checkpoint import save
@@ -91,37 +90,33 @@ def load(
         if damage := folders.changed(path, sorted(description["files"])[this_rank() :: num_ranks()]):
             raise _damaged(path, damage)
         if not donate:
-            leaves = {name: _empty_like(leaf) for name, leaf in leaves.items()}
+            leaves = {name: map_local(torch.empty_like, leaf) for name, leaf in leaves.items()}
     try:
         with together():
             reader.read_metadata()  # PyTorch would try it twice and print two tracebacks
         with one_process_is_fine():
             dcp.load(leaves, storage_reader=reader, no_dist=not dist.is_initialized())
     except (Exception, dcp.api.CheckpointException) as error:
-        raise argument_error(
-            "load",
-            str(path),
-            got=reason(error),
-            expected="readable tensors",
-            remedy="Delete it and resume from the one before.",
-        ) from error
+        got, expected = reason(error), "readable tensors"
+        remedy = "Delete it and resume from the one before."
+        raise argument_error("load", str(path), got=got, expected=expected, remedy=remedy) from error
     state = optree.tree_unflatten(optree.tree_structure(like), list(leaves.values()))
     return Loaded(state, description["step"])
 
 
 def start(folder: str | Path, state: Any, *, resume: bool, run: Mapping[str, Any] | None = None) -> Loaded:
-    """The state a run begins with: ``state``, or with ``resume`` the newest checkpoint's, if there is one.
+    """The state a run begins with: ``state``, or with ``resume`` that of the newest checkpoint, if any.
 
     =========  ===================================================================================
     folder     where the run saves
     state      its initial state; a checkpoint is loaded into its tensors, so don't use them again
     resume     whether to go on from a checkpoint of the folder
     run        compared with the ``run`` that was saved, unless ``None``
-    -> Loaded  ``state`` and how many steps were made
+    -> Loaded  ``state`` and the number of steps made
     =========  ===================================================================================
 
-    With a process group every rank calls this. It passes over a damaged checkpoint where an older one is
-    whole, and logs that.
+    With a process group every rank calls this. If the newest checkpoint is damaged and an older one is whole,
+    it goes on from that one, and logs it.
 
     Raises ``ValueError`` without ``resume`` where the folder has a checkpoint, and what :func:`load` raises.
 
@@ -142,24 +137,10 @@ def start(folder: str | Path, state: Any, *, resume: bool, run: Mapping[str, Any
             _LOG.warning(f"{named} is damaged; going on from {newest}")
         return load(newest or named, state, run=run, donate=True)
     if newest:
-        raise argument_error(
-            "start",
-            "folder",
-            got=f"{newest} of an earlier run",
-            expected="none, or resume",
-            remedy="Resume, delete it, or choose another folder.",
-        )
+        got = f"{newest} of an earlier run"
+        remedy = "Resume, delete it, or choose another folder."
+        raise argument_error("start", "folder", got=got, expected="none, or resume", remedy=remedy)
     return Loaded(state, 0)
-
-
-def _empty_like(leaf: torch.Tensor) -> torch.Tensor:
-    if not is_dtensor(leaf):
-        return torch.empty_like(leaf)
-    from torch.distributed.tensor import DTensor
-
-    local = torch.empty_like(leaf.to_local())
-    placed = leaf.device_mesh, leaf.placements
-    return DTensor.from_local(local, *placed, run_check=False, shape=leaf.shape, stride=leaf.stride())
 
 
 def _check_same(
@@ -172,20 +153,12 @@ def _check_same(
     if run is not None:
         found = differences("run", description["run"], json.loads(json.dumps(run))) + found
     if found:
-        raise argument_error(
-            "load",
-            str(path),
-            got="; ".join(found),
-            expected="a checkpoint of this model and data",
-            remedy="Resume with the options it was saved with, or train into another folder.",
-        )
+        expected = "a checkpoint of this model and data"
+        remedy = "Resume with the options it was saved with, or train into another folder."
+        raise argument_error("load", str(path), got="; ".join(found), expected=expected, remedy=remedy)
 
 
 def _damaged(path: Path, damage: str) -> ValueError:
-    return argument_error(
-        "load",
-        str(path),
-        got=damage,
-        expected="a whole checkpoint of fmoe",
-        remedy="Choose another, or delete it and resume from the one before.",
-    )
+    expected = "a whole checkpoint of fmoe"
+    remedy = "Choose another, or delete it and resume from the one before."
+    return argument_error("load", str(path), got=damage, expected=expected, remedy=remedy)

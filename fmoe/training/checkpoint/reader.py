@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-# All that PyTorch's index of a checkpoint of tensors names; the rest of its classes isn't needed.
+# The classes in PyTorch's index of a checkpoint of tensors.
 _METADATA = "torch.distributed.checkpoint.metadata"
 KNOWN = {
     ("torch", "Size"),

@@ -23,14 +23,14 @@ def save(
     run: Mapping[str, Any] | None = None,
     keep: int | None = None,
 ) -> Path:
-    """Write ``folder/step-XXXXXXXX``; when this returns it is on disk, and until then it does not exist.
+    """Write ``folder/step-XXXXXXXX``. It exists only when all of it is on disk, which it is on return.
 
     =========  ===================================================================================
-    step       how many steps were made; batches depend on nothing else, so it is the data position
+    step       the number of steps made, which is also the position in the data
     state      a tree of tensors, DTensors among them: ``{"params": params, "optimizer": state}``
-    run        JSON: what a run that resumes must have in common, as ``{"model": {"dim": 128}}``
-    keep       how many checkpoints to keep, the newest; ``None``: all
-    -> path
+    run        JSON that a run that resumes must have in common, as ``{"model": {"dim": 128}}``
+    keep       the number of newest checkpoints to keep; ``None``: all
+    -> path    of the checkpoint
     =========  ===================================================================================
 
     With a process group, every rank calls this, and all see the folder. Each rank writes its piece of a

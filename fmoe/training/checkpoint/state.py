@@ -1,4 +1,4 @@
-"""A state that is saved or loaded: its tensors by name, what describes them, and which ranks can move it."""
+"""A state to save or load: its tensors by name, their description, and the ranks that can do it."""
 
 import contextlib
 import hashlib
@@ -48,7 +48,7 @@ def digest(leaves: Mapping[str, torch.Tensor]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The last line of an error: of PyTorch's, which shows tracebacks of ranks, the error itself."""
+    """The last line of an error. PyTorch's errors show tracebacks of ranks before it."""
     return str(error).strip().rpartition("\n")[2] or type(error).__name__
 
 
