@@ -105,13 +105,10 @@ def remat(fn: Callable[..., Any], policy: Policy | None = None) -> Callable[...,
     """
     policy = save_declared if policy is None else policy
     if not callable(policy) or policy is save:
-        raise argument_error(
-            "remat",
-            "policy",
-            got="save itself" if policy is save else repr(policy),
-            expected="a function of an operator's checkpoint name, or None",
-            remedy='Use fmoe.save("topk"), say.',
-        )
+        got = "save itself" if policy is save else repr(policy)
+        expected = "a function of an operator's checkpoint name, or None"
+        remedy = 'Use fmoe.save("topk"), say.'
+        raise argument_error("remat", "policy", got=got, expected=expected, remedy=remedy)
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -142,12 +139,8 @@ def per_layer(remat_policy: str = "none", *, compiled: bool = False) -> Callable
     if kind == "save":
         policies["save"] = save(*names.split(","))
     if kind not in ("none", *policies):
-        raise argument_error(
-            "per_layer",
-            "remat_policy",
-            got=repr(remat_policy),
-            expected="none, full, default or save:NAME,NAME",
-        )
+        expected = "none, full, default or save:NAME,NAME"
+        raise argument_error("per_layer", "remat_policy", got=repr(remat_policy), expected=expected)
 
     def wrap(layer: Callable[..., Any]) -> Callable[..., Any]:
         layer = remat(layer, policies[kind]) if kind in policies else layer
@@ -195,23 +188,17 @@ def value_and_grad(
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if not all(-len(args) <= i < len(args) for i in positions):
-            raise argument_error(
-                "value_and_grad",
-                "argnums",
-                got=argnums,
-                expected=f"positions among the {len(args)} positional arguments",
-                remedy="Pass what is differentiated by position.",
-            )
+            expected = f"positions among the {len(args)} positional arguments"
+            remedy = "Pass what is differentiated by position."
+            raise argument_error("value_and_grad", "argnums", got=argnums, expected=expected, remedy=remedy)
         chosen = tuple(args[i] for i in positions)
         leaves = check_tensors("value_and_grad", "args", chosen)
         for name, leaf in zip(dotted_names(chosen), leaves):
             if not leaf.is_floating_point():
+                expected = "a floating dtype"
+                remedy = "Leave it out of argnums."
                 raise argument_error(
-                    "value_and_grad",
-                    f"args.{name}",
-                    got=leaf.dtype,
-                    expected="a floating dtype",
-                    remedy="Leave it out of argnums.",
+                    "value_and_grad", f"args.{name}", got=leaf.dtype, expected=expected, remedy=remedy
                 )
         treedef = optree.tree_structure(chosen)
         variables = [leaf.detach().requires_grad_() for leaf in leaves]

@@ -38,13 +38,10 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
     """
     same = {(t.dtype, t.device) for t in (q, k, v)}
     if q.dim() != 4 or k.shape != q.shape or v.shape[:-1] != q.shape[:-1] or len(same) > 1:
-        raise argument_error(
-            "causal_attention",
-            "q, k, v",
-            got=", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (q, k, v)),
-            expected="(B, L, H, N), (B, L, H, N) and (B, L, H, V) of one dtype on one device",
-            remedy="Repeat the heads that queries share; convert with .to().",
-        )
+        got = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (q, k, v))
+        expected = "(B, L, H, N), (B, L, H, N) and (B, L, H, V) of one dtype on one device"
+        remedy = "Repeat the heads that queries share; convert with .to()."
+        raise argument_error("causal_attention", "q, k, v", got=got, expected=expected, remedy=remedy)
     return attention(q, k, v, scale)
 
 

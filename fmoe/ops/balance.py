@@ -82,21 +82,15 @@ def update_expert_bias(params: Any, counts_E: torch.Tensor, rate: float) -> Any:
     if hasattr(params, "router"):
         return params._replace(router=update_expert_bias(params.router, counts_E, rate))
     if counts_E.shape != params.bias_E.shape:
-        raise argument_error(
-            "update_expert_bias",
-            "counts_E",
-            got=f"shape {tuple(counts_E.shape)}",
-            expected=f"{tuple(params.bias_E.shape)}, one count per expert",
-            remedy="Pass MoEStats.tokens_per_expert of this layer.",
-        )
+        got = f"shape {tuple(counts_E.shape)}"
+        expected = f"{tuple(params.bias_E.shape)}, one count per expert"
+        remedy = "Pass MoEStats.tokens_per_expert of this layer."
+        raise argument_error("update_expert_bias", "counts_E", got=got, expected=expected, remedy=remedy)
     if is_dtensor(params.bias_E) and not all(p.is_replicate() for p in params.bias_E.placements):
-        raise argument_error(
-            "update_expert_bias",
-            "params.bias_E",
-            got=f"a DTensor placed by {params.bias_E.placements}",
-            expected="one that is whole on every device",
-            remedy="Place it with fmoe.shard_params.",
-        )
+        got = f"a DTensor placed by {params.bias_E.placements}"
+        expected = "one that is whole on every device"
+        remedy = "Place it with fmoe.shard_params."
+        raise argument_error("update_expert_bias", "params.bias_E", got=got, expected=expected, remedy=remedy)
     counts = local(counts_E).double()
     step = (rate * (counts.mean() - counts).sign()).to(params.bias_E.dtype)
     return params._replace(bias_E=map_local(lambda bias: bias + step, params.bias_E))

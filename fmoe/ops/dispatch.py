@@ -80,21 +80,15 @@ def dispatch(
     (tensor([0, 2, 1]), tensor([2, 3], dtype=torch.int32))
     """
     if x_TD.dim() != 2 or routing.expert_ids_TK.shape[:1] != x_TD.shape[:1]:
-        raise argument_error(
-            "dispatch",
-            "x_TD",
-            got=f"shape {tuple(x_TD.shape)}",
-            expected=f"({routing.expert_ids_TK.shape[0]}, D), a row for each row of routing.expert_ids_TK",
-            remedy="Flatten x to (T, D) and route the same rows.",
-        )
+        got = f"shape {tuple(x_TD.shape)}"
+        expected = f"({routing.expert_ids_TK.shape[0]}, D), a row for each row of routing.expert_ids_TK"
+        remedy = "Flatten x to (T, D) and route the same rows."
+        raise argument_error("dispatch", "x_TD", got=got, expected=expected, remedy=remedy)
     if routing.weights_TK.shape != routing.expert_ids_TK.shape:
-        raise argument_error(
-            "dispatch",
-            "routing.weights_TK",
-            got=f"shape {tuple(routing.weights_TK.shape)}",
-            expected=f"{tuple(routing.expert_ids_TK.shape)}, as routing.expert_ids_TK",
-            remedy="Give each chosen expert one weight.",
-        )
+        got = f"shape {tuple(routing.weights_TK.shape)}"
+        expected = f"{tuple(routing.expert_ids_TK.shape)}, as routing.expert_ids_TK"
+        remedy = "Give each chosen expert one weight."
+        raise argument_error("dispatch", "routing.weights_TK", got=got, expected=expected, remedy=remedy)
     transport = transport_along("dispatch", axis)
     if transport is not None:
         return transport.dispatch(x_TD, routing)
@@ -159,13 +153,9 @@ def align_rows(plan: Plan, multiple: int) -> Plan:
     (tensor([ 0,  2, -1, -1,  1, -1, -1, -1, -1]), tensor([4, 8], dtype=torch.int32))
     """
     if not isinstance(multiple, int) or multiple < 1:
-        raise argument_error(
-            "align_rows",
-            "multiple",
-            got=repr(multiple),
-            expected="a positive integer",
-            remedy="Pass how many rows a block has.",
-        )
+        expected = "a positive integer"
+        remedy = "Pass how many rows a block has."
+        raise argument_error("align_rows", "multiple", got=repr(multiple), expected=expected, remedy=remedy)
     if multiple == 1:
         return plan
     ends_e, row_SK = plan.offsets_e.long(), plan.row_SK
@@ -184,12 +174,10 @@ def align_rows(plan: Plan, multiple: int) -> Plan:
 
 def check_rows(function: str, argument: str, rows: torch.Tensor, expected: int) -> None:
     if rows.dim() != 2 or rows.shape[0] != expected:
+        got = f"shape {tuple(rows.shape)}"
+        remedy = "Pass the plan these rows were made with."
         raise argument_error(
-            function,
-            argument,
-            got=f"shape {tuple(rows.shape)}",
-            expected=f"({expected}, D), by its plan",
-            remedy="Pass the plan these rows were made with.",
+            function, argument, got=got, expected=f"({expected}, D), by its plan", remedy=remedy
         )
 
 
@@ -205,13 +193,10 @@ def rows_of_slots(slot_R: torch.Tensor, top_k: int) -> torch.Tensor:
 def check_ids(ids: torch.Tensor, num_experts: int) -> None:
     """On the host, where looking costs nothing."""
     if ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= num_experts:
-        raise argument_error(
-            "dispatch",
-            "routing.expert_ids_TK",
-            got=f"an expert id of {int(ids.max())}",
-            expected=f"ids below {num_experts}, the length of routing.counts_E",
-            remedy="Give counts_E one entry per expert.",
-        )
+        got = f"an expert id of {int(ids.max())}"
+        expected = f"ids below {num_experts}, the length of routing.counts_E"
+        remedy = "Give counts_E one entry per expert."
+        raise argument_error("dispatch", "routing.expert_ids_TK", got=got, expected=expected, remedy=remedy)
 
 
 def layout_kernel(ids_SK: torch.Tensor, num_experts: int, num_rows: int) -> Tensors:

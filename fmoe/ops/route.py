@@ -174,21 +174,13 @@ def route(router_params: RouterParams, x_TD: torch.Tensor, config: RouterConfig)
     num_experts = weight_ED.shape[0]
     config.check(num_experts, "route")
     if x_TD.dim() != 2 or x_TD.shape[1] != weight_ED.shape[1]:
-        raise argument_error(
-            "route",
-            "x_TD",
-            got=f"shape {tuple(x_TD.shape)}",
-            expected=f"(T, {weight_ED.shape[1]}), as weight_ED is {tuple(weight_ED.shape)}",
-            remedy="Flatten x to (T, D).",
-        )
+        got = f"shape {tuple(x_TD.shape)}"
+        expected = f"(T, {weight_ED.shape[1]}), as weight_ED is {tuple(weight_ED.shape)}"
+        raise argument_error("route", "x_TD", got=got, expected=expected, remedy="Flatten x to (T, D).")
     if weight_ED.dim() != 2 or bias_E.shape != weight_ED.shape[:1]:
-        raise argument_error(
-            "route",
-            "router_params",
-            got=f"weight_ED {tuple(weight_ED.shape)} and bias_E {tuple(bias_E.shape)}",
-            expected="(E, D) and (E,)",
-            remedy="Take them from moe_init.",
-        )
+        got = f"weight_ED {tuple(weight_ED.shape)} and bias_E {tuple(bias_E.shape)}"
+        remedy = "Take them from moe_init."
+        raise argument_error("route", "router_params", got=got, expected="(E, D) and (E,)", remedy=remedy)
     logits_TE = product(x_TD, weight_ED.mT, accumulator(x_TD.dtype))
     scores_TE = logits_TE.sigmoid() if config.score_func == "sigmoid" else logits_TE.softmax(-1)
     if config.force_balance:

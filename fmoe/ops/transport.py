@@ -105,22 +105,15 @@ def transport_along(function: str, axis: Axes | DeviceMesh | None) -> Transport 
 
 def _group_of_line(function: str, mesh: DeviceMesh) -> Group:
     if mesh.ndim != 1 or not axis_names(mesh):
-        raise argument_error(
-            function,
-            "axis",
-            got=f"a mesh of {mesh.ndim} dimensions, named {axis_names(mesh)}",
-            expected="the name of a bound axis, or a mesh of one dimension that has a name",
-            remedy='Pass mesh["ep"].',
-        )
+        got = f"a mesh of {mesh.ndim} dimensions, named {axis_names(mesh)}"
+        expected = "the name of a bound axis, or a mesh of one dimension that has a name"
+        raise argument_error(function, "axis", got=got, expected=expected, remedy='Pass mesh["ep"].')
     return group_of(mesh, axis_names(mesh))
 
 
 def check_experts_divide(num_experts: int, size: int) -> None:
     if num_experts % size:
-        raise argument_error(
-            "dispatch",
-            "routing.counts_E",
-            got=f"{num_experts} experts for {size} devices",
-            expected="a multiple of the devices along the axis",
-            remedy="Choose a number of experts, or an axis, that divides.",
-        )
+        got = f"{num_experts} experts for {size} devices"
+        expected = "a multiple of the devices along the axis"
+        remedy = "Choose a number of experts, or an axis, that divides."
+        raise argument_error("dispatch", "routing.counts_E", got=got, expected=expected, remedy=remedy)

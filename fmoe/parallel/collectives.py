@@ -194,12 +194,8 @@ def ppermute(x: torch.Tensor, axis: Axes, pairs: Sequence[tuple[int, int]]) -> t
     sources, destinations = [a for a, _ in pairs], [b for _, b in pairs]
     ends = {*sources, *destinations}
     if not ends <= set(range(group.size)) or len({*sources}) + len({*destinations}) < 2 * len(pairs):
-        raise argument_error(
-            "ppermute",
-            "pairs",
-            got=list(pairs),
-            expected=f"places from 0 to {group.size - 1}, each at most once a source and a destination",
-        )
+        expected = f"places from 0 to {group.size - 1}, each at most once a source and a destination"
+        raise argument_error("ppermute", "pairs", got=list(pairs), expected=expected)
     source = sources[destinations.index(group.position)] if group.position in destinations else -1
     destination = destinations[sources.index(group.position)] if group.position in sources else -1
     if group.size == 1:
@@ -209,22 +205,15 @@ def ppermute(x: torch.Tensor, axis: Axes, pairs: Sequence[tuple[int, int]]) -> t
 
 def _dimension(function: str, argument: str, x: torch.Tensor, dim: int) -> int:
     if not -x.dim() <= dim < x.dim():
-        raise argument_error(
-            function,
-            argument,
-            got=dim,
-            expected=f"a dimension of x, whose shape is {tuple(x.shape)}",
-            remedy="Correct it, or reshape x.",
-        )
+        expected = f"a dimension of x, whose shape is {tuple(x.shape)}"
+        remedy = "Correct it, or reshape x."
+        raise argument_error(function, argument, got=dim, expected=expected, remedy=remedy)
     return dim % x.dim()
 
 
 def _check_divides(function: str, argument: str, x: torch.Tensor, dim: int, axis: Axes, group: Group) -> None:
     if x.shape[dim] % group.size:
-        raise argument_error(
-            function,
-            argument,
-            got=f"dimension {dim} of x, whose shape is {tuple(x.shape)}",
-            expected=f"one that divides by {group.size}, the size of {axis!r}",
-            remedy="Pad x, or choose another dimension.",
-        )
+        got = f"dimension {dim} of x, whose shape is {tuple(x.shape)}"
+        expected = f"one that divides by {group.size}, the size of {axis!r}"
+        remedy = "Pad x, or choose another dimension."
+        raise argument_error(function, argument, got=got, expected=expected, remedy=remedy)

@@ -43,13 +43,10 @@ def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     world = num_processes()
     if math.prod(shape) != world:
-        raise argument_error(
-            "make_mesh",
-            "axes",
-            got=", ".join(f"{name}={size}" for name, size in zip(AXES, shape)),
-            expected=f"a product of {world}, the number of processes",
-            remedy=f"Start one process per device, as with torchrun --nproc-per-node {math.prod(shape)}.",
-        )
+        got = ", ".join(f"{name}={size}" for name, size in zip(AXES, shape))
+        expected = f"a product of {world}, the number of processes"
+        remedy = f"Start one process per device, as with torchrun --nproc-per-node {math.prod(shape)}."
+        raise argument_error("make_mesh", "axes", got=got, expected=expected, remedy=remedy)
     if not dist.is_initialized():
         if device_type == "cuda":
             rank, here = (int(os.environ.get(f"LOCAL_{name}", 0)) for name in ("RANK", "WORLD_SIZE"))

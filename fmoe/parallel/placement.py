@@ -122,13 +122,10 @@ def _moves(function: str, argument: str, have: P, wanted: P, mesh: DeviceMesh) -
         fits = old[: len(kept)] == kept and new[: len(kept)] == kept
         missing = new[len(kept) :]
         if not fits or any(a in axes for a in missing for axes in here):
-            raise argument_error(
-                function,
-                argument,
-                got=f"a DTensor placed by {have!r}",
-                expected=f"{wanted!r}, with dimensions further cut along other axes, or whole",
-                remedy="Place it with fmoe.shard_params.",
-            )
+            got = f"a DTensor placed by {have!r}"
+            expected = f"{wanted!r}, with dimensions further cut along other axes, or whole"
+            remedy = "Place it with fmoe.shard_params."
+            raise argument_error(function, argument, got=got, expected=expected, remedy=remedy)
         if old != kept:
             gathers.append(("gather", dim, old[len(kept) :]))
         if missing:

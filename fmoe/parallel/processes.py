@@ -100,13 +100,9 @@ class Processes:
         """
         ranks = self.number if ranks is None else ranks
         if not isinstance(ranks, int) or not 1 <= ranks <= self.number:
-            raise argument_error(
-                "Processes.run",
-                "ranks",
-                got=repr(ranks),
-                expected=f"an integer from 1 to {self.number}",
-                remedy="Correct it, or start more processes.",
-            )
+            expected = f"an integer from 1 to {self.number}"
+            remedy = "Correct it, or start more processes."
+            raise argument_error("Processes.run", "ranks", got=repr(ranks), expected=expected, remedy=remedy)
         timeout = self.timeout if timeout is None else timeout
         job = self._job(function, args)
         if self._size not in (0, ranks) and torch.cuda.is_available():

@@ -65,13 +65,10 @@ def spec_of(tensor: "DTensor") -> P:
         if axis_sizes(mesh)[axis] == 1 or placement == Replicate():
             continue
         if type(placement) is not Shard:
-            raise argument_error(
-                "spec_of",
-                "tensor",
-                got=f"placement {placement!r} along {axis!r}",
-                expected="Shard or Replicate along every axis",
-                remedy="Redistribute the tensor.",
-            )
+            got = f"placement {placement!r} along {axis!r}"
+            expected = "Shard or Replicate along every axis"
+            remedy = "Redistribute the tensor."
+            raise argument_error("spec_of", "tensor", got=got, expected=expected, remedy=remedy)
         axes[placement.dim] += (axis,)
     return P(*(None if not a else a[0] if len(a) == 1 else a for a in axes))
 
@@ -130,13 +127,10 @@ def broadcast(function: str, argument: str, specs: Any, tree: Any) -> list[P]:
     try:
         subtrees = treedef.flatten_up_to(tree)
     except ValueError as error:
-        raise argument_error(
-            function,
-            argument,
-            got=f"a tree that is no prefix of what it describes: {error}",
-            expected="a tree prefix, as P() is of every tree",
-            remedy="One spec may stand for a whole subtree; a tuple of specs needs a tuple of values.",
-        ) from None
+        got = f"a tree that is no prefix of what it describes: {error}"
+        expected = "a tree prefix, as P() is of every tree"
+        remedy = "One spec may stand for a whole subtree; a tuple of specs needs a tuple of values."
+        raise argument_error(function, argument, got=got, expected=expected, remedy=remedy) from None
     return [spec for spec, sub in zip(leaves, subtrees) for _ in optree.tree_leaves(sub, none_is_leaf=True)]
 
 
@@ -166,13 +160,9 @@ def fitting_specs(function: str, argument: str, specs: Any, tree: Any, mesh: Dev
 def check_specs(function: str, argument: str, specs: Any, mesh: DeviceMesh) -> None:
     """Raise ``ValueError`` listing every spec that no tensor could have on this mesh."""
     if not axis_names(mesh):
-        raise argument_error(
-            function,
-            "mesh",
-            got="a mesh whose axes have no names",
-            expected="named axes",
-            remedy="Use fmoe.make_mesh, or init_device_mesh(..., mesh_dim_names=...).",
-        )
+        got = "a mesh whose axes have no names"
+        remedy = "Use fmoe.make_mesh, or init_device_mesh(..., mesh_dim_names=...)."
+        raise argument_error(function, "mesh", got=got, expected="named axes", remedy=remedy)
     leaves = optree.tree_leaves(specs, none_is_leaf=True)
     names = dotted_names(specs, none_is_leaf=True)
     misfits = [(n, s, None, p) for n, s in zip(names, leaves) for p in mesh_problems(s, mesh)]
@@ -232,10 +222,7 @@ def raise_misfits(
         shape = "" if tensor is None else f" for shape {tuple(tensor.shape)}"
         lines.append(f"\n  {'.'.join(filter(None, (argument, name)))}: {spec!r}{shape}: {problem}")
     if lines:
-        raise argument_error(
-            function,
-            argument,
-            got=f"{len(lines)} that don't fit",
-            expected=f"specs that fit the mesh {describe(mesh)} and the tensors",
-            remedy="Correct these:" + "".join(lines),
-        )
+        got = f"{len(lines)} that don't fit"
+        expected = f"specs that fit the mesh {describe(mesh)} and the tensors"
+        remedy = "Correct these:" + "".join(lines)
+        raise argument_error(function, argument, got=got, expected=expected, remedy=remedy)

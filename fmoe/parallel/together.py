@@ -70,13 +70,10 @@ def check_alike(function: str, values: Mapping[str, Any]) -> None:
     first, *others = from_all(values)
     for rank, other in enumerate(others, 1):
         if found := [text for name in first for text in differences(name, first[name], other[name])]:
-            raise argument_error(
-                function,
-                ", ".join(values),
-                got=f"on rank {rank}, beside rank 0: {'; '.join(found)}",
-                expected="the same on every rank",
-                remedy="Start all ranks with the same options.",
-            )
+            got = f"on rank {rank}, beside rank 0: {'; '.join(found)}"
+            expected = "the same on every rank"
+            remedy = "Start all ranks with the same options."
+            raise argument_error(function, ", ".join(values), got=got, expected=expected, remedy=remedy)
 
 
 def differences(name: str, theirs: Any, ours: Any) -> list[str]:

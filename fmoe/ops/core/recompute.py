@@ -161,13 +161,10 @@ def _statics(leaves: Sequence[Any]) -> list[Any]:
     for leaf in leaves:
         hidden = [*torch_pytree.tree_leaves(leaf), *getattr(leaf, "__dict__", {}).values()]
         if not isinstance(leaf, torch.Tensor) and any(isinstance(t, torch.Tensor) for t in hidden):
-            raise argument_error(
-                "remat",
-                "fn",
-                got=f"a {type(leaf).__name__} that holds tensors",
-                expected="containers that optree knows, in arguments and results",
-                remedy="Use tuples, NamedTuples and dicts, or register it with optree.",
-            )
+            got = f"a {type(leaf).__name__} that holds tensors"
+            expected = "containers that optree knows, in arguments and results"
+            remedy = "Use tuples, NamedTuples and dicts, or register it with optree."
+            raise argument_error("remat", "fn", got=got, expected=expected, remedy=remedy)
     return [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
 
 

@@ -121,12 +121,10 @@ class Tape:
 
 
 def replay_error(got: str) -> ValueError:
+    expected = "the same operators in the same order each time"
+    remedy = "Make it depend on its arguments only."
     return argument_error(
-        "remat",
-        "fn",
-        got=f"a function that, run again, calls {got}",
-        expected="the same operators in the same order each time",
-        remedy="Make it depend on its arguments only.",
+        "remat", "fn", got=f"a function that, run again, calls {got}", expected=expected, remedy=remedy
     )
 
 

@@ -10,11 +10,6 @@ def chosen(function: str, override: str, able: Sequence[str], work: str) -> str:
     """The first of ``able``, unless the environment variable ``override`` names another of them."""
     wanted = os.environ.get(override, able[0])
     if wanted not in able:
-        raise argument_error(
-            function,
-            override,
-            got=repr(wanted),
-            expected=f"one of {list(able)}, which can do {work}",
-            remedy=f"Unset {override}.",
-        )
+        got, expected = repr(wanted), f"one of {list(able)}, which can do {work}"
+        raise argument_error(function, override, got=got, expected=expected, remedy=f"Unset {override}.")
     return wanted

@@ -115,10 +115,6 @@ def _read() -> dict[str, dict[str, Choice]]:
 
 
 def _unreadable(why: object) -> ValueError:
-    return argument_error(
-        "grouped_mm",
-        OVERRIDE,
-        got=f"{file()}, which can't be read: {why}",
-        expected="what python -m fmoe tune writes",
-        remedy="Delete the file, and measure again.",
-    )
+    got, expected = f"{file()}, which can't be read: {why}", "what python -m fmoe tune writes"
+    remedy = "Delete the file, and measure again."
+    return argument_error("grouped_mm", OVERRIDE, got=got, expected=expected, remedy=remedy)

@@ -33,13 +33,8 @@ def choose(
     along = mesh is not None and "ep" in axis_names(mesh)
     group = group_of(mesh, ("ep",)) if mesh is not None and along else Group("", 1, 0)
     if name == "local" and group.size > 1:
-        raise argument_error(
-            function,
-            "backend",
-            got=f"'local' with ep={group.size}",
-            expected="a backend that moves tokens",
-            remedy="Use 'auto'.",
-        )
+        got, expected = f"'local' with ep={group.size}", "a backend that moves tokens"
+        raise argument_error(function, "backend", got=got, expected=expected, remedy="Use 'auto'.")
     if group.size == 1:
         return {}
     if name == "auto":

@@ -92,12 +92,9 @@ def load() -> Any:
         raise _not_loaded(error) from error
     lacking = [*_lacking(module)]
     if lacking:
-        raise refuse(
-            "deep_ep",
-            got=f"version {version_of(module)}, without {', '.join(lacking)}",
-            expected="the interface of 1.2.1 to 2.1",
-            remedy="Install a version between: older and newer ones differ.",
-        )
+        got = f"version {version_of(module)}, without {', '.join(lacking)}"
+        remedy = "Install a version between: older and newer ones differ."
+        raise refuse("deep_ep", got=got, expected="the interface of 1.2.1 to 2.1", remedy=remedy)
     return module
 
 
@@ -143,20 +140,12 @@ def choose_kind(module: Any, size: int, kind: str | None) -> str:
     """
     elastic = hasattr(module, "ElasticBuffer")
     if kind == "elastic" and not elastic:
-        raise refuse(
-            "kind",
-            got="'elastic', with DeepEP 1.x",
-            expected="DeepEP 2.x for it",
-            remedy="Leave kind out, or upgrade.",
-        )
+        remedy = "Leave kind out, or upgrade."
+        raise refuse("kind", got="'elastic', with DeepEP 1.x", expected="DeepEP 2.x for it", remedy=remedy)
     takes = _buffer_takes(module, size)
     if not takes and (kind == "buffer" or not elastic):
-        raise refuse(
-            "line",
-            got=f"a group of {size}",
-            expected="a size that DeepEP's Buffer supports, as 2, 4, 8, 16",
-            remedy=_NO_DEEP_EP,
-        )
+        expected = "a size that DeepEP's Buffer supports, as 2, 4, 8, 16"
+        raise refuse("line", got=f"a group of {size}", expected=expected, remedy=_NO_DEEP_EP)
     if kind is not None:
         return kind
     return "buffer" if takes and (size <= PEERS or not elastic) else "elastic"
@@ -174,20 +163,14 @@ def check_kind(kind: str, hosts: list[str]) -> None:
     """Raise ``ValueError`` if a buffer of this kind can't connect the group's hosts."""
     nodes = [set(hosts[i : i + PEERS]) for i in range(0, len(hosts), PEERS)]
     if kind == "buffer" and any(len(node) > 1 for node in nodes):
-        raise refuse(
-            "line",
-            got=f"{len(hosts)} devices on hosts {hosts}",
-            expected=f"every {PEERS} in a row on one node, between which Buffer uses NVLink",
-            remedy='Order the mesh so that "ep" lies within nodes, or pass kind="elastic".',
-        )
+        expected = f"every {PEERS} in a row on one node, between which Buffer uses NVLink"
+        remedy = 'Order the mesh so that "ep" lies within nodes, or pass kind="elastic".'
+        raise refuse("line", got=f"{len(hosts)} devices on hosts {hosts}", expected=expected, remedy=remedy)
     nccl = nccl_version()
     if kind == "elastic" and nccl is not None and nccl < NCCL_NEEDED:
-        raise refuse(
-            "deep_ep",
-            got=f"NCCL {'.'.join(map(str, nccl))}",
-            expected=f"NCCL {'.'.join(map(str, NCCL_NEEDED))} or newer, for ElasticBuffer",
-            remedy='Install it: pip install --no-deps "nvidia-nccl-cu13>=2.30.4"; or pass kind="buffer".',
-        )
+        expected = f"NCCL {'.'.join(map(str, NCCL_NEEDED))} or newer, for ElasticBuffer"
+        remedy = 'Install it: pip install --no-deps "nvidia-nccl-cu13>=2.30.4"; or pass kind="buffer".'
+        raise refuse("deep_ep", got=f"NCCL {'.'.join(map(str, nccl))}", expected=expected, remedy=remedy)
 
 
 def nccl_version() -> tuple[int, ...] | None:

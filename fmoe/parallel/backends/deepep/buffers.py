@@ -83,19 +83,13 @@ class Held:
             raise refuse("sizes", got=", ".join(problems), expected="at most what the buffer was sized for")
         if wanted.dim % align or (most_dim and wanted.dim > most_dim):
             most = f", at most {most_dim}" if most_dim else ""
-            raise refuse(
-                "x_TD",
-                got=f"dim {wanted.dim}",
-                expected=f"a multiple of {align}{most}, for DeepEP's {CLASSES[self.kind]}",
-                remedy='Change the model\'s dim, or use backend="all_to_all".',
-            )
+            expected = f"a multiple of {align}{most}, for DeepEP's {CLASSES[self.kind]}"
+            remedy = 'Change the model\'s dim, or use backend="all_to_all".'
+            raise refuse("x_TD", got=f"dim {wanted.dim}", expected=expected, remedy=remedy)
         if self.device is not None and x.is_cuda and x.device != self.device:
-            raise refuse(
-                "x_TD",
-                got=f"a tensor on {x.device}",
-                expected=f"one on {self.device}, where the buffer was made",
-                remedy="Call torch.cuda.set_device(local_rank) before you make it.",
-            )
+            expected = f"one on {self.device}, where the buffer was made"
+            remedy = "Call torch.cuda.set_device(local_rank) before you make it."
+            raise refuse("x_TD", got=f"a tensor on {x.device}", expected=expected, remedy=remedy)
 
     def destroy(self) -> None:
         engine, self.engine = self.engine, None
@@ -106,19 +100,12 @@ class Held:
 def check_rows(x: torch.Tensor) -> None:
     """Raise ``ValueError`` for rows that DeepEP's kernels take in no buffer."""
     if x.device.type not in adapter.DEVICES:
-        raise refuse(
-            "x_TD",
-            got=f"a tensor on {x.device}",
-            expected="one on cuda",
-            remedy='Use backend="all_to_all" on other devices.',
-        )
+        remedy = 'Use backend="all_to_all" on other devices.'
+        raise refuse("x_TD", got=f"a tensor on {x.device}", expected="one on cuda", remedy=remedy)
     if x.dtype not in adapter.PAYLOADS:
-        raise refuse(
-            "x_TD",
-            got=x.dtype,
-            expected="bfloat16, in which DeepEP sends and sums rows",
-            remedy='Convert params and x with .to(torch.bfloat16), or use backend="all_to_all".',
-        )
+        expected = "bfloat16, in which DeepEP sends and sums rows"
+        remedy = 'Convert params and x with .to(torch.bfloat16), or use backend="all_to_all".'
+        raise refuse("x_TD", got=x.dtype, expected=expected, remedy=remedy)
 
 
 class _HeldAlone(Held):
@@ -139,12 +126,9 @@ _BUFFERS: dict[str, Held] = {}
 
 def find(name: str) -> Held:
     if name not in _BUFFERS:
-        raise refuse(
-            "backend",
-            got=f"{name!r}, which was closed",
-            expected="a buffer that is open",
-            remedy="Call the layer, and its backward, inside the `with deepep(...)` that made the buffer.",
-        )
+        expected = "a buffer that is open"
+        remedy = "Call the layer, and its backward, inside the `with deepep(...)` that made the buffer."
+        raise refuse("backend", got=f"{name!r}, which was closed", expected=expected, remedy=remedy)
     return _BUFFERS[name]
 
 
@@ -238,21 +222,15 @@ def check(sizes: Sizes, kind: str | None, group: Group, device_type: str) -> Non
     if kind not in (None, *CLASSES):
         raise refuse("kind", got=repr(kind), expected=f"one of {tuple(CLASSES)}, or None")
     if sizes.num_experts % group.size or sizes.num_experts // group.size > adapter.MOST_EXPERTS:
-        raise refuse(
-            "num_experts",
-            got=f"{sizes.num_experts} experts for {group.size} devices",
-            expected=f"a multiple of the devices, at most {adapter.MOST_EXPERTS} each",
-            remedy="Choose a number of experts, or an axis, that divides.",
-        )
+        got = f"{sizes.num_experts} experts for {group.size} devices"
+        expected = f"a multiple of the devices, at most {adapter.MOST_EXPERTS} each"
+        remedy = "Choose a number of experts, or an axis, that divides."
+        raise refuse("num_experts", got=got, expected=expected, remedy=remedy)
     if sizes.top_k > adapter.MOST_CHOICES:
         raise refuse("top_k", got=sizes.top_k, expected=f"at most {adapter.MOST_CHOICES}")
     if group.size > 1 and device_type not in adapter.DEVICES:
-        raise refuse(
-            "line",
-            got=f"a mesh of {device_type} devices",
-            expected="one of CUDA devices",
-            remedy='Use backend="all_to_all" on other devices.',
-        )
+        got, expected = f"a mesh of {device_type} devices", "one of CUDA devices"
+        raise refuse("line", got=got, expected=expected, remedy='Use backend="all_to_all" on other devices.')
 
 
 # ---- buffers kept for a run -------------------------------------------------------------------------
