@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from . import ops, parallel
 from .ops.core.primitive import NAMESPACE, Operator, operators
 from .ops.core.refuse import Unsupported
-from .ops.core.tape import Policy, Tape, checkpoint_names
+from .ops.core.tape import Policy, Tape, checkpoint_names, on_tape
 from .parallel.backends.wire import Traffic, close_count, open_count
 from .transforms import save_declared
 
@@ -126,7 +126,7 @@ def saved_bytes(
             return mode.from_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
         fake_args, fake_kwargs = optree.tree_map(fake, (args, kwargs))
-        with tape.run():
+        with on_tape(tape):
             fn(*fake_args, **fake_kwargs)
     total: Counter[str] = Counter()
     for entry in tape.recorded:

@@ -13,6 +13,7 @@ import torch
 import torch.utils.checkpoint as torch_checkpoint
 
 from .errors import argument_error
+from .ops.core.derive import replaced
 from .ops.core.primitive import operators
 from .ops.core.recompute import recomputing
 from .ops.core.refuse import refuse_transforms_inside_compile
@@ -114,10 +115,11 @@ def remat(fn: Callable[..., Any], policy: Policy | None = None) -> Callable[...,
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             refuse_transforms_inside_compile("remat")
-            context_fn = functools.partial(_selective_contexts, policy)
+            decide = functools.partial(_selective_policy, policy)
+            contexts = functools.partial(torch_checkpoint.create_selective_checkpoint_contexts, decide)
             # checkpoint has keywords of its own
             whole = functools.partial(fn, **kwargs) if kwargs else fn
-            return torch_checkpoint.checkpoint(whole, *args, use_reentrant=False, context_fn=context_fn)
+            return torch_checkpoint.checkpoint(whole, *args, use_reentrant=False, context_fn=contexts)
         return recomputing(fn, policy, args, kwargs)
 
     return call
@@ -147,11 +149,6 @@ def per_layer(remat_policy: str = "none", *, compiled: bool = False) -> Callable
         return torch.compile(layer, fullgraph=True) if compiled else layer
 
     return wrap
-
-
-def _selective_contexts(policy: Policy) -> Any:
-    decide = functools.partial(_selective_policy, policy)
-    return torch_checkpoint.create_selective_checkpoint_contexts(decide)
 
 
 def _selective_policy(policy: Policy, ctx: Any, raw: Any, *args: Any, **kwargs: Any) -> Any:
@@ -193,20 +190,16 @@ def value_and_grad(
             raise argument_error("value_and_grad", "argnums", got=argnums, expected=expected, remedy=remedy)
         chosen = tuple(args[i] for i in positions)
         leaves = check_tensors("value_and_grad", "args", chosen)
-        for name, leaf in zip(dotted_names(chosen), leaves):
+        for i, leaf in enumerate(leaves):
             if not leaf.is_floating_point():
-                expected = "a floating dtype"
+                name, expected = f"args.{dotted_names(chosen)[i]}", "a floating dtype"
                 remedy = "Leave it out of argnums."
-                raise argument_error(
-                    "value_and_grad", f"args.{name}", got=leaf.dtype, expected=expected, remedy=remedy
-                )
+                raise argument_error("value_and_grad", name, got=leaf.dtype, expected=expected, remedy=remedy)
         treedef = optree.tree_structure(chosen)
         variables = [leaf.detach().requires_grad_() for leaf in leaves]
-        full = list(args)
-        for i, tree in zip(positions, optree.tree_unflatten(treedef, variables)):
-            full[i] = tree
+        trees = optree.tree_unflatten(treedef, variables)
         with torch.enable_grad():
-            out = fn(*full, **kwargs)
+            out = fn(*replaced(args, positions, trees), **kwargs)
             value = _scalar(out, has_aux)
             if value.requires_grad:
                 grads = torch.autograd.grad(value, variables, materialize_grads=True)
@@ -225,12 +218,9 @@ def _scalar(out: Any, has_aux: bool) -> torch.Tensor:
     value = out if not has_aux else out[0] if paired else None
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return value
-    raise argument_error(
-        "value_and_grad",
-        "fn",
-        got=f"a value of shape {tuple(value.shape)}"
-        if isinstance(value, torch.Tensor)
-        else type(out if has_aux else value),
-        expected="(a scalar tensor, aux)" if has_aux else "a scalar tensor",
-        remedy="Sum or average it; return anything else as aux with has_aux=True.",
-    )
+    got: Any = type(out if has_aux else value)
+    if isinstance(value, torch.Tensor):
+        got = f"a value of shape {tuple(value.shape)}"
+    expected = "(a scalar tensor, aux)" if has_aux else "a scalar tensor"
+    remedy = "Sum or average it; return anything else as aux with has_aux=True."
+    raise argument_error("value_and_grad", "fn", got=got, expected=expected, remedy=remedy)

@@ -66,10 +66,6 @@ def _column(mask_R: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return mask_R.view(-1, *[1] * (rows.dim() - 1))
 
 
-def _gather_plain(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return torch.where(_column(index < 0, x), 0, x[index.clamp_min(0)])
-
-
 def _scatter_plain(y: torch.Tensor, index: torch.Tensor, num_rows: int) -> torch.Tensor:
     to_NR = torch.arange(num_rows, device=y.device)[:, None] == index
     return torch.tensordot(to_NR.to(y.dtype), y, 1)
@@ -90,7 +86,7 @@ gather: Operator = linear(
     fake=lambda x, index: x.new_empty(index.shape[0], *x.shape[1:]),
     checkpoint=GATHER,
     example=lambda: (random(4, 3), _index_example(4)),
-    plain=_gather_plain,
+    plain=lambda x, index: torch.where(_column(index < 0, x), 0, x[index.clamp_min(0)]),
     transpose=lambda g, shape, index: scatter_add(g, index, shape[0]),
     vmap=_gather_vmap,
 )
@@ -111,10 +107,10 @@ scatter_add: Operator = linear(
 
 
 def _rows_by_key(offsets_Be: torch.Tensor, num_rows: int, shared: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """How the rows of a batch become rows of one grouped product.
+    """The rows of a batch as rows of one grouped product: their order, and where each key's rows end.
 
-    A row's key is its expert, or (example, expert) where the weights differ per example; rows past
-    the end come last. Returns the rows in order of their keys, and where each key's rows end.
+    A row's key is its expert, or (example, expert) where the weights differ per example. Rows past the end
+    come last.
     """
     size, num_experts = offsets_Be.shape
     ends_Be = offsets_Be.long()
@@ -181,18 +177,10 @@ def _grouped_outer_vjp(inputs: tuple[Any, ...], needs: Any, g: torch.Tensor) -> 
     )
 
 
-def _members(offsets_e: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """(R, e), true where a row belongs to a group."""
-    before_Re = torch.arange(num_rows, device=offsets_e.device)[:, None] < offsets_e
-    return before_Re & ~torch.nn.functional.pad(before_Re, (1, -1))
-
-
-def _grouped_mm_plain(x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    return einsum(_members(offsets, x.shape[0]).to(x.dtype), x, w, "r e, r i, e i o -> r o")
-
-
-def _grouped_outer_plain(x: torch.Tensor, y: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    return einsum(_members(offsets, x.shape[0]).to(x.dtype), x, y, "r e, r i, r o -> e i o")
+def _members(offsets_e: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(R, e), one where a row of ``x`` belongs to a group, else zero."""
+    before_Re = torch.arange(x.shape[0], device=offsets_e.device)[:, None] < offsets_e
+    return (before_Re & ~torch.nn.functional.pad(before_Re, (1, -1))).to(x.dtype)
 
 
 def _offsets_example(num_rows: int) -> torch.Tensor:
@@ -207,7 +195,7 @@ grouped_mm: Operator = declare(
     fake=lambda x, w, offsets: x.new_empty(x.shape[0], w.shape[2]),
     checkpoint=GROUPED_MM,
     example=lambda: (random(5, 2), random(3, 2, 4), _offsets_example(5)),
-    plain=_grouped_mm_plain,
+    plain=lambda x, w, offsets: einsum(_members(offsets, x), x, w, "r e, r i, e i o -> r o"),
     vjp=_grouped_mm_vjp,
     jvp=bilinear_jvp(lambda: grouped_mm),
     vmap=_grouped_mm_vmap,
@@ -220,7 +208,7 @@ grouped_outer: Operator = declare(
     fake=lambda x, y, offsets: x.new_empty(offsets.shape[0], x.shape[1], y.shape[1]),
     checkpoint=GROUPED_MM,
     example=lambda: (random(5, 2), random(5, 3), _offsets_example(5)),
-    plain=_grouped_outer_plain,
+    plain=lambda x, y, offsets: einsum(_members(offsets, x), x, y, "r e, r i, r o -> e i o"),
     vjp=_grouped_outer_vjp,
     jvp=bilinear_jvp(lambda: grouped_outer),
     vmap=_grouped_outer_vmap,

@@ -1,4 +1,4 @@
-"""Summing expert outputs per row, and sending rows back to where their tokens came from."""
+"""Sum expert outputs per row, and send rows back to where their tokens came from."""
 
 from typing import Any
 
@@ -69,8 +69,7 @@ def join(coming: InFlight, plan: Plan, plus: torch.Tensor | None = None) -> torc
     >>> torch.equal(join(combine_start(x_SD, plan), plan), fmoe.combine(x_SD, plan))
     True
     """
-    overlapping = getattr(plan.transport, "join", None)
-    if overlapping:
+    if overlapping := getattr(plan.transport, "join", None):
         return overlapping(coming, plan, plus)
     return coming.y_TD if plus is None else coming.y_TD + plus
 
@@ -95,9 +94,7 @@ def reduce(y_RD: torch.Tensor, plan: Plan) -> torch.Tensor:
     True
     """
     check_rows("reduce", "y_RD", y_RD, plan.slot_R.shape[0])
-    weights = plan.weights_SK
-    if plan.score_before_experts:
-        weights = torch.ones_like(weights)
+    weights = torch.ones_like(plan.weights_SK) if plan.score_before_experts else plan.weights_SK
     return weighted_sum(y_RD, weights, plan.slot_R, plan.row_SK)
 
 

@@ -1,8 +1,8 @@
-"""What a cross entropy needs of its logits, without holding them: one operator, a block of them at a time.
+"""The terms of a cross entropy as one operator, which never holds all logits.
 
 N tokens, V entries of the vocabulary. Logits are computed block by block in float32, forward and again
-backward, and what is kept of them is each token's log of the sum of exponentials. Blocks run over the
-vocabulary, not over tokens: each row of the weight's gradient is one product over all tokens, rounded once.
+backward. Only each token's log of the sum of exponentials is kept. Blocks run over the vocabulary, not over
+tokens: each row of the weight's gradient is one product over all tokens, rounded once.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ STEP = 64  # a block's columns are a multiple of it
 
 
 def block_columns(num_tokens: int, block_bytes: int) -> int:
-    """How many entries of the vocabulary have their float32 logits at once."""
+    """The number of entries of the vocabulary that have their float32 logits at once."""
     return max(STEP, block_bytes // (4 * max(1, num_tokens)) // STEP * STEP)
 
 
@@ -105,14 +105,7 @@ def _in_block(index: torch.Tensor, start: int, columns: int) -> Tensors:
     return here, torch.where(here, index - start, 0)
 
 
-def _backward_kernel(
-    g: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    index: torch.Tensor,
-    block_bytes: int,
-    out: torch.Tensor,
-) -> Tensors:
+def _backward_kernel(g: Any, x: Any, weight: Any, index: Any, block_bytes: int, out: torch.Tensor) -> Tensors:
     g = g.to(out.dtype)
     rows = x if x.is_cuda else x.to(out.dtype)
     g_x = torch.zeros_like(x, dtype=out.dtype, memory_format=torch.contiguous_format)

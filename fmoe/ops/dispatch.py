@@ -1,4 +1,4 @@
-"""Sending tokens to where their experts are, and laying them out by expert."""
+"""Send tokens to where their experts are, and lay them out by expert."""
 
 from dataclasses import replace
 from typing import Any
@@ -92,10 +92,9 @@ def dispatch(
     transport = transport_along("dispatch", axis)
     if transport is not None:
         return transport.dispatch(x_TD, routing)
-    ids_TK = routing.expert_ids_TK
+    ids_TK, before = routing.expert_ids_TK, routing.score_before_experts
     slot_R, row_SK, offsets_e = layout(ids_TK, routing.counts_E.shape[0], ids_TK.numel())
-    score_before = routing.score_before_experts
-    return x_TD, Plan(routing.weights_TK, slot_R, row_SK, offsets_e, score_before_experts=score_before)
+    return x_TD, Plan(routing.weights_TK, slot_R, row_SK, offsets_e, (), before)
 
 
 def expand(x_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
@@ -121,7 +120,7 @@ def expand(x_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
     torch.Size([3, 4])
     """
     check_rows("expand", "x_SD", x_SD, plan.weights_SK.shape[0])
-    x_RD = gather(x_SD, rows_of(plan))
+    x_RD = gather(x_SD, rows_of_slots(plan.slot_R, plan.weights_SK.shape[1]))
     if plan.score_before_experts:
         weights_R = gather(plan.weights_SK.reshape(-1), plan.slot_R)
         x_RD = (x_RD * weights_R[:, None]).to(x_SD.dtype)
@@ -181,12 +180,8 @@ def check_rows(function: str, argument: str, rows: torch.Tensor, expected: int) 
         )
 
 
-def rows_of(plan: Plan) -> torch.Tensor:
-    """The dispatched row each expanded row is a copy of; -1 for none."""
-    return rows_of_slots(plan.slot_R, plan.weights_SK.shape[1])
-
-
 def rows_of_slots(slot_R: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The dispatched row that each expanded row is a copy of; -1 for none."""
     return torch.div(slot_R, top_k, rounding_mode="floor")
 
 
@@ -217,16 +212,12 @@ def layout_kernel(ids_SK: torch.Tensor, num_experts: int, num_rows: int) -> Tens
 
 
 def _layout_fake(ids: torch.Tensor, num_experts: int, num_rows: Any) -> Tensors:
-    index = ids.new_empty
-    return (
-        index(num_rows, dtype=torch.int64),
-        index(ids.shape, dtype=torch.int64),
-        index(num_experts, dtype=torch.int32),
-    )
+    slot, row = (ids.new_empty(shape, dtype=torch.int64) for shape in ((num_rows,), ids.shape))
+    return slot, row, ids.new_empty(num_experts, dtype=torch.int32)
 
 
 def received_fake(x: Any, weights: Any, ids: Any, num_experts: int) -> Tensors:
-    """What comes of a dispatch that moves: rows, weights and their layout over the experts held here."""
+    """The fake outputs of a dispatch that moves: rows, weights, and how these lie by expert."""
     num_received, num_rows = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
     rows, weights_SK, ids_SK = (t.new_empty(num_received, t.shape[1]) for t in (x, weights, ids))
     return rows, weights_SK, *_layout_fake(ids_SK, num_experts, num_rows)

@@ -79,33 +79,26 @@ def experts_grouped_mm(expert_params: ExpertParams, x_SD: torch.Tensor, plan: Pl
 def check_experts(params: ExpertParams, x_SD: torch.Tensor, plan: Plan) -> None:
     check_rows("experts_grouped_mm", "x_SD", x_SD, plan.weights_SK.shape[0])
     num_experts, dim, hidden = plan.offsets_e.shape[0], x_SD.shape[-1], params.w_in.shape[-2]
-    for name, weight, shape in (
-        ("w_in", params.w_in, (num_experts, 2, hidden, dim)),
-        ("w_out", params.w_out, (num_experts, dim, hidden)),
-    ):
+    shapes = (num_experts, 2, hidden, dim), (num_experts, dim, hidden)
+    for name, weight, shape in zip(params._fields, params, shapes):
+        argument = f"expert_params.{name}"
         if tuple(weight.shape) != shape:
-            raise argument_error(
-                "experts_grouped_mm",
-                f"expert_params.{name}",
-                got=f"shape {tuple(weight.shape)}",
-                expected=f"{shape} for x_SD {tuple(x_SD.shape)} and a plan of {num_experts} experts",
-                remedy="Pass the experts that the router was made for.",
-            )
+            got = f"shape {tuple(weight.shape)}"
+            expected = f"{shape} for x_SD {tuple(x_SD.shape)} and a plan of {num_experts} experts"
+            remedy = "Pass the experts that the router was made for."
+            raise argument_error("experts_grouped_mm", argument, got=got, expected=expected, remedy=remedy)
         if weight.dtype != x_SD.dtype or weight.device != x_SD.device:
-            raise argument_error(
-                "experts_grouped_mm",
-                f"expert_params.{name}",
-                got=f"{weight.dtype} on {weight.device}",
-                expected=f"{x_SD.dtype} on {x_SD.device}, as x_SD",
-                remedy="Convert one of the two with .to().",
-            )
+            got = f"{weight.dtype} on {weight.device}"
+            expected = f"{x_SD.dtype} on {x_SD.device}, as x_SD"
+            remedy = "Convert one of the two with .to()."
+            raise argument_error("experts_grouped_mm", argument, got=got, expected=expected, remedy=remedy)
 
 
 # ---- the operators: what follows the weight is a Layout ------------------------------------------------
 
 
 class Layout(NamedTuple):
-    """How rows lie by expert and when they are weighed: what operators take of a :class:`Plan`."""
+    """How rows lie by expert and when they are weighed: the part of a :class:`Plan` that operators take."""
 
     weights_SK: torch.Tensor
     slot_R: torch.Tensor

@@ -79,48 +79,30 @@ class RouterConfig:
     def check(self, num_experts: int, function: str) -> None:
         """Raise ``ValueError`` unless ``num_experts`` can be routed to in this way."""
 
-        def error(argument: str, got: Any, expected: str, remedy: str) -> ValueError:
+        def error(argument: str, expected: str, remedy: str) -> ValueError:
+            got = repr(getattr(self, argument))
             return argument_error(function, f"router.{argument}", got=got, expected=expected, remedy=remedy)
 
+        ungrouped = "Leave num_groups and top_groups out to choose among all experts."
         for name in ("top_k", "num_groups", "top_groups", "group_best"):
             if type(getattr(self, name)) is not int:
-                raise error(name, repr(getattr(self, name)), "an integer", "Convert it with int().")
+                raise error(name, "an integer", "Convert it with int().")
         if self.score_func not in ("sigmoid", "softmax"):
-            raise error(
-                "score_func", repr(self.score_func), "'sigmoid' or 'softmax'", "Choose one of the two."
-            )
+            raise error("score_func", "'sigmoid' or 'softmax'", "Choose one of the two.")
         if not 1 <= self.top_k <= num_experts:
-            raise error(
-                "top_k",
-                self.top_k,
-                f"between 1 and the number of experts, {num_experts}",
-                "Lower it, as in RouterConfig(top_k=1).",
-            )
+            expected = f"between 1 and the number of experts, {num_experts}"
+            raise error("top_k", expected, "Lower it, as in RouterConfig(top_k=1).")
         if self.num_groups < 1 or num_experts % self.num_groups:
-            raise error(
-                "num_groups",
-                self.num_groups,
-                f"a divisor of the number of experts, {num_experts}",
-                "Leave num_groups and top_groups out to choose among all experts.",
-            )
+            raise error("num_groups", f"a divisor of the number of experts, {num_experts}", ungrouped)
         if not 1 <= self.top_groups <= self.num_groups:
-            raise error(
-                "top_groups",
-                self.top_groups,
-                f"between 1 and num_groups={self.num_groups}",
-                "Leave num_groups and top_groups out to choose among all experts.",
-            )
+            raise error("top_groups", f"between 1 and num_groups={self.num_groups}", ungrouped)
         if self.group_best < 1:
-            raise error("group_best", self.group_best, "at least 1", "DeepSeek-V3 has 2, DeepSeek-V2 1.")
+            raise error("group_best", "at least 1", "DeepSeek-V3 has 2, DeepSeek-V2 1.")
         reachable = num_experts // self.num_groups * self.top_groups
         if self.top_k > reachable:
-            raise error(
-                "top_k",
-                self.top_k,
-                f"at most {reachable}, the experts that the chosen groups hold "
-                f"(top_groups={self.top_groups} of num_groups={self.num_groups}, {num_experts} experts)",
-                "Raise top_groups, or leave num_groups and top_groups out.",
-            )
+            groups = f"top_groups={self.top_groups} of num_groups={self.num_groups}, {num_experts} experts"
+            expected = f"at most {reachable}, the experts that the chosen groups hold ({groups})"
+            raise error("top_k", expected, "Raise top_groups, or leave num_groups and top_groups out.")
 
 
 @node
@@ -182,7 +164,8 @@ def route(router_params: RouterParams, x_TD: torch.Tensor, config: RouterConfig)
         remedy = "Take them from moe_init."
         raise argument_error("route", "router_params", got=got, expected="(E, D) and (E,)", remedy=remedy)
     logits_TE = product(x_TD, weight_ED.mT, accumulator(x_TD.dtype))
-    scores_TE = logits_TE.sigmoid() if config.score_func == "sigmoid" else logits_TE.softmax(-1)
+    sigmoid = config.score_func == "sigmoid"
+    scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
     if config.force_balance:
         slot = torch.arange(x_TD.shape[0] * config.top_k, device=x_TD.device)
         ids_TK = (slot % num_experts).view(-1, config.top_k)
@@ -190,10 +173,9 @@ def route(router_params: RouterParams, x_TD: torch.Tensor, config: RouterConfig)
         groups = config.num_groups, config.top_groups, config.group_best
         ids_TK = topk(scores_TE + bias_E, *groups, config.top_k)
     # From the chosen logits, where they suffice: autograd then keeps T x K numbers, not T x E.
-    sigmoid = config.score_func == "sigmoid"
     cell_TK = ids_TK + num_experts * torch.arange(x_TD.shape[0], device=x_TD.device)[:, None]
-    chosen = gather((logits_TE if sigmoid else scores_TE).reshape(-1), cell_TK.reshape(-1))
-    weights_TK = chosen.view(ids_TK.shape).sigmoid() if sigmoid else chosen.view(ids_TK.shape)
+    chosen = gather((logits_TE if sigmoid else scores_TE).reshape(-1), cell_TK.reshape(-1)).view(ids_TK.shape)
+    weights_TK = chosen.sigmoid() if sigmoid else chosen
     if config.normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
     ones = torch.ones_like(ids_TK).reshape(-1)
@@ -233,10 +215,6 @@ def _topk_plain(
     return choice.argsort(1, descending=True)[:, :k]
 
 
-def _topk_vmap(size: int, dims: Dims, choice: torch.Tensor, *statics: int) -> Fold:
-    return more_rows(size, fold_rows(choice), *statics)
-
-
 # choice (T, E) -> (T, k) int64: the k best experts of the best groups.
 topk: Operator = declare(
     "topk(Tensor choice, SymInt num_groups, SymInt top_groups, SymInt group_best, SymInt k) -> Tensor",
@@ -245,7 +223,7 @@ topk: Operator = declare(
     checkpoint=TOPK,
     example=lambda: (random(4, 8), 4, 2, 1, 3),
     plain=_topk_plain,
-    vmap=_topk_vmap,
+    vmap=lambda size, dims, choice, *statics: more_rows(size, fold_rows(choice), *statics),
 )
 
 

@@ -20,24 +20,7 @@ from .shard_map import shard_map
 from .spec import distribute, placements, spec_of
 
 __all__ = [
-    "AllToAll",
-    "DeepEP",
-    "Processes",
-    "RankError",
-    "all_gather",
-    "all_to_all",
-    "axis_index",
-    "axis_size",
-    "deepep",
-    "distribute",
-    "gather_params",
-    "make_mesh",
-    "placements",
-    "pmean",
-    "ppermute",
-    "psum",
-    "psum_scatter",
-    "reduce_scatter",
-    "shard_map",
-    "spec_of",
-]
+    "AllToAll", "DeepEP", "Processes", "RankError", "all_gather", "all_to_all", "axis_index", "axis_size",
+    "deepep", "distribute", "gather_params", "make_mesh", "placements", "pmean", "ppermute", "psum",
+    "psum_scatter", "reduce_scatter", "shard_map", "spec_of",
+]  # fmt: skip

@@ -45,9 +45,8 @@ def dtensor_beneath(tensor: torch.Tensor) -> bool:
 def enter(tensor: torch.Tensor, mesh: DeviceMesh, spec: P) -> torch.Tensor:
     """This device's part of a global value."""
     inner = unwrapped(tensor)
-    if is_dtensor(inner):
-        return _cross(_Enter, tensor, mesh, spec, inner.placements, True)
-    return _cross(_Enter, tensor, mesh, spec, placements(spec, mesh), False)
+    where = inner.placements if is_dtensor(inner) else placements(spec, mesh)
+    return _cross(_Enter, tensor, mesh, spec, where, is_dtensor(inner))
 
 
 def leave(tensor: torch.Tensor, mesh: DeviceMesh, spec: P, dtensor: bool) -> torch.Tensor:
@@ -105,7 +104,7 @@ class _Collect(_Map):
 class _Leave(_Map):
     @staticmethod
     def forward(*args: Any) -> torch.Tensor:
-        x, mesh, where, _, _, dtensor = args[-_NUM_ARGS:]
+        x, mesh, where, *_, dtensor = args[-_NUM_ARGS:]
         return _as_global(x, mesh, where, dtensor)
 
     @staticmethod
@@ -138,13 +137,17 @@ def _pull(cls: Any, ctx: Any, g: torch.Tensor | None) -> torch.Tensor | None:
 def _with_rules(cls: Any) -> Any:
     """The same map under ``jvp`` and ``vmap``: it is linear and treats every element alike."""
 
+    def check_plain(transform: str, dtensor: bool) -> None:
+        if dtensor:
+            raise dtensor_error(transform)
+
     def jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> torch.Tensor:
-        _check_plain("jvp", ctx.statics)
+        check_plain("jvp", ctx.statics[-1])
         with _set_fwd_grad_enabled(True):  # otherwise a second tangent is silently lost
             return _apply(cls, tangent, *ctx.statics)
 
     def vmap(info: Any, dims: tuple[Any, ...], tensor: torch.Tensor, *statics: Any) -> tuple[Any, ...]:
-        _check_plain("vmap", statics)
+        check_plain("vmap", statics[-1])
         return _apply(cls, tensor, *statics), dims[0]
 
     methods = {"jvp": staticmethod(jvp), "vmap": staticmethod(vmap)}
@@ -152,11 +155,6 @@ def _with_rules(cls: Any) -> Any:
 
 
 _WITH_RULES = {cls: _with_rules(cls) for cls in (_Enter, _Collect, _Leave)}
-
-
-def _check_plain(transform: str, statics: tuple[Any, ...]) -> None:
-    if statics[-1]:
-        raise dtensor_error(transform)
 
 
 def dtensor_error(transform: str) -> TransformError:

@@ -46,18 +46,6 @@ def group_alone() -> str:
     return make_mesh().get_group("dp").group_name
 
 
-def _psum_kernel(x: torch.Tensor, group: str) -> torch.Tensor:
-    return _wait(_c10d.all_reduce(x.contiguous(), "sum", group))
-
-
-def _all_gather_kernel(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
-    return _wait(_c10d.all_gather_into_tensor(x.contiguous(), size, group))
-
-
-def _reduce_scatter_kernel(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
-    return _wait(_c10d.reduce_scatter_tensor(x.contiguous(), "sum", size, group))
-
-
 def _all_to_all_kernel(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
     splits = [x.shape[0] // size] * size
     return _wait(_c10d.all_to_all_single(x.contiguous(), splits, splits, group))
@@ -72,31 +60,30 @@ def _ppermute_kernel(x: torch.Tensor, source: int, destination: int, size: int, 
 
 psum_op: Operator = _collective(
     "psum(Tensor x, str group) -> Tensor",
-    impl=_psum_kernel,
+    impl=lambda x, group: _wait(_c10d.all_reduce(x.contiguous(), "sum", group)),
     fake=lambda x, group: x.new_empty(x.shape),
     transpose="psum",
     alone=lambda: (group_alone(),),
     vmap=elementwise,
 )
 
-all_gather_op: Operator = _collective(
-    "all_gather(Tensor x, int size, str group) -> Tensor",
-    impl=_all_gather_kernel,
-    fake=lambda x, size, group: x.new_empty(x.shape[0] * size, *x.shape[1:]),
-    transpose="reduce_scatter",
-)
 
-gather_params_op: Operator = _collective(
-    "gather_params(Tensor x, int size, str group) -> Tensor",
-    impl=_all_gather_kernel,
-    fake=lambda x, size, group: x.new_empty(x.shape[0] * size, *x.shape[1:]),
-    transpose="reduce_scatter",
-    save=False,
-)
+def _all_gather(name: str, *, save: bool) -> Operator:
+    return _collective(
+        f"{name}(Tensor x, int size, str group) -> Tensor",
+        impl=lambda x, size, group: _wait(_c10d.all_gather_into_tensor(x.contiguous(), size, group)),
+        fake=lambda x, size, group: x.new_empty(x.shape[0] * size, *x.shape[1:]),
+        transpose="reduce_scatter",
+        save=save,
+    )
+
+
+all_gather_op = _all_gather("all_gather", save=True)
+gather_params_op = _all_gather("gather_params", save=False)
 
 reduce_scatter_op: Operator = _collective(
     "reduce_scatter(Tensor x, int size, str group) -> Tensor",
-    impl=_reduce_scatter_kernel,
+    impl=lambda x, size, group: _wait(_c10d.reduce_scatter_tensor(x.contiguous(), "sum", size, group)),
     fake=lambda x, size, group: x.new_empty(x.shape[0] // size, *x.shape[1:]),
     transpose="all_gather",
 )

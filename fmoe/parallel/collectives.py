@@ -12,7 +12,6 @@ import torch
 
 from ..errors import argument_error
 from ..ops.core.axes import Axes, Group, resolve
-from ..ops.core.primitive import Operator
 from .collective_ops import (
     all_gather_op,
     all_to_all_op,
@@ -55,12 +54,9 @@ def axis_size(axis: Axes) -> int:
 def psum(x: torch.Tensor, axis: Axes) -> torch.Tensor:
     """The sum of ``x`` over the devices along ``axis``, on each of them.
 
-    ========  =====  ===============================================================
-    x         any    the same shape and dtype on every device
-    -> sum    any    the shape and dtype of ``x``
-    ========  =====  ===============================================================
+    ``x`` has the same shape and dtype on every device. The transpose is :func:`psum` itself.
 
-    Its transpose is itself. Raises ``ValueError`` for an axis that isn't bound.
+    Raises ``ValueError`` for an axis that isn't bound.
 
     >>> import fmoe
     >>> total = fmoe.shard_map(
@@ -99,7 +95,7 @@ def all_gather(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor:
     tensor([0, 1, 2])
     """
     group, dim = resolve("all_gather", axis), _dimension("all_gather", "dim", x, dim)
-    return x if group.size == 1 else _gathered(all_gather_op, x, dim, group)
+    return x if group.size == 1 else _joined(all_gather_op(x[None], group.size, group.name), dim)
 
 
 def gather_params(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor:
@@ -114,13 +110,7 @@ def gather_params(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor:
     tensor([1., 1., 1.])
     """
     group, dim = resolve("gather_params", axis), _dimension("gather_params", "dim", x, dim)
-    return x if group.size == 1 else _gathered(gather_params_op, x, dim, group)
-
-
-def _gathered(op: Operator, x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
-    """Gather pieces, which arrive along a new first dimension, and bring them to ``dim`` in one copy."""
-    pieces = op(x[None], group.size, group.name)
-    return pieces.movedim(0, dim).flatten(dim, dim + 1)
+    return x if group.size == 1 else _joined(gather_params_op(x[None], group.size, group.name), dim)
 
 
 def reduce_scatter(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor:
@@ -138,10 +128,9 @@ def reduce_scatter(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor
     tensor([1., 1., 1.])
     """
     group, dim = resolve("reduce_scatter", axis), _dimension("reduce_scatter", "dim", x, dim)
-    _check_divides("reduce_scatter", "dim", x, dim, axis, group)
     if group.size == 1:
         return x
-    pieces = x.unflatten(dim, (group.size, x.shape[dim] // group.size)).movedim(dim, 0)
+    pieces = _pieces("reduce_scatter", "dim", x, dim, axis, group)
     return reduce_scatter_op(pieces, group.size, group.name).squeeze(0)
 
 
@@ -166,13 +155,10 @@ def all_to_all(x: torch.Tensor, axis: Axes, *, split_dim: int = 0, concat_dim: i
     group = resolve("all_to_all", axis)
     split_dim = _dimension("all_to_all", "split_dim", x, split_dim)
     concat_dim = _dimension("all_to_all", "concat_dim", x, concat_dim)
-    _check_divides("all_to_all", "split_dim", x, split_dim, axis, group)
     if group.size == 1:
         return x
-    piece = x.shape[split_dim] // group.size
-    pieces = x.unflatten(split_dim, (group.size, piece)).movedim(split_dim, 0)
-    came = all_to_all_op(pieces, group.size, group.name)
-    return came.movedim(0, concat_dim).flatten(concat_dim, concat_dim + 1)
+    pieces = _pieces("all_to_all", "split_dim", x, split_dim, axis, group)
+    return _joined(all_to_all_op(pieces, group.size, group.name), concat_dim)
 
 
 def ppermute(x: torch.Tensor, axis: Axes, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
@@ -211,9 +197,18 @@ def _dimension(function: str, argument: str, x: torch.Tensor, dim: int) -> int:
     return dim % x.dim()
 
 
-def _check_divides(function: str, argument: str, x: torch.Tensor, dim: int, axis: Axes, group: Group) -> None:
+def _joined(pieces: torch.Tensor, dim: int) -> torch.Tensor:
+    """Pieces along a new first dimension, concatenated along ``dim`` in one copy."""
+    return pieces.movedim(0, dim).flatten(dim, dim + 1)
+
+
+def _pieces(
+    function: str, argument: str, x: torch.Tensor, dim: int, axis: Axes, group: Group
+) -> torch.Tensor:
+    """The reverse: ``x`` cut along ``dim``, a piece for each device."""
     if x.shape[dim] % group.size:
         got = f"dimension {dim} of x, whose shape is {tuple(x.shape)}"
         expected = f"one that divides by {group.size}, the size of {axis!r}"
         remedy = "Pad x, or choose another dimension."
         raise argument_error(function, argument, got=got, expected=expected, remedy=remedy)
+    return x.unflatten(dim, (group.size, x.shape[dim] // group.size)).movedim(dim, 0)

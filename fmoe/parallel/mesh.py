@@ -8,6 +8,7 @@ import socket
 import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,10 @@ def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -
     >>> make_mesh("ep=1").mesh_dim_names
     ('pp', 'dp', 'ep', 'tp')
     """
-    shape = _shape(axes, sizes)
+    shape = parse_axes("make_mesh", axes, sizes)
+    if shape[0] > 1:
+        remedy = "There are no pipelines yet; use dp, ep and tp."
+        raise argument_error("make_mesh", "axes", got=f"pp={shape[0]}", expected="pp=1", remedy=remedy)
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     world = num_processes()
     if math.prod(shape) != world:
@@ -58,10 +62,8 @@ def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -
                     stacklevel=2,
                 )
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-        if launched():
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        alone: dict[str, Any] = {} if launched() else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, **alone)
     check_alike("make_mesh", {"axes": dict(zip(AXES, shape))})
     mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
     many = [name for name, size in zip(AXES, shape) if size > 1]
@@ -93,14 +95,6 @@ def num_processes() -> int:
     if dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
-
-
-def _shape(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:
-    shape = parse_axes("make_mesh", axes, sizes)
-    if shape[0] > 1:
-        remedy = "There are no pipelines yet; use dp, ep and tp."
-        raise argument_error("make_mesh", "axes", got=f"pp={shape[0]}", expected="pp=1", remedy=remedy)
-    return shape
 
 
 def parse_axes(function: str, axes: str, sizes: Mapping[str, int] = MappingProxyType({})) -> tuple[int, ...]:

@@ -94,16 +94,13 @@ def moves(function: str, argument: str, tree: Any, have: Any, wanted: Any, mesh:
 
     Raises ``ValueError`` if an axis would have to change its dimension, or doesn't divide.
     """
-    names, leaves = dotted_names(tree), optree.tree_leaves(tree)
     specs = [known_axes(spec, mesh) for spec in broadcast("moves", "wanted", wanted, tree)]
-    misfits = [
-        (name, spec, leaf, problem)
-        for name, spec, leaf in zip(names, specs, leaves)
-        if dtensor_beneath(leaf)
-        for problem in size_problems(spec, unwrapped(leaf), mesh)
+    problems = [
+        size_problems(spec, unwrapped(leaf), mesh) if dtensor_beneath(leaf) else []
+        for spec, leaf in zip(specs, optree.tree_leaves(tree))
     ]
-    raise_misfits(function, argument, mesh, misfits)
-    trios = zip(names, broadcast("moves", "have", have, tree), specs)
+    raise_misfits(function, argument, mesh, tree, specs, problems)
+    trios = zip(dotted_names(tree), broadcast("moves", "have", have, tree), specs)
     return tuple(_moves(function, f"{argument}.{name}", old, new, mesh) for name, old, new in trios)
 
 

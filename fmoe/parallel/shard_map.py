@@ -14,7 +14,7 @@ from ..ops.core.axes import Binding, Group, axis_names, bound, describe, group_o
 from ..ops.core.dtensors import is_dtensor
 from ..ops.transport import Transport
 from ..params import P
-from ..tree import check_tensors, dotted_names
+from ..tree import check_tensors
 from .boundary import dtensor_beneath, dtensor_error, enter, leave, unwrapped
 from .collectives import all_gather_op, psum_op
 from .spec import (
@@ -76,7 +76,10 @@ def shard_map(
     check_specs("shard_map", "in_specs", in_specs, mesh)
     check_specs("shard_map", "out_specs", out_specs, mesh)
     binding = Binding(mesh, tuple((backends or {}).items()))
-    _check_backends(mesh, backends or {})
+    for axis in backends or {}:
+        if axis not in axis_names(mesh):
+            expected = f"an axis of the mesh {describe(mesh)}"
+            raise argument_error("shard_map", "backends", got=repr(axis), expected=expected)
 
     @functools.wraps(fn)
     def call(*args: Any) -> Any:
@@ -100,33 +103,25 @@ def shard_map(
     return call
 
 
-def _check_backends(mesh: DeviceMesh, backends: Mapping[str, Transport]) -> None:
-    for axis in backends:
-        if axis not in axis_names(mesh):
-            expected = f"an axis of the mesh {describe(mesh)}"
-            raise argument_error("shard_map", "backends", got=repr(axis), expected=expected)
-
-
 def _check_arguments(args: Any, leaves: Sequence[torch.Tensor], specs: Sequence[P], mesh: DeviceMesh) -> None:
-    misfits = []
-    for name, leaf, spec in zip(dotted_names(args), leaves, specs):
+    problems = []
+    for leaf, spec in zip(leaves, specs):
         inner = unwrapped(leaf)
         if is_dtensor(inner) and inner.dim() != leaf.dim():
             raise dtensor_error("vmap")
-        problems = rank_problems(spec, leaf)
-        if is_dtensor(inner) and not problems:
-            problems = [*size_problems(spec, inner, mesh), *placement_problems(spec, inner, mesh)]
-        misfits += [(name, spec, leaf, problem) for problem in problems]
-    raise_misfits("shard_map", "args", mesh, misfits)
+        found = rank_problems(spec, leaf)
+        if is_dtensor(inner) and not found:
+            found = [*size_problems(spec, inner, mesh), *placement_problems(spec, inner, mesh)]
+        problems.append(found)
+    raise_misfits("shard_map", "args", mesh, args, specs, problems)
 
 
 def _check_results(out: Any, values: Sequence[torch.Tensor], specs: Sequence[P], mesh: DeviceMesh) -> None:
-    misfits = []
-    for name, value, spec in zip(dotted_names(out), values, specs):
+    problems = []
+    for value, spec in zip(values, specs):
         wrapped = ["a DTensor; fn returns plain tensors"] if dtensor_beneath(value) else []
-        problems = [*wrapped, *rank_problems(spec, value)]
-        misfits += [(name, spec, value, problem) for problem in problems]
-    raise_misfits("shard_map", "fn(...)", mesh, misfits)
+        problems.append([*wrapped, *rank_problems(spec, value)])
+    raise_misfits("shard_map", "fn(...)", mesh, out, specs, problems)
 
 
 def _check_replicated(out: Any, values: Sequence[torch.Tensor], specs: Sequence[P], mesh: DeviceMesh) -> None:
@@ -139,12 +134,11 @@ def _check_replicated(out: Any, values: Sequence[torch.Tensor], specs: Sequence[
         for value, spec in zip(values, specs)
     ]
     found = psum_op.raw(torch.tensor(differ, dtype=torch.int64, device=mesh.device_type), everyone.name)
-    misfits = [
-        (name, spec, value, f"the value isn't the same along {unnamed_axes(spec, mesh)}")
-        for name, spec, value, n in zip(dotted_names(out), specs, values, found.tolist())
-        if n
+    problems = [
+        [f"the value isn't the same along {unnamed_axes(spec, mesh)}"] if n else []
+        for spec, n in zip(specs, found.tolist())
     ]
-    raise_misfits("shard_map", "fn(...)", mesh, misfits)
+    raise_misfits("shard_map", "fn(...)", mesh, out, specs, problems)
 
 
 def _differs(value: torch.Tensor, group: Group) -> bool:

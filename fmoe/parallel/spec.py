@@ -90,16 +90,10 @@ def distribute(tree: Any, specs: Any, mesh: DeviceMesh) -> Any:
     """
     leaves, treedef = optree.tree_flatten(tree)
     flat = fitting_specs("distribute", "tree", specs, tree, mesh)
-    placed = [
-        as_dtensor(_copied(leaf.detach()[local_piece(spec, leaf.shape, mesh)]), mesh, spec)
-        for spec, leaf in zip(flat, leaves)
-    ]
-    return optree.tree_unflatten(treedef, placed)
-
-
-def _copied(piece: torch.Tensor) -> torch.Tensor:
-    """A copy of the piece. A view would keep the whole tensor in memory."""
-    return piece.clone(memory_format=torch.contiguous_format)
+    pieces = [leaf.detach()[local_piece(spec, leaf.shape, mesh)] for spec, leaf in zip(flat, leaves)]
+    # Copied, as a view would keep the whole tensor in memory.
+    copies = [piece.clone(memory_format=torch.contiguous_format) for piece in pieces]
+    return optree.tree_unflatten(treedef, [as_dtensor(c, mesh, spec) for c, spec in zip(copies, flat)])
 
 
 def as_dtensor(local: torch.Tensor, mesh: DeviceMesh, spec: P) -> "DTensor":
@@ -148,12 +142,9 @@ def fitting_specs(function: str, argument: str, specs: Any, tree: Any, mesh: Dev
     specs = optree.tree_map(lambda spec: known_axes(spec, mesh), specs, is_leaf=is_spec)
     check_specs(function, "specs", specs, mesh)
     flat = broadcast(function, "specs", specs, tree)
-    misfits = [
-        (name, spec, leaf, problem)
-        for name, spec, leaf in zip(dotted_names(tree), flat, optree.tree_leaves(tree))
-        for problem in (*rank_problems(spec, leaf), *size_problems(spec, leaf, mesh))
-    ]
-    raise_misfits(function, argument, mesh, misfits)
+    pairs = zip(flat, optree.tree_leaves(tree))
+    problems = [[*rank_problems(spec, leaf), *size_problems(spec, leaf, mesh)] for spec, leaf in pairs]
+    raise_misfits(function, argument, mesh, tree, flat, problems)
     return flat
 
 
@@ -163,10 +154,8 @@ def check_specs(function: str, argument: str, specs: Any, mesh: DeviceMesh) -> N
         got = "a mesh whose axes have no names"
         remedy = "Use fmoe.make_mesh, or init_device_mesh(..., mesh_dim_names=...)."
         raise argument_error(function, "mesh", got=got, expected="named axes", remedy=remedy)
-    leaves = optree.tree_leaves(specs, none_is_leaf=True)
-    names = dotted_names(specs, none_is_leaf=True)
-    misfits = [(n, s, None, p) for n, s in zip(names, leaves) for p in mesh_problems(s, mesh)]
-    raise_misfits(function, argument, mesh, misfits)
+    flat = optree.tree_leaves(specs, none_is_leaf=True)
+    raise_misfits(function, argument, mesh, specs, flat, [mesh_problems(spec, mesh) for spec in flat])
 
 
 def mesh_problems(spec: Any, mesh: DeviceMesh) -> list[str]:
@@ -214,15 +203,23 @@ def _placement_problems(
 
 
 def raise_misfits(
-    function: str, argument: str, mesh: DeviceMesh, misfits: Sequence[tuple[str, Any, Any, str]]
+    function: str,
+    argument: str,
+    mesh: DeviceMesh,
+    tree: Any,
+    specs: Sequence[Any],
+    problems: Sequence[list[str]],
 ) -> None:
-    """Raise one ``ValueError`` for all ``(name, spec, tensor or None, problem)``, if there are any."""
+    """Raise one ``ValueError`` for all problems with the specs of a tree's leaves, if there are any."""
+    if not any(problems):
+        return  # making names takes longer than this check
     lines = []
-    for name, spec, tensor, problem in misfits:
-        shape = "" if tensor is None else f" for shape {tuple(tensor.shape)}"
-        lines.append(f"\n  {'.'.join(filter(None, (argument, name)))}: {spec!r}{shape}: {problem}")
-    if lines:
-        got = f"{len(lines)} that don't fit"
-        expected = f"specs that fit the mesh {describe(mesh)} and the tensors"
-        remedy = "Correct these:" + "".join(lines)
-        raise argument_error(function, argument, got=got, expected=expected, remedy=remedy)
+    leaves, names = optree.tree_leaves(tree, none_is_leaf=True), dotted_names(tree, none_is_leaf=True)
+    for name, leaf, spec, found in zip(names, leaves, specs, problems):
+        shape = f" for shape {tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else ""
+        where = ".".join(filter(None, (argument, name)))
+        lines += [f"\n  {where}: {spec!r}{shape}: {problem}" for problem in found]
+    got = f"{len(lines)} that don't fit"
+    expected = f"specs that fit the mesh {describe(mesh)} and the tensors"
+    remedy = "Correct these:" + "".join(lines)
+    raise argument_error(function, argument, got=got, expected=expected, remedy=remedy)

@@ -1,4 +1,4 @@
-"""Differentiable tensors that come into a function by the back door."""
+"""Differentiable tensors that a function uses without having them as arguments."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from ...errors import captured_error
 
 
 class Guard(TorchFunctionMode):
-    """Finds differentiable tensors that a region uses without having them as arguments.
+    """Find the captured tensors of a region.
 
     Inside the region nothing requires a gradient and no transform from outside is active, so whatever
-    does, or belongs to such a transform, was captured. To detach it is no use of it.
+    does, or belongs to such a transform, was captured. Detaching it does not count as a use.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,7 +1,8 @@
 """Rules of an operator from a reference: the same function composed of other operators."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -33,17 +34,19 @@ def as_tuple(values: Any) -> tuple[Any, ...]:
     return values if isinstance(values, tuple) else (values,)
 
 
+def replaced(values: Sequence[Any], where: Iterable[int], by: Iterable[Any]) -> list[Any]:
+    """A list of ``values`` with others at some places."""
+    found = list(values)
+    for i, value in zip(where, by):
+        found[i] = value
+    return found
+
+
 def derive(reference: Callable[..., Any], num_inputs: int) -> Rules:
     """Rules of an operator from the same function composed of other operators."""
 
     def as_function_of(inputs: Sequence[Any], where: Sequence[int]) -> Callable[..., Any]:
-        def call(*values: Any) -> Any:
-            args = list(inputs)
-            for i, value in zip(where, values):
-                args[i] = value
-            return reference(*args)
-
-        return call
+        return lambda *values: reference(*replaced(inputs, where, values))
 
     def floats(inputs: Sequence[Any]) -> list[int]:
         return [i for i, a in enumerate(inputs) if isinstance(a, torch.Tensor) and a.is_floating_point()]
@@ -51,10 +54,9 @@ def derive(reference: Callable[..., Any], num_inputs: int) -> Rules:
     def vjp(inputs: Sequence[Any], needs: Sequence[bool], *cotangents: Any) -> tuple[Any, ...]:
         where = [i for i in floats(inputs) if needs[i]]
         out, pull, *_ = torch.func.vjp(as_function_of(inputs, where), *(inputs[i] for i in where))
-        outs = as_tuple(out)
-        padded = (*cotangents, *[None] * (len(outs) - len(cotangents)))
-        filled = tuple(torch.zeros_like(o) if c is None else c for o, c in zip(outs, padded))
-        found = dict(zip(where, pull(few(filled) if not isinstance(out, tuple) else filled)))
+        pairs = zip_longest(as_tuple(out), cotangents)
+        filled = tuple(torch.zeros_like(o) if c is None else c for o, c in pairs)
+        found = dict(zip(where, pull(filled if isinstance(out, tuple) else filled[0])))
         return tuple(found.get(i) for i in range(num_inputs))
 
     def jvp(inputs: Sequence[Any], *tangents: Any) -> Any:

@@ -20,7 +20,7 @@ from ...errors import TransformError
 from .batches import Fold, each, front
 from .derive import Tensors, as_tuple, few
 from .refuse import Unsupported, refusing_nested_forward_mode
-from .tape import no_tape
+from .tape import on_tape
 
 
 def traced_function(op: Any) -> Any:
@@ -113,7 +113,7 @@ def _rule(op: Any, transform: str, rule: Any) -> Iterator[None]:
     if rule is None or isinstance(rule, Unsupported):
         remedy = rule.remedy if rule else "Call it outside the transform."
         raise TransformError(f"{op.name}: cannot run under torch.func.{transform}. {remedy}")
-    with no_tape(), refusing_nested_forward_mode(op.name):
+    with on_tape(None), refusing_nested_forward_mode(op.name):
         yield
 
 

@@ -20,19 +20,13 @@ class Modes(NamedTuple):
     binding: Binding
     device: torch.device
     grad_enabled: bool
-    autocast: Sequence[dict[str, Any]]
+    autocast: Sequence[tuple[str, torch.dtype, bool, bool]]  # the arguments of torch.autocast
 
     @classmethod
     def now(cls, tensors: Sequence[torch.Tensor]) -> "Modes":
-        devices = sorted({t.device.type for t in tensors} & {"cpu", "cuda"})
         autocast = [
-            dict(
-                device_type=device,
-                enabled=torch.is_autocast_enabled(device),
-                dtype=torch.get_autocast_dtype(device),
-                cache_enabled=torch.is_autocast_cache_enabled(),
-            )
-            for device in devices
+            (d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d), torch.is_autocast_cache_enabled())
+            for d in sorted({t.device.type for t in tensors} & {"cpu", "cuda"})
         ]
         return cls(binding(), torch.get_default_device(), torch.is_grad_enabled(), autocast)
 
@@ -44,7 +38,7 @@ class Modes(NamedTuple):
                 stack.enter_context(self.device)
             stack.enter_context(torch.set_grad_enabled(self.grad_enabled))
             for options in self.autocast:
-                stack.enter_context(torch.autocast(**options))
+                stack.enter_context(torch.autocast(*options))
             yield
 
 

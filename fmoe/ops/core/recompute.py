@@ -23,11 +23,12 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from ...errors import argument_error
 from .batches import front
 from .capture import Guard, check_captured
+from .derive import replaced
 from .dynamo import hidden_from_dynamo
 from .function import primal
 from .modes import Modes, Rng
 from .refuse import refusing_nested_forward_mode
-from .tape import Entry, PlainTape, Policy, Tape, current_tape, replay_error
+from .tape import Entry, PlainTape, Policy, Tape, current_tape, on_tape, replay_error
 
 # For every entry of a tape its operator, its checkpoint name, and how many outputs it has, if any.
 Layout = Sequence[tuple[str, str, int | None]]
@@ -67,7 +68,7 @@ def recomputing(fn: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) 
 
 @dataclass
 class _Found:
-    """What running a region told about it."""
+    """What we learned from running a region."""
 
     out_treedef: Any = None
     out_statics: Sequence[Any] = ()
@@ -81,8 +82,8 @@ class _Found:
 class _Region:
     """One call of a remat'ed function: all of it but the tensors.
 
-    ``statics`` has a 1-tuple for every leaf of the arguments that isn't a tensor. ``batches`` has the
-    ``in_dims`` of the vmaps around the call, innermost first. ``handed`` describes the entries handed to it.
+    ``statics`` has a 1-tuple for every leaf of the arguments that isn't a tensor. ``batches`` has ``in_dims``
+    and randomness of the vmaps around the call, innermost first. ``handed`` describes the entries it gets.
     """
 
     fn: Callable[..., Any]
@@ -108,7 +109,7 @@ class _Region:
             entries = _entries(tensors[n:], self.handed)
             look = check_captured if check else None
             tape = Tape(record=self.record, serve=self.serve, entries=entries, check=look)
-            with self.modes.entered(), tape.run():
+            with self.modes.entered(), on_tape(tape):
                 with Guard() if check else nullcontext():
                     out = self.fn(*args, **kwargs)
                 outputs, found.out_treedef = optree.tree_flatten(out, none_is_leaf=True)
@@ -141,11 +142,8 @@ class _Region:
         region, rng, differentiable = self.replayed(), self.found.rng, self.found.differentiable
 
         def call(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            tensors = list(saved)
-            for i, value in zip(where, values):
-                tensors[i] = value
             with rng.replayed() if rng else nullcontext():
-                outputs = region.execute(tensors)
+                outputs = region.execute(replaced(saved, where, values))
             if region.found.served < len(region.handed):
                 raise replay_error(f"no {region.handed[region.found.served][0]} where it was called first")
             return tuple(compress(outputs, differentiable))

@@ -1,19 +1,23 @@
 """Checkpoint names, and the tape on which remat keeps what operators computed."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch._C import _functorch as functorch
 
 from ...errors import argument_error
 
+if TYPE_CHECKING:
+    from .primitive import Operator
+
 Policy = Callable[[str], bool]
 
 _CHECKPOINTS: dict[str, bool] = {}
 _TAPE: "ContextVar[Tape | PlainTape | None]" = ContextVar("fmoe_tape", default=None)
+current_tape = _TAPE.get
 
 
 class Entry(NamedTuple):
@@ -24,19 +28,10 @@ class Entry(NamedTuple):
     outputs: tuple[torch.Tensor, ...] | None
 
 
-class Recorded(Protocol):
-    """What a tape needs of an operator."""
-
-    name: str
-    checkpoint: str
-    function: Any
-    plain: Any
-
-
 def checkpoint(name: str, *, save: bool) -> str:
-    """Declare a name that remat's policies see, and whether the default policy keeps what bears it.
+    """Declare a name that remat's policies see, and whether the default policy keeps its outputs.
 
-    Gives the name; several operators may bear it.
+    Returns the name. Several operators may bear it.
 
     >>> from fmoe.transforms import save, save_declared
     >>> SQUARE = checkpoint("square", save=False)
@@ -60,10 +55,9 @@ def _depth() -> int:
 class Tape:
     """Outputs of operators during one run of a function: kept on the way, or handed back.
 
-    It records every call whose checkpoint name ``record`` accepts, and serves ``entries``, in
-    order, to the calls whose name ``serve`` accepts. A call beneath a transform that began inside
-    the run has no value at this level: its entry is ``None`` and it is simply computed again.
-    ``check`` sees every call's arguments and name first.
+    It records every call whose checkpoint name ``record`` accepts. It serves ``entries``, in order, to the
+    calls whose name ``serve`` accepts. A call beneath a transform that began inside the run has no value at
+    this level. Its entry is ``None`` and it is computed again. ``check`` sees every call's arguments first.
     """
 
     def __init__(
@@ -80,15 +74,7 @@ class Tape:
         self.recorded: list[Entry] = []
         self.depth = _depth()
 
-    @contextmanager
-    def run(self) -> "Iterator[Tape]":
-        token = _TAPE.set(self)
-        try:
-            yield self
-        finally:
-            _TAPE.reset(token)
-
-    def call(self, op: Recorded, args: tuple[Any, ...]) -> Any:
+    def call(self, op: "Operator", args: tuple[Any, ...]) -> Any:
         if self.check is not None:
             self.check(args, op.name)
         out = op.function.apply(*args, *(self._next(op) or ()))
@@ -107,7 +93,7 @@ class Tape:
             if self.record(entry.checkpoint):
                 self._append(entry)
 
-    def _next(self, op: Recorded) -> tuple[torch.Tensor, ...] | None:
+    def _next(self, op: "Operator") -> tuple[torch.Tensor, ...] | None:
         if self.position == len(self.entries) or not self.serve(op.checkpoint):
             return None
         entry = self.entries[self.position]
@@ -129,31 +115,22 @@ def replay_error(got: str) -> ValueError:
 
 
 class PlainTape:
-    """On it every operator is the plain PyTorch function it is declared to equal."""
+    """On it every operator is the plain PyTorch function that it is declared to equal."""
 
-    def call(self, op: Recorded, args: tuple[Any, ...]) -> Any:
+    def call(self, op: "Operator", args: tuple[Any, ...]) -> Any:
         return op.plain(*args)
 
 
-def current_tape() -> Tape | PlainTape | None:
-    return _TAPE.get()
-
-
 @contextmanager
-def plain_operators() -> Iterator[None]:
+def on_tape(tape: Tape | PlainTape | None) -> Iterator[None]:
+    """Operators called inside belong to this tape."""
+    token = _TAPE.set(tape)
+    try:
+        yield
+    finally:
+        _TAPE.reset(token)
+
+
+def plain_operators() -> AbstractContextManager[None]:
     """Inside, operators are plain PyTorch: slow, obvious, and differentiated by PyTorch alone."""
-    token = _TAPE.set(PlainTape())
-    try:
-        yield
-    finally:
-        _TAPE.reset(token)
-
-
-@contextmanager
-def no_tape() -> Iterator[None]:
-    """Operators called inside belong to no tape."""
-    token = _TAPE.set(None)
-    try:
-        yield
-    finally:
-        _TAPE.reset(token)
+    return on_tape(PlainTape())

@@ -113,17 +113,9 @@ def weighted_sum(y: torch.Tensor, row: torch.Tensor, weights: torch.Tensor | Non
 
 @triton.jit
 def _spread(
-    g,
-    y,
-    slot,
-    weights,
-    g_y,
-    g_weights,
-    num_cols,
-    TOP_K: tl.constexpr,
-    WRITE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    g, y, slot, weights, g_y, g_weights, num_cols,
+    TOP_K: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     pair = tl.load(slot + row)
     if pair >= 0:

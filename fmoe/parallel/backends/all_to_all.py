@@ -1,11 +1,11 @@
 """Tokens over ``torch.distributed``'s all-to-all: gloo on CPU, NCCL on CUDA.
 
-A token goes once to every device that holds an expert of its, with its weights and experts in the same
-message; what these experts make of it is summed there and comes back as one row. Letters beyond those of
-``fmoe/ops``: n devices along the axis, Q copies this device sends, S those it receives.
+A token goes once to every device that holds one of its experts, with its weights and experts in the same
+message. The sum over these experts comes back as one row. Letters beyond those of ``fmoe/ops``: n devices
+along the axis, Q copies this device sends, S those it receives.
 
-The sizes are the only thing the host waits for, once a layer: they come back with the plan, in the host's
-memory, for combine and both backwards.
+The host waits once a layer, for the sizes. The plan keeps them in the host's memory for combine and both
+backwards.
 """
 
 from typing import Any, NamedTuple
@@ -79,15 +79,11 @@ def _exchange_rows(
 ) -> Tensors:
     """Rows of several tensors as one message: row ``i`` of each goes where ``sent`` says."""
     messages = [_as_bytes(t) for t in tensors]
-    widths = [m.shape[1] for m in messages]
     whole = messages[0] if len(messages) == 1 else torch.cat(messages, 1)
     came = swap_rows(whole, received, sent, group, sender)
-    # Cloned, as a view into the message may lie where its dtype can't.
-    parts = (
-        [p.clone(memory_format=torch.contiguous_format) for p in came.split(widths, 1)]
-        if messages[1:]
-        else [came]
-    )
+    parts = came.split([m.shape[1] for m in messages], 1)
+    if len(messages) > 1:  # cloned, as a view into the message may lie where its dtype can't
+        parts = tuple(p.clone(memory_format=torch.contiguous_format) for p in parts)
     return tuple(part.view(t.dtype).view(-1, *t.shape[1:]) for part, t in zip(parts, tensors))
 
 
@@ -98,13 +94,7 @@ def _as_bytes(t: torch.Tensor) -> torch.Tensor:
 
 
 def _exchange_kernel(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    ids: torch.Tensor,
-    num_experts: int,
-    size: int,
-    position: int,
-    group: str,
+    x: Any, weights: Any, ids: torch.Tensor, num_experts: int, size: int, position: int, group: str
 ) -> Tensors:
     check_ids(ids, num_experts)
     held, (num_tokens, top_k) = num_experts // size, ids.shape

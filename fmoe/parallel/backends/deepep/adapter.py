@@ -10,6 +10,8 @@ An *engine* is a communication buffer of one group, and moves rows through it:
 ``send_weights``, ``combine_weights``       weights alone, either way
 ``join()``                                  the current stream waits for the latest combine
 ``destroy()``                               frees the buffer
+``rows(size)``                              the multiple that a row's length must be in a group of
+                                            this size, and the most it may be
 
 A handle says how rows were sent. It has tensors, the first with a row per token, and a few numbers. Users
 install DeepEP themselves, since it is built against their CUDA. This file follows v1.2.1 and 2.1.0.
@@ -142,21 +144,17 @@ def choose_kind(module: Any, size: int, kind: str | None) -> str:
     if kind == "elastic" and not elastic:
         remedy = "Leave kind out, or upgrade."
         raise refuse("kind", got="'elastic', with DeepEP 1.x", expected="DeepEP 2.x for it", remedy=remedy)
-    takes = _buffer_takes(module, size)
+    try:
+        module.Buffer.get_dispatch_config(size)
+        takes = True
+    except AssertionError:
+        takes = False
     if not takes and (kind == "buffer" or not elastic):
         expected = "a size that DeepEP's Buffer supports, as 2, 4, 8, 16"
         raise refuse("line", got=f"a group of {size}", expected=expected, remedy=_NO_DEEP_EP)
     if kind is not None:
         return kind
     return "buffer" if takes and (size <= PEERS or not elastic) else "elastic"
-
-
-def _buffer_takes(module: Any, size: int) -> bool:
-    try:
-        module.Buffer.get_dispatch_config(size)
-    except AssertionError:
-        return False
-    return True
 
 
 def check_kind(kind: str, hosts: list[str]) -> None:
@@ -216,16 +214,8 @@ class Engine:
     buffer: Any
     latest: Any = None  # the event of the latest kernel that the current stream hasn't waited for
 
-    @staticmethod
-    def rows(size: int) -> tuple[int, int | None]:
-        """The multiple that a row's length must be in a group of this size, and the most it may be."""
-        raise NotImplementedError
-
-    def send(self, x: torch.Tensor, handle: Handle) -> torch.Tensor:
-        raise NotImplementedError
-
-    def combine(self, y: Any, handle: Handle, weights: Any = None, wait: bool = True) -> tuple[Any, Any]:
-        raise NotImplementedError
+    send: Any
+    combine: Any
 
     def send_weights(self, weights: torch.Tensor, handle: Handle) -> torch.Tensor:
         """Send weights as rows of bytes, since with a handle DeepEP sends rows only."""
@@ -265,9 +255,8 @@ class Alone(Engine):
         return x[handle.tensors[1]]
 
     def combine(self, y: Any, handle: Handle, weights: Any = None, wait: bool = True) -> tuple[Any, Any]:
-        return self.combine_weights(y, handle), None if weights is None else self.combine_weights(
-            weights, handle
-        )
+        weights = None if weights is None else self.combine_weights(weights, handle)
+        return self.combine_weights(y, handle), weights
 
     def send_weights(self, weights: torch.Tensor, handle: Handle) -> torch.Tensor:
         return self.send(weights, handle)

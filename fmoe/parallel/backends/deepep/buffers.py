@@ -74,11 +74,8 @@ class Held:
 
     def _check(self, x: torch.Tensor, wanted: Sizes) -> None:
         align, most_dim = self.engine.rows(self.group.size())
-        problems = [
-            f"{value} {name} where it was sized for {most}"
-            for name, value, most in zip(Sizes._fields, wanted, self.sizes)
-            if value > most
-        ]
+        trios = zip(Sizes._fields, wanted, self.sizes)
+        problems = [f"{n} {name} where it was sized for {most}" for name, n, most in trios if n > most]
         if problems:
             raise refuse("sizes", got=", ".join(problems), expected="at most what the buffer was sized for")
         if wanted.dim % align or (most_dim and wanted.dim > most_dim):

@@ -20,16 +20,14 @@ class Legacy(Engine):
     def __init__(self, module: Any, group: Any, sizes: Sizes) -> None:
         self.within_node = group.size() <= adapter.PEERS
         self.id_dtype = getattr(module, "topk_idx_t", torch.int64)
-        self.configs = [
-            get(group.size()) for get in (module.Buffer.get_dispatch_config, module.Buffer.get_combine_config)
-        ]
+        makers = module.Buffer.get_dispatch_config, module.Buffer.get_combine_config
+        self.configs = [make(group.size()) for make in makers]
         row = payload_dim(sizes) * max(dtype.itemsize for dtype in adapter.PAYLOADS)
         near = max(c.get_nvl_buffer_size_hint(row, group.size()) for c in self.configs)
         # Without NVSHMEM, DeepEP refuses to say how much it would need.
-        far = (
-            [] if self.within_node else [c.get_rdma_buffer_size_hint(row, group.size()) for c in self.configs]
-        )
-        self.buffer = module.Buffer(group, near, max(far, default=0), explicitly_destroy=True)
+        across = () if self.within_node else self.configs
+        far = max((c.get_rdma_buffer_size_hint(row, group.size()) for c in across), default=0)
+        self.buffer = module.Buffer(group, near, far, explicitly_destroy=True)
 
     def dispatch(self, x: Any, weights: Any, ids: Any, num_experts: int) -> Arrived:
         to_rank, to_node, to_expert, goes, _ = self.buffer.get_dispatch_layout(ids, num_experts)

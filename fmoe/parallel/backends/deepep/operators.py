@@ -38,10 +38,6 @@ def _dispatch_fake(x: Any, weights: Any, ids: Any, num_experts: int, size: int, 
     return *received, *sent_fake(x, ids.shape[0], dynamic)
 
 
-def _send_kernel(x: torch.Tensor, rows: int, buffer: str, *sent: torch.Tensor) -> torch.Tensor:
-    return find(buffer).engine.send(x.contiguous(), unpack(sent))
-
-
 def _send_weights_kernel(weights: Any, row_SK: torch.Tensor, buffer: str, *sent: Any) -> torch.Tensor:
     came = find(buffer).engine.send_weights(weights, unpack(sent))
     return came.masked_fill(row_SK < 0, 0)
@@ -84,7 +80,7 @@ def _row_example() -> torch.Tensor:
 # x (T, D) -> (S, D), by the handle of a dispatch.
 deepep_send: Operator = linear(
     f"deepep_send(Tensor x, SymInt rows, str buffer, {SENT}) -> Tensor",
-    impl=_send_kernel,
+    impl=lambda x, rows, buffer, *sent: find(buffer).engine.send(x.contiguous(), unpack(sent)),
     fake=lambda x, rows, *others: x.new_empty(rows, x.shape[1]),
     checkpoint=DISPATCH,
     example=lambda: (random(4, 3), 4, alone(), *sent_example()),
