@@ -39,11 +39,8 @@ def captured_error(function: str, tensor: Any, use: str = "") -> ValueError:
     >>> print(captured_error("remat", torch.ones(2)))  # doctest: +ELLIPSIS
     remat: fn: got a function that uses a differentiable tensor from outside: shape (2,), torch.float32, ...
     """
-    return argument_error(
-        function,
-        "fn",
-        got=f"a function that uses a differentiable tensor from outside{use}: "
-        f"shape {tuple(tensor.shape)}, {tensor.dtype}",
-        expected="every differentiable tensor as an argument",
-        remedy="Pass it as an argument; captured, its gradient would be wrong.",
-    )
+    tensor = f"shape {tuple(tensor.shape)}, {tensor.dtype}"
+    got = f"a function that uses a differentiable tensor from outside{use}: {tensor}"
+    expected = "every differentiable tensor as an argument"
+    remedy = "Pass it as an argument; captured, its gradient would be wrong."
+    return argument_error(function, "fn", got=got, expected=expected, remedy=remedy)

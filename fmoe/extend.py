@@ -1,4 +1,4 @@
-"""Everything that operators and backends of one's own are made of.
+"""The parts for operators and backends of your own.
 
 ``docs/operators.md`` writes operators with it, and ``docs/backends.md`` a backend.
 

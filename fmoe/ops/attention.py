@@ -1,4 +1,4 @@
-"""Causal softmax attention as one operator, by the fastest of PyTorch's kernels that is right here.
+"""Causal softmax attention as one operator, by the fastest of PyTorch's kernels that computes it correctly.
 
 B sequences, L positions, H heads; N and V are a head's query and value dimensions. PyTorch's own
 attention kernels have no forward derivative and no second one; here both follow from the reference.

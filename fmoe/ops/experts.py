@@ -1,6 +1,6 @@
 """The experts: SwiGLU of every held expert, weighted and summed per row, as two operators.
 
-``experts_up`` gives the pre-activation and ``experts_down`` the output. They are two so that the
+``experts_up`` gives the pre-activation and ``experts_down`` the output. With two operators, the
 pre-activation is freed as soon as its own cotangent is known.
 """
 

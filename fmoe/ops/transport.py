@@ -1,4 +1,4 @@
-"""What carries tokens to the devices that hold their experts: the interface that backends implement."""
+"""The interface of backends, which carry tokens to the devices that hold their experts."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -87,11 +87,15 @@ def set_default(make: Callable[[Group], Transport]) -> None:
 
 
 def transport_along(function: str, axis: Axes | DeviceMesh | None) -> Transport | None:
-    """What carries tokens along ``axis``; ``None`` where there is one device, so that nothing moves."""
+    """The backend that carries tokens along ``axis``; ``None`` for one device, where nothing moves."""
     if axis is None:
         return None
     if isinstance(axis, DeviceMesh):
-        group = _group_of_line(function, axis)
+        if axis.ndim != 1 or not axis_names(axis):
+            got = f"a mesh of {axis.ndim} dimensions, named {axis_names(axis)}"
+            expected = "the name of a bound axis, or a mesh of one dimension that has a name"
+            raise argument_error(function, "axis", got=got, expected=expected, remedy='Pass mesh["ep"].')
+        group = group_of(axis, axis_names(axis))
     else:
         group = resolve(function, axis)
         for name, backend in binding().backends:
@@ -101,14 +105,6 @@ def transport_along(function: str, axis: Axes | DeviceMesh | None) -> Transport 
         return None
     assert _default is not None
     return _default(group)
-
-
-def _group_of_line(function: str, mesh: DeviceMesh) -> Group:
-    if mesh.ndim != 1 or not axis_names(mesh):
-        got = f"a mesh of {mesh.ndim} dimensions, named {axis_names(mesh)}"
-        expected = "the name of a bound axis, or a mesh of one dimension that has a name"
-        raise argument_error(function, "axis", got=got, expected=expected, remedy='Pass mesh["ep"].')
-    return group_of(mesh, axis_names(mesh))
 
 
 def check_experts_divide(num_experts: int, size: int) -> None:

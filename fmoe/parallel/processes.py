@@ -105,9 +105,9 @@ class Processes:
             raise argument_error("Processes.run", "ranks", got=repr(ranks), expected=expected, remedy=remedy)
         timeout = self.timeout if timeout is None else timeout
         job = self._job(function, args)
-        if self._size not in (0, ranks) and torch.cuda.is_available():
-            self.stop(patience=0)  # NCCL hangs in a process that was alone before
-        if not all(process.is_alive() for process in self._processes):
+        # NCCL hangs in a process that was alone before.
+        stale = self._size not in (0, ranks) and torch.cuda.is_available()
+        if stale or not all(process.is_alive() for process in self._processes):
             self.stop(patience=0)
         try:
             if not self._processes:

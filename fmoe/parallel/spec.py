@@ -203,12 +203,7 @@ def _placement_problems(
 
 
 def raise_misfits(
-    function: str,
-    argument: str,
-    mesh: DeviceMesh,
-    tree: Any,
-    specs: Sequence[Any],
-    problems: Sequence[list[str]],
+    function: str, argument: str, mesh: DeviceMesh, tree: Any, specs: Sequence[P], problems: list[list[str]]
 ) -> None:
     """Raise one ``ValueError`` for all problems with the specs of a tree's leaves, if there are any."""
     if not any(problems):

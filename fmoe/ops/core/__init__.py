@@ -1,1 +1,1 @@
-"""What declares operators and runs them: their rules, tapes for recomputation, modes and named axes."""
+"""Operators: how they are declared and run, tapes for recomputation, modes and named axes."""

@@ -1,8 +1,8 @@
-"""Named mesh axes: what is bound here, and the process group that axes of it stand for.
+"""Named mesh axes: the mesh that is bound, and the process group that some of its axes stand for.
 
-:func:`fmoe.shard_map` binds its mesh, and what carries tokens along its axes, while its function runs.
-Collectives resolve axis names when they are called and keep group names and sizes as static arguments,
-so their derivatives need no binding; whatever runs a function again later binds the same again.
+:func:`fmoe.shard_map` binds its mesh and backends while its function runs. Collectives resolve axis names
+when they are called. Group names and sizes are their static arguments, so derivatives need no binding.
+Whatever runs a function again later binds the same again.
 """
 
 import math
@@ -44,7 +44,7 @@ class Binding(NamedTuple):
 
 
 class MeshOfSizes:
-    """The axes and sizes of a mesh without its devices: what it is bound for runs on fake tensors."""
+    """The axes and sizes of a mesh without its devices, for runs on fake tensors."""
 
     def __init__(self, sizes: dict[str, int]) -> None:
         self.mesh_dim_names = tuple(sizes)
@@ -67,7 +67,7 @@ _GROUPS: "weakref.WeakKeyDictionary[Any, dict[Any, tuple[str, int, int]]]" = wea
 
 
 def binding() -> Binding:
-    """What is bound here."""
+    """The mesh and backends that are bound here."""
     return _BOUND.now
 
 

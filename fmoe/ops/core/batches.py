@@ -1,4 +1,4 @@
-"""What ``vmap`` rules are made of: a batch as one larger call of the same operator."""
+"""The parts of ``vmap`` rules: a batch as one larger call of the same operator."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,8 +12,8 @@ from .derive import Dims, Tensors
 class Fold(NamedTuple):
     """A ``vmap`` rule's answer: the batch as one larger call of the same operator.
 
-    ``operator(*args)`` computes it, ``unfold`` turns its outputs into batched ones (batch first),
-    ``refold`` is the inverse of ``unfold``, through which kept outputs are handed back.
+    ``operator(*args)`` computes it, and ``unfold`` turns its outputs into batched ones, batch first. Kept
+    outputs are handed back through ``refold``, the inverse of ``unfold``.
 
     >>> from fmoe.ops.bases import gather
     >>> x, index = torch.tensor([5.0, 7.0]), torch.tensor([[0, 1], [1, 1]])

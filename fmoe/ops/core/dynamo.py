@@ -1,4 +1,4 @@
-"""What torch.compile is told about functions, without importing ``torch._dynamo``, which takes seconds."""
+"""Marks on functions for torch.compile, without importing ``torch._dynamo``, which takes seconds."""
 
 import functools
 import sys

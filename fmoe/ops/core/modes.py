@@ -1,4 +1,4 @@
-"""What surrounds a call without being an argument: modes and random generators, to repeat it in."""
+"""The surroundings of a call, in which it can be repeated: modes and random generators."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
 
 
 class Modes(NamedTuple):
-    """The modes a region was called in, in which it runs again: some backward may run in others."""
+    """The modes a region was called in. It runs again in the same, whatever modes its backward runs in."""
 
     binding: Binding
     device: torch.device

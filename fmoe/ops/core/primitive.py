@@ -11,12 +11,9 @@ Rules are written in terms of other operators, so derivatives of derivatives exi
 its transpose. Another *base* operator states its three rules by hand. A *fused* one states a ``reference``,
 the same function composed from base operators, from which every rule it doesn't state follows.
 
-Every operator also carries its checkpoint name, by which :func:`fmoe.remat` decides what to keep.
-To recompute without running a kept operator again, its outputs are handed back to it as extra
-arguments (``ops/core/tape.py``): its value is then known, and only its rules are used.
-
-Transforms inside ``torch.compile`` drop custom backwards silently (pytorch#193279), so operators raise there
-(``ops/core/refuse.py``).
+Every operator also carries its checkpoint name, by which :func:`fmoe.remat` decides what to keep. When a
+kept operator is recomputed, its outputs are handed back to it as extra arguments (``ops/core/tape.py``). Its
+value is then known, and only its rules are used.
 """
 
 from collections.abc import Callable
@@ -114,8 +111,7 @@ def declare(
     checkpoint        a name declared with :func:`fmoe.ops.core.tape.checkpoint`
     example           random arguments in float64, of the same shapes each time
     plain             the same function in plain PyTorch, the oracle; not needed with a ``reference``
-    dependent         the example's last arguments, where they follow from the others: what a forward
-                      hands to its backward
+    dependent         the example's last arguments where they follow from the others, as in a backward
     residual_outputs  how many trailing outputs exist for the backward only; callers don't see them
     residuals         ``(inputs, outputs)`` -> what the rules need, a tuple or ``NamedTuple`` of tensors,
                       statics and further tuples; nothing else is kept; default: the inputs
@@ -164,7 +160,7 @@ def declare(
 
 
 class _Others(NamedTuple):
-    """What the rules of a linear operator need: its first argument's shape, and the others."""
+    """The residuals of a linear operator: its first argument's shape, and the other arguments."""
 
     shape: tuple[int, ...]
     others: tuple[Any, ...]

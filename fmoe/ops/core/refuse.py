@@ -1,4 +1,4 @@
-"""Transforms that cannot work, and how fmoe says so."""
+"""Transforms that cannot work, and the errors for them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

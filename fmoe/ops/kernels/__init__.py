@@ -1,7 +1,7 @@
 """Triton kernels of the operators' hot paths; each has a twin in PyTorch beside its operator.
 
-The kernels run where tensors are on a CUDA device and Triton is installed; the twins everywhere else.
-Nothing here knows of autograd: operators call these kernels from their raw implementations only.
+The kernels run where tensors are on a CUDA device and Triton is installed, the twins everywhere else.
+Operators call the kernels from their raw implementations only, so autograd never sees them.
 """
 
 import functools

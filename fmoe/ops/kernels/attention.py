@@ -1,4 +1,4 @@
-"""Causal attention by PyTorch's own kernels, of which the first that is able and proven here is used.
+"""Causal attention by the first of PyTorch's own kernels that is able, and proven here.
 
 ``cpu``        PyTorch's flash attention for CPUs
 ``cudnn``      cuDNN's, for bfloat16 and float16
@@ -7,9 +7,9 @@
 ``plain``      products and a softmax in float32 or wider, which hold all L x L scores
 
 All take and give (B, H, L, N), and ``lse`` is (B, H, L). The environment variable ``FMOE_ATTENTION`` names an
-engine to use instead. What an engine of a GPU computes depends on driver, library and card: before
-its first use for a kind of heads it must agree with the plain products, forward and backward, on a small
-example on this very device; if it doesn't, or raises, a warning says so and the next one is tried.
+engine to use instead. What an engine of a GPU computes depends on driver, library and card. So before its
+first use for a kind of heads it must agree with the plain products on a small example on this very device.
+If it doesn't, or raises, a warning says so and the next one is tried.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Which engine works where several can: the first that is able, or the one that is asked for."""
+"""The choice among engines: the first that is able, or the one that is asked for."""
 
 import os
 from collections.abc import Sequence

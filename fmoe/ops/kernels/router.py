@@ -114,10 +114,5 @@ def _mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def multiplies(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether :func:`product` takes these."""
-    dtypes = {a.dtype, b.dtype}
-    return (
-        a.is_cuda
-        and a.dim() == b.dim() == 2
-        and torch.bfloat16 in dtypes
-        and dtypes <= {torch.bfloat16, torch.float32}
-    )
+    dtypes, matrices = {a.dtype, b.dtype}, a.dim() == b.dim() == 2
+    return a.is_cuda and matrices and torch.bfloat16 in dtypes <= {torch.bfloat16, torch.float32}

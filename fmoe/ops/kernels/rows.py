@@ -1,7 +1,7 @@
 """Moving rows between tokens and experts: gather, weighted sum, and its transpose.
 
-Each row is read and written once, sums are held in float32 and in a fixed order. ``slot`` is the
-(token, choice) pair of each expanded row, ``token * K + choice``, or -1; ``row`` is its inverse.
+Each row is read and written once. Sums are held in float32 and in a fixed order. ``slot`` is the (token,
+choice) pair of each expanded row, ``token * K + choice``, or -1. ``row`` is its inverse.
 """
 
 from typing import Any

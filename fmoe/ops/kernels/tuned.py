@@ -1,7 +1,6 @@
-"""Which engine and tile grouped products take on a device, as ``python -m fmoe tune`` measured it.
+"""The engine and tile of grouped products on a device, as ``python -m fmoe tune`` measured them.
 
-Products only read the file, once a process: nothing is measured behind anybody's back, and processes that
-share a file compute the same bits.
+Products only read the file, once a process. Processes that share a file compute the same bits.
 """
 
 import functools
@@ -21,7 +20,7 @@ OVERRIDE = "FMOE_TUNED"
 
 
 class Tile(NamedTuple):
-    """What one program computes at a time, and with how much of the processor."""
+    """The part of a product that one program computes at a time, and its share of the processor."""
 
     rows: int
     cols: int
@@ -38,7 +37,7 @@ class Choice(NamedTuple):
 
 
 def key(product: str, sizes: Sequence[int], dtype: torch.dtype) -> str:
-    """What a file calls a product of sizes (e, I, O); how many rows there are isn't part of it.
+    """The name in a file of a product of sizes (e, I, O). The number of rows isn't part of it.
 
     >>> key("mm", (64, 2048, 1408), torch.bfloat16)
     'mm 64 x 2048 x 1408 bfloat16'
@@ -57,7 +56,7 @@ _in_force: dict[torch.device, Mapping[str, Choice]] = {}
 
 
 def choices(device: torch.device) -> Mapping[str, Choice]:
-    """What products on a device take, by :func:`key`: what the file says, but inside :func:`using`."""
+    """The choices for products on a device, by :func:`key`: the file's, except inside :func:`using`."""
     if device not in _in_force:
         found = _read().get(device_name(device), {})
         try:

@@ -6,7 +6,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...errors import argument_error
-from ...ops.core.axes import Group, axis_names, group_of
+from ...ops.core.axes import axis_names, group_of
 from ...ops.core.dynamo import constant_to_dynamo
 from ...ops.transport import Transport
 from .all_to_all import AllToAll
@@ -30,17 +30,17 @@ def choose(
         raise argument_error(
             function, "backend", got=repr(name), expected=f"one of {NAMES}", remedy="Use 'auto'."
         )
-    along = mesh is not None and "ep" in axis_names(mesh)
-    group = group_of(mesh, ("ep",)) if mesh is not None and along else Group("", 1, 0)
-    if name == "local" and group.size > 1:
-        got, expected = f"'local' with ep={group.size}", "a backend that moves tokens"
-        raise argument_error(function, "backend", got=got, expected=expected, remedy="Use 'auto'.")
+    if mesh is None or "ep" not in axis_names(mesh):
+        return {}
+    group = group_of(mesh, ("ep",))
     if group.size == 1:
         return {}
+    if name == "local":
+        got, expected = f"'local' with ep={group.size}", "a backend that moves tokens"
+        raise argument_error(function, "backend", got=got, expected=expected, remedy="Use 'auto'.")
     if name == "auto":
-        device_type = mesh.device_type if mesh is not None else ""
-        kind = (device_type, like.dtype, int(like.shape[-1])) if like is not None else (device_type, None, 0)
-        name, why = _best(group.name, *kind)
+        dtype, dim = (None, 0) if like is None else (like.dtype, int(like.shape[-1]))
+        name, why = _best(group.name, mesh.device_type, dtype, dim)
         _say(f"backend {name} along ep={group.size}: {why}")
     if name == "deepep":
         return {"ep": DeepEP(group, deepep_buffers.kept(group.name))}

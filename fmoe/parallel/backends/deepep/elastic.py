@@ -69,12 +69,9 @@ class Elastic(Engine):
         return self.buffer.dispatch(x, handle=self._handle(handle), num_sms=handle.numbers[-1])[0]
 
     def combine(self, y: Any, handle: Handle, weights: Any = None, wait: bool = True) -> tuple[Any, Any]:
+        made, num_sms = self._handle(handle), handle.numbers[-1]
         y, weights, event = self.buffer.combine(
-            y,
-            self._handle(handle),
-            topk_weights=weights,
-            num_sms=handle.numbers[-1],
-            async_with_compute_stream=not wait,
+            y, made, topk_weights=weights, num_sms=num_sms, async_with_compute_stream=not wait
         )
         self.latest = self.latest if wait else event
         return y, weights

@@ -39,12 +39,7 @@ def _dispatch_fake(x: Any, weights: Any, ids: Any, num_experts: int, size: int, 
 
 
 def _send_weights_kernel(weights: Any, row_SK: torch.Tensor, buffer: str, *sent: Any) -> torch.Tensor:
-    came = find(buffer).engine.send_weights(weights, unpack(sent))
-    return came.masked_fill(row_SK < 0, 0)
-
-
-def _combine_weights_kernel(weights: Any, row_SK: torch.Tensor, buffer: str, *sent: Any) -> torch.Tensor:
-    return find(buffer).engine.combine_weights(_here(weights, row_SK), unpack(sent))
+    return find(buffer).engine.send_weights(weights, unpack(sent)).masked_fill(row_SK < 0, 0)
 
 
 def _here(weights_SK: torch.Tensor, row_SK: torch.Tensor) -> torch.Tensor:
@@ -118,7 +113,9 @@ deepep_send_weights: Operator = linear(
 # weights (S, K) -> (T, K), of the experts held here.
 deepep_combine_weights: Operator = linear(
     f"deepep_combine_weights(Tensor weights, Tensor row, str buffer, {SENT}) -> Tensor",
-    impl=_combine_weights_kernel,
+    impl=lambda weights, row, buffer, *sent: find(buffer).engine.combine_weights(
+        _here(weights, row), unpack(sent)
+    ),
     fake=lambda weights, row, buffer, *sent: weights.new_empty(sent[0].shape[0], weights.shape[1]),
     checkpoint=COMBINE,
     example=lambda: (random(4, 2), _row_example(), alone(), *sent_example()),
