@@ -11,7 +11,7 @@ from .route import Routing
 
 
 class MoEStats(NamedTuple):
-    """How tokens were spread; tensors, so that reading them is the caller's choice of when to wait.
+    """The spread of tokens over experts. It consists of tensors, so the caller chooses when to wait for them.
 
     =================  ========================================
     tokens_per_expert  int64 (E,)

@@ -72,7 +72,7 @@ def _scatter_plain(y: torch.Tensor, index: torch.Tensor, num_rows: int) -> torch
 
 
 def random(*shape: int) -> torch.Tensor:
-    """What examples of operators are made of."""
+    """Random float64 numbers, for examples of operators."""
     return torch.randn(shape, dtype=torch.float64)
 
 
@@ -184,7 +184,7 @@ def _members(offsets_e: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _offsets_example(num_rows: int) -> torch.Tensor:
-    """Where three groups end; any of them may be empty."""
+    """The ends of three groups, any of which may be empty."""
     return torch.cat([torch.randint(num_rows + 1, (2,)).sort().values, torch.tensor([num_rows])]).int()
 
 

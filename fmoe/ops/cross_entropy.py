@@ -100,7 +100,7 @@ def cotangents(logits: Any, index: Any, start: int, total: Any, g: Any, dtype: t
 
 
 def _in_block(index: torch.Tensor, start: int, columns: int) -> Tensors:
-    """Which tokens' entries are in a block, and their columns there."""
+    """The tokens whose entries are in a block, and their columns there."""
     here = (index >= start) & (index < start + columns)
     return here, torch.where(here, index - start, 0)
 

@@ -23,7 +23,7 @@ DISPATCH = checkpoint("dispatch", save=True)
 
 @node
 class Plan:
-    """Where every dispatched row goes and comes from; a value, made by :func:`dispatch`.
+    """The origin and destination of every dispatched row; a value, made by :func:`dispatch`.
 
     ==========  ========================================
     weights_SK  how much each expert counts for each row; differentiable

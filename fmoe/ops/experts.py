@@ -98,7 +98,7 @@ def check_experts(params: ExpertParams, x_SD: torch.Tensor, plan: Plan) -> None:
 
 
 class Layout(NamedTuple):
-    """How rows lie by expert and when they are weighed: the part of a :class:`Plan` that operators take."""
+    """The part of a :class:`Plan` that operators take: the rows of each expert, and when to weigh them."""
 
     weights_SK: torch.Tensor
     slot_R: torch.Tensor

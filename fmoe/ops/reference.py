@@ -16,7 +16,7 @@ from .route import RouterConfig, RouterParams
 def route_reference(
     params: RouterParams, x_TD: torch.Tensor, config: RouterConfig, ids_TK: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """How much each expert counts for each token, (T, E): zero where it wasn't chosen.
+    """The weight of each expert for each token, (T, E): zero where it wasn't chosen.
 
     ``ids_TK`` fixes the choice, so that a tie or a rounding can't decide a comparison.
     """
@@ -36,7 +36,7 @@ def route_reference(
 
 
 def choose(choice_TE: torch.Tensor, config: RouterConfig) -> torch.Tensor:
-    """Which experts each token uses, (T, E) bool: the best ``top_k`` of the best groups."""
+    """The experts that each token uses, (T, E) bool: the best ``top_k`` of the best groups."""
     grouped = rearrange(choice_TE, "t (g e) -> t g e", g=config.num_groups)
     best = grouped.sort(-1, descending=True).values[:, :, : config.group_best]
     open_groups = among_best(reduce(best, "t g e -> t g", "sum"), config.top_groups)

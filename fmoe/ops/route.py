@@ -41,7 +41,7 @@ class RouterParams(NamedTuple):
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """How tokens choose experts: by default the best two of all.
+    """The way that tokens choose experts: by default the best two of all.
 
     ====================  ========================================
     top_k                 experts per token
@@ -107,7 +107,7 @@ class RouterConfig:
 
 @node
 class Routing:
-    """Which experts each token goes to; a value, made by :func:`route` or by hand.
+    """The experts that each token goes to; a value, made by :func:`route` or by hand.
 
     =============  ========================================
     expert_ids_TK  int64; -1 drops the pair

@@ -16,7 +16,7 @@ def inputs_alone(inputs: tuple[Any, ...], outputs: Tensors) -> tuple[Any, ...]:
 
 
 class Rules(NamedTuple):
-    """How an operator behaves under transforms; ``ops/core/primitive.py`` says what each rule takes."""
+    """An operator's behaviour under transforms; ``ops/core/primitive.py`` says what each rule takes."""
 
     vjp: Any
     jvp: Any

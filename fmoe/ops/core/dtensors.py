@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(value: Any) -> "TypeGuard[DTensor]":
-    """Whether it is one; nothing is before PyTorch's module, which takes half a second, has been imported."""
+    """Whether it is a DTensor. It doesn't import PyTorch's module, which would take half a second."""
     if "torch.distributed.tensor" not in sys.modules:
         return False
     from torch.distributed.tensor import DTensor

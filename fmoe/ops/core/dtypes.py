@@ -4,5 +4,5 @@ import torch
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What sums are held in: float32, or float64 for float64."""
+    """The dtype that sums are held in: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)

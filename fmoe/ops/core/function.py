@@ -118,7 +118,7 @@ def _rule(op: Any, transform: str, rule: Any) -> Iterator[None]:
 
 
 def _padded(found: Any, number: int) -> tuple[Any, ...]:
-    """What a rule found, and ``None`` for the rest."""
+    """The values that a rule found, and ``None`` for the rest."""
     found = as_tuple(found)
     return *found, *[None] * (number - len(found))
 

@@ -68,7 +68,7 @@ def recomputing(fn: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) 
 
 @dataclass
 class _Found:
-    """What we learned from running a region."""
+    """Facts learned from running a region."""
 
     out_treedef: Any = None
     out_statics: Sequence[Any] = ()

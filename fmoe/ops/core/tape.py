@@ -48,7 +48,7 @@ def checkpoint_names() -> dict[str, bool]:
 
 
 def _depth() -> int:
-    """How many torch.func transforms are active."""
+    """The number of torch.func transforms that are active."""
     return len(functorch.get_interpreter_stack() or ())
 
 
@@ -83,7 +83,7 @@ class Tape:
         return out
 
     def rest(self) -> Sequence[Entry]:
-        """What is left to hand back."""
+        """The entries left to hand back."""
         return self.entries[self.position :]
 
     def absorb(self, served: int, recorded: Iterable[Entry]) -> None:

@@ -68,7 +68,7 @@ def groups(offsets: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def choice(product: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, sizes: Sequence[int]) -> Choice:
-    """How to compute a product of rows ``a`` with ``b``, into ``out``; ``sizes`` are (e, I, O)."""
+    """The engine and tile for a product of rows ``a`` with ``b``, into ``out``; ``sizes`` are (e, I, O)."""
     found = tuned.choices(a.device).get(tuned.key(product, sizes, a.dtype))
     able = sorted(engines(a, b, out), key=lambda name: found is None or name != found.engine)
     engine = chosen("grouped_mm", OVERRIDE, able, f"{a.dtype} of shape {tuple(a.shape)} on {a.device}")
@@ -76,7 +76,7 @@ def choice(product: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, si
 
 
 def engines(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> list[str]:
-    """What can compute such a product, the one that is best for most first."""
+    """The engines that can compute such a product, the one that is best for most first."""
     return [name for name in ENGINES if _able(name, a, b, out)]
 
 

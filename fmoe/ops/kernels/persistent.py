@@ -18,7 +18,7 @@ from .tuned import Tile
 
 
 class Tiles(NamedTuple):
-    """Which expert each block of rows belongs to: ``expert`` (blocks,), ``start`` (e + 1,), both int32."""
+    """The expert that each block of rows belongs to: ``expert`` (blocks,), ``start`` (e + 1,), both int32."""
 
     expert: torch.Tensor
     start: torch.Tensor

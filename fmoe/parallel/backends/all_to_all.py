@@ -27,7 +27,7 @@ from .wire import swap_rows
 
 
 class Sent(NamedTuple):
-    """How a dispatch sent rows, kept in its plan.
+    """The way that a dispatch sent rows, kept in its plan.
 
     ========  ======  ================================================================
     slot_Q            the (token, device) pair of every copy, ``t * n + d``
@@ -67,7 +67,7 @@ class AllToAll(NamedTuple):
 
 
 def rows_sent(plan: Plan) -> torch.Tensor:
-    """How many rows this device sent to each device of the axis, itself included: int64 (n,), on the host."""
+    """The number of rows sent from here to each device of the axis, this one too: int64 (n,), on the host."""
     return plan.sent.splits[0]
 
 
@@ -188,7 +188,7 @@ send_back: Operator = linear(
 
 
 class _Way(NamedTuple):
-    """What derivatives of a dispatch need: how and among whom rows went, and how many came."""
+    """The residuals of a dispatch: how and among whom rows went, and how many came."""
 
     sent: Sent
     rows: int

@@ -129,7 +129,7 @@ deepep_combine_weights: Operator = linear(
 
 
 class _Way(NamedTuple):
-    """What derivatives of a dispatch need: how its rows went, and how many came."""
+    """The residuals of a dispatch: how its rows went, and how many came."""
 
     row_SK: torch.Tensor
     sent: Tensors
