@@ -185,6 +185,29 @@ def test_random_numbers_are_drawn_again_as_they_were():
         assert error(*results) == 0
 
 
+def test_vmap_draws_random_numbers_as_it_is_told():
+    noisy = fmoe.remat(lambda x: x * torch.rand_like(x))
+    same, each = (vmap(noisy, randomness=r)(torch.ones(3, 5)) for r in ("same", "different"))
+    assert torch.equal(same[0], same[1])
+    assert not torch.equal(each[0], each[1])
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(noisy)(torch.ones(3, 5))
+
+
+def test_words_of_a_command_line_name_policies():
+    params, x = random_layer(), torch.randn(7, 6, dtype=torch.float64)
+    kept = {}
+    for words, policy in {"default": None, "full": fmoe.save_nothing, "save:topk": fmoe.save("topk")}.items():
+        kept[words] = []
+        for wrapped in (fmoe.transforms.per_layer(words)(layer), fmoe.remat(layer, policy)):
+            with raw_calls() as counts:
+                fmoe.value_and_grad(lambda p, fn=wrapped: fn(p, x).sum())(params)
+            kept[words].append(counts)
+        assert kept[words][0] == kept[words][1]
+    assert kept["default"][0]["topk"] == 1
+    assert kept["full"][0]["topk"] == 2
+
+
 def test_create_graph_and_retain_graph():
     params, x = random_layer(), torch.randn(7, 6, dtype=torch.float64)
     results = []
@@ -232,7 +255,8 @@ def test_any_nesting_of_policies_equals_plain(data):
     assert error(got, expected) < 1e-10
 
 
-def test_modes_of_the_forward_hold_when_it_runs_again():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_modes_of_the_forward_hold_when_it_runs_again(dtype):
     """Gradients are taken outside autocast, as PyTorch advises."""
     params = random_layer(dim=16, hidden=8, scale=12.0, dtype=torch.float32)
     x, w = torch.randn(33, 16), torch.randn(16, 16)
@@ -240,7 +264,7 @@ def test_modes_of_the_forward_hold_when_it_runs_again():
 
     def run(wrap):
         def loss(p, x, w):
-            with torch.autocast(device, torch.bfloat16):
+            with torch.autocast(device, dtype):
                 y = wrap(layer)(p, x) + wrap(lambda x, w: torch.nn.functional.linear(x, w).sin())(x, w)
             return y.float().pow(2).sum()
 

@@ -240,6 +240,14 @@ def test_evaluation_changes_nothing():
     assert all(map(torch.equal, copies, optree.tree_leaves(params)))
 
 
+def test_statistics_of_no_tokens_are_zeros():
+    params = random_layer()
+    x = torch.zeros(0, 6, dtype=torch.float64)
+    stats = fmoe.moe_forward(params, x, return_stats=True, router=CONFIGS["sigmoid, groups"])[1]
+    none = torch.zeros(8, dtype=torch.int64)
+    assert error(stats, fmoe.MoEStats(none, torch.tensor(0.0), torch.tensor(8), torch.tensor(0.0))) == 0
+
+
 def test_selection_bias_gets_a_gradient_of_exactly_zero_and_no_weight():
     params, x = random_layer(), torch.randn(9, 6, dtype=torch.float64)
     config = CONFIGS["sigmoid, groups"]

@@ -279,6 +279,8 @@ def test_topk_always_finds_k_different_experts():
     choice[:10], choice[10:20, ::2], choice[20:30] = torch.nan, torch.nan, -torch.inf
     ids = router.topk(choice.to(DEVICE), 3, 2, 2, 8).cpu()
     assert all(len(set(row)) == 8 and set(row) <= set(range(12)) for row in ids.tolist())
+    one_nan = torch.randn(5, 12).index_fill(1, torch.tensor([7]), torch.nan)  # the greatest, as to torch.topk
+    assert torch.equal(router.topk(one_nan.to(DEVICE), 1, 1, 1, 3).cpu(), one_nan.topk(3, dim=1).indices)
     equal = router.topk(torch.zeros(3, 12, device=DEVICE), 1, 1, 1, 4)
     assert equal.tolist() == [[0, 1, 2, 3]] * 3
 
