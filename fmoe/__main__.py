@@ -2,10 +2,11 @@
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from .bench.layers import ROUTINGS, SHAPES, Shape, layer_memory
-from .bench.measure import bench_layer, report, write_json
+from .bench.measure import bench_layer, report
 from .bench.model import bench_model
 from .bench.model import report as model_report
 from .bench.tune import report as tuning
@@ -36,6 +37,11 @@ from .transforms import per_layer
 DTYPES = ("bfloat16", "float32", "float64")
 
 
+def console(width: int = 150) -> Console:
+    """The terminal's width or, in a file, ``width``."""
+    return Console(width=None if Console().is_terminal else width)
+
+
 def operator_rows() -> list[list[str]]:
     """One line per operator, with the fields of :class:`Support`."""
     words = {True: "yes", False: "no"}
@@ -54,7 +60,7 @@ def show_operators(args: argparse.Namespace) -> None:
     table = Table(*(Column(name, overflow="fold") for name in Support._fields))
     for row in operator_rows():
         table.add_row(*row)
-    Console(width=None if Console().is_terminal else 200).print(table)
+    console(200).print(table)
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -62,26 +68,32 @@ def bench(args: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:  # check that the package and the format are there
             plot.save_figure(plot.empty_figure("bench layer"), Path(folder, args.picture.name))
     _check_writable(args.json, args.picture)
-    shapes = [Shape(*args.sizes)] if args.sizes else [SHAPES[name] for name in args.shape]
     results = []
-    for shape in shapes:
-        for routing in args.routing:
-            result = bench_layer(
-                shape, routing=routing, dtype=getattr(torch, args.dtype), device=args.device,
-                rounds=args.rounds, only=args.only, align=args.align, seed=args.seed,
-            )  # fmt: skip
-            report(result, Console(width=None if Console().is_terminal else 150))
-            results.append(result)
-    if args.json:
-        write_json(results, args.json)
+    for shape, routing in itertools.product(_shapes(args), args.routing):
+        result = bench_layer(shape, routing=routing, only=args.only, align=args.align, **_how(args))
+        report(result, console())
+        results.append(result)
+    _write_json(results, args.json)
     if args.picture:
         plot.save_figure(plot.plot_layers(results), args.picture)
 
 
 def tuned(args: argparse.Namespace) -> None:
-    for shape in [Shape(*args.sizes)] if args.sizes else [SHAPES[name] for name in args.shape]:
-        how = dict(dtype=getattr(torch, args.dtype), device=args.device, rounds=args.rounds, seed=args.seed)
-        tuning(tune(shape, **how), Console(width=None if Console().is_terminal else 150))
+    for shape in _shapes(args):
+        tuning(tune(shape, **_how(args)), console())
+
+
+def _shapes(args: argparse.Namespace) -> list[Shape]:
+    return [Shape(*args.sizes)] if args.sizes else [SHAPES[name] for name in args.shape]
+
+
+def _how(args: argparse.Namespace) -> dict[str, Any]:
+    return dict(dtype=getattr(torch, args.dtype), device=args.device, rounds=args.rounds, seed=args.seed)
+
+
+def _dtypes(args: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(args, name) or args.dtype for name in ("dtype", "compute_dtype", "moments_dtype")}
+    return {name: getattr(torch, dtype) for name, dtype in given.items()}
 
 
 def _check_writable(*paths: str | Path | None) -> None:
@@ -91,31 +103,34 @@ def _check_writable(*paths: str | Path | None) -> None:
             open(path, "a").close()
 
 
+def _write_json(result: Any, path: str | None) -> None:
+    if path:
+        Path(path).write_text(json.dumps(result, indent=1))
+
+
 def model(args: argparse.Namespace) -> None:
     _check_writable(args.json, args.trace)
     result = bench_model(
         deepseek_v3.preset(args.model, layers=args.layers), batch_size=args.batch_size, seq_len=args.seq_len,
-        steps=args.steps, remat=args.remat, compiled=args.compile, dtype=getattr(torch, args.dtype),
-        compute_dtype=getattr(torch, args.compute_dtype or args.dtype),
-        moments_dtype=getattr(torch, args.moments_dtype or args.dtype), balanced=args.balanced,
-        data=args.data, device=args.device, trace=args.trace, seed=args.seed,
+        steps=args.steps, remat=args.remat, compiled=args.compile, balanced=args.balanced, data=args.data,
+        device=args.device, trace=args.trace, seed=args.seed, **_dtypes(args),
     )  # fmt: skip
     result["model"] = args.model
-    model_report(result, Console(width=None if Console().is_terminal else 150), args.model)
-    if args.json:
-        write_json(result, args.json)
+    model_report(result, console(), args.model)
+    _write_json(result, args.json)
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
-    _sizes_of_a_step(parser)
-    parser.add_argument("--steps", type=int, default=20, help="timed, after three that aren't")
-    parser.add_argument("--compile", action="store_true", help="each layer with torch.compile")
-    parser.add_argument("--balanced", action="store_true", help="experts round robin, whatever the scores")
-    parser.add_argument("--data", default=None, metavar="FILE", help="text, as bytes; default: random tokens")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=None, help="fresh by default")
-    parser.add_argument("--trace", default=None, metavar="FILE", help="a profile of one step, for a browser")
-    parser.add_argument("--json", metavar="FILE", help="write what was measured")
+    _step_arguments(parser)
+    add = parser.add_argument
+    add("--steps", type=int, default=20, help="timed, after three that aren't")
+    add("--compile", action="store_true", help="each layer with torch.compile")
+    add("--balanced", action="store_true", help="experts round robin, whatever the scores")
+    add("--data", metavar="FILE", help="text, as bytes; default: random tokens")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, help="fresh by default")
+    add("--trace", metavar="FILE", help="a profile of one step, for a browser")
+    add("--json", metavar="FILE", help="write what was measured")
     parser.set_defaults(run=model)
 
 
@@ -130,18 +145,18 @@ def doctor(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     config = deepseek_v3.preset(args.model, layers=args.layers)
+    dtypes = _dtypes(args)
+    optimizer = adamw(moments_dtype=dtypes.pop("moments_dtype"))
     found = plan_step(
         config, args.mesh, batch_size=args.batch_size, seq_len=args.seq_len, micro_batches=args.micro_batches,
-        dtype=getattr(torch, args.dtype), compute_dtype=getattr(torch, args.compute_dtype or args.dtype),
-        per_layer=per_layer(args.remat), imbalance=args.imbalance,
-        optimizer=adamw(moments_dtype=getattr(torch, args.moments_dtype or args.dtype)),
+        per_layer=per_layer(args.remat), imbalance=args.imbalance, optimizer=optimizer, **dtypes,
     )  # fmt: skip
     if args.json:
         stages = [{**stage._asdict(), "peak": stage.peak} for stage in found.stages]
         print(json.dumps({**found._asdict(), "stages": stages, "peak": found.peak}, indent=1))
         return
     title = f"{args.model}, {config.num_layers} layers, {args.mesh or 'one device'}, remat {args.remat}"
-    planned(found, Console(width=None if Console().is_terminal else 150), title)
+    planned(found, console(), title)
 
 
 def _layers(path: Path) -> list[dict[str, Any]]:
@@ -149,35 +164,15 @@ def _layers(path: Path) -> list[dict[str, Any]]:
     try:
         found: list[dict[str, Any]] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise argument_error(
-            "plot",
-            "metrics",
-            got=f"{path}: {error}",
-            expected="a file of bench layer --json, for --what layers",
-        ) from error
+        expected = "a file of bench layer --json, for --what layers"
+        raise argument_error("plot", "metrics", got=f"{path}: {error}", expected=expected) from error
     return found
 
 
 def draw(args: argparse.Namespace) -> None:
     if (args.what == "memory") == bool(args.metrics):
         raise ValueError("plot: name the metrics.jsonl of a run, or --what memory")
-    pictures: list[tuple[Path, Callable[[], Any]]] = []
-    if args.what == "layers":
-        results = [result for path in args.metrics for result in _layers(path)]
-        pictures.append((args.metrics[0].with_suffix(".svg"), lambda: plot.plot_layers(results)))
-    runs = {path: read_metrics(path) for path in args.metrics if args.what != "layers"}
-    if args.what in ("loss", None):
-        labels = _labels(args.metrics)
-        losses = {labels[path]: records for path, records in runs.items()}
-        draw_loss = functools.partial(plot.plot_loss, losses, reference=dict(args.reference))
-        pictures.append((args.metrics[0].with_name("loss.svg"), draw_loss))
-    for path, records in runs.items() if args.what in ("load", None) else ():
-        if args.what or any(record.get("tokens_per_expert") for record in records):
-            pictures.append((_load_picture(path, [*runs]), functools.partial(plot.plot_load, records)))
-        else:
-            print(f"{path} has no tokens_per_expert, so there is no picture of its load", file=sys.stderr)
-    if args.what == "memory":
-        pictures.append((Path("memory.svg"), lambda: plot.plot_memory(layer_memory(Shape(*args.sizes)))))
+    pictures = [*_pictures(args)]
     if args.out and len(pictures) > 1:
         raise ValueError(f"--out: got one file for {len(pictures)} pictures. Choose one with --what.")
     for path, picture in pictures:
@@ -185,20 +180,39 @@ def draw(args: argparse.Namespace) -> None:
         print(args.out or path)
 
 
+def _pictures(args: argparse.Namespace) -> Iterator[tuple[Path, Callable[[], Any]]]:
+    """The file of each picture, and what draws it."""
+    if args.what == "memory":
+        yield Path("memory.svg"), lambda: plot.plot_memory(layer_memory(Shape(*args.sizes)))
+        return
+    if args.what == "layers":
+        results = [result for path in args.metrics for result in _layers(path)]
+        yield args.metrics[0].with_suffix(".svg"), lambda: plot.plot_layers(results)
+        return
+    runs = {path: read_metrics(path) for path in args.metrics}
+    if args.what != "load":
+        losses = dict(zip(_labels([*runs]), runs.values()))
+        draw_loss = functools.partial(plot.plot_loss, losses, reference=dict(args.reference))
+        yield args.metrics[0].with_name("loss.svg"), draw_loss
+    for path, records in runs.items() if args.what != "loss" else ():
+        if args.what or any(record.get("tokens_per_expert") for record in records):
+            yield _load_picture(path, [*runs]), functools.partial(plot.plot_load, records)
+        else:
+            print(f"{path} has no tokens_per_expert, so there is no picture of its load", file=sys.stderr)
+
+
 def picture_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("metrics", nargs="*", type=Path, help="metrics.jsonl of a run, or of several to compare")
     add(
-        "--what", choices=["loss", "load", "memory", "layers"], default=None,
+        "--what", choices=["loss", "load", "memory", "layers"],
         help="loss: curves, of all runs in one picture; load: of experts over time, a picture for each run; "
         "memory: what a layer keeps under remat's policies; layers: of files that bench layer --json wrote. "
         "Default: loss and, where it is known, load",
     )  # fmt: skip
     add("--out", type=Path, help="file of the one picture; default: WHAT.svg beside the metrics")
-    add(
-        "--reference", action="append", type=_labelled, default=[], metavar="LABEL=LOSS",
-        help="a line among the losses",
-    )  # fmt: skip
+    line = "a line among the losses"
+    add("--reference", action="append", type=_labelled, default=[], metavar="LABEL=LOSS", help=line)
     add(
         "--sizes", nargs=5, type=int, metavar=tuple("TDFEK"), default=SHAPES["small"],
         help="with memory: tokens, dimension, hidden dimension, experts, top-k of a bfloat16 layer",
@@ -206,10 +220,10 @@ def picture_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=draw)
 
 
-def _labels(paths: Sequence[Path]) -> dict[Path, str]:
+def _labels(paths: Sequence[Path]) -> list[str]:
     """Names of runs: that of the folder or, where several share it, the whole path."""
     names = [path.resolve().parent.name for path in paths]
-    return {path: name if names.count(name) == 1 else str(path) for path, name in zip(paths, names)}
+    return [name if names.count(name) == 1 else str(path) for path, name in zip(paths, names)]
 
 
 def _load_picture(path: Path, paths: Sequence[Path]) -> Path:
@@ -228,19 +242,20 @@ def _labelled(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"got {text}, expected LABEL=LOSS, as uniform=5.545") from None
 
 
-def _sizes_of_a_step(parser: argparse.ArgumentParser) -> None:
+def _step_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that a plan and a benchmark of a model share."""
-    parser.add_argument("--model", default="16B", choices=PRESETS)
-    parser.add_argument("--layers", type=int, default=None, help="only so many, one of them dense")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences a step, over all devices")
-    parser.add_argument("--seq-len", type=int, default=4096)
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of parameters and gradients")
-    parser.add_argument("--compute-dtype", choices=DTYPES, default=None, help="default: --dtype")
-    parser.add_argument("--moments-dtype", choices=DTYPES, default=None, help="default: --dtype")
-    parser.add_argument("--remat", default="none", help="none, full, default or save:NAME,NAME")
+    add = parser.add_argument
+    add("--model", default="16B", choices=PRESETS)
+    add("--layers", type=int, help="only so many, one of them dense")
+    add("--batch-size", type=int, default=8, help="sequences a step, over all devices")
+    add("--seq-len", type=int, default=4096)
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of parameters and gradients")
+    add("--compute-dtype", choices=DTYPES, help="default: --dtype")
+    add("--moments-dtype", choices=DTYPES, help="default: --dtype")
+    add("--remat", default="none", help="none, full, default or save:NAME,NAME")
 
 
-def _shapes(parser: argparse.ArgumentParser) -> None:
+def _layer_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that measuring a layer needs."""
     on_cuda = torch.cuda.is_available()
     add = parser.add_argument
@@ -249,7 +264,7 @@ def _shapes(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if on_cuda else "float32")
     add("--device", default="cuda" if on_cuda else "cpu")
     add("--rounds", type=int, default=20)
-    add("--seed", type=int, default=None, help="fresh by default")
+    add("--seed", type=int, help="fresh by default")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -264,10 +279,11 @@ def arguments() -> argparse.ArgumentParser:
     checks.add_argument("--json", action="store_true")
     checks.add_argument("--no-test", action="store_true", help="don't check the laws, which takes 10 s")
     checks.set_defaults(run=doctor)
-    pictures = commands.add_parser("plot", help="pictures of runs, and of what a layer keeps in memory")
-    picture_arguments(pictures)
+    picture_arguments(
+        commands.add_parser("plot", help="pictures of runs, and of what a layer keeps in memory")
+    )
     ahead = commands.add_parser("plan", help="a step's memory and traffic on each device, before it runs")
-    _sizes_of_a_step(ahead)
+    _step_arguments(ahead)
     ahead.add_argument("--mesh", default="", help='as "dp=2,ep=32,pp=8"')
     ahead.add_argument("--micro-batches", type=int, default=1)
     ahead.add_argument("--imbalance", type=float, default=1.0, help="the busiest device's rows over the mean")
@@ -276,17 +292,16 @@ def arguments() -> argparse.ArgumentParser:
     benches = commands.add_parser("bench", help="measure here").add_subparsers(dest="what", required=True)
     model_arguments(benches.add_parser("model", help="training steps of a model"))
     layer = benches.add_parser("layer", help="one MoE layer, beside plain PyTorch and installed peers")
-    _shapes(layer)
+    _layer_arguments(layer)
     layer.add_argument("--routing", nargs="+", choices=ROUTINGS, default=["random"])
     layer.add_argument("--only", nargs="+", metavar="LAYER", help="names of layers, as in the table")
-    layer.add_argument(
-        "--align", nargs="+", type=int, default=[], metavar="N", help="also with rows aligned to N"
-    )
+    aligned = "also with rows aligned to N"
+    layer.add_argument("--align", nargs="+", type=int, default=[], metavar="N", help=aligned)
     layer.add_argument("--json", metavar="FILE", help="write what was measured")
     layer.add_argument("--picture", type=Path, metavar="FILE", help="draw it, as .svg or .png")
     layer.set_defaults(run=bench)
     tiles = commands.add_parser("tune", help="find and keep the fastest grouped products for a layer, here")
-    _shapes(tiles)
+    _layer_arguments(tiles)
     tiles.set_defaults(run=tuned)
     return parser
 

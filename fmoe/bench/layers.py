@@ -61,7 +61,7 @@ def layer_memory(shape: Shape) -> dict[str, dict[str, int]]:
     >>> list(layer_memory(SHAPES["small"]))
     ['no remat', 'save_everything', 'save("experts_grouped_mm")', 'save("topk")', 'default', 'save_nothing']
     """
-    config = config_for(shape, "random")
+    layer = functools.partial(moe_forward, router=config_for(shape, "random"))
     specs = moe_specs(dim=shape.dim, hidden_dim=shape.hidden, num_experts=shape.experts)
 
     def empty(spec: Any) -> torch.Tensor:
@@ -78,9 +78,6 @@ def layer_memory(shape: Shape) -> dict[str, dict[str, int]]:
         "save_nothing": save_nothing,
     }
 
-    def layer(params: Any, x: torch.Tensor) -> torch.Tensor:
-        return moe_forward(params, x, router=config)
-
     plain = {"no remat": {"autograd": kept_bytes(layer, params, x)}}
     return plain | {name: saved_bytes(layer, params, x, policy=policy) for name, policy in policies.items()}
 
@@ -90,13 +87,10 @@ def random_params(shape: Shape, seed: int, *, dtype: torch.dtype, device: str) -
     params = moe_init(
         seed, dim=shape.dim, hidden_dim=shape.hidden, num_experts=shape.experts, dtype=dtype, device=device
     )
-    std = 0.02
+    by_dim, by_hidden = (size**-0.5 / 0.02 for size in (shape.dim, shape.hidden))  # 0.02: of moe_init
     return params._replace(
-        router=params.router._replace(weight_ED=params.router.weight_ED * (shape.dim**-0.5 / std)),
-        experts=ExpertParams(
-            params.experts.w_in.mul_(shape.dim**-0.5 / std),
-            params.experts.w_out.mul_(shape.hidden**-0.5 / std),
-        ),
+        router=params.router._replace(weight_ED=params.router.weight_ED * by_dim),
+        experts=ExpertParams(params.experts.w_in.mul_(by_dim), params.experts.w_out.mul_(by_hidden)),
     )
 
 
@@ -155,15 +149,12 @@ def _grouped(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tens
 
 def layers(shape: Shape, config: RouterConfig, align: Sequence[int] = ()) -> dict[str, Layer]:
     """The layers by name: ours, ours with rows aligned to each of ``align``, and plain PyTorch."""
-    found: dict[str, Layer] = {
-        "fmoe": lambda params, x: moe_forward(params, x, router=config),
-    }
+    found: dict[str, Layer] = {"fmoe": functools.partial(moe_forward, router=config)}
     for multiple in align:
         found[f"fmoe, rows aligned to {multiple}"] = functools.partial(_aligned, config, multiple)
     if not config.force_balance:
-        plain = lambda params, x: plain_layer(params, x, shape.top_k)  # noqa: E731
-        found["PyTorch eager"] = plain
-        found["PyTorch compiled"] = torch.compile(plain)
+        found["PyTorch eager"] = functools.partial(plain_layer, top_k=shape.top_k)
+        found["PyTorch compiled"] = functools.partial(torch.compile(plain_layer), top_k=shape.top_k)
     return found
 
 

@@ -1,10 +1,10 @@
 """Measuring layers side by side: time, rate and memory. Gradients are checked before anything is timed."""
 
 import functools
-import json
+import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import optree
@@ -19,8 +19,8 @@ from ..ops.experts import ExpertParams
 from ..ops.kernels import grouped
 from ..ops.route import RouterConfig, route
 from .layers import Layer, Shape, config_for, layers, plain_layer, random_params, skewed
-from .peers import PEERS, installed
-from .timing import check_number, launches, matmul_rate, syncs, timed
+from .peers import PEERS
+from .timing import check_number, in_turns, launches, matmul_rate, syncs
 
 ROUNDING = 0.05  # a relative error below this is rounding
 
@@ -68,6 +68,10 @@ class Run(NamedTuple):
 
     def leaves(self) -> list[torch.Tensor]:
         return [self.x, self.params.router.weight_ED, *self.params.experts]
+
+    def forward(self, layer: Layer) -> torch.Tensor:
+        with torch.no_grad():
+            return layer(self.params, self.x)
 
     def step(self, layer: Layer) -> tuple[torch.Tensor, ...]:
         y = layer(self.params, self.x)
@@ -126,11 +130,17 @@ def bench_layer(
     run = random_run(shape, config, routing, dtype, device, seed)
     expected = _reference(run, shape, config)
     found = layers(shape, config, align)
-    _check_names(only, [*found, *PEERS])
-    entries = {name: _entered(name, found[name], run, expected) for name in _wanted(found, only)}
-    peers, not_measured, wrong = _peers(run, expected, shape, config, only)
+    known = [*found, *PEERS]
+    wanted = known if only is None else only
+    if unknown := sorted({*wanted}.difference(known)):
+        remedy = "Correct it, or pass the align that makes such a layer."
+        raise argument_error(
+            "bench_layer", "only", got=unknown, expected=f"names among {known}", remedy=remedy
+        )
+    entries = {name: _entered(name, found[name], run, expected) for name in found if name in wanted}
+    peers, not_measured, wrong = _peers(run, expected, shape, config, wanted)
     entries |= peers
-    forward, step = _times(entries, rounds)
+    forward, step = (_times(entries, rounds, call) for call in (Run.forward, Run.step))
     peak_rate = matmul_rate(dtype, device)
     w_in, counts = run.params.experts.w_in.flatten(1, 2).mT, route(run.params.router, run.x, config).counts_E
     product = run.x[:1], w_in, run.x.new_empty(1, w_in.shape[2])
@@ -145,21 +155,6 @@ def bench_layer(
         ],
         not_measured=not_measured, wrong=wrong,
     )  # fmt: skip
-
-
-def _check_names(only: list[str] | None, known: list[str]) -> None:
-    if unknown := sorted({*(only or ())}.difference(known)):
-        raise argument_error(
-            "bench_layer",
-            "only",
-            got=unknown,
-            expected=f"names among {known}",
-            remedy="Correct it, or pass the align that makes such a layer.",
-        )
-
-
-def _wanted(names: Iterable[str], only: list[str] | None) -> list[str]:
-    return [name for name in names if only is None or name in only]
 
 
 def random_run(
@@ -194,19 +189,19 @@ def _tried(layer: Layer, run: Run, expected: tuple[torch.Tensor, ...]) -> Entry:
     # With one expert per token, the router's gradient is rounding only.
     least = max(float(b.norm()) for b in expected) * 1e-5
     errors = [(a.float() - b).norm() / b.norm().clamp(min=least) for a, b in zip(run.step(layer), expected)]
-    _without_grad(layer, run)
+    run.forward(layer)
     return Entry(layer, run, float(torch.stack(errors).max()), _costs(run, layer))  # max() misses NaN
 
 
 def _peers(
-    run: Run, expected: tuple[torch.Tensor, ...], shape: Shape, config: RouterConfig, only: list[str] | None
+    run: Run, expected: tuple[torch.Tensor, ...], shape: Shape, config: RouterConfig, wanted: Collection[str]
 ) -> tuple[dict[str, Entry], dict[str, str], dict[str, float]]:
-    """The peers that are right, the reasons why some didn't run, and the errors of the wrong ones."""
+    """The installed peers that are right, the reasons why some didn't run, and the errors of wrong ones."""
     y, g_x, g_router, *g_experts = expected
     right, not_measured, wrong = {}, {}, {}
-    known = installed()
-    for name in _wanted(known, only):
-        peer = known[name]
+    for name, peer in PEERS.items():
+        if name not in wanted or not importlib.util.find_spec(peer.package):
+            continue
         try:
             layer = peer.make(shape, config)
             gradients = y, g_x, g_router, *peer.layout(ExpertParams(*g_experts))
@@ -247,26 +242,18 @@ def _costs(run: Run, layer: Layer) -> tuple[float, float | None, int | None, int
     grads = torch.autograd.grad(edge, run.leaves(), run.cotangent)
     peak = torch.cuda.max_memory_allocated() - before
     del edge, grads
-    return saved / 2**20, peak / 2**20, launches(lambda: run.step(layer)), syncs(lambda: run.step(layer))
+    step = functools.partial(run.step, layer)
+    return saved / 2**20, peak / 2**20, launches(step), syncs(step)
 
 
-def _times(entries: dict[str, Entry], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Forward and step times. Layers take turns, so that a disturbance hits all of them."""
-    forward: dict[str, list[float]] = {name: [] for name in entries}
-    step: dict[str, list[float]] = {name: [] for name in entries}
-    for times, call in ((forward, _without_grad), (step, lambda layer, run: run.step(layer))):
-        for entry in entries.values():
-            call(entry.layer, entry.run)
-        for _ in range(rounds):
-            for name, entry in entries.items():
-                once = functools.partial(call, entry.layer, entry.run)
-                times[name].append(timed(once, entry.run.x.is_cuda))
-    return forward, step
-
-
-def _without_grad(layer: Layer, run: Run) -> torch.Tensor:
-    with torch.no_grad():
-        return layer(run.params, run.x)
+def _times(
+    entries: dict[str, Entry], rounds: int, call: Callable[[Run, Layer], Any]
+) -> dict[str, list[float]]:
+    """Milliseconds of a call of each layer, after one that isn't timed."""
+    calls = {name: functools.partial(call, entry.run, entry.layer) for name, entry in entries.items()}
+    for once in calls.values():
+        once()
+    return in_turns(calls, rounds, any(entry.run.x.is_cuda for entry in entries.values()))
 
 
 def report(result: dict[str, Any], console: Console) -> None:
@@ -293,8 +280,3 @@ def report(result: dict[str, Any], console: Console) -> None:
     console.print(table)
     for name, reason in result["not_measured"].items():
         console.print(f"{name}: not measured: {reason}", markup=False, highlight=False, soft_wrap=True)
-
-
-def write_json(result: Any, path: str) -> None:
-    with open(path, "w") as file:
-        json.dump(result, file, indent=1)

@@ -28,6 +28,9 @@ from ..transforms import per_layer, value_and_grad
 from .breakdown import OPTIMIZER, breakdown
 from .timing import check_number, matmul_rate, syncs
 
+Batch = tuple[torch.Tensor, torch.Tensor]
+Step = Callable[[Batch], torch.Tensor]
+
 WARM_UP = 3
 BIAS_RATE, LEARNING_RATE = 1e-3, 1e-4
 
@@ -81,10 +84,11 @@ def bench_model(
     ).stages[0]  # fmt: skip
     if not on_cuda:
         _check_memory(planned.peak)
-    wrap = per_layer(remat, compiled=compiled)
-    run = _Training(config, dtype, compute_dtype, optimizer, wrap, device, seed)
+    loss = functools.partial(deepseek_v3.loss, config=config, per_layer=per_layer(remat, compiled=compiled))
+    init = deepseek_v3.init(config, seed, dtype=dtype, device=device)
+    step = _training(computing_in(loss, compute_dtype), init, optimizer)
     batches = _batches(config, batch_size, seq_len, data, device, seed)
-    found = _measured(run.step, batches, steps, math.log(config.vocab_size), on_cuda, trace)
+    found = _measured(step, batches, steps, math.log(config.vocab_size), on_cuda, trace)
     name = torch.cuda.get_device_name() if on_cuda else "CPU"
     settings = dict(
         layers=config.num_layers, dense_layers=config.num_dense_layers,
@@ -108,22 +112,14 @@ def _check_memory(needed: int) -> None:
     """Raise ``ValueError`` if the step needs more bytes than this machine has."""
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
-        raise argument_error(
-            "bench_model",
-            "config",
-            got=f"a step that needs {needed / 2**30:.1f} GiB",
-            expected=f"at most {there / 2**30:.1f} GiB, the memory of this machine",
-            remedy="Take fewer layers, a smaller batch, or a GPU.",
-        )
+        got = f"a step that needs {needed / 2**30:.1f} GiB"
+        expected = f"at most {there / 2**30:.1f} GiB, the memory of this machine"
+        remedy = "Take fewer layers, a smaller batch, or a GPU."
+        raise argument_error("bench_model", "config", got=got, expected=expected, remedy=remedy)
 
 
 def _measured(
-    step: Callable[[Any], torch.Tensor],
-    batches: Iterator[Any],
-    steps: int,
-    untrained: float,
-    on_cuda: bool,
-    trace: str | None,
+    step: Step, batches: Iterator[Batch], steps: int, untrained: float, on_cuda: bool, trace: str | None
 ) -> dict[str, Any]:
     """Measure a first step, then ``steps`` after a few that warm up, and one more for each tool.
 
@@ -156,41 +152,27 @@ def _measured(
     )  # fmt: skip
 
 
-class _Training:
-    """A model, its optimizer, and a step of both, like that of a training loop."""
+def _training(loss: Callable[..., Any], params: deepseek_v3.ModelParams, optimizer: Optimizer) -> Step:
+    """A step like that of a training loop, which trains ``params`` in place."""
+    gradient = value_and_grad(loss, has_aux=True)
+    state = optimizer.init(params)
 
-    def __init__(
-        self,
-        config: DeepSeekV3Config,
-        dtype: torch.dtype,
-        compute_dtype: torch.dtype,
-        optimizer: Optimizer,
-        wrap: Callable[..., Any],
-        device: str,
-        seed: int,
-    ) -> None:
-        loss = functools.partial(deepseek_v3.loss, config=config, per_layer=wrap)
-        self.gradient = value_and_grad(computing_in(loss, compute_dtype), has_aux=True)
-        self.optimizer = optimizer
-        self.params = deepseek_v3.init(config, seed, dtype=dtype, device=device)
-        self.state = self.optimizer.init(self.params)
-
-    def step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        loss: torch.Tensor
-        (loss, stats), grads = self.gradient(self.params, *batch)
+    def step(batch: Batch) -> torch.Tensor:
+        nonlocal params, state
+        value: torch.Tensor
+        (value, stats), grads = gradient(params, *batch)
         with record_function(OPTIMIZER):
-            params, self.state = self.optimizer.update(
-                *(self.params, grads, self.state, LEARNING_RATE),
-                scale=clip_factor(global_norm(grads), 1.0),
-                donate=True,
-            )
-            self.params = deepseek_v3.update_biases(params, stats, BIAS_RATE)
-        return loss
+            scale = clip_factor(global_norm(grads), 1.0)
+            params, state = optimizer.update(params, grads, state, LEARNING_RATE, scale=scale, donate=True)
+            params = deepseek_v3.update_biases(params, stats, BIAS_RATE)
+        return value
+
+    return step
 
 
 def _batches(
     config: DeepSeekV3Config, batch_size: int, seq_len: int, data: str | None, device: str, seed: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[Batch]:
     if data is None:
         generator = torch.Generator().manual_seed(seed)
         stream = torch.randint(config.vocab_size, (2**20,), generator=generator)
@@ -201,28 +183,23 @@ def _batches(
         yield tokens.to(device), targets.to(device)
 
 
-def _times(
-    step: Callable[[Any], torch.Tensor], batches: list[Any], on_cuda: bool
-) -> tuple[list[float], float]:
+def _times(step: Step, batches: list[Batch], on_cuda: bool) -> tuple[list[float], float]:
     """Milliseconds of each step, and the last loss. Nothing waits between steps."""
-    ms, loss = [], torch.zeros(())
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(batches) + 1)] if on_cuda else []
-    if on_cuda:
-        events[0].record()
-    for i, batch in enumerate(batches):
-        start = time.perf_counter()
+
+    def now() -> Any:
+        return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+
+    clock: Callable[[], Any] = now if on_cuda else time.perf_counter
+    marks = [clock()]
+    for batch in batches:
         loss = step(batch)
-        if on_cuda:
-            events[i + 1].record()
-        else:
-            ms.append((time.perf_counter() - start) * 1e3)
+        marks.append(clock())
     last = loss.item()
-    if on_cuda:
-        ms = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
-    return ms, last
+    pairs = itertools.pairwise(marks)
+    return [a.elapsed_time(b) if on_cuda else (b - a) * 1e3 for a, b in pairs], last
 
 
-def _host_ms(step: Callable[[Any], torch.Tensor], batches: list[Any]) -> float:
+def _host_ms(step: Step, batches: list[Batch]) -> float:
     """Milliseconds until the host has handed a step to an idle device, for which it needn't wait."""
     ms = []
     for batch in batches:

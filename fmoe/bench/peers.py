@@ -21,8 +21,7 @@ Weights = tuple[torch.Tensor, ...]
 
 
 class Peer(NamedTuple):
-    """An implementation: ``make`` makes a layer of it, and ``layout`` gives the experts' weights as it keeps
-    them.
+    """An implementation. ``make`` makes a layer of it, and ``layout`` arranges the experts' weights for it.
 
     ``layout`` only moves numbers, so it takes gradients as well. The layer gets its result as
     ``params.experts``, so that a timed step converts nothing.
@@ -31,15 +30,6 @@ class Peer(NamedTuple):
     package: str
     make: Callable[[Shape, RouterConfig], Layer]
     layout: Callable[[ExpertParams], Weights]
-
-
-def installed() -> dict[str, Peer]:
-    """The peers that can be imported, by the name of their layer."""
-    return {name: peer for name, peer in PEERS.items() if importlib.util.find_spec(peer.package)}
-
-
-def _as_ours(experts: ExpertParams) -> Weights:
-    return tuple(experts)
 
 
 def _in_three(experts: ExpertParams) -> Weights:
@@ -132,10 +122,6 @@ def _torchtitan_0_2(shape: Shape, config: RouterConfig) -> Layer:
     return run
 
 
-def _torchtitan_compiled(shape: Shape, config: RouterConfig) -> Layer:
-    return torch.compile(_torchtitan(shape, config))
-
-
 def _scattermoe(shape: Shape, config: RouterConfig) -> Layer:
     """ScatterMoE's two products, as in its ``GLUMLP``."""
     theirs = importlib.import_module("scattermoe.parallel_experts")
@@ -173,9 +159,9 @@ def _sonicmoe(shape: Shape, config: RouterConfig) -> Layer:
 
 
 PEERS = {
-    "transformers grouped_mm": Peer("transformers", _transformers, _as_ours),
+    "transformers grouped_mm": Peer("transformers", _transformers, tuple),
     "torchtitan": Peer("torchtitan", _torchtitan, _in_three),
-    "torchtitan compiled": Peer("torchtitan", _torchtitan_compiled, _in_three),
-    "ScatterMoE": Peer("scattermoe", _scattermoe, _as_ours),
+    "torchtitan compiled": Peer("torchtitan", lambda *how: torch.compile(_torchtitan(*how)), _in_three),
+    "ScatterMoE": Peer("scattermoe", _scattermoe, tuple),
     "SonicMoE": Peer("sonicmoe", _sonicmoe, _interleaved),
 }

@@ -3,7 +3,7 @@
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -50,6 +50,15 @@ def timed(call: Callable[[], Any], on_cuda: bool) -> float:
     return start_event.elapsed_time(end_event) / IN_A_ROW
 
 
+def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int, on_cuda: bool) -> dict[str, list[float]]:
+    """Milliseconds of each call in each round. Calls take turns, so that a disturbance hits all of them."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(timed(call, on_cuda))
+    return times
+
+
 def matmul_rate(dtype: torch.dtype, device: str) -> float:
     """TFLOP/s of a large square matrix product on random data: 8192 on CUDA, 512 elsewhere."""
     on_cuda = torch.device(device).type == "cuda"
@@ -61,6 +70,5 @@ def matmul_rate(dtype: torch.dtype, device: str) -> float:
 def check_number(function: str, argument: str, number: int) -> None:
     """Raise ``ValueError`` for fewer than two measurements, which have no spread."""
     if not isinstance(number, int) or number < 2:
-        raise argument_error(
-            function, argument, got=number, expected="an integer of at least 2", remedy="Measure more often."
-        )
+        expected = "an integer of at least 2"
+        raise argument_error(function, argument, got=number, expected=expected, remedy="Measure more often.")

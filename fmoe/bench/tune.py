@@ -61,7 +61,7 @@ def tune(
     seed = time.time_ns() % 2**31 if seed is None else seed
     config = config_for(shape, "random")
     run = random_run(shape, config, "random", dtype, device, seed)
-    step = functools.partial(run.step, lambda params, x: moe_forward(params, x, router=config))
+    step = functools.partial(run.step, functools.partial(moe_forward, router=config))
     able = candidates(run)
     tuned.write(run.x.device, {})  # before measuring, which would be lost if writing failed
     best: dict[str, Choice] = {}

@@ -231,7 +231,7 @@ def test_what_would_be_lost_is_not_measured(monkeypatch, capsys, tmp_path, words
         raise AssertionError("it began")
 
     monkeypatch.chdir(tmp_path)
-    for module, name in ((bench_of_model, "_Training"), (measure, "random_params")):
+    for module, name in ((bench_of_model, "_training"), (measure, "random_params")):
         monkeypatch.setattr(module, name, measured)
     monkeypatch.setattr(sys, "argv", ["fmoe", "bench", *words.split()])
     with pytest.raises(SystemExit, match="2"):
