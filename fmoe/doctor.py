@@ -21,8 +21,6 @@ from .parallel.together import num_ranks, this_rank
 from .testing import LawBroken, Report, check_backend, check_experts, check_router
 from .testing.backend import LAWS
 
-_BY_FACT = ("python", "torch", "cuda", "nccl", "triton", "deep_ep", "devices")
-
 
 def diagnose() -> dict[str, Any]:
     """Versions, what works here, and what ``backend="auto"`` would choose for a group within a node.
@@ -33,29 +31,28 @@ def diagnose() -> dict[str, Any]:
     >>> diagnose()["torch"] == torch.__version__
     True
     """
-    nccl = deepep.nccl_version()
-    found: dict[str, Any] = {
+    nccl, triton = deepep.nccl_version(), _version("triton")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    kinds, problem = _deep_ep()
+    if not devices:
+        problem = problem or "DeepEP needs CUDA devices, and there are none."
+    return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "nccl": ".".join(map(str, nccl)) if nccl else None,
-        "triton": _version("triton"),
-        "deep_ep": None,
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "triton": triton,
+        # A DeepEP that was built in place has no metadata.
+        "deep_ep": deepep.version_of(deepep.load()) if kinds else deepep.version(),
+        "devices": devices,
+        "can": {
+            "kernels": "Triton, on CUDA" if devices and triton else "plain PyTorch",
+            "all_to_all": [name for name in ("gloo", "nccl") if getattr(dist, f"is_{name}_available")()],
+            "deepep": kinds,
+        },
+        "auto": "all_to_all" if problem else "deepep",
+        "why": problem or "DeepEP loads here; rows it doesn't take, as float32, go by all_to_all.",
     }
-    kinds, problem = _deep_ep()
-    # A DeepEP that was built in place has no metadata.
-    found["deep_ep"] = deepep.version_of(deepep.load()) if kinds else deepep.version()
-    found["can"] = {
-        "kernels": "Triton, on CUDA" if found["devices"] and found["triton"] else "plain PyTorch",
-        "all_to_all": [name for name in ("gloo", "nccl") if getattr(dist, f"is_{name}_available")()],
-        "deepep": kinds,
-    }
-    if not found["devices"]:
-        problem = problem or "DeepEP needs CUDA devices, and there are none."
-    found["auto"] = "all_to_all" if problem else "deepep"
-    found["why"] = problem or "DeepEP loads here; rows it doesn't take, as float32, go by all_to_all."
-    return found
 
 
 def _deep_ep() -> tuple[list[str], str]:
@@ -90,11 +87,12 @@ def self_test() -> dict[str, Any]:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     size = num_processes()
     mesh = make_mesh(f"ep={size}", device_type=device)
+    rows = torch.empty(0, 256, dtype=dtype, device=device)
     params = moe_init(0, dim=64, hidden_dim=32, num_experts=8, dtype=dtype, device=device)
     config = RouterConfig(top_k=2, num_groups=4, top_groups=2)
 
     def backend(name: str) -> Callable[[], Report]:
-        bound = choose("doctor", name, mesh, torch.empty(0, 256, dtype=dtype, device=device)).get("ep")
+        bound = choose("doctor", name, mesh, rows).get("ep")
         laws = [law for law in LAWS if law != "compilation"]
         any_order = name == "deepep"  # ElasticBuffer gives rows in any order
         return lambda: check_backend(bound, mesh, dtype=dtype, dim=256, any_order=any_order, laws=laws)
@@ -110,8 +108,8 @@ def self_test() -> dict[str, Any]:
         ),
         "all_to_all" if size > 1 else "local": backend("all_to_all"),
     }
-    best = choose("doctor", "auto", mesh, torch.empty(0, 256, dtype=dtype)).get("ep")
-    if size > 1 and type(best) is DeepEP:
+    best = choose("doctor", "auto", mesh, rows).get("ep")
+    if size > 1 and isinstance(best, DeepEP):
         checks["deepep"] = backend("deepep")
     return {name: _tried(check) for name, check in checks.items()}
 
@@ -135,11 +133,9 @@ def report(found: dict[str, Any]) -> str:
     python ...
     """
 
-    def said(value: Any) -> str:
-        return (", ".join(value) if isinstance(value, list) else value) or "none"
-
-    lines = [(name, said(found[name])) for name in _BY_FACT]
-    lines += [(f"can: {name}", said(value)) for name, value in found["can"].items()]
+    facts = {name: found[name] for name in found if name not in ("can", "auto", "why", "self_test")}
+    facts |= {f"can: {name}": value for name, value in found["can"].items()}
+    lines = [(name, (", ".join(v) if isinstance(v, list) else v) or "none") for name, v in facts.items()]
     lines += [('backend="auto"', f"{found['auto']}: {found['why']}")]
     lines += [("self-test", test["broken"] or test["report"]) for test in found.get("self_test", {}).values()]
     return "\n".join(f"{name:16} {value}" for name, value in lines)

@@ -59,18 +59,17 @@ def operator_support() -> list[Support]:
 
 
 def _support(op: Operator) -> Support:
-    def how(rule: str) -> str:
-        stated = getattr(op.rules, rule)
-        if isinstance(stated, Unsupported):
-            return "error"
-        if stated is None:
-            return "constant"
+    def support(rule: str) -> str:
+        match getattr(op.rules, rule):
+            case Unsupported():
+                return "error"
+            case None:
+                return "constant"
         return "rule" if rule in op.by_hand else "derived"
 
-    vjp, jvp, vmap = map(how, ("vjp", "jvp", "vmap"))
-    return Support(
-        op.name, op.checkpoint, checkpoint_names()[op.checkpoint], vjp, jvp, vmap, vjp != "derived"
-    )
+    vjp, jvp, vmap = map(support, ("vjp", "jvp", "vmap"))
+    kept = checkpoint_names()[op.checkpoint]
+    return Support(op.name, op.checkpoint, kept, vjp, jvp, vmap, compiled=vjp != "derived")
 
 
 # For each class, how its operators' names begin after the namespace. The first that fits counts.
@@ -118,8 +117,7 @@ def saved_bytes(
     >>> saved_bytes(fmoe.moe_forward, params, torch.randn(4, 8), policy=fmoe.save("topk"))
     {'topk': 64}
     """
-    policy = policy or save_declared
-    tape = Tape(record=policy, serve=lambda name: False)
+    tape = Tape(record=policy or save_declared, serve=lambda name: False)
     with FakeTensorMode() as mode:
 
         def fake(leaf: Any) -> Any:
@@ -144,26 +142,19 @@ def kept_bytes(fn: Callable[..., Any], *args: Any) -> int:
     >>> kept_bytes(lambda x: (x * 2).sin().sum(), x)
     16
     """
-    held: weakref.WeakSet[_Held] = weakref.WeakSet()
+    held: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
 
-    def pack(t: torch.Tensor) -> _Held:
-        box = _Held(t.detach())  # undetached, an output would hold its own graph
-        held.add(box)
-        return box
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        kept = t.detach()  # undetached, an output would hold its own graph
+        held.add(kept)
+        return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
-        out = fn(*args)  # the graph holds the boxes
-    storages = [box.tensor.untyped_storage() for box in held]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
+        out = fn(*args)  # its graph holds what was kept
+    storages = [kept.untyped_storage() for kept in held]
     given = {t.untyped_storage()._cdata for t in optree.tree_leaves(args) if isinstance(t, torch.Tensor)}
     del out
     return sum({s._cdata: s.nbytes() for s in storages if s._cdata not in given}.values())
-
-
-class _Held:
-    """A box around a saved tensor, which lives as long as the graph that saved it."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
 
 
 @contextmanager
@@ -181,8 +172,9 @@ def raw_calls() -> Iterator[dict[str, int]]:
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         yield counts
     for event in profile.key_averages():
-        if event.key.startswith(f"{NAMESPACE}::"):
-            counts[event.key.removeprefix(f"{NAMESPACE}::")] = event.count
+        space, _, name = event.key.partition("::")
+        if space == NAMESPACE:
+            counts[name] = event.count
 
 
 @contextmanager
