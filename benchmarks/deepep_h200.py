@@ -3,7 +3,7 @@
 ``python benchmarks/deepep_h200.py`` needs a CUDA device and DeepEP (docs/deepep.md says how to install it).
 It starts 2 and then 4 processes, connected by gloo and NCCL, checks every law of
 ``fmoe.testing.check_backend`` in bfloat16, and measures a layer's forward and backward. Where there are fewer
-GPUs than processes these share them, and their kernels take turns, so that what is measured is the host, not
+GPUs than processes these share them and their kernels take turns, so the times are of the host, not of
 bandwidth. Then the example trains a debug model in one process, and in two over each backend; OUT/loss.svg is
 the picture of their losses. A table comes last; the exit status is 1 if a law was broken or training failed.
 """
@@ -11,6 +11,7 @@ the picture of their losses. A table comes last; the exit status is 1 if a law w
 import argparse
 import contextlib
 import datetime
+import functools
 import json
 import pathlib
 import queue
@@ -38,7 +39,7 @@ from fmoe.testing.setting import Setting, case_of
 from fmoe.training.metrics import read_metrics
 from fmoe.training.plot import plot_loss, save_figure
 
-# Of the model that laws are tried with: what DeepEP takes.
+# The model of the laws has sizes that DeepEP takes.
 SIZES = dict(dim=256, top_k=3, num_experts=8)
 NAMES = [*LAWS, "oracle, no overlap", "plans, no overlap"]
 ROOT = pathlib.Path(__file__).parents[1]
@@ -52,7 +53,7 @@ def connect(rank: int, size: int, port: int, args: argparse.Namespace) -> None:
         backend = prepare(rank, size)
     else:  # on DeepEP's stand-in, to try this script
         backend = "gloo"
-        sys.path.insert(0, str(ROOT / "tests"))
+        sys.path.insert(0, str(ROOT / "tests/support"))
         import deep_ep_double
 
         deep_ep_double.install(2 if "elastic" in args.backend else 1)
@@ -104,9 +105,10 @@ def measure(rank: int, size: int, port: int, args: argparse.Namespace, names: li
             mine, loss = case.mine(), fmoe.value_and_grad(case.loss(), (0, 1))
             for _ in range(3):
                 loss(*mine)
-            host, whole = times(lambda: loss(*mine), args)  # noqa: B023
+            call = functools.partial(loss, *mine)
+            host, whole = times(call, args)
             with raw_calls() as calls:
-                waits = host_syncs(lambda: loss(*mine), args)  # noqa: B023
+                waits = host_syncs(call, args)
         # DeepEP's own wait for what is to come isn't one that PyTorch sees.
         waits += calls.get("deepep_dispatch", 0)
         found.put((rank, backend, (host, whole, waits)))
@@ -138,7 +140,7 @@ def host_syncs(call: Any, args: argparse.Namespace) -> int:
 
 
 def together(work: Any, size: int, args: argparse.Namespace, names: list[str]) -> list[tuple[int, str, Any]]:
-    """What ``size`` processes report, until they are done, or one has failed or is silent too long."""
+    """The reports of ``size`` processes, until they are done, or one has failed or is silent too long."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = mp.get_context("spawn")
     found = context.Queue()
@@ -163,7 +165,7 @@ def together(work: Any, size: int, args: argparse.Namespace, names: list[str]) -
 
 
 def hold_all(size: int, args: argparse.Namespace) -> dict[str, str]:
-    """What became of every law; after one that is broken the others have fresh processes."""
+    """The outcome of every law. After a broken one the others get fresh processes."""
     told: dict[str, str] = {}
     while waiting := [name for name in args.laws if name not in told]:
         came = together(obey, size, args, waiting)
@@ -172,10 +174,10 @@ def hold_all(size: int, args: argparse.Namespace) -> dict[str, str]:
             held = [text for _, n, text in came if n == name and "Traceback" not in text]
             if len(held) == size or (held and not broken):
                 told[name] = held[0]
-        left = [name for name in waiting if name not in told]
-        if left:
-            told[left[0]] = "BROKEN: " + (broken[0].strip().splitlines()[-1] if broken else "no answer")
-            print(f"{size} ranks, {left[0]}:\n{broken[0] if broken else ''}", file=sys.stderr)
+        if left := [name for name in waiting if name not in told]:
+            why = broken[0] if broken else "no answer"
+            told[left[0]] = f"BROKEN: {why.strip().splitlines()[-1]}"
+            print(f"{size} ranks, {left[0]}:\n{why}", file=sys.stderr)
     return told
 
 
@@ -217,12 +219,7 @@ def main() -> None:
     args = arguments()
     here = diagnose()
     print(f"{datetime.date.today()}, seed {args.seed}\n{report(here)}\n")
-    results: dict[str, Any] = {
-        "date": str(datetime.date.today()),
-        "seed": args.seed,
-        "here": here,
-        "ranks": {},
-    }
+    results: dict[str, Any] = dict(date=str(datetime.date.today()), seed=args.seed, here=here, ranks={})
     table = Table("", *(f"{size} ranks" for size in args.ranks))
     costs: dict[str, list[str]] = {}
     for size in args.ranks:

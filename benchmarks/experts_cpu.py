@@ -2,16 +2,15 @@
 
     python benchmarks/experts_cpu.py            # float32, T=2048 D=512 F=256 E=16 K=4, two threads
 
-Same weights, same tokens, same routing. Values and gradients are compared before anything is
-timed. Rounds alternate between the implementations, so that a disturbance hits all of them; the
-ratio is of medians. What is kept between forward and backward is counted beyond what is given: tokens,
-weights of the routing, parameters.
+All have the same weights, tokens and routing. Values and gradients are compared before anything is timed.
+Implementations take turns, so that a disturbance hits all of them; the ratio is of medians. Kept bytes, those
+between forward and backward, come on top of the tokens, the routing's weights and the parameters.
 """
 
 import argparse
+import functools
 import statistics
 import time
-import types
 from collections.abc import Callable
 
 import torch
@@ -21,6 +20,7 @@ from transformers.models.deepseek_v3 import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
 import fmoe
+from fmoe.bench.timing import in_turns
 from fmoe.introspect import kept_bytes
 
 Layer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -47,34 +47,29 @@ def theirs(params: fmoe.ExpertParams, routing: fmoe.Routing, implementation: str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name, default in dict(
-        tokens=2048, dim=512, hidden=256, experts=16, top_k=4, threads=2, rounds=15
-    ).items():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    sizes = dict(tokens=2048, dim=512, hidden=256, experts=16, top_k=4)
+    for name, default in {**sizes, "threads": 2, "rounds": 15}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    parser.add_argument("--seed", type=int, default=None, help="fresh by default")
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31, help="fresh by default")
     parser.add_argument("--peers", nargs="*", default=["eager", "grouped_mm"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    seed = args.seed if args.seed is not None else time.time_ns() % 2**31
-    torch.manual_seed(seed)
+    torch.manual_seed(args.seed)
 
-    params = fmoe.moe_init(seed, dim=args.dim, hidden_dim=args.hidden, num_experts=args.experts)
-    config = fmoe.RouterConfig(top_k=args.top_k)
+    params = fmoe.moe_init(args.seed, dim=args.dim, hidden_dim=args.hidden, num_experts=args.experts)
     x = torch.randn(args.tokens, args.dim)
-    routing = fmoe.route(params.router, x, config)
-    experts = fmoe.ExpertParams(*(w.requires_grad_() for w in params.experts))
-    inputs = types.SimpleNamespace(x=x.requires_grad_(), weights=routing.weights_TK.detach().requires_grad_())
-    leaves = [inputs.x, inputs.weights, *experts]
+    routing = fmoe.route(params.router, x, fmoe.RouterConfig(top_k=args.top_k))
+    experts, weights = params.experts, routing.weights_TK.detach()
+    leaves = [tensor.requires_grad_() for tensor in (x, weights, *experts)]
     cotangent = torch.randn_like(x)
 
     layers = {"fmoe": ours(experts, routing)}
     layers |= {f"transformers {name}": theirs(experts, routing, name) for name in args.peers}
 
     def step(layer: Layer) -> tuple[torch.Tensor, ...]:
-        y = layer(inputs.x, inputs.weights)
+        y = layer(x, weights)
         return (y, *torch.autograd.grad(y, leaves, cotangent))
 
     expected = step(layers["fmoe"])
@@ -82,36 +77,27 @@ def main() -> None:
         for a, b in zip(step(layer), expected):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.detach().abs().max()), msg=name)
 
-    times: dict[str, list[float]] = {name: [] for name in layers}
-    for _ in range(args.rounds):
-        for name, layer in layers.items():
-            start = time.perf_counter()
-            step(layer)
-            times[name].append(time.perf_counter() - start)
-
-    best = min(statistics.median(ts) for name, ts in times.items() if name != "fmoe")
+    calls = {name: functools.partial(step, layer) for name, layer in layers.items()}
+    times = in_turns(calls, args.rounds, on_cuda=False)
+    medians = {name: statistics.median(ts) for name, ts in times.items()}
+    own = medians["fmoe"]
     pairs = args.tokens * args.top_k
     floor = 4 * pairs * 2 * args.hidden + (8 + 8) * pairs + 4 * args.experts
     shape = f"T={args.tokens} D={args.dim} F={args.hidden} E={args.experts} K={args.top_k}"
     table = Table(title=f"forward + backward, float32, {shape}")
     for column in ("implementation", "median ms", "min ms", "time / fmoe", "kept MiB"):
         table.add_column(column, justify="right" if column != "implementation" else "left")
-    ours_median = statistics.median(times["fmoe"])
-    for name, ts in times.items():
-        kept = kept_bytes(lambda x, w, _, name=name: layers[name](x, w), inputs.x, inputs.weights, experts)
-        median = statistics.median(ts)
-        table.add_row(
-            name,
-            f"{median * 1e3:.1f}",
-            f"{min(ts) * 1e3:.1f}",
-            f"{median / ours_median:.2f}",
-            f"{kept / 2**20:.2f}",
-        )
+    for name, median in medians.items():
+        kept = kept_bytes(lambda x, w, _, name=name: layers[name](x, w), x, weights, experts)
+        figures = f"{median:.1f}", f"{min(times[name]):.1f}", f"{median / own:.2f}", f"{kept / 2**20:.2f}"
+        table.add_row(name, *figures)
     console = Console()
     console.print(table)
-    console.print(f"torch {torch.__version__}, {args.threads} threads, {args.rounds} rounds, seed {seed}")
+    how = f"{args.threads} threads, {args.rounds} rounds, seed {args.seed}"
+    console.print(f"torch {torch.__version__}, {how}")
     console.print(f"pre-activation + plan: {floor / 2**20:.2f} MiB")
-    console.print(f"fastest of transformers / fmoe: {best / ours_median:.2f}")
+    best = min(median for name, median in medians.items() if name != "fmoe")
+    console.print(f"fastest of transformers / fmoe: {best / own:.2f}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmarks/per_example_grads.py      # 32 examples of 32 tokens, float32, two threads
 
-Gradients are compared before anything is timed. Rounds alternate between the two, so that a disturbance
-hits both; the ratio is of medians.
+Gradients are compared before anything is timed. The two take turns, so that a disturbance hits both; the
+ratio is of medians.
 """
 
 import argparse
@@ -18,46 +18,36 @@ from rich.table import Table
 from torch.func import grad, vmap
 
 import fmoe
+from fmoe.bench.timing import in_turns
 from fmoe.models import deepseek_v3
 
 
 def config(dim: int) -> deepseek_v3.DeepSeekV3Config:
     """The debug model at another width: one dense layer, one MoE layer of 8 experts."""
     return dataclasses.replace(
-        deepseek_v3.preset("debug"),
-        dim=dim,
-        num_layers=2,
-        hidden_dim=2 * dim,
-        num_heads=4,
-        kv_lora_rank=dim // 2,
-        qk_nope_head_dim=dim // 8,
-        qk_rope_head_dim=dim // 8,
-        v_head_dim=dim // 4,
-        moe_hidden_dim=dim // 2,
-        num_experts=8,
-        router=fmoe.RouterConfig(top_k=2),
-    )
+        deepseek_v3.preset("debug", layers=2), dim=dim, hidden_dim=2 * dim, kv_lora_rank=dim // 2,
+        qk_nope_head_dim=dim // 8, qk_rope_head_dim=dim // 8, v_head_dim=dim // 4, moe_hidden_dim=dim // 2,
+        num_experts=8, router=fmoe.RouterConfig(top_k=2),
+    )  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--dims", type=int, nargs="+", default=[32, 64, 128])
     for name, default in dict(examples=32, seq_len=32, threads=2, rounds=7).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    parser.add_argument("--seed", type=int, default=None, help="fresh by default")
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31, help="fresh by default")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    seed = args.seed if args.seed is not None else time.time_ns() % 2**31
-    torch.manual_seed(seed)
+    torch.manual_seed(args.seed)
 
     table = Table(title=f"{args.examples} per-example gradients, {args.seq_len} tokens each, float32")
     for column in ("D", "parameters", "loop ms", "vmap(grad) ms", "loop / vmap(grad)"):
         table.add_column(column, justify="right")
     for dim in args.dims:
         c = config(dim)
-        params = deepseek_v3.init(c, seed)
+        params = deepseek_v3.init(c, args.seed)
         text = torch.randint(c.vocab_size, (args.examples, args.seq_len + 1))
 
         def loss(params: deepseek_v3.ModelParams, text: torch.Tensor, c=c) -> torch.Tensor:
@@ -73,18 +63,14 @@ def main() -> None:
 
         for a, b in zip(optree.tree_leaves(loop()), optree.tree_leaves(batched())):
             torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5 * float(a.abs().max()) + 1e-9)
-        times: dict[str, list[float]] = {"loop": [], "vmap": []}
-        for _ in range(args.rounds):
-            for name, run in (("loop", loop), ("vmap", batched)):
-                start = time.perf_counter()
-                run()
-                times[name].append(time.perf_counter() - start)
-        slow, fast = (1e3 * statistics.median(times[name]) for name in ("loop", "vmap"))
+        times = in_turns({"loop": loop, "vmap": batched}, args.rounds, on_cuda=False)
+        slow, fast = map(statistics.median, times.values())
         count = deepseek_v3.num_params(c)[0]
         table.add_row(str(dim), f"{count:,}", f"{slow:.0f}", f"{fast:.0f}", f"{slow / fast:.2f}")
     console = Console()
     console.print(table)
-    console.print(f"torch {torch.__version__}, {args.threads} threads, {args.rounds} rounds, seed {seed}")
+    how = f"{args.threads} threads, {args.rounds} rounds, seed {args.seed}"
+    console.print(f"torch {torch.__version__}, {how}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What each remat policy costs one MoE layer: kernels run in a forward and backward, bytes kept between them.
+"""The cost of each remat policy for one MoE layer: kernels run in a step, and bytes kept for the backward.
 
     python benchmarks/remat_policies.py         # as a markdown table
 
@@ -22,15 +22,8 @@ POLICIES: dict[str, Policy | None] = {
     '`save("experts_grouped_mm")`': fmoe.save("experts_grouped_mm"),
     "`save_everything`": fmoe.save_everything,
 }
-KERNELS = (
-    "product",
-    "topk",
-    "layout",
-    "experts_up",
-    "experts_down",
-    "experts_up_backward",
-    "experts_down_backward",
-)
+KERNELS = ["product", "topk", "layout", "experts_up", "experts_down"]
+KERNELS += ["experts_up_backward", "experts_down_backward"]
 
 
 def layer(params: fmoe.MoEParams, x: torch.Tensor) -> torch.Tensor:

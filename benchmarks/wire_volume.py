@@ -2,13 +2,13 @@
 
     python benchmarks/wire_volume.py        # as a markdown table
 
-For 2, 4 and 8 devices, gloo processes here, a layer runs forward and backward, and ``wire_bytes`` counts.
-For 32 and 64 the tokens of all devices are routed in one process, and bytes follow from the rows each would
-send. That is done for the smaller ones, too: every count of every device must be what was measured.
+For 2, 4 and 8 devices, which are gloo processes here, a layer runs forward and backward, and ``wire_bytes``
+counts. For 32 and 64 devices one process routes the tokens of all, and bytes follow from the rows that each
+would send. Where both are known, every count of every device must be equal.
 
-``devices`` and ``nodes`` are the destinations of a token, its own included: mean (most). Bytes are those sent
-per token, mean over devices; what a device sends itself isn't among them. K copies are rows alone, without
-weights and ids, for each expert on another device.
+``devices`` and ``nodes`` are those a token goes to, its own included: mean (most). Bytes are those sent per
+token, as a mean over devices; what a device sends itself isn't among them. K copies are rows without weights
+and ids, one for each expert on another device.
 """
 
 import argparse
@@ -28,18 +28,15 @@ from fmoe.parallel.backends.all_to_all import rows_sent
 
 EXPERTS, TOP_K, HIDDEN = 256, 8, 8  # the hidden dimension doesn't travel
 NODE = 8  # devices per node
-GROUPS = (
-    (1, 1),
-    (8, 4),
-    (4, 2),
-)  # (num_groups, top_groups): without, DeepSeek-V3's, and a node each at EP 32
+# (num_groups, top_groups): no groups, DeepSeek-V3's, and groups that are a node each at EP 32.
+GROUPS = ((1, 1), (8, 4), (4, 2))
 LIMIT = 180  # seconds for all processes of one size
 
 Traffic = dict[str, list[int]]  # operator -> bytes sent, received, kept
 
 
 class Routes(NamedTuple):
-    """What routing alone says: rows and pairs from device to device, and where tokens have an expert."""
+    """Rows and pairs from device to device, and on how many devices and nodes each token has an expert."""
 
     rows_nn: torch.Tensor
     pairs_nn: torch.Tensor
@@ -84,7 +81,7 @@ def layers(args: argparse.Namespace, ep: int) -> list[tuple[list[int], Traffic]]
 
 
 def measure(args: argparse.Namespace, ep: int) -> list[list[tuple[list[int], Traffic]]]:
-    """What :func:`layer` found on every device, for all of ``GROUPS``."""
+    """The results of :func:`layer` on every device, for each of ``GROUPS``."""
     with Processes(ep, timeout=LIMIT) as devices:
         return [list(each) for each in zip(*devices.run(layers, args, ep))]
 
@@ -120,16 +117,16 @@ def implied(args: argparse.Namespace, rows_nn: torch.Tensor, rank: int) -> Traff
     }
 
 
-def check(args: argparse.Namespace, routes: Routes, found: list[tuple[list[int], Traffic]]) -> None:
-    for rank, (rows, traffic) in enumerate(found):
-        assert rows == routes.rows_nn[rank].tolist(), (rank, rows, routes.rows_nn[rank])
-        assert traffic == implied(args, routes.rows_nn, rank), (rank, traffic)
+def check(routes: Routes, traffic: list[Traffic], found: list[tuple[list[int], Traffic]]) -> None:
+    for rank, each in enumerate(found):
+        assert each == (routes.rows_nn[rank].tolist(), traffic[rank]), (rank, each)
 
 
 def table_row(
     args: argparse.Namespace, groups: tuple[int, int], routes: Routes, all_traffic: list[Traffic]
 ) -> list[str]:
-    ep, total = len(all_traffic), len(all_traffic) * args.tokens
+    ep = len(all_traffic)
+    total = ep * args.tokens
 
     def sent(*operators: str) -> float:
         return sum(traffic[operator][0] for traffic in all_traffic for operator in operators) / total
@@ -137,63 +134,41 @@ def table_row(
     forward = sent("sizes", "exchange", "send_back")
     both = forward + sent("send", "send_both_back")
     pairs = int(routes.pairs_nn.sum() - routes.pairs_nn.trace()) / total  # K copies less those that stay
-    one_way = pairs * 2 * args.dim
+    copies = 4 * pairs * 2 * args.dim  # there and back, forward and backward
 
     def mean_and_most(count_T: torch.Tensor) -> str:
         return f"{count_T.double().mean():.2f} ({count_T.max()})"
 
-    return [
-        str(ep),
-        "none" if groups[0] == 1 else f"{groups[1]} of {groups[0]}",
-        mean_and_most(routes.devices_T),
-        mean_and_most(routes.nodes_T) if ep > NODE else "1",
-        f"{forward:,.0f}",
-        f"{both:,.0f}",
-        f"{4 * one_way:,.0f}",
-        f"{both / (4 * one_way):.1%}",
-    ]
+    named = "none" if groups[0] == 1 else f"{groups[1]} of {groups[0]}"
+    nodes = mean_and_most(routes.nodes_T) if ep > NODE else "1"
+    figures = f"{forward:,.0f}", f"{both:,.0f}", f"{copies:,.0f}", f"{both / copies:.1%}"
+    return [str(ep), named, mean_and_most(routes.devices_T), nodes, *figures]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--tokens", type=int, default=128, help="on each device")
     parser.add_argument("--dim", type=int, default=7168)
     parser.add_argument("--measure", type=int, nargs="*", default=[2, 4, 8], help="sizes, run as processes")
     parser.add_argument("--simulate", type=int, nargs="*", default=[32, 64], help="sizes, routed here")
-    parser.add_argument("--seed", type=int, default=None, help="fresh by default")
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31, help="fresh by default")
     args = parser.parse_args()
-    args.seed = time.time_ns() % 2**31 if args.seed is None else args.seed
     torch.set_num_threads(1)  # as the processes, whose routing must be the same to the bit
 
-    columns = (
-        "EP",
-        "groups",
-        "devices",
-        "nodes",
-        "forward",
-        "with backward",
-        "K copies",
-        "of K copies",
-        "how",
-    )
+    columns = "EP", "groups", "devices", "nodes", "forward", "with backward", "K copies", "of K copies", "how"
     table = Table(*columns, box=box.MARKDOWN)
     for ep in (*args.measure, *args.simulate):
         found = measure(args, ep) if ep in args.measure else None
         for i, groups in enumerate(GROUPS):
             routes = simulate(args, ep, groups)
+            traffic = [implied(args, routes.rows_nn, rank) for rank in range(ep)]
             if found:
-                check(args, routes, found[i])
-                traffic = [t for _, t in found[i]]
-            else:
-                traffic = [implied(args, routes.rows_nn, rank) for rank in range(ep)]
+                check(routes, traffic, found[i])
             table.add_row(*table_row(args, groups, routes, traffic), "measured" if found else "simulated")
+    sizes = f"K={TOP_K} E={EXPERTS} D={args.dim} bfloat16, {args.tokens} tokens a device"
     console = Console(width=120)
-    console.print(
-        f"K={TOP_K} E={EXPERTS} D={args.dim} bfloat16, {args.tokens} tokens a device, {NODE} devices a node, "
-        f"seed {args.seed}"
-    )
+    console.print(f"{sizes}, {NODE} devices a node, seed {args.seed}")
     console.print(table)
 
 
