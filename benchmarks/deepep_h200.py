@@ -1,7 +1,7 @@
 """The laws of every backend on DeepEP's own kernels, what a call costs, and losses of training over it.
 
-``python benchmarks/deepep_h200.py`` needs a CUDA device and DeepEP (docs/deepep.md says how to install it).
-It starts 2 and then 4 processes, connected by gloo and NCCL, checks every law of
+``python benchmarks/deepep_h200.py`` needs a CUDA device, cloudpickle, matplotlib and DeepEP (docs/deepep.md
+says how to install it). It starts 2 and then 4 processes, connected by gloo and NCCL, checks every law of
 ``fmoe.testing.check_backend`` in bfloat16, and measures a layer's forward and backward. Where there are fewer
 GPUs than processes these share them and their kernels take turns, so the times are of the host, not of
 bandwidth. Then the example trains a debug model in one process, and in two over each backend; OUT/loss.svg is
@@ -14,16 +14,15 @@ import datetime
 import functools
 import json
 import pathlib
-import queue
+import re
 import subprocess
 import sys
 import time
-import traceback
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 
@@ -31,8 +30,7 @@ import fmoe
 from fmoe.bench.timing import syncs
 from fmoe.doctor import diagnose, report
 from fmoe.introspect import raw_calls
-from fmoe.parallel import deepep
-from fmoe.parallel.processes import prepare
+from fmoe.parallel import Processes, RankError, deepep
 from fmoe.testing import check_backend
 from fmoe.testing.backend import LAWS
 from fmoe.testing.setting import Setting, case_of
@@ -48,26 +46,15 @@ SHAPE = ["--dim", "256", "--batch-size", "8", "--seq-len", "128", "--compute-dty
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def connect(rank: int, size: int, port: int, args: argparse.Namespace) -> None:
-    if args.device == "cuda":
-        backend = prepare(rank, size)
-    else:  # on DeepEP's stand-in, to try this script
-        backend = "gloo"
+@contextlib.contextmanager
+def bound(name: str, args: argparse.Namespace, **how: Any) -> Any:
+    """A mesh of all processes, and the backend of this name along it."""
+    if args.device == "cpu" and "deep_ep" not in sys.modules:  # to try this script
         sys.path.insert(0, str(ROOT / "tests/support"))
         import deep_ep_double
 
         deep_ep_double.install(2 if "elastic" in args.backend else 1)
-        torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=args.patience)
-    )
-
-
-@contextlib.contextmanager
-def bound(name: str, size: int, args: argparse.Namespace, **how: Any) -> Any:
-    """A mesh of all processes, and the backend of this name along it."""
-    mesh = fmoe.make_mesh(f"ep={size}", device_type=args.device)
+    mesh = fmoe.make_mesh(f"ep={dist.get_world_size()}", device_type=args.device)
     if name == "all_to_all":
         yield mesh, None
         return
@@ -76,45 +63,30 @@ def bound(name: str, size: int, args: argparse.Namespace, **how: Any) -> Any:
         yield mesh, backend
 
 
-def obey(rank: int, size: int, port: int, args: argparse.Namespace, names: list[str], found: Any) -> None:
-    connect(rank, size, port, args)
-    for name in names:
-        began = time.monotonic()
-        law, _, apart = name.partition(", ")
-        try:
-            with bound(args.backend, size, args, overlap=not apart) as (mesh, backend):
-                how = dict(any_order=args.backend == "deepep elastic", forwards=args.forwards, seed=args.seed)
-                check_backend(backend, mesh, dtype=torch.bfloat16, laws=[law], **SIZES, **how)
-            found.put((rank, name, f"holds, {time.monotonic() - began:.1f} s"))
-        except Exception:
-            found.put((rank, name, traceback.format_exc()))
-            time.sleep(1)  # until it has been read
-            return
-    if rank == 0:
-        found.put((rank, "done", ""))
-    dist.barrier()
+def obey(args: argparse.Namespace, name: str) -> str:
+    """Check one law on all ranks."""
+    began = time.monotonic()
+    law, _, apart = name.partition(", ")
+    with bound(args.backend, args, overlap=not apart) as (mesh, backend):
+        how = dict(any_order=args.backend == "deepep elastic", forwards=args.forwards, seed=args.seed)
+        check_backend(backend, mesh, dtype=torch.bfloat16, laws=[law], **SIZES, **how)
+    return f"holds, {time.monotonic() - began:.1f} s"
 
 
-def measure(rank: int, size: int, port: int, args: argparse.Namespace, names: list[str], found: Any) -> None:
-    connect(rank, size, port, args)
-    for backend in names:
-        torch.manual_seed(args.seed)
-        with bound(backend, size, args) as (mesh, transport):
-            setting = Setting(mesh, transport, torch.bfloat16, args.tokens, **SIZES)
-            case = case_of(setting, [args.tokens] * size)
-            mine, loss = case.mine(), fmoe.value_and_grad(case.loss(), (0, 1))
-            for _ in range(3):
-                loss(*mine)
-            call = functools.partial(loss, *mine)
-            host, whole = times(call, args)
-            with raw_calls() as calls:
-                waits = host_syncs(call, args)
-        # DeepEP's own wait for what is to come isn't one that PyTorch sees.
-        waits += calls.get("deepep_dispatch", 0)
-        found.put((rank, backend, (host, whole, waits)))
-        dist.barrier()
-    found.put((rank, "done", ""))
-    dist.barrier()
+def measure(args: argparse.Namespace, backend: str) -> tuple[float, float, int]:
+    """A layer's forward and backward: host ms, ms until all is done, and waits of the host."""
+    torch.manual_seed(args.seed)
+    with bound(backend, args) as (mesh, transport):
+        setting = Setting(mesh, transport, torch.bfloat16, args.tokens, **SIZES)
+        case = case_of(setting, [args.tokens] * dist.get_world_size())
+        call = functools.partial(fmoe.value_and_grad(case.loss(), (0, 1)), *case.mine())
+        for _ in range(3):
+            call()
+        host, whole = times(call, args)
+        with raw_calls() as calls:
+            waits = host_syncs(call, args)
+    # PyTorch doesn't see that DeepEP itself waits for the number of rows.
+    return host, whole, waits + calls.get("deepep_dispatch", 0)
 
 
 def times(call: Any, args: argparse.Namespace) -> tuple[float, float]:
@@ -139,46 +111,15 @@ def host_syncs(call: Any, args: argparse.Namespace) -> int:
     return 0
 
 
-def together(work: Any, size: int, args: argparse.Namespace, names: list[str]) -> list[tuple[int, str, Any]]:
-    """The reports of ``size`` processes, until they are done, or one has failed or is silent too long."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = mp.get_context("spawn")
-    found = context.Queue()
-    processes = [
-        context.Process(target=work, args=(rank, size, store.port, args, names, found), daemon=True)
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    came = []
+def outcome(devices: Processes, work: Callable[..., Any], args: argparse.Namespace, name: str) -> Any:
+    """The first rank's result, or a text. After a failure the next call gets fresh processes."""
     try:
-        while sum(name == "done" for _, name, _ in came) < (size if work is measure else 1):
-            came.append(found.get(timeout=args.patience))
-            if isinstance(came[-1][2], str) and "Traceback" in came[-1][2]:
-                break
-    except queue.Empty:
-        came.append((-1, "silent", f"Traceback: no answer in {args.patience} s"))
-    for process in processes:
-        process.join(5)
-        process.kill()
-    return [item for item in came if item[1] != "done"]
-
-
-def hold_all(size: int, args: argparse.Namespace) -> dict[str, str]:
-    """The outcome of every law. After a broken one the others get fresh processes."""
-    told: dict[str, str] = {}
-    while waiting := [name for name in args.laws if name not in told]:
-        came = together(obey, size, args, waiting)
-        broken = [text for *_, text in came if "Traceback" in text]
-        for name in waiting:
-            held = [text for _, n, text in came if n == name and "Traceback" not in text]
-            if len(held) == size or (held and not broken):
-                told[name] = held[0]
-        if left := [name for name in waiting if name not in told]:
-            why = broken[0] if broken else "no answer"
-            told[left[0]] = f"BROKEN: {why.strip().splitlines()[-1]}"
-            print(f"{size} ranks, {left[0]}:\n{why}", file=sys.stderr)
-    return told
+        return devices.run(work, args, name)[0]
+    except RankError as error:
+        print(f"{devices.number} ranks, {name}:\n{error}", file=sys.stderr)
+        devices.stop(patience=0)
+        first, *_ = re.split(r"\nrank \d+: ", str(error))
+        return f"BROKEN: {first.strip().splitlines()[-1]}"
 
 
 def train(args: argparse.Namespace) -> dict[str, list[float]]:
@@ -221,16 +162,15 @@ def main() -> None:
     print(f"{datetime.date.today()}, seed {args.seed}\n{report(here)}\n")
     results: dict[str, Any] = dict(date=str(datetime.date.today()), seed=args.seed, here=here, ranks={})
     table = Table("", *(f"{size} ranks" for size in args.ranks))
-    costs: dict[str, list[str]] = {}
+    costs: dict[str, list[str]] = {args.backend: [], "all_to_all": []}
     for size in args.ranks:
-        told = hold_all(size, args)
-        backends = list(dict.fromkeys([args.backend, "all_to_all"]))
-        measured = {name: value for rank, name, value in together(measure, size, args, backends) if rank == 0}
-        results["ranks"][size] = {"laws": told, "measured": measured}
-        for backend in backends:
-            found = measured.get(backend)
-            text = "{:.1f} / {:.1f} / {}".format(*found) if found else "failed"
-            costs.setdefault(backend, []).append(text)
+        with Processes(size, timeout=args.patience) as devices:
+            laws = {name: outcome(devices, obey, args, name) for name in args.laws}
+            measured = {name: outcome(devices, measure, args, name) for name in costs}
+        results["ranks"][size] = {"laws": laws, "measured": measured}
+        for name, found in measured.items():
+            failed = isinstance(found, str)
+            costs[name].append("failed" if failed else "{:.1f} / {:.1f} / {}".format(*found))
     for name in args.laws:
         table.add_row(name, *(results["ranks"][size]["laws"][name] for size in args.ranks))
     for backend, texts in costs.items():
