@@ -34,6 +34,8 @@ from .training.metrics import read_metrics
 from .training.optim import adamw
 from .transforms import per_layer
 
+Add = Callable[..., Any]  # a parser's add_argument
+
 DTYPES = ("bfloat16", "float32", "float64")
 
 
@@ -120,9 +122,8 @@ def model(args: argparse.Namespace) -> None:
     _write_json(result, args.json)
 
 
-def model_arguments(parser: argparse.ArgumentParser) -> None:
-    _step_arguments(parser)
-    add = parser.add_argument
+def model_arguments(add: Add) -> None:
+    step_arguments(add)
     add("--steps", type=int, default=20, help="timed, after three that aren't")
     add("--compile", action="store_true", help="each layer with torch.compile")
     add("--balanced", action="store_true", help="experts round robin, whatever the scores")
@@ -131,7 +132,6 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="fresh by default")
     add("--trace", metavar="FILE", help="a profile of one step, for a browser")
     add("--json", metavar="FILE", help="write what was measured")
-    parser.set_defaults(run=model)
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -201,8 +201,7 @@ def _pictures(args: argparse.Namespace) -> Iterator[tuple[Path, Callable[[], Any
             print(f"{path} has no tokens_per_expert, so there is no picture of its load", file=sys.stderr)
 
 
-def picture_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+def picture_arguments(add: Add) -> None:
     add("metrics", nargs="*", type=Path, help="metrics.jsonl of a run, or of several to compare")
     add(
         "--what", choices=["loss", "load", "memory", "layers"],
@@ -217,7 +216,6 @@ def picture_arguments(parser: argparse.ArgumentParser) -> None:
         "--sizes", nargs=5, type=int, metavar=tuple("TDFEK"), default=SHAPES["small"],
         help="with memory: tokens, dimension, hidden dimension, experts, top-k of a bfloat16 layer",
     )  # fmt: skip
-    parser.set_defaults(run=draw)
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
@@ -242,9 +240,8 @@ def _labelled(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"got {text}, expected LABEL=LOSS, as uniform=5.545") from None
 
 
-def _step_arguments(parser: argparse.ArgumentParser) -> None:
+def step_arguments(add: Add) -> None:
     """Add the options that a plan and a benchmark of a model share."""
-    add = parser.add_argument
     add("--model", default="16B", choices=PRESETS)
     add("--layers", type=int, help="only so many, one of them dense")
     add("--batch-size", type=int, default=8, help="sequences a step, over all devices")
@@ -255,10 +252,9 @@ def _step_arguments(parser: argparse.ArgumentParser) -> None:
     add("--remat", default="none", help="none, full, default or save:NAME,NAME")
 
 
-def _layer_arguments(parser: argparse.ArgumentParser) -> None:
+def layer_arguments(add: Add) -> None:
     """Add the options that measuring a layer needs."""
     on_cuda = torch.cuda.is_available()
-    add = parser.add_argument
     add("--shape", nargs="+", choices=SHAPES, default=["16B" if on_cuda else "small"])
     add("--sizes", nargs=5, type=int, metavar=tuple("TDFEK"), help="instead of a named shape")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if on_cuda else "float32")
@@ -267,42 +263,41 @@ def _layer_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="fresh by default")
 
 
+def command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str) -> Add:
+    """Add a command. The result adds its arguments."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary)
+    parser.set_defaults(run=run)
+    return parser.add_argument
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fmoe", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    operators = commands.add_parser("operators", help="every operator and the transforms it supports")
-    operators.add_argument("--markdown", action="store_true", help="as in docs/transforms.md")
-    operators.set_defaults(run=show_operators)
-    checks = commands.add_parser(
-        "doctor", help="versions, what this machine can do, backend 'auto', and whether the laws hold here"
-    )
-    checks.add_argument("--json", action="store_true")
-    checks.add_argument("--no-test", action="store_true", help="don't check the laws, which takes 10 s")
-    checks.set_defaults(run=doctor)
-    picture_arguments(
-        commands.add_parser("plot", help="pictures of runs, and of what a layer keeps in memory")
-    )
-    ahead = commands.add_parser("plan", help="a step's memory and traffic on each device, before it runs")
-    _step_arguments(ahead)
-    ahead.add_argument("--mesh", default="", help='as "dp=2,ep=32,pp=8"')
-    ahead.add_argument("--micro-batches", type=int, default=1)
-    ahead.add_argument("--imbalance", type=float, default=1.0, help="the busiest device's rows over the mean")
-    ahead.add_argument("--json", action="store_true")
-    ahead.set_defaults(run=plan)
+    add = command(commands, "operators", show_operators, "every operator and the transforms it supports")
+    add("--markdown", action="store_true", help="as in docs/transforms.md")
+    can = "versions, what this machine can do, backend 'auto', and whether the laws hold here"
+    add = command(commands, "doctor", doctor, can)
+    add("--json", action="store_true")
+    add("--no-test", action="store_true", help="don't check the laws, which takes 10 s")
+    kinds = "pictures of runs, and of what a layer keeps in memory"
+    picture_arguments(command(commands, "plot", draw, kinds))
+    add = command(commands, "plan", plan, "a step's memory and traffic on each device, before it runs")
+    step_arguments(add)
+    add("--mesh", default="", help='as "dp=2,ep=32,pp=8"')
+    add("--micro-batches", type=int, default=1)
+    add("--imbalance", type=float, default=1.0, help="the busiest device's rows over the mean")
+    add("--json", action="store_true")
     benches = commands.add_parser("bench", help="measure here").add_subparsers(dest="what", required=True)
-    model_arguments(benches.add_parser("model", help="training steps of a model"))
-    layer = benches.add_parser("layer", help="one MoE layer, beside plain PyTorch and installed peers")
-    _layer_arguments(layer)
-    layer.add_argument("--routing", nargs="+", choices=ROUTINGS, default=["random"])
-    layer.add_argument("--only", nargs="+", metavar="LAYER", help="names of layers, as in the table")
-    aligned = "also with rows aligned to N"
-    layer.add_argument("--align", nargs="+", type=int, default=[], metavar="N", help=aligned)
-    layer.add_argument("--json", metavar="FILE", help="write what was measured")
-    layer.add_argument("--picture", type=Path, metavar="FILE", help="draw it, as .svg or .png")
-    layer.set_defaults(run=bench)
-    tiles = commands.add_parser("tune", help="find and keep the fastest grouped products for a layer, here")
-    _layer_arguments(tiles)
-    tiles.set_defaults(run=tuned)
+    model_arguments(command(benches, "model", model, "training steps of a model"))
+    add = command(benches, "layer", bench, "one MoE layer, beside plain PyTorch and installed peers")
+    layer_arguments(add)
+    add("--routing", nargs="+", choices=ROUTINGS, default=["random"])
+    add("--only", nargs="+", metavar="LAYER", help="names of layers, as in the table")
+    add("--align", nargs="+", type=int, default=[], metavar="N", help="also with rows aligned to N")
+    add("--json", metavar="FILE", help="write what was measured")
+    add("--picture", type=Path, metavar="FILE", help="draw it, as .svg or .png")
+    fastest = "find and keep the fastest grouped products for a layer, here"
+    layer_arguments(command(commands, "tune", tuned, fastest))
     return parser
 
 
