@@ -115,4 +115,5 @@ def _mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def multiplies(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether :func:`product` takes these."""
     dtypes, matrices = {a.dtype, b.dtype}, a.dim() == b.dim() == 2
-    return a.is_cuda and matrices and torch.bfloat16 in dtypes <= {torch.bfloat16, torch.float32}
+    known = torch.bfloat16 in dtypes and dtypes <= {torch.bfloat16, torch.float32}
+    return a.is_cuda and matrices and known
