@@ -280,6 +280,20 @@ def failing_dtensors():
     return texts
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_batch_may_lie_along_any_dimension(dim):
+    def plain(x):
+        return x.cumsum(0)
+
+    def squares(f):
+        return lambda x: (vmap(f, in_dims=dim)(x) ** 2).sum()
+
+    x = torch.randn(3, 4, dtype=torch.float64)
+    mapped = fmoe.shard_map(plain, one_device(), in_specs=P(), out_specs=P())
+    assert torch.equal(vmap(mapped, in_dims=dim)(x), vmap(plain, in_dims=dim)(x))
+    assert error(grad(squares(mapped))(x), grad(squares(plain))(x)) < 1e-12
+
+
 def test_dtensors_that_dont_fit_are_all_listed_with_both_placements(pool):
     where = "shape (6, 4): dimension 0 of size 6 doesn't divide by dp*ep=4"
     lists = [
