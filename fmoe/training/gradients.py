@@ -70,8 +70,7 @@ def accumulate(value_and_grad_fn: Callable[..., Any], num_micro_batches: int) ->
                 # Copies: two leaves of a gradient may be one tensor.
                 total = [map_local(lambda t: t.to(accumulator(t.dtype), copy=True), leaf) for leaf in leaves]
             else:
-                for mine, leaf in zip(total, leaves):
-                    local(mine).add_(local(leaf))
+                _add(total, leaves)
             del grads, leaves  # before the next part's are made
         for mine in total:
             local(mine).div_(num_micro_batches)
@@ -113,6 +112,12 @@ def computing_in(fn: Callable[..., Any], dtype: torch.dtype, *, keep: Any = None
 
 def _untrained(params: Any) -> Any:
     return optree.tree_map(operator.not_, trained_by_default(params))
+
+
+def _add(total: list[torch.Tensor], leaves: list[torch.Tensor]) -> None:
+    """In a function of its own, which holds no leaf when it is done."""
+    for mine, leaf in zip(total, leaves):
+        local(mine).add_(local(leaf))
 
 
 def _converted(leaf: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
