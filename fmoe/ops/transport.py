@@ -62,10 +62,10 @@ class Overlapping(Transport, Protocol):
     """
 
     def combine_start(self, y_SD: torch.Tensor, plan: Any) -> InFlight:
-        """Begin :meth:`combine`."""
+        """Begin ``combine``."""
 
     def join(self, coming: InFlight, plan: Any, plus: torch.Tensor | None) -> torch.Tensor:
-        """Wait for what :meth:`combine_start` began, and add ``plus`` (T, D) to it, if there is any."""
+        """Wait for what ``combine_start`` began, and add ``plus`` (T, D) to it, if there is any."""
 
 
 # How to carry tokens along a group that nothing was bound to; fmoe.parallel sets it.

@@ -108,7 +108,7 @@ def declare(
     schema            ``"gather(Tensor x, Tensor index) -> Tensor"``
     impl              the kernel, on any device; never sees autograd
     fake              output shapes and dtypes from input shapes and dtypes
-    checkpoint        a name declared with :func:`fmoe.ops.core.tape.checkpoint`
+    checkpoint        a name declared with :func:`fmoe.extend.checkpoint`
     example           random arguments in float64, of the same shapes each time
     plain             the same function in plain PyTorch, the oracle; not needed with a ``reference``
     dependent         the example's last arguments where they follow from the others, as in a backward
