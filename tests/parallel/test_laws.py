@@ -121,10 +121,11 @@ def test_ten_steps_of_training_are_those_of_one_process(pool, where, losses_alon
 
 
 @pytest.mark.ranks
-def test_steps_with_everything_on_eight_processes(losses_alone, slow):
+@pytest.mark.slow
+def test_steps_with_everything_on_eight_processes(losses_alone):
     eight = Pool(8)
     try:
-        for axes in ["dp=2,ep=2,tp=2", *["ep=8"] * slow]:
+        for axes in ("dp=2,ep=2,tp=2", "ep=8"):
             check_training(eight, Where(axes), losses_alone, steps=3)
     finally:
         eight.stop(5)

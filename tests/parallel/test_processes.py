@@ -11,7 +11,6 @@ from multiprocessing.connection import Connection
 
 import pytest
 import torch
-from helpers import quick
 
 from fmoe.parallel import Processes, RankError, processes
 
@@ -79,6 +78,7 @@ def test_failures_are_reported_in_time_and_the_next_call_works():
         assert time.monotonic() - began < 80
 
 
+@pytest.mark.slow
 def test_a_process_that_stops_within_a_message_holds_up_nothing():
     with Processes(1) as devices:
         assert devices.run(max, 2, 3, timeout=2) == [3], "the time to start isn't the function's"
@@ -172,7 +172,8 @@ def test_functions_and_classes_of_a_session_go_there_and_back():
     )
 
 
-@pytest.mark.parametrize("main", quick(["if True:"], ['if __name__ == "__main__":', "if True:"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("main", ['if __name__ == "__main__":', "if True:"])
 def test_a_script_needs_its_main_part_apart(main, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
