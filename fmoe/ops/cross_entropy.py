@@ -135,8 +135,8 @@ cross_entropy_terms_backward: Operator = declare(
     dependent=lambda g, *inputs: cross_entropy_terms.outputs(*inputs),
 )
 
-# x (N, D), weight (V, D), index (N,) -> (2, N), float32 or wider: of each token's logits the log of the sum
-# of exponentials, and the one at its index, or 0 for the index -1.
+# x (N, D), weight (V, D), index (N,) -> (2, N), float32 or wider. The first row is the log of the sum of the
+# exponentials of a token's logits. The second is its logit at the index, or 0 for the index -1.
 cross_entropy_terms: Operator = declare(
     "cross_entropy_terms(Tensor x, Tensor weight, Tensor index, int block_bytes) -> Tensor",
     impl=_kernel,

@@ -32,8 +32,8 @@ def read_documents(
     """The documents of files and folders.
 
     ==========  ==================================================================================
-    paths       a file, a folder, or several; a folder means all files below it whose names end in
-                ``suffix``, sorted by path, except in folders named in ``exclude`` and links to folders
+    paths       a file, a folder, or several. A folder means all files below it whose names end in
+                ``suffix``, sorted by path, but for those in links and in folders named in ``exclude``
     field       a ``.jsonl`` file has a document a line: this field of a JSON object
     -> list     the bytes of each document, JSONL's as UTF-8; some may be empty
     ==========  ==================================================================================

@@ -1,7 +1,7 @@
 """Laying (token, choice) pairs out by expert: a stable counting sort that never asks the host.
 
-Blocks of pairs are counted, the counts are summed up expert by expert, and each pair's place is
-what its block starts at plus how many equal ones come before it in the block.
+Blocks of pairs are counted, and the counts are summed up expert by expert. A pair's place is where its block
+starts plus how many equal ones come before it in the block.
 """
 
 import torch

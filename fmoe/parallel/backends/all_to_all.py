@@ -240,8 +240,8 @@ def _exchange_vjp(way: _Way, needs: Any, g_x: Any, g_weights: Any, *_: Any) -> t
     return send_both_back(g_x, g_weights, *way.sent, way.group)
 
 
-# x (T, D), weights (T, K), ids (T, K) -> their rows for the experts held here (S, D), (S, K), how these lie
-# by expert, as in Plan, and how they were sent, as in Sent.
+# x (T, D), weights (T, K), ids (T, K) -> their rows for the experts held here (S, D), (S, K). Then come how
+# these lie by expert, as in Plan, and how they were sent, as in Sent.
 exchange: Operator = declare(
     "exchange(Tensor x, Tensor weights, Tensor ids, SymInt num_experts, int size, int position, str group) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -54,8 +54,8 @@ def load(
 
     =========  ===================================================================================
     path       from :func:`latest`
-    like       a tree as the one saved, of tensors of the same shapes and dtypes; DTensors may have other
-               placements, and plain tensors, which get whole values, may have been DTensors
+    like       a tree as the one saved, of tensors of the same shapes and dtypes. DTensors may have other
+               placements. Plain tensors get whole values, also of what were DTensors
     run        compared with the ``run`` that was saved, unless ``None``
     donate     write into the tensors of ``like``, which must not be used again, instead of new ones
     -> Loaded  ``state`` and ``step``

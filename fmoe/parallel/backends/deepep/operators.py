@@ -202,8 +202,8 @@ def _dispatch_way(inputs: tuple[Any, ...], outputs: Tensors) -> _Way:
     return _Way(row_SK, tuple(sent), x_SD.shape[0], inputs[-1])
 
 
-# x (T, D), weights (T, K), ids (T, K) -> their rows for the experts held here (S, D), (S, K), how these lie
-# by expert, as in Plan, and the handle.
+# x (T, D), weights (T, K), ids (T, K) -> their rows for the experts held here (S, D), (S, K). Then come how
+# these lie by expert, as in Plan, and the handle.
 deepep_dispatch: Operator = declare(
     "deepep_dispatch(Tensor x, Tensor weights, Tensor ids, SymInt num_experts, int size, str buffer) -> "
     f"({', '.join(['Tensor'] * (PARTS + 6))})",
