@@ -115,8 +115,7 @@ def remat(fn: Callable[..., Any], policy: Policy | None = None) -> Callable[...,
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             refuse_transforms_inside_compile("remat")
-            decide = functools.partial(_selective_policy, policy)
-            contexts = functools.partial(torch_checkpoint.create_selective_checkpoint_contexts, decide)
+            contexts = functools.partial(_selective_contexts, policy)  # Dynamo wants a module's function
             # checkpoint has keywords of its own
             whole = functools.partial(fn, **kwargs) if kwargs else fn
             return torch_checkpoint.checkpoint(whole, *args, use_reentrant=False, context_fn=contexts)
@@ -149,6 +148,11 @@ def per_layer(remat_policy: str = "none", *, compiled: bool = False) -> Callable
         return torch.compile(layer, fullgraph=True) if compiled else layer
 
     return wrap
+
+
+def _selective_contexts(policy: Policy) -> Any:
+    decide = functools.partial(_selective_policy, policy)
+    return torch_checkpoint.create_selective_checkpoint_contexts(decide)
 
 
 def _selective_policy(policy: Policy, ctx: Any, raw: Any, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,6 @@ After a change to one, store its outputs anew: ``python tests/test_notebooks.py`
 """
 
 import base64
-import os
 import pathlib
 import re
 import tempfile
@@ -27,8 +26,9 @@ def execute(path: pathlib.Path) -> nbformat.NotebookNode:
     metadata = dict(notebook.metadata)
     with tempfile.TemporaryDirectory() as folder:
         where = {"metadata": {"path": folder}}
-        client = NotebookClient(notebook, timeout=LIMIT, record_timing=False, resources=where)
-        client.execute(env=os.environ | {"PYTHONWARNINGS": IGNORED})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONWARNINGS", IGNORED)
+            NotebookClient(notebook, timeout=LIMIT, record_timing=False, resources=where).execute()
     notebook.metadata = metadata  # without the version of Python at hand
     return notebook
 

@@ -56,7 +56,7 @@ def dot(a: Any, b: Any) -> torch.Tensor:
 
 def noise(like: torch.Tensor) -> torch.Tensor:
     """Normal numbers, drawn on the CPU in float32, so that all devices and dtypes get the same."""
-    return torch.randn(like.shape).to(like)
+    return torch.randn(like.shape, device="cpu", dtype=torch.float32).to(like)
 
 
 def short(dtype: torch.dtype) -> str:

@@ -33,13 +33,13 @@ def read_documents(
 
     ==========  ==================================================================================
     paths       a file, a folder, or several. A folder means all files below it whose names end in
-                ``suffix``, sorted by path, but for those in links and in folders named in ``exclude``
+                ``suffix``, sorted by path, but for linked folders and folders named in ``exclude``
     field       a ``.jsonl`` file has a document a line: this field of a JSON object
     -> list     the bytes of each document, JSONL's as UTF-8; some may be empty
     ==========  ==================================================================================
 
-    Raises ``ValueError`` where a path cannot be read, where a line of JSONL has no such field, and where
-    there is no text.
+    Raises ``ValueError`` where a path cannot be read, and where there is no text. For a line of JSONL without
+    the field, it names file and line.
 
     >>> documents = read_documents(python_stdlib() / "this.py")
     >>> documents[0][:4]
