@@ -94,6 +94,7 @@ def test_a_process_that_stops_within_a_message_holds_up_nothing():
             assert devices.run(len, bytes(10**7), timeout=60) == [10**7]
 
 
+@pytest.mark.slow
 def test_one_that_dies_or_answers_what_nobody_can_read(capfd):
     with Processes(2) as devices:
         with pytest.raises(
