@@ -6,6 +6,7 @@ import sys
 
 import deep_ep_double
 import deep_ep_wire
+import optree
 import pytest
 import torch
 import torch.distributed as dist
@@ -50,6 +51,25 @@ def test_a_run_keeps_one_buffer_that_grows(pool, generation):
     for errors, same in pool.run(2, kept_buffers, generation, 2):
         assert max(errors) < 2e-5
         assert same == ([True, True, False] if generation == 1 else [True, False, False])
+
+
+def tangents_of_routed_experts():
+    """Nothing joins a combine without shared experts, so its tangent must have arrived by itself."""
+    deep_ep_double.install(1, payloads=(torch.bfloat16, torch.float32))
+    mesh = fmoe.make_mesh("ep=2", device_type="cpu")
+    params, x, t = random_layer(256, 16, 8, 0, dtype=torch.float32, scale=4.0), *torch.randn(2, 5, 256)
+    pieces = optree.tree_map(lambda leaf: leaf.to_local(), fmoe.shard_params(params, mesh))
+
+    def over_deepep(x):
+        return fmoe.moe_forward(pieces, x, mesh, router=CONFIG, backend="deepep")
+
+    got = torch.func.jvp(over_deepep, (x,), (t,))[1]
+    deepep_buffers.free_kept()
+    return error(got, torch.func.jvp(lambda x: fmoe.moe_forward(params, x, router=CONFIG), (x,), (t,))[1])
+
+
+def test_tangents_of_a_layer_without_shared_experts(pool):
+    assert max(pool.run(2, tangents_of_routed_experts)) < 2e-5
 
 
 def auto_choices():
