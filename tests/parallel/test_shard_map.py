@@ -498,7 +498,6 @@ def compiled(backend, axes, calls):
         assert gradient_error(mesh, got, expected) < 1e-12
 
 
-@pytest.mark.slow  # the model's layers compile over DTensors in test_laws
 @pytest.mark.parametrize("call", quick(["dtensors"], ["dtensors", "plain", "inside"]))
 def test_compile_fullgraph(pool, call):
     pool.run(4, compiled, "aot_eager", "dp=2,ep=2", [call])
