@@ -77,7 +77,6 @@ def test_parameters_are_gathered_again_under_remat(pool, where):
     hold(pool, laws.gathering, where, tolerance=0)
 
 
-@pytest.mark.slow  # the model's layers compile below, with this one in them
 @pytest.mark.parametrize("where", [Where("ep=2")], ids=str)
 def test_compiles_whole(pool, where, slow):
     hold(pool, laws.compilation, where, slow, timeout=300)
