@@ -3,14 +3,13 @@
     python examples/train_deepseek_v3.py
     torchrun --nproc-per-node 4 examples/train_deepseek_v3.py --mesh dp=2,ep=2
 
-With the defaults it takes about two minutes on two CPU cores. It leaves metrics (JSONL) in runs/debug and,
-where matplotlib is installed, pictures of the loss and of the experts' load (SVG). With --save-every 100 it
-also leaves checkpoints there. With --resume the same command goes on from the newest: to the same bits as a
-run without a break, or on another mesh to the same numbers within rounding.
+With the defaults it takes about two minutes on two CPU cores. It leaves metrics in runs/debug, with pictures
+where matplotlib is installed and checkpoints where --save-every says so. With --resume the same command goes
+on from the newest: to the same bits as without a break, or on another mesh to the same within rounding.
 """
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 from rich.console import Console
 
 import fmoe
-from fmoe.models import deepseek_v3
+from fmoe.models import deepseek_v3, huggingface
 from fmoe.models.sampling import sample
 from fmoe.training import checkpoint, data, gradients, launch, metrics, optim, plot, schedules
 from fmoe.training.tokenizer import BYTES, load_tokenizer
@@ -27,7 +26,6 @@ from fmoe.training.tokenizer import BYTES, load_tokenizer
 def parse():
     parser = launch.Parser(description=__doc__)
     add, positive, rate = parser.add_argument, launch.at_least(1), launch.at_least(0.0)
-    dtypes = dict(choices=["float32", "bfloat16", "float64"])
     add("--preset", help="model configuration (default: debug)")
     add("--layers", type=int, help="how many of the preset's layers, one of them dense (default: all)")
     add("--dim", type=int, help="numbers in a token's vector (default: the preset's)")
@@ -46,12 +44,9 @@ def parse():
     add("--max-norm", type=float, default=1.0, help="gradients are clipped to this global norm; inf: never")
     add("--bias-rate", type=float, default=0.01, help="of balancing experts; DeepSeek-V3 had 0.001")
     add("--seed", type=int, default=0, help="of parameters, batches and samples")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--mesh", default="", help='axes and sizes under torchrun, as "dp=2,ep=4"; experts lie along ep')
     add("--ep-backend", default="auto", help="what carries tokens along ep: auto, all_to_all or deepep")
-    add("--dtype", **dtypes, default="float32", help="of parameters and gradients")
-    add("--compute-dtype", **dtypes, help="default: bfloat16 on CUDA with --dtype float32, else --dtype")
-    add("--moments-dtype", **dtypes, help="of the optimiser's moments (default: --dtype)")
+    launch.add_precision(parser)
     add("--remat", default="none", help="what layers recompute: none, full, default, or save:NAME,NAME")
     add("--compile", action="store_true", help="compile each layer with torch.compile")
     add("--eval-every", type=int, default=0, help="steps between evaluations on held-out text; 0: none")
@@ -69,51 +64,41 @@ def parse():
         parser.error("--init-from has a configuration: leave out --preset, --layers, --dim and --vocab-size")
     args.preset = args.init_from.resolve().name if args.init_from else args.preset or "debug"
     args.out = args.out or Path("runs", args.preset)
-    mixed = torch.device(args.device).type == "cuda" and args.dtype == "float32"
-    args.compute_dtype = args.compute_dtype or ("bfloat16" if mixed else args.dtype)
-    args.moments_dtype = args.moments_dtype or args.dtype
     return args
 
 
 def main():
     args = parse()
-    device, computing = torch.device(args.device), getattr(torch, args.compute_dtype)
-    world = launch.join(args.mesh, device_type=device.type, options=vars(args))
+    precision = launch.Precision.of(args)
+    world = launch.join(args.mesh, device_type=precision.device.type, options=vars(args))
     console = Console(quiet=not world.is_first, soft_wrap=True, highlight=False, markup=False)
     tokenizer, unit = (load_tokenizer(args.tokenizer), "token") if args.tokenizer else (BYTES, "byte")
-    where = dict(dtype=getattr(torch, args.dtype), device=device, mesh=world.mesh)
+    where = dict(dtype=precision.dtype, device=precision.device, mesh=world.mesh)
     if args.init_from:
-        from fmoe.models import huggingface  # needs safetensors
-
         config, params = huggingface.load(args.init_from, **where)
     else:
-        config = deepseek_v3.preset(args.preset, layers=args.layers)
-        config = replace(config, dim=args.dim or config.dim, vocab_size=args.vocab_size or config.vocab_size)
+        config = deepseek_v3.preset(args.preset, layers=args.layers, dim=args.dim, vocab_size=args.vocab_size)
         params = deepseek_v3.init(config, args.seed, **where)
     data.check_vocabulary(tokenizer, config.vocab_size)
     share = args.held_out if args.eval_every else None
     text, test = data.read_streams(args.data, tokenizer, suffix=args.suffix, field=args.field, held_out=share)
     cut = dict(batch_size=args.batch_size, seq_len=args.seq_len, seed=args.seed)
-    batches_of = partial(data.batches, **cut, part=world.part, device=device)
+    batches_of = partial(data.batches, **cut, part=world.part, device=precision.device)
     tests = [] if test is None else [batch for _, batch in zip(range(8), batches_of(test))]
-    if args.save_every:
-        checkpoint.check_ranks("--save-every")  # now, not at the first checkpoint
-    optimizer = optim.adamw(moments_dtype=getattr(torch, args.moments_dtype))
+    optimizer = optim.adamw(moments_dtype=precision.moments)
     run = {"model": asdict(config), "data": {**cut, "fingerprint": data.fingerprint(text)}}
     state = dict(params=params, optimizer=optimizer.init(params))
-    state, first = checkpoint.start(args.out, state, resume=args.resume, run=run)
+    state, first = checkpoint.start(args.out, state, resume=args.resume, saves=args.save_every > 0, run=run)
     params, state = state["params"], state["optimizer"]
     (total, active), entropy = deepseek_v3.num_params(config), data.unigram_entropy(text)
-    place = f"{world.size} devices ({args.mesh})" if world.mesh else args.device
     console.print(
-        f"{args.preset} on {place}: {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; "
-        f"kept in {args.dtype}, moments in {args.moments_dtype}, computing in {args.compute_dtype}; "
+        f"{args.preset} on {world}: {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; {precision}; "
         f"step {first}; {len(text) / 1e6:.1f}M {unit}s of text, unigram entropy {entropy:.3f} nats a {unit}"
     )
 
     per_layer = fmoe.transforms.per_layer(args.remat, compiled=args.compile)
     how = dict(config=config, mesh=world.mesh, backend=args.ep_backend, per_layer=per_layer)
-    loss_of = gradients.computing_in(partial(deepseek_v3.loss, **how), computing)
+    loss_of = gradients.computing_in(partial(deepseek_v3.loss, **how), precision.compute)
     step_of = gradients.accumulate(fmoe.value_and_grad(loss_of, has_aux=True), args.micro_batches)
     rate_of = schedules.by_name(args.schedule, peak=args.learning_rate, total_steps=args.steps)
     tokens = args.batch_size * args.seq_len
@@ -130,13 +115,11 @@ def main():
             loss, norm = loss.item(), norm.item()
             gradients.check_finite(step, loss, norm, grads)
             del grads  # before the next step's are made
-
             seconds, counts = time.perf_counter() - began, [s.tokens_per_expert.tolist() for s in stats]
-            speed = metrics.speed(flops / seconds, device)
+            speed = metrics.speed(flops / seconds, precision.device)
             now = metrics.Step(step, loss, norm, rate_of(step), tokens / seconds, counts, **speed)
             if tests and (done == args.steps or done % args.eval_every == 0):
                 now = now._replace(held_out_loss=metrics.mean_loss(loss_of, params, tests))
-                console.print(f"step {done}: loss on held-out text {now.held_out_loss:.3f}")
             file.write(now)
             view.update(now)
             if args.save_every and (done == args.steps or done % args.save_every == 0):
@@ -146,10 +129,10 @@ def main():
     if world.is_first:
         console.print(plot.report(file.path, reference={"unigram entropy": entropy}, unit=unit))
     if args.sample:
-        prompt = torch.tensor([[*tokenizer.encode(args.sample.encode())]], device=device)
+        prompt = torch.tensor([[*tokenizer.encode(args.sample.encode())]], device=precision.device)
         options = dict(temperature=args.temperature, top_k=args.top_k, window=args.seq_len, mesh=world.mesh)
         options |= dict(num_tokens=args.sample_tokens, seed_or_generator=args.seed)
-        drawn = gradients.computing_in(sample, computing)(params, prompt, config, **options)
+        drawn = gradients.computing_in(sample, precision.compute)(params, prompt, config, **options)
         console.print(tokenizer.decode(drawn[0].tolist()))
 
 

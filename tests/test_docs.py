@@ -6,6 +6,8 @@ import importlib
 import os
 import pathlib
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 
@@ -15,6 +17,7 @@ from pages import DOCS, blocks, run_page
 import fmoe
 import fmoe.plan
 import fmoe.testing
+from fmoe.__main__ import arguments
 from fmoe.ops.core.axes import group_of
 from fmoe.testing import check_backend
 from fmoe.testing.backend import LAWS
@@ -34,18 +37,38 @@ def test_a_page_runs(page):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_commands_of_the_tutorial_run(tmp_path, slow):
-    """In order, with a tenth of the steps, in a folder like a checkout; those that aren't run say why.
+def command_lines():
+    """The page of every command, whether it is the example or ``fmoe``, and the words after that."""
+    for page in PAGES:
+        for block in re.findall(r"^```[^\n]*\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                found = re.search(r"(train_deepseek_v3\.py|python -m fmoe)( [^|>&]*|$)", line)
+                if found and "$" not in found[2] and "..." not in found[2]:
+                    yield page.name, found[1], shlex.split(found[2], comments=True)
 
-    Those of several processes run with ``--slow`` only.
-    """
+
+def test_options_of_commands_exist(monkeypatch):
+    """Also of those that need a GPU. Those of the tutorial run too, with ``--slow``."""
+    example = runpy.run_path(str(ROOT / "examples/train_deepseek_v3.py"))
+    programs = {"train_deepseek_v3.py": example["parse"], "python -m fmoe": arguments().parse_args}
+    commands = [*command_lines()]
+    assert len(commands) > 12
+    assert {program for _, program, _ in commands} == {*programs}
+    for page, program, words in commands:
+        monkeypatch.setattr(sys, "argv", [program, *words])
+        try:
+            programs[program]()
+        except SystemExit as error:
+            pytest.fail(f"{page}: {program} {words}: {error}")
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_tutorial_run(tmp_path):
+    """In order, with a tenth of the steps, in a folder like a checkout; those that aren't run say why."""
     for name in ("README.md", "docs", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
-    commands = blocks("tutorial.md", "bash")
-    runnable = [command for command, why_not in commands if not why_not]
+    runnable = [command for command, why_not in blocks("tutorial.md", "bash") if not why_not]
     assert len(runnable) == 3
-    if not slow:
-        runnable = [command for command in runnable if "torchrun" not in command]
     path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     for command in runnable:
         done = subprocess.run(

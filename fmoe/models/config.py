@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 from ..errors import argument_error
 from ..ops.route import RouterConfig
@@ -179,21 +180,26 @@ PRESETS = {
 }
 
 
-def preset(name: str, *, layers: int | None = None) -> DeepSeekV3Config:
+def preset(name: str, *, layers: int | None = None, **sizes: int | None) -> DeepSeekV3Config:
     """A configuration by name: ``debug``, ``16B`` (DeepSeek-V2-Lite), ``236B`` (V2) or ``671B`` (V3).
 
-    With ``layers`` it has only so many, one of them dense. Raises ``ValueError`` for any other name, and for
-    more layers than the model has.
+    With ``layers`` it has only so many, one of them dense. ``sizes`` are other fields to replace, unless they
+    are ``None``.
+
+    Raises ``ValueError`` for any other name, and for more layers than the model has.
 
     >>> preset("debug").num_experts, preset("671B", layers=4).num_dense_layers
     (16, 1)
+    >>> preset("debug", dim=64, vocab_size=None).dim
+    64
     """
     if name not in PRESETS:
         raise argument_error("preset", "name", got=repr(name), expected=f"one of {sorted(PRESETS)}")
     whole = PRESETS[name]
-    if layers is None:
-        return whole
-    if not 1 <= layers <= whole.num_layers:
-        expected, remedy = f"1 to {whole.num_layers}, as {name} has", "Leave it out for all of them."
-        raise argument_error("preset", "layers", got=layers, expected=expected, remedy=remedy)
-    return dataclasses.replace(whole, num_layers=layers, num_dense_layers=min(1, whole.num_dense_layers))
+    given: dict[str, Any] = {field: size for field, size in sizes.items() if size is not None}
+    if layers is not None:
+        if not 1 <= layers <= whole.num_layers:
+            expected, remedy = f"1 to {whole.num_layers}, as {name} has", "Leave it out for all of them."
+            raise argument_error("preset", "layers", got=layers, expected=expected, remedy=remedy)
+        given |= dict(num_layers=layers, num_dense_layers=min(1, whole.num_dense_layers))
+    return dataclasses.replace(whole, **given)

@@ -30,8 +30,8 @@ from .published_tensors import Leaf, Part, blocks_of, gathered, published_leaves
 try:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
-except ImportError as error:
-    raise ImportError("fmoe.models.huggingface needs safetensors: pip install -e '.[huggingface]'") from error
+except ImportError:
+    safe_open = None
 
 INDEX = "model.safetensors.index.json"
 
@@ -75,6 +75,7 @@ def load(
     >>> loaded == config
     True
     """
+    _check_installed("load")
     path = Path(path)
     with ExitStack() as stack:
         files = _open(path, stack)
@@ -123,6 +124,7 @@ def save(
     ...     sorted(file.name for file in Path(path).glob("*.safetensors"))
     ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
     """
+    _check_installed("save")
     path = Path(path)
     shared = any(is_dtensor(leaf) for leaf in optree.tree_leaves(params))
     step: Callable[[], AbstractContextManager[None]] = together if shared else nullcontext
@@ -153,6 +155,13 @@ def save(
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
             (path / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+
+def _check_installed(function: str) -> None:
+    if safe_open is None:
+        raise ImportError(
+            f"{function}: it needs safetensors. Install it with: pip install -e '.[huggingface]'"
+        )
 
 
 def _make(path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -31,8 +32,8 @@ class World(NamedTuple):
     ========  ===========================================================================
 
     >>> world = World(None, (0, 1))
-    >>> world.size, world.is_first
-    (1, True)
+    >>> world.size, world.is_first, str(world)
+    (1, True, 'one device')
     """
 
     mesh: DeviceMesh | None
@@ -45,6 +46,12 @@ class World(NamedTuple):
     @property
     def is_first(self) -> bool:
         return self.mesh is None or self.mesh.get_rank() == 0
+
+    def __str__(self) -> str:
+        if self.mesh is None:
+            return "one device"
+        sizes = zip(self.mesh.mesh_dim_names or (), self.mesh.shape)
+        return f"{self.size} devices ({','.join(f'{name}={size}' for name, size in sizes if size > 1)})"
 
 
 def join(
@@ -92,6 +99,50 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise SystemExit(f"error: {message}")
+
+
+class Precision(NamedTuple):
+    """Where a run computes and in which dtypes, from the options of :func:`add_precision`.
+
+    >>> parser = Parser()
+    >>> add_precision(parser)
+    >>> print(Precision.of(parser.parse_args(["--device", "cpu", "--dtype", "bfloat16"])))
+    on cpu, kept in bfloat16, moments in bfloat16, computing in bfloat16
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    moments: torch.dtype
+    compute: torch.dtype
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Precision":
+        """What was asked for. Float32 is computed in bfloat16 on CUDA, by default."""
+        device = torch.device(args.device)
+        mixed = device.type == "cuda" and args.dtype == "float32"
+        compute = args.compute_dtype or ("bfloat16" if mixed else args.dtype)
+        names = args.dtype, args.moments_dtype or args.dtype, compute
+        return cls(device, *(getattr(torch, name) for name in names))
+
+    def __str__(self) -> str:
+        dtype, moments, compute = (str(name).removeprefix("torch.") for name in self[1:])
+        return f"on {self.device}, kept in {dtype}, moments in {moments}, computing in {compute}"
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device``, ``--dtype``, ``--compute-dtype`` and ``--moments-dtype``, for :class:`Precision`.
+
+    >>> parser = Parser()
+    >>> add_precision(parser)
+    >>> parser.parse_args([]).dtype
+    'float32'
+    """
+    dtypes = dict(choices=["float32", "bfloat16", "float64"])
+    add: Callable[..., Any] = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    add("--dtype", **dtypes, default="float32", help="of parameters and gradients")
+    add("--compute-dtype", **dtypes, help="default: bfloat16 on CUDA with --dtype float32, else --dtype")
+    add("--moments-dtype", **dtypes, help="of the optimiser's moments (default: --dtype)")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -186,8 +186,8 @@ class LiveView:
     """A context manager that shows a run as it goes: time left, loss, and the load of every expert.
 
     In a terminal each MoE layer has a row of blocks (:func:`load_row`), which ends with the layer's overload.
-    Elsewhere it prints about twenty plain lines over the run. While it is open, the console also shows what
-    the library logs.
+    Elsewhere it prints about twenty plain lines over the run. Each loss on held-out text has a line in both.
+    While it is open, the console also shows what the library logs.
 
     >>> import sys
     >>> with LiveView(total_steps=1, console=Console(file=sys.stdout)) as view:
@@ -229,11 +229,15 @@ class LiveView:
         if step.step + 1 >= self.total_steps:
             self._left = "0:00:00"
         self._step = step
+        if step.held_out_loss is not None:
+            self._say(f"step {step.step + 1}: loss on held-out text {step.held_out_loss:.3f}")
         part = (step.step + 1) * PLAIN_LINES // max(1, self.total_steps)
         if not self.console.is_terminal and part != self._printed:
             self._printed = part
-            line = f"step {step.step + 1}/{self.total_steps}  {self._left} left  {_numbers(step)}"
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._say(f"step {step.step + 1}/{self.total_steps}  {self._left} left  {_numbers(step)}")
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _render(self) -> Group | Text:
         step = self._step

@@ -176,7 +176,8 @@ def test_speed_is_shown_and_recorded_where_it_is_known(clock: list[float]) -> No
     with LiveView(2, console=Console(file=file)) as view:
         view.update(known)
         view.update(step(1)._replace(tflops_per_second=0.0123))
-    first, second = file.getvalue().splitlines()
+    held_out, first, second = file.getvalue().splitlines()
+    assert held_out == "step 1: loss on held-out text 2.250"
     assert "12,346 tokens/s  404 TFLOP/s  MFU 40.9%  overload" in first
     assert "tokens/s  0.0123 TFLOP/s  overload" in second
 

@@ -75,8 +75,10 @@ def test_without_matplotlib_it_says_how_to_get_pictures(train, monkeypatch, caps
 )
 def test_on_a_gpu_float32_parameters_compute_in_bfloat16(module, monkeypatch, options, kinds):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options.split()])
-    args = module.parse()
-    assert [args.dtype, args.compute_dtype, args.moments_dtype] == kinds.split()
+    precision = launch.Precision.of(module.parse())
+    assert [precision.dtype, precision.compute, precision.moments] == [
+        getattr(torch, kind) for kind in kinds.split()
+    ]
 
 
 @pytest.mark.usefixtures("aot_eager")

@@ -104,13 +104,21 @@ def load(
     return Loaded(state, description["step"])
 
 
-def start(folder: str | Path, state: Any, *, resume: bool, run: Mapping[str, Any] | None = None) -> Loaded:
+def start(
+    folder: str | Path,
+    state: Any,
+    *,
+    resume: bool,
+    saves: bool = True,
+    run: Mapping[str, Any] | None = None,
+) -> Loaded:
     """The state a run begins with: ``state``, or with ``resume`` that of the newest checkpoint, if any.
 
     =========  ===================================================================================
     folder     where the run saves
     state      its initial state; a checkpoint is loaded into its tensors, so don't use them again
     resume     whether to go on from a checkpoint of the folder
+    saves      whether the run will save: what that lacks is an error now, not at the first checkpoint
     run        compared with the ``run`` that was saved, unless ``None``
     -> Loaded  ``state`` and the number of steps made
     =========  ===================================================================================
@@ -118,7 +126,8 @@ def start(folder: str | Path, state: Any, *, resume: bool, run: Mapping[str, Any
     With a process group every rank calls this. If the newest checkpoint is damaged and an older one is whole,
     it goes on from that one, and logs it.
 
-    Raises ``ValueError`` without ``resume`` where the folder has a checkpoint, and what :func:`load` raises.
+    Raises ``ValueError`` without ``resume`` where the folder has a checkpoint, ``ImportError`` as
+    :func:`check_ranks` does, and what :func:`load` raises.
 
     >>> import tempfile
     >>> from fmoe.training.checkpoint import save
@@ -130,6 +139,8 @@ def start(folder: str | Path, state: Any, *, resume: bool, run: Mapping[str, Any
     Loaded(state={'w': tensor([1., 1.])}, step=10)
     """
     with together():
+        if saves:
+            check_ranks("start")
         newest, named = latest(folder), next(reversed(folders.checkpoints(folder)), None)
     check_alike("start", {"run": run, "checkpoints": [str(newest), str(named)]})
     if resume and named:

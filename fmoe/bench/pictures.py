@@ -1,0 +1,95 @@
+"""The command ``plot``: which pictures, of which files, and where they go."""
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import argument_error
+from ..training import plot
+from ..training.metrics import read_metrics
+from .layers import SHAPES, Shape, layer_memory
+
+
+def arguments(add: Callable[..., Any]) -> None:
+    add("metrics", nargs="*", type=Path, help="metrics.jsonl of a run, or of several to compare")
+    add(
+        "--what", choices=["loss", "load", "memory", "layers"],
+        help="loss: curves, of all runs in one picture; load: of experts over time, a picture for each run; "
+        "memory: what a layer keeps under remat's policies; layers: of files that bench layer --json wrote. "
+        "Default: loss and, where it is known, load",
+    )  # fmt: skip
+    add("--out", type=Path, help="file of the one picture; default: WHAT.svg beside the metrics")
+    line = "a line among the losses"
+    add("--reference", action="append", type=_labelled, default=[], metavar="LABEL=LOSS", help=line)
+    add(
+        "--sizes", nargs=5, type=int, metavar=tuple("TDFEK"), default=SHAPES["small"],
+        help="with memory: tokens, dimension, hidden dimension, experts, top-k of a bfloat16 layer",
+    )  # fmt: skip
+
+
+def draw(args: argparse.Namespace) -> None:
+    if (args.what == "memory") == bool(args.metrics):
+        raise ValueError("plot: name the metrics.jsonl of a run, or --what memory")
+    pictures = [*_pictures(args)]
+    if args.out and len(pictures) > 1:
+        raise ValueError(f"--out: got one file for {len(pictures)} pictures. Choose one with --what.")
+    for path, picture in pictures:
+        plot.save_figure(picture(), args.out or path)
+        print(args.out or path)
+
+
+def _pictures(args: argparse.Namespace) -> Iterator[tuple[Path, Callable[[], Any]]]:
+    """The file of each picture, and what draws it."""
+    if args.what == "memory":
+        yield Path("memory.svg"), lambda: plot.plot_memory(layer_memory(Shape(*args.sizes)))
+        return
+    if args.what == "layers":
+        results = [result for path in args.metrics for result in _layers(path)]
+        yield args.metrics[0].with_suffix(".svg"), lambda: plot.plot_layers(results)
+        return
+    runs = {path: read_metrics(path) for path in args.metrics}
+    if args.what != "load":
+        losses = dict(zip(_labels([*runs]), runs.values()))
+        draw_loss = functools.partial(plot.plot_loss, losses, reference=dict(args.reference))
+        yield args.metrics[0].with_name("loss.svg"), draw_loss
+    for path, records in runs.items() if args.what != "loss" else ():
+        if args.what or any(record.get("tokens_per_expert") for record in records):
+            yield _load_picture(path, [*runs]), functools.partial(plot.plot_load, records)
+        else:
+            print(f"{path} has no tokens_per_expert, so there is no picture of its load", file=sys.stderr)
+
+
+def _layers(path: Path) -> list[dict[str, Any]]:
+    """The results that ``bench layer --json`` wrote."""
+    try:
+        found: list[dict[str, Any]] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        expected = "a file of bench layer --json, for --what layers"
+        raise argument_error("plot", "metrics", got=f"{path}: {error}", expected=expected) from error
+    return found
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """Names of runs: that of the folder or, where several share it, the whole path."""
+    names = [path.resolve().parent.name for path in paths]
+    return [name if names.count(name) == 1 else str(path) for path, name in zip(paths, names)]
+
+
+def _load_picture(path: Path, paths: Sequence[Path]) -> Path:
+    """Where the picture goes: beside the metrics, and named after them if the folder has several runs."""
+    beside = [p.stem for p in paths if p.resolve().parent == path.resolve().parent]
+    if len(beside) == 1:
+        return path.with_name("load.svg")
+    return path.with_name(f"{path.stem if beside.count(path.stem) == 1 else path.name}-load.svg")
+
+
+def _labelled(text: str) -> tuple[str, float]:
+    label, _, loss = text.rpartition("=")
+    try:
+        return label, float(loss if label else "")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text}, expected LABEL=LOSS, as uniform=5.545") from None
