@@ -31,7 +31,9 @@ try:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 except ImportError:
-    safe_open = None
+    INSTALLED = False
+else:
+    INSTALLED = True
 
 INDEX = "model.safetensors.index.json"
 
@@ -158,10 +160,9 @@ def save(
 
 
 def _check_installed(function: str) -> None:
-    if safe_open is None:
-        raise ImportError(
-            f"{function}: it needs safetensors. Install it with: pip install -e '.[huggingface]'"
-        )
+    if not INSTALLED:
+        remedy = "Install it with: pip install -e '.[huggingface]'."
+        raise ImportError(f"huggingface.{function}: needs safetensors. {remedy}")
 
 
 def _make(path: Path) -> None:
