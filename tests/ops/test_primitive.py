@@ -164,11 +164,11 @@ BASES = {"gather", "scatter_add", "grouped_mm", "grouped_outer", "product"}
 
 
 def remats_of(op, transform, slow):
-    """All of a base operator. Of others one, such that each operator and each transform meets all."""
-    if slow or op.name in BASES:
+    """Two of a base operator, of others one, such that each operator and each transform meets all."""
+    if slow:
         return list(REMATS)
-    place = [*OPERATORS].index(op.name) + [*TRANSFORMS].index(transform)
-    return [list(REMATS)[place % len(REMATS)]]
+    place, twice = [*OPERATORS].index(op.name) + [*TRANSFORMS].index(transform), op.name in BASES
+    return [list(REMATS)[(place + more) % len(REMATS)] for more in range(1 + twice)]
 
 
 def is_declared_unsupported(op, text):
@@ -232,22 +232,28 @@ def test_the_matrix_can_fail(device):
             check_right_or_loud(bad, "grad", REMATS)
 
 
+INSIDE = {
+    "grad": lambda f: grad(f),
+    "jvp": lambda f: lambda x: jvp(f, (x,), (x,)),
+    "vmap": lambda f: lambda x: vmap(f)(x[None]),
+    "vmap(grad)": lambda f: lambda x: vmap(grad(f))(x[None]),
+}
+LAYER, OWN = "layer", "remat of PyTorch's own"
+
+
 @pytest.mark.parametrize(
-    "transform",
-    [
-        lambda f: grad(f),
-        lambda f: lambda x: jvp(f, (x,), (x,)),
-        lambda f: lambda x: vmap(f)(x[None]),
-        lambda f: lambda x: vmap(grad(f))(x[None]),
-    ],
-    ids=["grad", "jvp", "vmap", "vmap(grad)"],
+    ("what", "name"),
+    quick(
+        [(LAYER, "grad"), (LAYER, "vmap"), (OWN, "jvp"), (OWN, "vmap(grad)")],
+        itertools.product([LAYER, OWN], INSIDE),
+    ),
 )
-@pytest.mark.parametrize("what", ["layer", "remat of PyTorch's own"])
-def test_transforms_inside_compile_raise_under_fullgraph_and_are_right_otherwise(transform, what):
+def test_transforms_inside_compile_raise_under_fullgraph_and_are_right_otherwise(what, name):
+    transform = INSIDE[name]
     params, x = random_layer(dtype=torch.float32), torch.randn(5, 6)
 
     def loss(x):
-        if what == "layer":
+        if what == LAYER:
             return fmoe.moe_forward(params, x, router=CONFIGS["sigmoid, groups"]).pow(2).sum()
         return fmoe.remat(lambda x: x.sin().exp())(x).sum()
 

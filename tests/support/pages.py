@@ -43,4 +43,5 @@ def run_page(page: str, *, sessions: bool = True) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_page(sys.argv[1])
+    for name in sys.argv[1:]:
+        run_page(name)
