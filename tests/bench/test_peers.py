@@ -43,11 +43,14 @@ def rows_of(result):
 
 
 @pytest.mark.parametrize("routing", quick(["random"], ["random", "balanced", "hot"]))
-@pytest.mark.parametrize("torchtitan", [TORCHTITAN_0_2, TORCHTITAN_0_3], ids=["0.2", "0.3"])
-def test_outputs_and_gradients_of_peers_are_ours(measured, torchtitan, routing):
-    result = measured(torchtitan, SCATTERMOE, SONICMOE, routing=routing)
+@pytest.mark.parametrize(
+    ("torchtitan", "names"), [(TORCHTITAN_0_2, FAKED[:1]), (TORCHTITAN_0_3, FAKED)], ids=["0.2", "0.3"]
+)
+def test_outputs_and_gradients_of_peers_are_ours(measured, torchtitan, names, routing, slow):
+    names = FAKED if slow else names
+    result = measured(torchtitan, SCATTERMOE, SONICMOE, only=names, routing=routing)
     assert result["not_measured"] == result["wrong"] == {}
-    assert [*rows_of(result)] == ["fmoe", *FAKED]
+    assert [*rows_of(result)] == ["fmoe", *names]
     for row in result["layers"]:
         assert row["error"] < 1e-5
         assert row["step"] > 0

@@ -62,7 +62,7 @@ def test_any_number_of_plain_tokens_on_each_device(pool, where, counts):
 MOST = [name for name in LAWS if name != "compilation"]
 
 
-@on(["ep=1", "ep=4"], ALONG_EP)
+@on(["ep=1", "ep=2"], ALONG_EP)
 def test_the_backend_keeps_the_laws(pool, where):
     pool.run(ranks_of(where.axes), laws.backend, where, MOST)
 

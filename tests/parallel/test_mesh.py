@@ -9,6 +9,7 @@ import textwrap
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import quick
 
 import fmoe
 from fmoe import P
@@ -68,8 +69,8 @@ def test_without_a_launcher_a_fresh_process_is_a_world_of_one():
     assert run_script([sys.executable, "-W", "error"], script) == "[0.0, 0.0, 0.0] 1\n"
 
 
-# Two processes and one GPU share it.
-@pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
+# Two processes and one GPU share it. On the CPU, test_train_many.py launches the example.
+@pytest.mark.parametrize("device", quick(["cuda"], ["cpu"] + ["cuda"] * torch.cuda.is_available()))
 def test_under_a_launcher_the_processes_find_each_other(tmp_path, device):
     path = tmp_path / "script.py"
     path.write_text(

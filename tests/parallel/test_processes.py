@@ -110,7 +110,7 @@ def test_one_that_dies_or_answers_what_nobody_can_read(capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_what_does_not_start_is_ended(monkeypatch):
+def test_what_does_not_start_is_ended_and_what_is_interrupted(monkeypatch):
     monkeypatch.setattr(processes, "START", 0.01)
     with Processes(1) as devices:
         with pytest.raises(RankError, match=r"^rank 0: not started in 0.01 s$"):
@@ -118,20 +118,14 @@ def test_what_does_not_start_is_ended(monkeypatch):
         monkeypatch.undo()
         assert devices.run(max, 2, 3) == [3]
 
-
-def test_an_interrupt_ends_them_and_leaves_no_answer_for_the_next_call():
-    with Processes(1) as devices:
-        devices.run(os.getpid)
+        # An interrupt ends it too, and leaves no answer for the next call.
         (process,) = devices._processes
         timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
         timer.start()
         with pytest.raises(KeyboardInterrupt):
             devices.run(time.sleep, 600)
         assert not process.is_alive()
-        assert devices.run(max, 2, 3) == [3]
-        devices._processes[0].kill()
-        devices._processes[0].join()
-        assert devices.run(max, 2, 4) == [4], "one that died meanwhile is replaced"
+        assert devices.run(max, 2, 4) == [4]
 
 
 def test_functions_and_classes_of_a_session_go_there_and_back():
@@ -149,9 +143,9 @@ def test_functions_and_classes_of_a_session_go_there_and_back():
             import torch
             return Found(torch.distributed.get_rank(), seen)
 
-        with Processes(2) as devices:
+        with Processes(1) as devices:
             found = devices.run(find)
-        print([isinstance(each, Found) for each in found], found[1].rank, found[1].seen)
+        print([isinstance(each, Found) for each in found], found[0].rank, found[0].seen)
         processes.find_spec = lambda name: None  # as if there were no cloudpickle
         try:
             devices.run(find)
@@ -167,7 +161,7 @@ def test_functions_and_classes_of_a_session_go_there_and_back():
     )
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
-    assert first == "[True, True] 1 [1, 2]"
+    assert first == "[True] 0 [1, 2]"
     assert second.startswith(
         "Processes.run: other processes can't import 'find' from here. Install cloudpickle"
     )

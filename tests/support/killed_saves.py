@@ -94,7 +94,7 @@ def at_random_moments(folder: Path) -> dict[str, Any]:
     """Kill a process that does nothing but save, again and again, after a random time."""
     reached = [1]
     checkpoint.save(folder, 1, state_at(1))
-    for _ in range(25):
+    for _ in range(15):
 
         def work() -> None:
             for step in range(reached[-1] + 1, 10**6):

@@ -24,7 +24,7 @@ from fmoe.tree import dotted_names
 CONFIG = dataclasses.replace(TINY, kv_lora_rank=8)
 OPTIMIZER = adamw()
 MESHES = ["ep=4", "dp=2,ep=2", "tp=2,ep=2"]
-ROWS, LENGTH, STEPS = 4, 12, 3
+ROWS, LENGTH, STEPS = 4, 12, 2
 
 
 def initial(seed, mesh=None):
@@ -116,7 +116,7 @@ def test_training_goes_on_the_same_on_every_mesh(pool, tmp_path, slow):
     assert difference(final, ended) < 1e-9
     assert difference(initial(seed), ended) > 1e-4
 
-    for axes in MESHES if slow else MESHES[1:]:
+    for axes in MESHES if slow else MESHES[2:]:
         loaded, found, ended = zip(*pool.run(4, resume, path, seed, axes, axes == "tp=2,ep=2"))
         assert difference(alone, loaded) == 0, axes
         assert found[0] == pytest.approx(continued, abs=1e-9, rel=0), axes

@@ -32,10 +32,11 @@ OPTIONS = [
     "--data",
     str(SCRIPT),
     "--eval-every",
-    "5",
+    "3",
     "--held-out",
     "0.3",
 ]
+TWO_LAYERS = ["--layers", "2"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 # The example, in which something happens to rank 1 in step 3.
@@ -65,7 +66,7 @@ def losses(folder):
     return [record["loss"] for record in read_metrics(folder / "metrics.jsonl")]
 
 
-def run_here(*options, steps=10):
+def run_here(*options, steps=6):
     """As ``run``, but in this process, which has imported PyTorch; what it prints."""
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
@@ -77,21 +78,21 @@ def run_here(*options, steps=10):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """What one process does in ten steps."""
+    """What one process does in six steps."""
     folder = tmp_path_factory.mktemp("alone")
-    run_here("--out", folder)
+    run_here(*TWO_LAYERS, "--out", folder)
     return losses(folder)
 
 
 @pytest.mark.parametrize("mesh", quick(["ep=2"], ["ep=2", "dp=2,ep=2"]))
 def test_ranks_with_every_option_train_as_one_process_does(pool, alone, tmp_path, mesh):
-    options = ["--out", tmp_path, "--mesh", mesh, "--remat", "default", "--micro-batches", "2"]
+    options = [*TWO_LAYERS, "--out", tmp_path, "--mesh", mesh, "--remat", "default", "--micro-batches", "2"]
     options += ["--sample", "def ", "--sample-tokens", "3"]
     said, *others = pool.run(ranks_of(mesh), run_here, *options)
     assert losses(tmp_path) == pytest.approx(alone, rel=1e-6)  # norms to clip by are float32
     assert "backend all_to_all along ep=2: by torch.distributed; not DeepEP, as" in said
-    assert "step 10/10" in said
-    assert f"debug on {ranks_of(mesh)} devices ({mesh}): 1.70M parameters" in said
+    assert "step 6/6" in said
+    assert f"debug on {ranks_of(mesh)} devices ({mesh}): 0.74M parameters" in said
     assert "loss on held-out text" in said
     assert "\ndef " in said
     assert not any(others), "the first rank speaks for all"
@@ -110,8 +111,8 @@ def test_published_weights_are_read_by_two_ranks(pool, tmp_path):
 def test_a_rank_that_dies_or_raises_ends_the_launch_and_the_checkpoint_goes_on(alone, tmp_path, harm):
     script = tmp_path / "hurt.py"
     script.write_text(HURT.replace("SCRIPT", repr(str(SCRIPT))))
-    options = ["--out", tmp_path / "run", "--save-every", "2", "--ep-backend", "all_to_all"]
-    done = run([*TORCHRUN, "2", script], *options, "--mesh", "ep=2", steps=10, HARM=harm)
+    options = [*TWO_LAYERS, "--out", tmp_path / "run", "--save-every", "2", "--ep-backend", "all_to_all"]
+    done = run([*TORCHRUN, "2", script], *options, "--mesh", "ep=2", HARM=harm)
     assert done.returncode != 0
     assert time.time() - (tmp_path / "run" / "step-00000002").stat().st_mtime < 60
     assert ("RuntimeError: rank 1 had enough" if harm == "raise" else "Signal 9 (SIGKILL)") in done.stderr
