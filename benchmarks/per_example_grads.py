@@ -19,15 +19,17 @@ from torch.func import grad, vmap
 
 import fmoe
 from fmoe.bench.timing import in_turns
-from fmoe.models import deepseek_v3
+from fmoe.models import decoder
 
 
-def config(dim: int) -> deepseek_v3.DeepSeekV3Config:
+def config(dim: int) -> decoder.DecoderConfig:
     """The debug model at another width: one dense layer, one MoE layer of 8 experts."""
+    whole = decoder.preset("debug", layers=2)
+    rope = dataclasses.replace(whole.attention.rope, dim=dim // 8)
+    sizes = dict(kv_lora_rank=dim // 2, qk_nope_head_dim=dim // 8, v_head_dim=dim // 4)
     return dataclasses.replace(
-        deepseek_v3.preset("debug", layers=2), dim=dim, hidden_dim=2 * dim, kv_lora_rank=dim // 2,
-        qk_nope_head_dim=dim // 8, qk_rope_head_dim=dim // 8, v_head_dim=dim // 4, moe_hidden_dim=dim // 2,
-        num_experts=8, router=fmoe.RouterConfig(top_k=2),
+        whole, dim=dim, hidden_dim=2 * dim, moe_hidden_dim=dim // 2, num_experts=8,
+        attention=dataclasses.replace(whole.attention, rope=rope, **sizes), router=fmoe.RouterConfig(top_k=2),
     )  # fmt: skip
 
 
@@ -47,11 +49,11 @@ def main() -> None:
         table.add_column(column, justify="right")
     for dim in args.dims:
         c = config(dim)
-        params = deepseek_v3.init(c, args.seed)
+        params = decoder.init(c, args.seed)
         text = torch.randint(c.vocab_size, (args.examples, args.seq_len + 1))
 
-        def loss(params: deepseek_v3.ModelParams, text: torch.Tensor, c=c) -> torch.Tensor:
-            return deepseek_v3.loss(params, text[None, :-1], text[None, 1:], c)[0]
+        def loss(params: decoder.ModelParams, text: torch.Tensor, c=c) -> torch.Tensor:
+            return decoder.loss(params, text[None, :-1], text[None, 1:], c)[0]
 
         def loop(params=params, text=text, loss=loss):
             one = fmoe.value_and_grad(loss)
@@ -65,7 +67,7 @@ def main() -> None:
             torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5 * float(a.abs().max()) + 1e-9)
         times = in_turns({"loop": loop, "vmap": batched}, args.rounds, on_cuda=False)
         slow, fast = map(statistics.median, times.values())
-        count = deepseek_v3.num_params(c)[0]
+        count = decoder.num_params(c)[0]
         table.add_row(str(dim), f"{count:,}", f"{slow:.0f}", f"{fast:.0f}", f"{slow / fast:.2f}")
     console = Console()
     console.print(table)

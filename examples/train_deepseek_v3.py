@@ -1,4 +1,4 @@
-"""Train a small DeepSeek-V3 on the source code of the Python standard library, byte by byte.
+"""Train a small DeepSeek-V3, or another model, on Python's standard library, byte by byte.
 
     python examples/train_deepseek_v3.py
     torchrun --nproc-per-node 4 examples/train_deepseek_v3.py --mesh dp=2,ep=2
@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 import fmoe
-from fmoe.models import deepseek_v3, huggingface
+from fmoe.models import decoder, huggingface
 from fmoe.models.sampling import sample
 from fmoe.training import checkpoint, data, gradients, launch, metrics, optim, plot, schedules
 from fmoe.training.tokenizer import BYTES, load_tokenizer
@@ -26,8 +26,8 @@ from fmoe.training.tokenizer import BYTES, load_tokenizer
 def parse():
     parser = launch.Parser(description=__doc__)
     add, positive, rate = parser.add_argument, launch.at_least(1), launch.at_least(0.0)
-    add("--preset", help="model configuration (default: debug)")
-    add("--layers", type=int, help="how many of the preset's layers, one of them dense (default: all)")
+    add("--preset", help="model configuration, such as 16B or 30B-A3B (default: debug)")
+    add("--layers", type=int, help="how many of the preset's layers (default: all)")
     add("--dim", type=int, help="numbers in a token's vector (default: the preset's)")
     add("--vocab-size", type=int, help="tokens the model knows (default: the preset's)")
     add("--init-from", type=Path, metavar="DIR", help="start from published weights and their config.json")
@@ -77,8 +77,8 @@ def main():
     if args.init_from:
         config, params = huggingface.load(args.init_from, **where)
     else:
-        config = deepseek_v3.preset(args.preset, layers=args.layers, dim=args.dim, vocab_size=args.vocab_size)
-        params = deepseek_v3.init(config, args.seed, **where)
+        config = decoder.preset(args.preset, layers=args.layers, dim=args.dim, vocab_size=args.vocab_size)
+        params = decoder.init(config, args.seed, **where)
     data.check_vocabulary(tokenizer, config.vocab_size)
     share = args.held_out if args.eval_every else None
     text, test = data.read_streams(args.data, tokenizer, suffix=args.suffix, field=args.field, held_out=share)
@@ -90,7 +90,7 @@ def main():
     state = dict(params=params, optimizer=optimizer.init(params))
     state, first = checkpoint.start(args.out, state, resume=args.resume, saves=args.save_every > 0, run=run)
     params, state = state["params"], state["optimizer"]
-    (total, active), entropy = deepseek_v3.num_params(config), data.unigram_entropy(text)
+    (total, active), entropy = decoder.num_params(config), data.unigram_entropy(text)
     console.print(
         f"{args.preset} on {world}: {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; {precision}; "
         f"step {first}; {len(text) / 1e6:.1f}M {unit}s of text, unigram entropy {entropy:.3f} nats a {unit}"
@@ -98,11 +98,11 @@ def main():
 
     per_layer = fmoe.transforms.per_layer(args.remat, compiled=args.compile)
     how = dict(config=config, mesh=world.mesh, backend=args.ep_backend, per_layer=per_layer)
-    loss_of = gradients.computing_in(partial(deepseek_v3.loss, **how), precision.compute)
+    loss_of = gradients.computing_in(partial(decoder.loss, **how), precision.compute)
     step_of = gradients.accumulate(fmoe.value_and_grad(loss_of, has_aux=True), args.micro_batches)
     rate_of = schedules.by_name(args.schedule, peak=args.learning_rate, total_steps=args.steps)
     tokens = args.batch_size * args.seq_len
-    flops = tokens * deepseek_v3.flops_per_token(config, args.seq_len) / world.size
+    flops = tokens * decoder.flops_per_token(config, args.seq_len) / world.size
     file = metrics.MetricsFile(args.out / "metrics.jsonl" if world.is_first else None, first_step=first)
     with file, metrics.LiveView(args.steps, console=console) as view:
         for step, batch in zip(range(first, args.steps), batches_of(text, start_step=first)):
@@ -111,7 +111,7 @@ def main():
             norm = optim.global_norm(grads)
             scale = optim.clip_factor(norm, args.max_norm)
             params, state = optimizer.update(params, grads, state, rate_of(step), scale=scale, donate=True)
-            params = deepseek_v3.update_biases(params, stats, args.bias_rate)
+            params = decoder.update_biases(params, stats, args.bias_rate)
             loss, norm = loss.item(), norm.item()
             gradients.check_finite(step, loss, norm, grads)
             del grads  # before the next step's are made

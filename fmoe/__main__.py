@@ -23,8 +23,8 @@ from .bench.tune import tune
 from .doctor import diagnose, self_test
 from .doctor import report as diagnosis
 from .introspect import Support, operator_support
-from .models import deepseek_v3
-from .models.config import PRESETS
+from .models import decoder
+from .models.families import PRESETS
 from .parallel.together import this_rank
 from .plan import plan as plan_step
 from .plan import report as planned
@@ -111,7 +111,7 @@ def _write_json(result: Any, path: str | None) -> None:
 def model(args: argparse.Namespace) -> None:
     _check_writable(args.json, args.trace)
     result = bench_model(
-        deepseek_v3.preset(args.model, layers=args.layers), batch_size=args.batch_size, seq_len=args.seq_len,
+        decoder.preset(args.model, layers=args.layers), batch_size=args.batch_size, seq_len=args.seq_len,
         steps=args.steps, remat=args.remat, compiled=args.compile, balanced=args.balanced, data=args.data,
         device=args.device, trace=args.trace, seed=args.seed, **_dtypes(args),
     )  # fmt: skip
@@ -142,7 +142,7 @@ def doctor(args: argparse.Namespace) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
-    config = deepseek_v3.preset(args.model, layers=args.layers)
+    config = decoder.preset(args.model, layers=args.layers)
     dtypes = _dtypes(args)
     optimizer = adamw(moments_dtype=dtypes.pop("moments_dtype"))
     found = plan_step(

@@ -16,8 +16,8 @@ from rich.table import Table
 from torch.profiler import record_function
 
 from ..errors import argument_error
-from ..models import deepseek_v3
-from ..models.config import DeepSeekV3Config
+from ..models import decoder
+from ..models.config import DecoderConfig
 from ..plan import plan
 from ..training import data as text
 from ..training.documents import read_documents
@@ -36,7 +36,7 @@ BIAS_RATE, LEARNING_RATE = 1e-3, 1e-4
 
 
 def bench_model(
-    config: DeepSeekV3Config,
+    config: DecoderConfig,
     *,
     batch_size: int,
     seq_len: int,
@@ -67,7 +67,7 @@ def bench_model(
     Raises ``ValueError`` for fewer than two steps, for what :func:`fmoe.plan.plan` refuses, and for a step on
     a CPU that needs more memory than there is.
 
-    >>> config = deepseek_v3.preset("debug", layers=2)
+    >>> config = decoder.preset("debug", layers=2)
     >>> how = dict(batch_size=2, seq_len=16, steps=2, dtype=torch.float32, device="cpu", seed=0)
     >>> found = bench_model(config, **how)
     >>> round(found["first_loss"] / math.log(config.vocab_size), 1), round(sum(found["shares"].values()), 3)
@@ -84,21 +84,21 @@ def bench_model(
     ).stages[0]  # fmt: skip
     if not on_cuda:
         _check_memory(planned.peak)
-    loss = functools.partial(deepseek_v3.loss, config=config, per_layer=per_layer(remat, compiled=compiled))
-    start = functools.partial(deepseek_v3.init, config, seed, dtype=dtype, device=device)
+    loss = functools.partial(decoder.loss, config=config, per_layer=per_layer(remat, compiled=compiled))
+    start = functools.partial(decoder.init, config, seed, dtype=dtype, device=device)
     step = _training(computing_in(loss, compute_dtype), start(), optimizer)  # no other name for the params
     batches = _batches(config, batch_size, seq_len, data, device, seed)
     found = _measured(step, batches, steps, math.log(config.vocab_size), on_cuda, trace)
     name = torch.cuda.get_device_name() if on_cuda else "CPU"
     settings = dict(
         layers=config.num_layers, dense_layers=config.num_dense_layers,
-        num_params=deepseek_v3.num_params(config)[0], batch_size=batch_size, seq_len=seq_len, steps=steps,
+        num_params=decoder.num_params(config)[0], batch_size=batch_size, seq_len=seq_len, steps=steps,
         remat=remat, compiled=compiled, dtype=str(dtype), compute_dtype=str(compute_dtype),
         moments_dtype=str(moments_dtype), balanced=balanced, data=data or "random tokens",
         device=name, torch=torch.__version__, seed=seed,
     )  # fmt: skip
     tokens_per_second, peak = batch_size * seq_len / found["ms"] * 1e3, found["peak_bytes"]
-    rate = deepseek_v3.flops_per_token(config, seq_len) * tokens_per_second / 1e12
+    rate = decoder.flops_per_token(config, seq_len) * tokens_per_second / 1e12
     matmul, vendors = matmul_rate(compute_dtype, device), PEAK_FLOPS.get(name)
     return settings | found | dict(
         tokens_per_second=tokens_per_second, tflops_per_second=rate,
@@ -152,7 +152,7 @@ def _measured(
     )  # fmt: skip
 
 
-def _training(loss: Callable[..., Any], params: deepseek_v3.ModelParams, optimizer: Optimizer) -> Step:
+def _training(loss: Callable[..., Any], params: decoder.ModelParams, optimizer: Optimizer) -> Step:
     """A step like that of a training loop, which trains ``params`` in place."""
     gradient = value_and_grad(loss, has_aux=True)
     state = optimizer.init(params)
@@ -164,14 +164,14 @@ def _training(loss: Callable[..., Any], params: deepseek_v3.ModelParams, optimiz
         with record_function(OPTIMIZER):
             scale = clip_factor(global_norm(grads), 1.0)
             params, state = optimizer.update(params, grads, state, LEARNING_RATE, scale=scale, donate=True)
-            params = deepseek_v3.update_biases(params, stats, BIAS_RATE)
+            params = decoder.update_biases(params, stats, BIAS_RATE)
         return value
 
     return step
 
 
 def _batches(
-    config: DeepSeekV3Config, batch_size: int, seq_len: int, data: str | None, device: str, seed: int
+    config: DecoderConfig, batch_size: int, seq_len: int, data: str | None, device: str, seed: int
 ) -> Iterator[Batch]:
     if data is None:
         generator = torch.Generator().manual_seed(seed)

@@ -1,5 +1,6 @@
 """Checks that a layer's inputs fit together."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -105,7 +106,7 @@ def check_params(function: str, params: Any, specs: Any, wanted: Any, mesh: Devi
     if wrong or len(leaves) != len(described):
         got = "; ".join(wrong) or f"{len(leaves)} tensors"
         all_of_them = f"{len(described)} tensors of config, on {describe(mesh)}"
-        remedy = "Place them with fmoe.shard_params(params, mesh, deepseek_v3.specs(config))."
+        remedy = "Place them with fmoe.shard_params(params, mesh, decoder.specs(config))."
         raise argument_error(function, "params", got=got, expected=all_of_them, remedy=remedy)
 
 
@@ -133,8 +134,17 @@ def check_same(function: str, what: str, argument: str, found: Any, of_tokens: A
 
 
 def check_heads(function: str, num_heads: int, mesh: DeviceMesh) -> None:
-    """Raise ``ValueError`` unless ``tp`` divides the heads."""
+    """Raise ``ValueError`` unless ``tp`` divides the heads of keys, and so those of queries."""
     tp = axis_sizes(mesh).get("tp", 1)
     if num_heads % tp:
-        got, expected = f"tp={tp} for {num_heads} heads", "a tp that divides the heads"
+        got, expected = f"tp={tp} for {num_heads} heads of keys", "a tp that divides them"
         raise argument_error(function, "mesh", got=got, expected=expected)
+
+
+def check_sizes(sizes: Any, least: dict[str, int]) -> None:
+    """Raise ``ValueError`` for an integer field of a dataclass below ``least``, by default 1."""
+    for field in dataclasses.fields(sizes):
+        value, at_least = getattr(sizes, field.name), least.get(field.name, 1)
+        if field.type is int and (type(value) is not int or value < at_least):
+            expected = f"an integer of at least {at_least}"
+            raise argument_error(type(sizes).__name__, field.name, got=value, expected=expected)

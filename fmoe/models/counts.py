@@ -1,21 +1,21 @@
-"""The size of a DeepSeek-V3, and the cost of a token."""
+"""The size of a decoder, and the cost of a token."""
 
 import optree
 
 from ..params import is_spec
 from ..params import num_params as num_numbers
-from .config import DeepSeekV3Config
+from .config import DecoderConfig
 from .moe import MoEParams
 from .params import ModelParams, specs
 
 
-def num_params(config: DeepSeekV3Config) -> tuple[int, int]:
+def num_params(config: DecoderConfig) -> tuple[int, int]:
     """Parameters in all, and those active for one token. Allocates nothing.
 
     ``top_k`` of the routed experts are active, and everything else but an embedding that is only looked up.
     By this count DeepSeek-V3 has its published 37 billion.
 
-    >>> from fmoe.models.config import preset
+    >>> from fmoe.models.decoder import preset
     >>> num_params(preset("debug"))
     (1695152, 777648)
     """
@@ -23,29 +23,29 @@ def num_params(config: DeepSeekV3Config) -> tuple[int, int]:
     return num_numbers(tree), _num_active(tree, config)
 
 
-def flops_per_token(config: DeepSeekV3Config, seq_len: int) -> float:
+def flops_per_token(config: DecoderConfig, seq_len: int) -> float:
     """Floating-point operations of training on one token, forward and backward, without recomputation.
 
-    ``3 * (2 * matmul weights active for a token + layers * heads * (N + R + V) * (seq_len + 1))``
+    ``3 * (2 * matmul weights active for a token + layers * heads * (N + V) * (seq_len + 1))``
 
     In the forward, a weight of a matrix product costs a multiplication and an addition; in the backward,
     twice that. These weights are the active ones of :func:`num_params`, without norms and selection biases. A
-    causal token attends to ``(seq_len + 1) / 2`` keys on average. In every head this takes one product of N +
-    R dimensions for the scores and one of V for the values.
+    causal token attends to ``(seq_len + 1) / 2`` keys on average. In every head this takes one product of N
+    dimensions for the scores and one of V for the values.
 
     Source: PaLM, arXiv 2204.02311, appendix B, with exact causal attention.
 
-    >>> from fmoe.models.config import preset
+    >>> from fmoe.models.decoder import preset
     >>> f"{flops_per_token(preset('debug'), 1024):.3g}"
     '7.81e+06'
     """
     c = config
     matrices = optree.tree_map(lambda s: () if len(s.shape) == 1 else s, specs(c), is_leaf=is_spec)
-    attention = c.num_layers * c.num_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+    attention = c.num_layers * c.attention.num_heads * sum(c.attention.widths)
     return 3.0 * (2 * _num_active(matrices, c) + attention * (seq_len + 1))
 
 
-def _num_active(tree: ModelParams, config: DeepSeekV3Config) -> int:
+def _num_active(tree: ModelParams, config: DecoderConfig) -> int:
     experts = sum(num_numbers(layer.mlp.experts) for layer in tree.layers if isinstance(layer.mlp, MoEParams))
     resting = experts - experts // config.num_experts * config.router.top_k
     return num_numbers(tree) - resting - (0 if config.tied_head else num_numbers(tree.embedding))

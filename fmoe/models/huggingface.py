@@ -1,4 +1,4 @@
-"""Weights of published DeepSeek models: directories of safetensors in and out.
+"""Weights of published models: directories of safetensors in and out.
 
 Nothing is unpickled. Tensors go one by one, so there is no second copy of the model.
 """
@@ -22,7 +22,7 @@ from ..parallel.spec import as_dtensor, size_problems, spec_of
 from ..parallel.together import this_rank, together
 from ..params import is_spec
 from ..tree import check_tensors, dotted_names
-from .config import DeepSeekV3Config
+from .config import DecoderConfig
 from .params import ModelParams, specs
 from .published import export_config, import_config
 from .published_tensors import Leaf, Part, blocks_of, gathered, published_leaves, read_leaf, scale_name
@@ -44,17 +44,17 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     mesh: DeviceMesh | None = None,
-) -> tuple[DeepSeekV3Config, ModelParams]:
+) -> tuple[DecoderConfig, ModelParams]:
     """A model from a directory as published: ``config.json`` and safetensors.
 
     ==========  ===============================================================================
-    path        of a ``DeepseekV3ForCausalLM`` or ``DeepseekV2ForCausalLM``; weights in one file
-                or in shards, experts apart (as published) or fused
+    path        of a model of one of ``fmoe.models.families``; weights in one file or in shards,
+                experts apart (as published) or fused
     dtype       of the parameters but the selection biases; ``None``: that of the embedding
     device      ``None``: the mesh's, or PyTorch's default device
-    mesh        place them on it by :func:`fmoe.models.deepseek_v3.specs`, as DTensors
+    mesh        place them on it by :func:`fmoe.models.decoder.specs`, as DTensors
     -> config   the model that ``config.json`` describes
-    -> params   for :func:`fmoe.models.deepseek_v3.forward`
+    -> params   for :func:`fmoe.models.decoder.forward`
     ==========  ===============================================================================
 
     Weights in float8 are multiplied by their ``weight_scale_inv``, block by block. The layers that predict
@@ -69,10 +69,10 @@ def load(
     also raises for parameters that the mesh doesn't divide.
 
     >>> import tempfile
-    >>> from fmoe.models import deepseek_v3
-    >>> config = deepseek_v3.preset("debug")
+    >>> from fmoe.models import decoder
+    >>> config = decoder.preset("debug")
     >>> with tempfile.TemporaryDirectory() as path:
-    ...     save(path, config, deepseek_v3.init(config, 0))
+    ...     save(path, config, decoder.init(config, 0))
     ...     loaded, params = load(path)
     >>> loaded == config
     True
@@ -84,7 +84,8 @@ def load(
         raw = _json(path / "config.json")
         config = import_config(raw)
         tree = specs(config)
-        leaves = published_leaves(config, fused=any(name.endswith("gate_up_proj") for name in files))
+        fused = any(name.endswith("gate_up_proj") for name in files)
+        leaves = published_leaves(config, fused=fused, model_type=raw["model_type"])
         block = (raw.get("quantization_config") or {}).get("weight_block_size", [128, 128])
         _check(path, files, leaves, raw, block)
         embedding = "model.embed_tokens.weight"
@@ -100,7 +101,12 @@ def load(
 
 
 def save(
-    path: str | Path, config: DeepSeekV3Config, params: ModelParams, *, max_shard_bytes: int = 5 * 10**9
+    path: str | Path,
+    config: DecoderConfig,
+    params: ModelParams,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    model_type: str | None = None,
 ) -> None:
     """Write a model in the published form: ``config.json``, safetensors with experts apart, and an index.
 
@@ -108,6 +114,7 @@ def save(
     path              a directory without safetensors; made if it doesn't exist
     config, params    of one dtype but for the selection biases
     max_shard_bytes   how large a file may grow, unless one tensor is larger
+    model_type        the family to write; ``None``: the first that can express ``config``
     ================  =========================================================================
 
     transformers and :func:`load` read it. Tokenizer and generation settings are not part of a model here, so
@@ -119,10 +126,10 @@ def save(
     transformers can't express.
 
     >>> import tempfile
-    >>> from fmoe.models import deepseek_v3
-    >>> config = deepseek_v3.preset("debug")
+    >>> from fmoe.models import decoder
+    >>> config = decoder.preset("debug")
     >>> with tempfile.TemporaryDirectory() as path:
-    ...     save(path, config, deepseek_v3.init(config, 0), max_shard_bytes=4 * 2**20)
+    ...     save(path, config, decoder.init(config, 0), max_shard_bytes=4 * 2**20)
     ...     sorted(file.name for file in Path(path).glob("*.safetensors"))
     ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
     """
@@ -132,8 +139,8 @@ def save(
     step: Callable[[], AbstractContextManager[None]] = together if shared else nullcontext
     writes = not shared or this_rank() == 0
     with step():
-        raw = export_config(config)
-        leaves = published_leaves(config)
+        raw = export_config(config, model_type)
+        leaves = published_leaves(config, model_type=raw["model_type"])
         tensors = _checked(leaves, params)
         if writes:
             _make(path)
@@ -286,7 +293,7 @@ def _checked(leaves: list[Leaf], params: ModelParams) -> list[torch.Tensor]:
         elif is_dtensor(value) and (odd := size_problems(spec_of(value), value, value.device_mesh)):
             wrong += [f"{name}, whose {problem}" for problem in odd]
         elif not parts and (value.to_local() if is_dtensor(value) else value).any():
-            wrong.append(f"{name} not zero, which DeepSeek-V2 can't express")
+            wrong.append(f"{name} not zero, which has no place in its family")
     if wrong:
         got, expected = "; ".join(wrong), "the parameters of config"
         remedy = "Pass the configuration the parameters were made for."

@@ -10,19 +10,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..errors import argument_error
 from ..ops.balance import MoEStats, moe_stats
 from ..ops.combine import combine, combine_start, join
-from ..ops.core.axes import axis_names, present
+from ..ops.core.axes import binding, present
 from ..ops.core.dynamo import rearrange
 from ..ops.dispatch import dispatch
 from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
 from ..ops.route import Router, RouterConfig, RouterParams, Routing, route
 from ..parallel.backends import choose
-from ..parallel.boundary import dtensor_beneath
 from ..parallel.collectives import axis_size, psum
-from ..parallel.placement import computing, init_on, moved, moves, token_axes, where_placed
-from ..parallel.shard_map import shard_map
-from ..parallel.spec import distribute, named_axes
+from ..parallel.placement import computing, init_on, use
+from ..parallel.spec import distribute
 from ..params import P, param, partition_specs
-from .checks import check_layer, check_on_one_device, check_routing, check_token_spec
+from .checks import check_layer, check_on_one_device, check_routing
+from .on_mesh import on_mesh
 
 FSDP = ("dp", "ep")  # the axes that a dense matrix is further cut along, and gathered where it is used
 
@@ -30,11 +29,12 @@ FSDP = ("dp", "ep")  # the axes that a dense matrix is further cut along, and ga
 class MoEParams(NamedTuple):
     """A layer's parameters, from :func:`moe_init` or made by hand. All leaves are tensors.
 
-    =======  ========================================
-    router   :class:`fmoe.RouterParams`, or any tree that a router of your own takes
-    experts  :class:`fmoe.ExpertParams`
-    shared   :class:`fmoe.ExpertParams` of one SwiGLU, without E; ``()`` where there is none
-    =======  ========================================
+    ===========  ========================================
+    router       :class:`fmoe.RouterParams`, or any tree that a router of your own takes
+    experts      :class:`fmoe.ExpertParams`
+    shared       :class:`fmoe.ExpertParams` of one SwiGLU, without E; ``()`` where there is none
+    shared_gate  (1, D), whose sigmoid of a token weighs its shared experts; ``()`` where there is none
+    ===========  ========================================
 
     >>> import optree
     >>> params = moe_init(0, dim=8, hidden_dim=16, num_experts=4)
@@ -46,9 +46,12 @@ class MoEParams(NamedTuple):
     router: RouterParams | Any
     experts: ExpertParams
     shared: ExpertParams | tuple[()]
+    shared_gate: torch.Tensor | tuple[()] = ()
 
 
-def moe_specs(*, dim: int, hidden_dim: int, num_experts: int, num_shared_experts: int = 0) -> MoEParams:
+def moe_specs(
+    *, dim: int, hidden_dim: int, num_experts: int, num_shared_experts: int = 0, shared_gate: bool = False
+) -> MoEParams:
     """Shapes, initial values and placement of a layer's parameters: a tree of ``ParamSpec``."""
     return MoEParams(
         RouterParams(
@@ -60,6 +63,7 @@ def moe_specs(*, dim: int, hidden_dim: int, num_experts: int, num_shared_experts
             param((num_experts, dim, hidden_dim), P("ep", "dp", "tp")),
         ),
         mlp_specs(dim, num_shared_experts * hidden_dim) if num_shared_experts else (),
+        param((1, dim), P(None, None)) if shared_gate else (),
     )
 
 
@@ -70,10 +74,17 @@ def mlp_specs(dim: int, hidden_dim: int) -> ExpertParams:
     )
 
 
-_SPECS = moe_specs(dim=1, hidden_dim=1, num_experts=1, num_shared_experts=1)
+_SPECS = moe_specs(dim=1, hidden_dim=1, num_experts=1, num_shared_experts=1, shared_gate=True)
 PLACED: MoEParams = partition_specs(_SPECS)._replace(router=P())
 # The placement to compute in: a device holds whole experts along ep, and a slice of every F along tp.
 COMPUTING: MoEParams = optree.tree_map(computing, PLACED)
+
+
+def of_layer(params: MoEParams, tree: MoEParams) -> MoEParams:
+    """A tree for all of a layer's parts, without those that this layer lacks."""
+    has_gate = isinstance(params.shared_gate, torch.Tensor)
+    tree = tree if params.shared else tree._replace(shared=())
+    return tree if has_gate else tree._replace(shared_gate=())
 
 
 def moe_init(
@@ -106,7 +117,7 @@ def moe_init(
     >>> params.experts.w_in.shape, params.shared.w_out.shape
     (torch.Size([4, 2, 16, 8]), torch.Size([8, 16]))
     """
-    sizes = dict(
+    sizes: dict[str, Any] = dict(
         dim=dim, hidden_dim=hidden_dim, num_experts=num_experts, num_shared_experts=num_shared_experts
     )
     for name, size in sizes.items():
@@ -199,29 +210,26 @@ def moe_forward(
     tensor(10)
     """
     check_layer(params, x, router)
+
+    def layer(params: MoEParams, x: torch.Tensor) -> Any:
+        y, routing = moe_layer(use(params), x, router)
+        return (y, stats_of(routing)) if return_stats else y
+
     if mesh is None:
         check_on_one_device("moe_forward", params.experts.w_in)
         choose("moe_forward", backend, None)
-        y, routing = moe_layer(params, x, router)
-        return (y, moe_stats(routing)) if return_stats else y
-    wanted = COMPUTING if params.shared else COMPUTING._replace(shared=())
-    have, x_spec = where_placed((params, x), (wanted, P(token_axes(mesh))), mesh)
-    how = moves("moe_forward", "params", params, have, wanted, mesh)
-    check_token_spec("moe_forward", "x", x, x_spec)
-    spread_over = tuple(axis for axis in axis_names(mesh) if axis in named_axes(x_spec))
-
-    def layer(params: MoEParams, x: torch.Tensor) -> Any:
-        y, routing = moe_layer(moved(params, how), x, router)
-        return (y, moe_stats(routing, lambda t: psum(t, spread_over))) if return_stats else y
-
-    return shard_map(
+        return layer(params, x)
+    return on_mesh(
+        "moe_forward",
         layer,
+        params,
+        {"x": x},
         mesh,
-        in_specs=(have, x_spec),
-        out_specs=(x_spec, P()) if return_stats else x_spec,
-        backends=choose("moe_forward", backend, mesh, x),
-        local_results=not dtensor_beneath(x),
-    )(params, x)
+        wanted=of_layer(params, COMPUTING),
+        out_specs=lambda where: (where, P()) if return_stats else where,
+        backend=backend,
+        like=x,
+    )
 
 
 def moe_layer(
@@ -238,10 +246,22 @@ def moe_layer(
     x_SD, plan = dispatch(x_TD, routing, axis="ep" if present("ep") else None)
     y_SD = experts_grouped_mm(params.experts, x_SD, plan)
     if params.shared:  # rows may be on their way back meanwhile
-        y_TD = join(combine_start(y_SD, plan), plan, mlp_forward(params.shared, x_TD))
+        y_TD = join(combine_start(y_SD, plan), plan, _shared_experts(params, x_TD))
     else:
         y_TD = combine(y_SD, plan)
     return psum(y_TD, present("tp")).reshape(x.shape), routing
+
+
+def _shared_experts(params: Any, x_TD: torch.Tensor) -> torch.Tensor:
+    y_TD = mlp_forward(params.shared, x_TD)
+    if isinstance(params.shared_gate, torch.Tensor):
+        y_TD = F.linear(x_TD, params.shared_gate).sigmoid() * y_TD
+    return y_TD
+
+
+def stats_of(routing: Routing) -> MoEStats:
+    """Statistics over all tokens, wherever they lie."""
+    return moe_stats(routing, lambda t: psum(t, binding().tokens))
 
 
 def mlp_forward(params: ExpertParams, x: torch.Tensor) -> torch.Tensor:
@@ -255,7 +275,7 @@ def shard_params(params: Any, mesh: DeviceMesh, specs: Any = None) -> Any:
 
     ========  ======================================================================
     params    a layer's, from :func:`moe_init`, or any tree of tensors
-    specs     a tree prefix of it, such as ``deepseek_v3.specs(config)`` for a model's; ``None``: the
+    specs     a tree prefix of it, such as ``decoder.specs(config)`` for a model's; ``None``: the
               layer's. Axes the mesh lacks are ignored
     -> tree   DTensors; every device keeps its own piece, and nothing is sent
     ========  ======================================================================
@@ -273,7 +293,7 @@ def shard_params(params: Any, mesh: DeviceMesh, specs: Any = None) -> Any:
     if specs is None:
         if not isinstance(params, MoEParams):
             got, expected = f"None, for a {type(params).__name__}", "specs, unless params are MoEParams"
-            remedy = "Pass deepseek_v3.specs(config) for a model's params."
+            remedy = "Pass decoder.specs(config) for a model's params."
             raise argument_error("shard_params", "specs", got=got, expected=expected, remedy=remedy)
-        specs = PLACED if params.shared else PLACED._replace(shared=())
+        specs = of_layer(params, PLACED)
     return distribute(params, specs, mesh)

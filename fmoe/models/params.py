@@ -1,4 +1,4 @@
-"""The parameters of a DeepSeek-V3: their tree, shapes, initial values and placement."""
+"""The parameters of a decoder: their tree, shapes, initial values and placement."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -8,29 +8,29 @@ import torch
 
 from ..ops.experts import ExpertParams
 from ..params import P, is_spec, param
-from .attention import AttentionParams, attention_specs, norm_spec
-from .config import DeepSeekV3Config
+from .config import DecoderConfig
 from .moe import FSDP, MoEParams, mlp_specs, moe_specs
+from .norm import norm_spec
 
 
 class LayerParams(NamedTuple):
     """One layer. ``mlp`` is :class:`fmoe.ExpertParams` in a dense layer, else :class:`fmoe.MoEParams`.
 
-    Both norms are (D,).
+    ``attention`` holds the params of ``config.attention``. Both norms are (D,).
 
-    >>> from fmoe.models.config import preset
+    >>> from fmoe.models.decoder import preset
     >>> [type(layer.mlp).__name__ for layer in specs(preset("debug")).layers]
     ['ExpertParams', 'MoEParams', 'MoEParams', 'MoEParams']
     """
 
     attention_norm: torch.Tensor
-    attention: AttentionParams
+    attention: Any
     mlp_norm: torch.Tensor
     mlp: ExpertParams | MoEParams
 
 
 class ModelParams(NamedTuple):
-    """A model's parameters, as :func:`fmoe.models.deepseek_v3.init` makes them.
+    """A model's parameters, as :func:`fmoe.models.decoder.init` makes them.
 
     =========  ==========  ========================================
     embedding  (vocab, D)
@@ -39,7 +39,7 @@ class ModelParams(NamedTuple):
     head       (vocab, D)  ``()`` where the embedding is also the head
     =========  ==========  ========================================
 
-    >>> from fmoe.models.config import preset
+    >>> from fmoe.models.decoder import preset
     >>> tied = specs(dataclasses.replace(preset("debug"), tied_head=True))
     >>> tied.embedding.shape, tied.head
     ((256, 128), ())
@@ -51,10 +51,10 @@ class ModelParams(NamedTuple):
     head: torch.Tensor | tuple[()]
 
 
-def specs(config: DeepSeekV3Config) -> ModelParams:
+def specs(config: DecoderConfig) -> ModelParams:
     """Shapes, initial values and placement of every parameter: a tree of :class:`~fmoe.params.ParamSpec`.
 
-    >>> from fmoe.models.config import preset
+    >>> from fmoe.models.decoder import preset
     >>> tree = specs(preset("671B"))  # nothing is allocated
     >>> tree.layers[3].mlp.experts.w_in.shape, tree.layers[3].mlp.experts.w_in.partition
     ((256, 2, 2048, 7168), P('ep', None, 'tp', 'dp'))
@@ -64,13 +64,18 @@ def specs(config: DeepSeekV3Config) -> ModelParams:
     def mlp(layer: int) -> Any:
         if layer < c.num_dense_layers:
             return mlp_specs(c.dim, c.hidden_dim)
-        sizes = dict(num_experts=c.num_experts, num_shared_experts=c.num_shared_experts)
-        return moe_specs(dim=c.dim, hidden_dim=c.moe_hidden_dim, **sizes)
+        return moe_specs(
+            dim=c.dim,
+            hidden_dim=c.moe_hidden_dim,
+            num_experts=c.num_experts,
+            num_shared_experts=c.num_shared_experts,
+            shared_gate=c.shared_gate,
+        )
 
     norm, vocabulary = norm_spec(c.dim), param((c.vocab_size, c.dim), P("tp", FSDP))
     tree = ModelParams(
         vocabulary,
-        tuple(LayerParams(norm, attention_specs(c), norm, mlp(i)) for i in range(c.num_layers)),
+        tuple(LayerParams(norm, c.attention.specs(c.dim), norm, mlp(i)) for i in range(c.num_layers)),
         norm,
         () if c.tied_head else vocabulary,
     )

@@ -1,43 +1,19 @@
-"""``config.json`` of published DeepSeek-V2 and DeepSeek-V3 models, both ways.
+"""``config.json`` of published models, both ways, by the tables of their family.
 
 A field that fmoe computes differently, or not at all, is an error.
 """
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import argument_error
 from ..ops.route import RouterConfig
-from .config import DeepSeekV3Config, Yarn
+from .config import DecoderConfig
+from .families import FAMILIES
+from .families.family import Family, Json
+from .rotary import Rotary, Yarn
 
-# Their names -> ours.
-MODEL = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "dim",
-    "num_hidden_layers": "num_layers",
-    "first_k_dense_replace": "num_dense_layers",
-    "intermediate_size": "hidden_dim",
-    "num_attention_heads": "num_heads",
-    "q_lora_rank": "q_lora_rank",
-    "kv_lora_rank": "kv_lora_rank",
-    "qk_nope_head_dim": "qk_nope_head_dim",
-    "qk_rope_head_dim": "qk_rope_head_dim",
-    "v_head_dim": "v_head_dim",
-    "moe_intermediate_size": "moe_hidden_dim",
-    "n_routed_experts": "num_experts",
-    "n_shared_experts": "num_shared_experts",
-    "max_position_embeddings": "max_seq_len",
-    "rms_norm_eps": "norm_eps",
-    "initializer_range": "init_std",
-    "tie_word_embeddings": "tied_head",
-}
-ROUTER = {
-    "num_experts_per_tok": "top_k",
-    "n_group": "num_groups",
-    "topk_group": "top_groups",
-    "norm_topk_prob": "normalize",
-    "routed_scaling_factor": "scale",
-}
 YARN = {
     "factor": "factor",
     "original_max_position_embeddings": "original_max_seq_len",
@@ -46,77 +22,161 @@ YARN = {
     "mscale": "mscale",
     "mscale_all_dim": "mscale_all_dim",
 }
-ABSENT = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddings": False}
-NULL = {"q_lora_rank": 0, "n_shared_experts": 0}
-
-# Allowed values, by model type, of fields that fmoe has no choice about. The first is also the default.
-BOTH: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "attention_dropout": (0.0,),
-    "mlp_bias": (False,),
-    "moe_layer_freq": (1,),
-    "rope_interleave": (True,),
-}
-FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "deepseek_v2": {
-        **BOTH,
-        "scoring_func": ("softmax",),
-        "topk_method": ("greedy", "group_limited_greedy"),
-        "norm_topk_prob": (False,),
-    },
-    "deepseek_v3": {**BOTH, "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
-}
-ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
+_YARN_FIELDS = {field.name: field.type for field in dataclasses.fields(Yarn)}
+ROPE_TYPES: dict[str, Any] = {theirs: _YARN_FIELDS[ours] for theirs, ours in YARN.items()}
+ROPE_TYPES |= {"rope_theta": float, "partial_rotary_factor": float}
 
 
-def _types(table: dict[str, str], config: type) -> dict[str, Any]:
-    kinds = {field.name: field.type for field in dataclasses.fields(config)}
-    return {theirs: kinds[ours] for theirs, ours in table.items()}
-
-
-TYPES = _types(MODEL, DeepSeekV3Config) | _types(ROUTER, RouterConfig)
-TYPES |= {"rope_theta": float, "num_nextn_predict_layers": int}
-ROPE_TYPES = _types(YARN, Yarn) | {"rope_theta": float}
-
-
-def import_config(raw: dict[str, Any]) -> DeepSeekV3Config:
+def import_config(raw: Json) -> DecoderConfig:
     """The configuration that a ``config.json`` describes.
 
     Raises ``ValueError`` listing every field that fmoe can't honour.
     """
     kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in FIXED:
-        raise _error([f"model_type={kind!r}, not {' or '.join(FIXED)}"])
-    raw = {**ABSENT, **raw}
-    if kind == "deepseek_v2" and raw.get("topk_method", "greedy") == "greedy":
-        raw |= {"n_group": 1, "topk_group": 1}
-    fixed = FIXED[kind] | {"num_key_value_heads": (raw.get("num_attention_heads"), None)}
-    wrong = [
-        f"{key}={raw[key]!r}, not {' or '.join(map(repr, allowed))}"
-        for key, allowed in fixed.items()
-        if raw.get(key, allowed[0]) not in allowed
-    ]
-    wrong += [f"{key} missing" for key in [*MODEL, *ROUTER] if raw.get(key) is None and key not in NULL]
-    wrong += [f"{key} missing" for key in NULL if key not in raw]
-    wrong += _mistyped(raw, TYPES)
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise _error([f"model_type={kind!r}, not {' or '.join(FAMILIES)}"])
+    family = FAMILIES[kind]
+    if mistyped := _mistyped(raw, _types(family) | {"rope_theta": float, "num_nextn_predict_layers": int}):
+        raise _error(mistyped)
+    raw = family.read({**family.absent, **raw})
+    wrong = _fixed_otherwise(family, raw)
+    wrong += [f"{key} missing" for key in family.fields if raw.get(key) is None and key not in family.null]
+    wrong += [f"{key} missing" for key in family.null if key not in raw]
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     wrong += _wrong_rope(rope)
     wrong += _wrong_quantization(raw.get("quantization_config") or {})
     if wrong:
         raise _error(wrong)
-    values: Any = {ours: NULL[key] if raw[key] is None else raw[key] for key, ours in MODEL.items()}
-    router = RouterConfig(
-        **{ours: raw[key] for key, ours in ROUTER.items()},
-        score_func=fixed["scoring_func"][0],
-        group_best=1 if kind == "deepseek_v2" else 2,
-    )
-    yarn = None
+    return _config(family, raw)
+
+
+def _config(family: Family, raw: Json) -> DecoderConfig:
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    values = dict(family.constants)
+    for key, ours in family.fields.items():
+        values[ours] = family.null[key] if raw[key] is None else raw[key]
     if _rope_type(rope) == "yarn":
         absent = {"mscale_all_dim": 0.0}  # plain YaRN scales cosines and sines but not the softmax
-        yarn = Yarn(**absent | {ours: rope[key] for key, ours in YARN.items() if rope.get(key) is not None})
-    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-    return DeepSeekV3Config(**values, router=router, rope_theta=theta, yarn=yarn)
+        given = {ours: rope[key] for key, ours in YARN.items() if rope.get(key) is not None}
+        values["attention.rope.yarn"] = Yarn(**absent | given)
+    values["attention.rope.theta"] = rope.get("rope_theta", raw.get("rope_theta", family.theta))
+    return _built(family, values)
+
+
+def _fixed_otherwise(family: Family, raw: Json, words: Mapping[str, str] = {}) -> list[str]:
+    """Fields of values that fmoe can't compute, in their words or others."""
+    return [
+        f"{words.get(key, key)}={raw[key]!r}, not {' or '.join(map(repr, allowed))}"
+        for key, allowed in _fixed(family, raw).items()
+        if ... not in allowed and raw.get(key, allowed[0]) not in allowed
+    ]
+
+
+def export_config(config: DecoderConfig, model_type: str | None = None) -> Json:
+    """The ``config.json`` of a configuration, by default as the first family that can express it.
+
+    Raises ``ValueError`` listing everything that the family, or the one that comes closest, can't express.
+    """
+    if model_type is not None and model_type not in FAMILIES:
+        expected = f"one of {sorted(FAMILIES)}"
+        raise argument_error("huggingface.save", "model_type", got=repr(model_type), expected=expected)
+    tried = []
+    for kind in FAMILIES if model_type is None else [model_type]:
+        if isinstance(config.attention, FAMILIES[kind].attention):
+            raw = _exported(kind, config)
+            if not (wrong := _inexpressible(raw, kind, config)):
+                return raw
+            tried.append((wrong, FAMILIES[kind].architecture))
+    wrong, architecture = min(tried, key=lambda pair: len(pair[0]))
+    got, expected = "; ".join(wrong), f"what {architecture} can express"
+    remedy = "Keep such a model in fmoe's own checkpoints."
+    raise argument_error("huggingface.save", "config", got=got, expected=expected, remedy=remedy)
+
+
+def _exported(kind: str, config: DecoderConfig) -> Json:
+    family, yarn = FAMILIES[kind], config.attention.rope.yarn
+    raw: Json = {"architectures": [family.architecture], "model_type": kind}
+    for key, ours in family.fields.items():
+        value: Any = config
+        for name in ours.split("."):
+            value = getattr(value, name)
+        raw[key] = None if key in family.null and value == family.null[key] else value
+    raw |= family.written(config)
+    raw |= {key: allowed[0] for key, allowed in _fixed(family, raw).items() if key not in raw}
+    raw["rope_theta"], raw["rope_scaling"] = config.attention.rope.theta, None
+    if yarn:
+        raw["rope_scaling"] = {key: getattr(yarn, ours) for key, ours in YARN.items()} | {"type": "yarn"}
+    return raw
+
+
+def _inexpressible(raw: Json, kind: str, config: DecoderConfig) -> list[str]:
+    """What of a configuration is lost on the way out and back in."""
+    family = FAMILIES[kind]
+    raw = family.read({**family.absent, **raw})
+    lost = _fixed_otherwise(family, raw, family.fields)
+    try:
+        back = _config(family, raw)
+    except ValueError as error:
+        return [*lost, str(error)]
+    pairs = zip(_fields(_canonical(config)), _fields(_canonical(back)))
+    lost += [f"{name}={value!r}, not {found!r}" for (name, value), (_, found) in pairs if value != found]
+    return lost + family.wrong(config)
+
+
+def _canonical(config: DecoderConfig) -> DecoderConfig:
+    """Groups are none if all of them are chosen."""
+    r = config.router
+    if r.top_groups < r.num_groups:
+        return config
+    router = dataclasses.replace(r, num_groups=1, top_groups=1, group_best=1)
+    return dataclasses.replace(config, router=router)
+
+
+def _fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(value):
+        inner, path = getattr(value, field.name), f"{name}{field.name}"
+        if dataclasses.is_dataclass(inner) and not isinstance(inner, Yarn):
+            yield from _fields(inner, path + ".")
+        else:
+            yield path, inner
+
+
+# ---- the parts of a configuration ------------------------------------------------------------------
+
+
+def _parts(family: Family) -> dict[str, type]:
+    return {
+        "": DecoderConfig,
+        "attention.": family.attention,
+        "attention.rope.": Rotary,
+        "router.": RouterConfig,
+    }
+
+
+def _built(family: Family, values: Mapping[str, Any]) -> DecoderConfig:
+    """A configuration from values by dotted names."""
+    made: dict[str, Any] = dict(values)
+    for prefix, make in reversed(_parts(family).items()):
+        names = [field.name for field in dataclasses.fields(make) if prefix + field.name in made]
+        made[prefix.removesuffix(".")] = make(**{name: made[prefix + name] for name in names})
+    config: DecoderConfig = made[""]
+    return config
+
+
+def _types(family: Family) -> dict[str, Any]:
+    kinds = {
+        prefix + field.name: field.type
+        for prefix, part in _parts(family).items()
+        for field in dataclasses.fields(part)
+    }
+    return {theirs: kinds[ours] for theirs, ours in family.fields.items() if isinstance(kinds[ours], type)}
+
+
+def _fixed(family: Family, raw: Json) -> dict[str, tuple[Any, ...]]:
+    return {
+        key: tuple(value(raw) if callable(value) else value for value in allowed)
+        for key, allowed in family.fixed.items()
+    }
 
 
 def _rope_type(rope: dict[str, Any]) -> str:
@@ -156,56 +216,14 @@ def _wrong_rope(rope: Any) -> list[str]:
     needed = list(YARN)[:2]
     if rope.get("mscale_all_dim"):
         needed.append("mscale")  # the published implementations disagree without it
-    known = {*ROPE_TYPES, "rope_type", "type"}
+    known = {*ROPE_TYPES, "rope_type", "type", "partial_rotary_factor"}
     harmless = {"attention_factor": None, "truncate": True}
     wrong = [f"YaRN's {key} missing" for key in needed if rope.get(key) is None]
     odd = {key: value for key, value in rope.items() if key not in known and harmless.get(key, ...) != value}
     return wrong + [f"YaRN's {key}={value!r}" for key, value in odd.items()]
 
 
-def export_config(config: DeepSeekV3Config) -> dict[str, Any]:
-    """The ``config.json`` of a configuration: DeepSeek-V3's for sigmoid scores, else DeepSeek-V2's.
-
-    Raises ``ValueError`` listing everything that neither can express.
-    """
-    r = config.router
-    kind = "deepseek_v3" if r.score_func == "sigmoid" else "deepseek_v2"
-    best = 2 if kind == "deepseek_v3" else 1
-    limited = r.top_groups < r.num_groups
-    wrong = [f"router.{name}=True" for name in ("score_before_experts", "force_balance") if getattr(r, name)]
-    if limited and r.group_best != best:
-        wrong.append(f"router.group_best={r.group_best} with {r.score_func} scores, not {best}")
-    if kind == "deepseek_v2" and r.normalize:
-        wrong.append("router.normalize=True with softmax scores")
-    if kind == "deepseek_v3" and r.num_groups > 1 and config.num_experts < 2 * r.num_groups:
-        wrong.append(f"router.num_groups={r.num_groups} of one expert each, not of two or more")
-    if config.num_shared_experts < 1:
-        wrong.append("num_shared_experts=0, not 1 or more")
-    if wrong:
-        got, expected = "; ".join(wrong), "what DeepseekV3ForCausalLM or DeepseekV2ForCausalLM can express"
-        remedy = "Keep such a model in fmoe's own checkpoints."
-        raise argument_error("huggingface.save", "config", got=got, expected=expected, remedy=remedy)
-    fixed = {key: allowed[0] for key, allowed in FIXED[kind].items()}
-    if kind == "deepseek_v2" and limited:
-        fixed["topk_method"] = "group_limited_greedy"
-    rope = None
-    if config.yarn:
-        rope = {key: getattr(config.yarn, ours) for key, ours in YARN.items()} | {"type": "yarn"}
-    return {
-        "architectures": [ARCHITECTURES[kind]],
-        "model_type": kind,
-        **{key: getattr(config, ours) for key, ours in MODEL.items()},
-        **{key: getattr(r, ours) for key, ours in ROUTER.items()},
-        **fixed,
-        "q_lora_rank": config.q_lora_rank or None,
-        "num_key_value_heads": config.num_heads,
-        "num_nextn_predict_layers": 0,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": rope,
-    }
-
-
 def _error(wrong: list[str]) -> ValueError:
-    got, expected = "; ".join(wrong), "a DeepSeek-V2 or DeepSeek-V3 that fmoe computes exactly"
+    got, expected = "; ".join(wrong), "a model that fmoe computes exactly"
     remedy = "Convert the model to one, with transformers for instance."
     return argument_error("huggingface.load", "config.json", got=got, expected=expected, remedy=remedy)

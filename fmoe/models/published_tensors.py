@@ -18,38 +18,11 @@ from ..ops.core.dtensors import is_dtensor
 from ..parallel.spec import local_piece, named_axes, spec_of
 from ..params import ParamSpec, is_spec
 from ..tree import dotted_names
-from .config import DeepSeekV3Config
+from .config import DecoderConfig
+from .families import FAMILIES
+from .families.family import FUSED
 from .params import specs
-
-# Our leaf without its layer -> their tensors. {} is an expert's number.
-NAMES: dict[str, tuple[str, ...]] = {
-    "embedding": ("model.embed_tokens.weight",),
-    "norm": ("model.norm.weight",),
-    "head": ("lm_head.weight",),
-    "attention_norm": ("input_layernorm.weight",),
-    "attention.query": ("self_attn.q_proj.weight",),
-    "attention.query.down": ("self_attn.q_a_proj.weight",),
-    "attention.query.norm": ("self_attn.q_a_layernorm.weight",),
-    "attention.query.up": ("self_attn.q_b_proj.weight",),
-    "attention.kv_down": ("self_attn.kv_a_proj_with_mqa.weight",),
-    "attention.kv_norm": ("self_attn.kv_a_layernorm.weight",),
-    "attention.kv_up": ("self_attn.kv_b_proj.weight",),
-    "attention.out": ("self_attn.o_proj.weight",),
-    "mlp_norm": ("post_attention_layernorm.weight",),
-    "mlp.w_in": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "mlp.w_out": ("mlp.down_proj.weight",),
-    "mlp.router.weight_ED": ("mlp.gate.weight",),
-    "mlp.router.bias_E": ("mlp.gate.e_score_correction_bias",),
-    "mlp.experts.w_in": ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
-    "mlp.experts.w_out": ("mlp.experts.{}.down_proj.weight",),
-    "mlp.shared.w_in": ("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"),
-    "mlp.shared.w_out": ("mlp.shared_experts.down_proj.weight",),
-}
-# The layout that transformers has in memory, and writes on request.
-FUSED = {
-    "mlp.experts.w_in": ("mlp.experts.gate_up_proj",),
-    "mlp.experts.w_out": ("mlp.experts.down_proj",),
-}
+from .published import export_config
 
 Piece = tuple[slice, ...]
 
@@ -73,17 +46,20 @@ class Leaf(NamedTuple):
     parts: list[Part]
 
 
-def published_leaves(config: DeepSeekV3Config, *, fused: bool = False) -> list[Leaf]:
+def published_leaves(
+    config: DecoderConfig, *, fused: bool = False, model_type: str | None = None
+) -> list[Leaf]:
     """Every parameter in flattening order. With ``fused``, a layer's experts are two tensors instead of 3 E.
 
-    >>> from fmoe.models.config import preset
+    Names are those of the family ``model_type``, by default of the first that can express ``config``.
+
+    >>> from fmoe.models.decoder import preset
     >>> leaf = published_leaves(preset("671B"))[21]
     >>> leaf.name, leaf.parts[0].name, leaf.parts[0].at
     ('layers.1.mlp.w_in', 'model.layers.1.mlp.gate_proj.weight', (0,))
     """
-    table = NAMES | FUSED if fused else NAMES
-    if config.router.score_func == "softmax":
-        table = table | {"mlp.router.bias_E": ()}
+    family = FAMILIES[model_type or export_config(config)["model_type"]]
+    table = {**family.names, **(FUSED | {**family.fused} if fused else {})}
     tree = specs(config)
     leaves = []
     for name, spec in zip(dotted_names(tree, is_leaf=is_spec), optree.tree_leaves(tree, is_leaf=is_spec)):

@@ -7,15 +7,14 @@ from ..errors import argument_error
 from ..ops.core.dtensors import is_dtensor
 from ..parallel.spec import distribute
 from ..params import P
-from .config import DeepSeekV3Config
-from .deepseek_v3 import ModelParams, forward
+from .decoder import DecoderConfig, ModelParams, forward
 
 
 @torch.no_grad()
 def sample(
     params: ModelParams,
     prompt: torch.Tensor,
-    config: DeepSeekV3Config,
+    config: DecoderConfig,
     *,
     num_tokens: int,
     seed_or_generator: int | torch.Generator,
@@ -42,7 +41,7 @@ def sample(
 
     Raises ``ValueError`` for an empty prompt, and for options out of range.
 
-    >>> from fmoe.models.deepseek_v3 import init, preset
+    >>> from fmoe.models.decoder import init, preset
     >>> config = preset("debug")
     >>> prompt = torch.tensor([[100, 101, 102]])
     >>> sample(init(config, 0), prompt, config, num_tokens=5, seed_or_generator=0).shape

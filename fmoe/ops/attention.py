@@ -1,6 +1,7 @@
 """Causal softmax attention as one operator, by the fastest of PyTorch's kernels that computes it correctly.
 
-B sequences, L positions, H heads; N and V are a head's query and value dimensions. PyTorch's own
+B sequences, L positions, H heads of queries, G of keys and values; N and V are a head's query and value
+dimensions. PyTorch's own
 attention kernels have no forward derivative and no second one; here both follow from the reference.
 """
 
@@ -25,8 +26,9 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
     """``softmax(scale * q k^T) v``, each position seeing itself and those before it.
 
     =========  ==============  ==============================================================
-    q, k       (B, L, H, N)    any floating dtype
-    v          (B, L, H, V)    the same
+    q          (B, L, H, N)    any floating dtype
+    k          (B, L, G, N)    the same; G divides H, and H / G heads of queries in a row share a key
+    v          (B, L, G, V)    the same
     -> y       (B, L, H, V)
     =========  ==============  ==============================================================
 
@@ -37,16 +39,19 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
     tensor([3., 2., 2.])
     """
     same = {(t.dtype, t.device) for t in (q, k, v)}
-    if q.dim() != 4 or k.shape != q.shape or v.shape[:-1] != q.shape[:-1] or len(same) > 1:
+    fits = {t.dim() for t in (q, k, v)} == {4} and k.shape[:3] == v.shape[:3]
+    fits = fits and (*k.shape[:2], k.shape[3]) == (*q.shape[:2], q.shape[3])
+    if not fits or q.shape[2] % max(k.shape[2], 1) or len(same) > 1:
         got = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (q, k, v))
-        expected = "(B, L, H, N), (B, L, H, N) and (B, L, H, V) of one dtype on one device"
-        remedy = "Repeat the heads that queries share; convert with .to()."
+        expected = "(B, L, H, N), (B, L, G, N) and (B, L, G, V) of one dtype on one device, where G divides H"
+        remedy = "Convert with .to()."
         raise argument_error("causal_attention", "q, k, v", got=got, expected=expected, remedy=remedy)
     return attention(q, k, v, scale)
 
 
 def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Tensors:
-    y, lse = kernels.PLAIN.forward(*(rearrange(t, "b l h n -> b h l n") for t in (q, k, v)), scale)
+    q, k, v = (rearrange(t, "b l h n -> b h l n") for t in (q, k, v))
+    y, lse = kernels.forward(q, k, v, scale, by=kernels.PLAIN)
     return rearrange(y, "b h l v -> b l h v"), rearrange(lse, "b h l -> b l h")
 
 
@@ -54,14 +59,14 @@ def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) 
 
 
 def _forward_kernel(q: Any, k: Any, v: Any, scale: float) -> Tensors:
-    heads = [t.transpose(1, 2) for t in (q, k, v)]
-    y, lse = kernels.engine(*heads).forward(*heads, scale)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y, lse = kernels.forward(q, k, v, scale)
     return y.transpose(1, 2).contiguous(), lse.transpose(1, 2).contiguous()
 
 
 def _backward_kernel(g: Any, q: Any, k: Any, v: Any, scale: float, y: Any, lse: Any) -> Tensors:
     g, q, k, v, y, lse = (t.transpose(1, 2) for t in (g.contiguous(), q, k, v, y, lse))
-    grads = kernels.engine(q, k, v).backward(g, q, k, v, scale, y, lse.contiguous())
+    grads = kernels.backward(g, q, k, v, scale, y, lse.contiguous())
     return tuple(grad.to(q.dtype).transpose(1, 2).contiguous() for grad in grads)
 
 
@@ -72,7 +77,7 @@ def _vmap(size: int, dims: Dims, *args: Any) -> Fold:
 
 
 def _example() -> tuple[Any, ...]:
-    return random(2, 4, 3, 5), random(2, 4, 3, 5), random(2, 4, 3, 2), 0.7
+    return random(2, 4, 6, 5), random(2, 4, 3, 5), random(2, 4, 3, 2), 0.7
 
 
 attention_backward: Operator = declare(
@@ -83,15 +88,18 @@ attention_backward: Operator = declare(
     checkpoint=ATTENTION,
     vmap=_vmap,
     reference=pullback(_reference),
-    example=lambda: (random(2, 4, 3, 2), *_example()),
+    example=lambda: (random(2, 4, 6, 2), *_example()),
     dependent=lambda g, *inputs: attention.outputs(*inputs),
 )
 
-# q, k (B, L, H, N), v (B, L, H, V) -> y (B, L, H, V); each position sees itself and those before.
+# q (B, L, H, N), k (B, L, G, N), v (B, L, G, V) -> y (B, L, H, V). A position sees itself and those before.
 attention: Operator = declare(
     "attention(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
     impl=_forward_kernel,
-    fake=lambda q, k, v, scale: (v.new_empty(v.shape), v.new_empty(v.shape[:-1], dtype=accumulator(v.dtype))),
+    fake=lambda q, k, v, scale: (
+        v.new_empty(*q.shape[:3], v.shape[-1]),
+        v.new_empty(q.shape[:3], dtype=accumulator(v.dtype)),
+    ),
     checkpoint=ATTENTION,
     residual_outputs=1,
     residuals=lambda inputs, outputs: (*inputs, *outputs),

@@ -1,8 +1,9 @@
 """Parameters on a mesh: placed by their specs, and brought to where a computation wants them.
 
 With FSDP, a device holds a smaller piece of a parameter than it computes with. *Moves* lead from one to the
-other: gather a dimension along axes, or take this device's part of one. A function inside
-:func:`fmoe.shard_map` applies them to what it holds. They are plain tuples, so that compilers see constants.
+other: gather a dimension along axes, or take this device's part of one. Inside :func:`fmoe.shard_map` a
+leaf carries its moves, as :class:`Placed`, and :func:`use` applies them where a layer computes. They are
+plain tuples, so that compilers see constants.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..errors import argument_error
 from ..ops.core.axes import axis_names, axis_sizes
 from ..params import P, init_params, is_spec
-from ..tree import dotted_names
+from ..tree import dotted_names, node, static
 from .boundary import dtensor_beneath, unwrapped
 from .collectives import axis_index, axis_size, gather_params
 from .spec import (
@@ -130,12 +131,32 @@ def _moves(function: str, argument: str, have: P, wanted: P, mesh: DeviceMesh) -
     return (*gathers, *cuts)
 
 
-def moved(tree: Any, how: Moves) -> Any:
-    """This device's leaves, moved to where they are wanted. For use inside :func:`fmoe.shard_map`."""
-    if not any(how):
-        return tree
+@node
+class Placed:
+    """This device's piece of a parameter, and the moves to where it is computed with."""
+
+    piece: torch.Tensor
+    moves: tuple[Move, ...] = static()
+
+
+def placed(tree: Any, how: Moves) -> Any:
+    """A tree whose leaves carry their moves. Those that stay where they are remain plain tensors."""
     leaves, structure = optree.tree_flatten(tree)
-    return optree.tree_unflatten(structure, [_moved(leaf, steps) for leaf, steps in zip(leaves, how)])
+    carried = [Placed(leaf, steps) if steps else leaf for leaf, steps in zip(leaves, how)]
+    return optree.tree_unflatten(structure, carried)
+
+
+def use(tree: Any) -> Any:
+    """Tensors to compute with: what is :class:`Placed` is gathered and cut, and the rest stays as it is."""
+    return optree.tree_map(_used, tree, is_leaf=_is_placed)
+
+
+def _is_placed(value: Any) -> bool:
+    return isinstance(value, Placed)
+
+
+def _used(value: Any) -> Any:
+    return _moved(value.piece, value.moves) if isinstance(value, Placed) else value
 
 
 def _moved(x: torch.Tensor, steps: Sequence[Move]) -> torch.Tensor:

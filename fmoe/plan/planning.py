@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import argument_error
-from ..models.config import DeepSeekV3Config
+from ..models.config import DecoderConfig
 from ..ops.core.axes import MeshOfSizes, axis_sizes
 from ..ops.cross_entropy import LOGITS_BYTES
 from ..ops.route import topk
@@ -31,7 +31,7 @@ class Plan(NamedTuple):
 
     ``rows`` are those of a dispatch, or ``None`` along ``ep=1``. ``peak`` is the most bytes on any device.
 
-    >>> from fmoe.models.deepseek_v3 import preset
+    >>> from fmoe.models.decoder import preset
     >>> found = plan(preset("debug", layers=2), "pp=2", batch_size=2, seq_len=16, device_type="cpu")
     >>> [stage.layers for stage in found.stages], found.peak == max(stage.peak for stage in found.stages)
     ([(0, 1), (1, 2)], True)
@@ -49,7 +49,7 @@ class Plan(NamedTuple):
 
 
 def plan(
-    config: DeepSeekV3Config,
+    config: DecoderConfig,
     mesh: str | Mapping[str, int] = "",
     *,
     batch_size: int,
@@ -72,7 +72,7 @@ def plan(
     batch_size     sequences per step, over all devices, of ``seq_len`` tokens each
     micro_batches  the parts in which a step's batch is computed
     dtype          of parameters; ``compute_dtype`` is that of the arithmetic, ``None`` for the same
-    per_layer      as for ``deepseek_v3.loss``, such as ``fmoe.remat``. Leave ``torch.compile`` out; it can
+    per_layer      as for ``decoder.loss``, such as ``fmoe.remat``. Leave ``torch.compile`` out; it can
                    keep less than is planned
     optimizer      its ``init`` and ``update`` run, too; ``None``: ``adamw()``
     max_norm       gradients are clipped to it; ``None``: they aren't
@@ -84,7 +84,7 @@ def plan(
 
     Raises ``ValueError`` for sizes below 1, for sizes that the mesh doesn't divide, and for other devices.
 
-    >>> from fmoe.models.deepseek_v3 import num_params, preset
+    >>> from fmoe.models.decoder import num_params, preset
     >>> found = plan(preset("debug"), batch_size=4, seq_len=64, device_type="cpu")
     >>> found.stages[0].parameters == 4 * num_params(preset("debug"))[0]
     True
@@ -109,7 +109,8 @@ def plan(
     devices = math.prod(axis_sizes(here)[axis] for axis in token_axes(here))
     check_divides("batch_size", batch_size, devices * micro_batches, "dp * ep * micro_batches")
     check_divides("config.num_experts", config.num_experts, sizes["ep"], "ep")
-    check_divides("config.num_heads", config.num_heads, sizes["tp"], "tp")
+    heads = config.attention.num_kv_heads
+    check_divides("config.attention.num_kv_heads", heads, sizes["tp"], "tp")
     if not 1 <= pp <= config.num_layers:
         raise error("mesh", got=f"pp={pp}", expected=f"at most num_layers={config.num_layers}")
     batch = batch_size // devices // micro_batches, seq_len
@@ -131,10 +132,10 @@ def plan(
     return Plan(sizes, tokens * micro_batches, tuple(stages), rows, copies)
 
 
-def copies_per_token(config: DeepSeekV3Config, ep: int) -> float:
+def copies_per_token(config: DecoderConfig, ep: int) -> float:
     """The devices along ``ep`` that a token goes to, its own included, if all experts are equally likely.
 
-    >>> from fmoe.models.deepseek_v3 import preset
+    >>> from fmoe.models.decoder import preset
     >>> 3.9 < copies_per_token(preset("671B"), 8) <= 4.0      # a group of experts to a device, 4 of 8 groups
     True
     """

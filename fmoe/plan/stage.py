@@ -12,12 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import argument_error
 from ..introspect import operator_class
-from ..models.config import DeepSeekV3Config
+from ..models.config import DecoderConfig
+from ..models.decoder import stage_loss
 from ..models.params import ModelParams, specs
-from ..models.stages import moves_of, stage_loss
 from ..ops.core.axes import Binding, axis_sizes, bound
 from ..parallel.boundary import enter
-from ..parallel.placement import computing, token_axes
+from ..parallel.placement import computing, moves, placed, token_axes
 from ..parallel.spec import axes_by_dim, known_axes
 from ..params import is_spec
 from ..training.gradients import accumulate, computing_in
@@ -46,7 +46,7 @@ class StagePlan(NamedTuple):
     ``sent``         bytes sent in a step, by purpose
     ===============  ====================================================================
 
-    >>> from fmoe.models.deepseek_v3 import preset
+    >>> from fmoe.models.decoder import preset
     >>> from fmoe.plan import plan
     >>> (stage,) = plan(preset("debug", layers=2), batch_size=2, seq_len=16, device_type="cpu").stages
     >>> stage.gradients == stage.parameters, sum(stage.at_peak.values()) == stage.peak
@@ -82,7 +82,7 @@ class StagePlan(NamedTuple):
 class Job(NamedTuple):
     """The inputs that all stages share."""
 
-    config: DeepSeekV3Config
+    config: DecoderConfig
     mesh: Any
     batch: tuple[int, int]
     micro_batches: int
@@ -101,8 +101,9 @@ def dry_run_stage(job: Job, dense: int, sparse: int, first: bool, last: bool) ->
     parts = min(job.micro_batches, 2)  # the third is like the second
     rows = job.batch[0] * parts
     run = DryRun(rows=job.rows, on_cuda=job.on_cuda)
+    binding = Binding(job.mesh, tokens=token_axes(job.mesh))
     # Always on the CPU, whose backward runs in this thread, which the dry run watches.
-    with torch.device("cpu"), FakeTensorMode(), bound(Binding(job.mesh)), run:
+    with torch.device("cpu"), FakeTensorMode(), bound(binding), run:
         params = optree.tree_map(lambda spec: _local(spec, job), tree, is_leaf=is_spec)
         tokens = torch.zeros(rows, job.batch[1], dtype=torch.int64)
         state = job.optimizer.init(params)
@@ -184,17 +185,17 @@ def _stage_loss(
     have = optree.tree_map(lambda spec: known_axes(spec, job.mesh), tree, is_leaf=is_spec)
     wanted = optree.tree_map(lambda spec: computing(spec.partition), tree, is_leaf=is_spec)
     params = optree.tree_map(lambda leaf, spec: enter(leaf, job.mesh, spec), params, have)
-    how, along = moves_of("plan", params, have, wanted, job.mesh), token_axes(job.mesh)
+    params = placed(params, moves("plan", "params", params, have, wanted, job.mesh))
     x = tokens
     if not first:  # the output of the stage before
         x = torch.empty(*tokens.shape, job.config.dim, dtype=job.compute_dtype, requires_grad=True)
-    x, stats = stage_loss(params, x, tokens, job.config, how, along, job.per_layer, job.logits_bytes)
+    x, stats = stage_loss(params, x, tokens, job.config, job.per_layer, job.logits_bytes)
     value = x.sum()
     run.mark("forward")
     return value, stats
 
 
-def _stage_specs(config: DeepSeekV3Config, dense: int, sparse: int, first: bool, last: bool) -> ModelParams:
+def _stage_specs(config: DecoderConfig, dense: int, sparse: int, first: bool, last: bool) -> ModelParams:
     whole, start = specs(config), config.num_dense_layers
     here: dict[str, Any] = {"layers": whole.layers[:dense] + whole.layers[start : start + sparse]}
     if not (first or (last and config.tied_head)):

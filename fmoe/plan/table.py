@@ -13,7 +13,7 @@ from .stage import PARTS, StagePlan
 def report(plan: Plan, console: Console, title: str = "") -> None:
     """Print what each device holds and sends, in MiB or GiB. Stages of equal sizes share a column.
 
-    >>> from fmoe.models.deepseek_v3 import preset
+    >>> from fmoe.models.decoder import preset
     >>> from fmoe.plan import plan
     >>> console = Console(width=60)
     >>> with console.capture() as shown:

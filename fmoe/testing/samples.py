@@ -75,12 +75,11 @@ def random_layer(
 
     Its selection bias is large enough to matter. It is drawn on the CPU, so that all devices draw the same.
     """
-    sizes = dict(dim=dim, hidden_dim=hidden_dim, num_experts=num_experts)
 
     def draw(spec: ParamSpec) -> torch.Tensor:
         return (torch.randn(spec.shape) * spec.shape[-1] ** -0.5 * 1.2).to(device, dtype)
 
-    specs = moe_specs(**sizes, num_shared_experts=int(shared))
+    specs = moe_specs(dim=dim, hidden_dim=hidden_dim, num_experts=num_experts, num_shared_experts=int(shared))
     params: MoEParams = optree.tree_map(draw, specs, is_leaf=is_spec)
     bias = torch.randn(num_experts) * 0.1
     return params._replace(router=params.router._replace(bias_E=bias.to(device)))

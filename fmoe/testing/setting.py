@@ -8,7 +8,7 @@ import optree
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..models.moe import COMPUTING, MoEParams, moe_layer
+from ..models.moe import COMPUTING, MoEParams, moe_layer, of_layer
 from ..ops.core.axes import Group, group_of
 from ..ops.reference import moe_reference
 from ..ops.route import RouterConfig, route
@@ -72,7 +72,9 @@ class Setting(NamedTuple):
 
     def held(self, params: MoEParams) -> MoEParams:
         """This device's piece of a whole layer's parameters, or of their gradients."""
-        return optree.tree_map(lambda t: t.to_local(), distribute(params, COMPUTING, self.mesh))
+        return optree.tree_map(
+            lambda t: t.to_local(), distribute(params, of_layer(params, COMPUTING), self.mesh)
+        )
 
     def inside(self, fn: Callable[..., Any], *params: Any) -> Callable[..., Any]:
         """``fn`` on the mesh, of params with these specs and each device's own tokens, along the backend."""
@@ -83,7 +85,7 @@ class Setting(NamedTuple):
     def forward(self) -> Callable[..., torch.Tensor]:
         """The layer on the mesh, as a function of each device's own pieces."""
         config = self.config
-        specs = optree.tree_map(lambda spec: known_axes(spec, self.mesh), COMPUTING)
+        specs = optree.tree_map(lambda spec: known_axes(spec, self.mesh), COMPUTING._replace(shared_gate=()))
         return self.inside(lambda params, x: moe_layer(params, x, config)[0], specs)
 
 

@@ -15,7 +15,7 @@ from fmoe.bench import model as bench_of_model
 from fmoe.bench.breakdown import time_by_kind
 from fmoe.bench.layers import ROUTINGS, SHAPES, Shape, config_for, layers, plain_layer, random_params, skewed
 from fmoe.bench.model import bench_model, report
-from fmoe.models import deepseek_v3
+from fmoe.models import decoder
 from fmoe.ops.reference import moe_reference
 from fmoe.plan import plan
 from fmoe.training.optim import adamw
@@ -132,8 +132,8 @@ def test_the_model_command_measures_training_steps(model_command, tmp_path):
     result, shown = model_command("--remat", "full", "--trace", trace)
     assert (result["layers"], result["dense_layers"]) == (2, 1)
     assert 0.9 * 5.545 < result["first_loss"] < 1.1 * 5.545  # log(256)
-    config = deepseek_v3.preset("debug", layers=2)
-    rate = deepseek_v3.flops_per_token(config, 32) * result["tokens_per_second"] / 1e12
+    config = decoder.preset("debug", layers=2)
+    rate = decoder.flops_per_token(config, 32) * result["tokens_per_second"] / 1e12
     assert result["tflops_per_second"] == pytest.approx(rate)
     assert result["tokens_per_second"] == pytest.approx(2 * 32 / result["ms"] * 1e3)
     assert result["mfu_of_matmul"] == pytest.approx(rate / result["matmul_tflops"])
@@ -163,19 +163,19 @@ def test_the_model_command_trains_on_text_with_balanced_experts_compiled(model_c
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     for words in ("experts balanced", "moments torch.bfloat16"):
         assert words in " ".join(shown.split())
-    params = deepseek_v3.init(deepseek_v3.preset("debug", layers=2), 0)
+    params = decoder.init(decoder.preset("debug", layers=2), 0)
     state = adamw(moments_dtype=torch.bfloat16).init(params)
     assert result["planned"]["optimizer"] == sum(t.nbytes for t in optree.tree_leaves(state))
 
 
 def test_a_model_whose_loss_is_wrong_is_not_timed(monkeypatch):
-    loss = deepseek_v3.loss
+    loss = decoder.loss
     monkeypatch.setattr(
-        deepseek_v3, "loss", lambda *args, **how: (2 * (found := loss(*args, **how))[0], found[1])
+        decoder, "loss", lambda *args, **how: (2 * (found := loss(*args, **how))[0], found[1])
     )
     with pytest.raises(RuntimeError, match=r"the first loss is 1[01]\.\d+, of an untrained model 5\.545"):
         bench_model(
-            deepseek_v3.preset("debug", layers=2), batch_size=2, seq_len=16, device="cpu", dtype=torch.float32
+            decoder.preset("debug", layers=2), batch_size=2, seq_len=16, device="cpu", dtype=torch.float32
         )
 
 
@@ -183,14 +183,14 @@ def test_a_model_that_does_not_train_is_not_timed(monkeypatch):
     monkeypatch.setattr(bench_of_model, "_times", lambda *_: ([1.0, 1.0], float("nan")))
     with pytest.raises(RuntimeError, match="bench model: the last loss is nan"):
         bench_model(
-            deepseek_v3.preset("debug", layers=2), batch_size=2, seq_len=16, device="cpu", dtype=torch.float32
+            decoder.preset("debug", layers=2), batch_size=2, seq_len=16, device="cpu", dtype=torch.float32
         )
 
 
 def test_a_model_that_memory_does_not_hold_is_not_measured(monkeypatch):
     monkeypatch.setattr(bench_of_model.os, "sysconf", lambda _: 1)
     with pytest.raises(ValueError, match=r"got a step that needs .* GiB, expected at most 0\.0 GiB"):
-        bench_model(deepseek_v3.preset("debug", layers=1), batch_size=1, seq_len=16, device="cpu")
+        bench_model(decoder.preset("debug", layers=1), batch_size=1, seq_len=16, device="cpu")
 
 
 def test_names_of_no_layer_are_refused():
@@ -199,7 +199,7 @@ def test_names_of_no_layer_are_refused():
 
 
 def test_a_result_has_a_report_without_a_name(capsys):
-    config = deepseek_v3.preset("debug", layers=1)
+    config = decoder.preset("debug", layers=1)
     result = bench_model(config, batch_size=1, seq_len=16, steps=2, device="cpu", dtype=torch.float32)
     report(result, Console(width=150))
     assert "a model: 1 layers (1 dense)" in capsys.readouterr().out

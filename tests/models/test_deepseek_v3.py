@@ -9,7 +9,7 @@ import optree
 import parity
 import pytest
 import torch
-from helpers import ORACLE_TRANSFORMS, TRANSFORMS, Example, error, fresh_seed, quick
+from helpers import ORACLE_TRANSFORMS, TRANSFORMS, Example, change, error, fresh_seed, quick
 from parity import MODELS, TINY, clear_tokens, small, their_model, their_tensors, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fmoe
 from fmoe.models import deepseek_v3
-from fmoe.models.attention import rope_table
-from fmoe.models.config import Yarn
+from fmoe.models.decoder import one_layer, stage_loss
+from fmoe.models.gqa import GQA
 from fmoe.models.params import ModelParams
-from fmoe.models.stages import one_layer, stage_loss
+from fmoe.models.rotary import Rotary, Yarn
 from fmoe.ops.core.tape import plain_operators
 from fmoe.params import is_spec
 
@@ -95,8 +95,7 @@ def test_stages_one_after_another_are_the_model_bit_for_bit(tied, cuts):
                 params.norm if last else (),
                 params.head if last else (),
             )
-            how = ModelParams((), [()] * (stop - start), (), ())
-            x, found = stage_loss(stage, x, targets, config, how, (), lambda layer: layer)
+            x, found = stage_loss(stage, x, targets, config)
             stats += found
         return x, stats
 
@@ -143,7 +142,7 @@ def test_vmap_over_sequences_and_per_example_gradients_equal_a_loop():
     assert error(got, optree.tree_map(lambda *g: torch.stack(g), *loop)) < 1e-12
 
 
-SMALL = dataclasses.replace(
+SMALL = change(
     TINY,
     vocab_size=9,
     dim=6,
@@ -194,18 +193,32 @@ def test_the_model_under_every_transform(transform, slow):
         assert error(TRANSFORMS[transform](scalar(per_layer), example), expected) < 1e-9, name
 
 
-@pytest.mark.parametrize("backend", quick(["inductor"], ["aot_eager", "inductor"]))
-def test_a_layer_with_remat_compiles_whole_and_once(backend):
+GROUPED = dataclasses.replace(
+    TINY,
+    attention=GQA(num_heads=4, num_kv_heads=2, head_dim=6, qk_norm="head", bias="all", rope=Rotary(4)),
+    shared_gate=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("backend", "config"),
+    quick(
+        [("inductor", TINY), ("aot_eager", GROUPED)],
+        itertools.product(["aot_eager", "inductor"], [TINY, GROUPED]),
+    ),
+    ids=lambda value: value if isinstance(value, str) else type(value.attention).__name__,
+)
+def test_a_layer_with_remat_compiles_whole_and_once(backend, config):
     """Attention, norms, router, experts, shared experts: one graph, though routing changes."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
-    params = deepseek_v3.init(TINY, fresh_seed()).layers[1]
-    rope = rope_table(TINY, 11)
+    params = deepseek_v3.init(config, fresh_seed()).layers[1]
+    rope = config.attention.rope.table(11)
     loads = set()
 
     def loss(wrap):
         def call(p, x):
-            y, (stats,) = wrap(one_layer)(p, x, rope, TINY)
+            y, (stats,) = wrap(one_layer)(p, x, rope, config)
             return y.pow(2).mean(), stats
 
         return fmoe.value_and_grad(call, (0, 1), has_aux=True)
@@ -214,7 +227,7 @@ def test_a_layer_with_remat_compiles_whole_and_once(backend):
         return torch.compile(fmoe.remat(layer), fullgraph=True, backend=counter)
 
     for _ in range(4):
-        x = torch.randn(2, 11, TINY.dim) * 5
+        x = torch.randn(2, 11, config.dim) * 5
         (value, stats), grads = loss(lambda layer: layer)(params, x)
         loads.add(str(stats.tokens_per_expert))
         assert error(loss(compiled)(params, x), ((value, stats), grads)) < 1e-5
@@ -243,23 +256,17 @@ def test_counts_move_the_biases():
 
 
 ERRORS = {
-    "preset: name: got '17B', expected one of ['16B', '236B', '671B', 'debug']": lambda: deepseek_v3.preset(
-        "17B"
-    ),
+    "preset: name: got '17B', expected one of ['16B', '235B-A22B', '236B'": lambda: deepseek_v3.preset("17B"),
     "preset: layers: got 28, expected 1 to 27, as 16B has. Leave it out for all of them.": (
         lambda: deepseek_v3.preset("16B", layers=28)
     ),
-    "DeepSeekV3Config: num_dense_layers: got 4, expected at most num_layers=3.": (
+    "DecoderConfig: num_dense_layers: got 4, expected at most num_layers=3.": (
         lambda: dataclasses.replace(TINY, num_dense_layers=4)
     ),
-    "DeepSeekV3Config: dim: got 0, expected an integer of at least 1.": lambda: dataclasses.replace(
-        TINY, dim=0
-    ),
-    "DeepSeekV3Config: dim: got 8.0, expected an integer": lambda: dataclasses.replace(TINY, dim=8.0),
-    "DeepSeekV3Config: qk_rope_head_dim: got 5, expected an even number.": (
-        lambda: dataclasses.replace(TINY, qk_rope_head_dim=5)
-    ),
-    "DeepSeekV3Config: router.top_k: got 8, expected at most 4, the experts that": (
+    "DecoderConfig: dim: got 0, expected an integer of at least 1.": lambda: dataclasses.replace(TINY, dim=0),
+    "DecoderConfig: dim: got 8.0, expected an integer": lambda: dataclasses.replace(TINY, dim=8.0),
+    "Rotary: dim: got 5, expected an even number.": (lambda: change(TINY, qk_rope_head_dim=5)),
+    "DecoderConfig: router.top_k: got 8, expected at most 4, the experts that": (
         lambda: dataclasses.replace(TINY, router=deepseek_v3.ROUTER)
     ),
     "Yarn: factor: got 0.5, expected at least 1.": lambda: Yarn(0.5, 4096),
@@ -307,7 +314,7 @@ def test_flops_are_those_transformers_does(name):
     # Its attention computes all keys and masks half of them; a causal one of 2 L - 1 keys does as much.
     length = 2 * batch.shape[1] - 1
     ours = deepseek_v3.flops_per_token(config, length) * batch.numel()
-    angles = config.qk_rope_head_dim * batch.shape[1]  # some versions multiply positions and frequencies
+    angles = config.attention.rope.dim * batch.shape[1]  # some versions multiply positions and frequencies
     assert counted.get_total_flops() in (ours, ours + angles)
 
 

@@ -10,7 +10,7 @@ import optree
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import allocated_at_once, quick
+from helpers import allocated_at_once, change, quick
 from parity import TINY, V2, init, their_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -18,11 +18,19 @@ from torch.distributed.tensor import distribute_tensor
 
 import fmoe
 from fmoe.models import deepseek_v3, huggingface
+from fmoe.models.gqa import GQA
 from fmoe.models.published import export_config
+from fmoe.models.rotary import Rotary
 from fmoe.parallel.spec import local_piece, spec_of
 from fmoe.params import is_spec
 
-CONFIG = dataclasses.replace(TINY, kv_lora_rank=8, q_lora_rank=8)
+CONFIG = change(TINY, kv_lora_rank=8, q_lora_rank=8)
+QWEN2 = dataclasses.replace(
+    CONFIG,
+    attention=GQA(num_heads=4, num_kv_heads=2, head_dim=4, bias="qkv", rope=Rotary(4)),
+    shared_gate=True,
+    router=fmoe.RouterConfig(top_k=2, score_func="softmax"),
+)
 MESHES = {"ep=4": 4, "dp=2,ep=2": 4, "tp=2,ep=2": 4, "dp=2": 2}
 BLOCK = (8, 5)
 
@@ -117,6 +125,7 @@ def directories(tmp_path_factory):
     tied = dataclasses.replace(CONFIG, tied_head=True)
     huggingface.save(folder / "tied", tied, params._replace(head=()))
     huggingface.save(folder / "V2", v2, init(v2))
+    huggingface.save(folder / "Qwen2", QWEN2, init(QWEN2))
     huggingface.save(folder / "indivisible", TINY, init(TINY))
     fused, quantised = their_tensors(params, CONFIG), {"weight_block_size": list(BLOCK)}
     write(folder / "fused", CONFIG, fused)
@@ -127,9 +136,9 @@ def directories(tmp_path_factory):
     return folder
 
 
-KINDS = ["apart", "fused", "low, apart", "low, fused", "tied", "V2"]
+KINDS = ["apart", "fused", "low, apart", "low, fused", "tied", "V2", "Qwen2"]
 SOME = [("ep=4", "apart"), ("tp=2,ep=2", "fused"), ("dp=2,ep=2", "low, apart"), ("tp=2,ep=2", "low, fused")]
-SOME += [("ep=4", "V2"), ("dp=2", "tied")]
+SOME += [("ep=4", "V2"), ("dp=2", "tied"), ("tp=2,ep=2", "Qwen2")]
 
 
 @pytest.mark.parametrize(("axes", "kind"), quick(SOME, itertools.product(MESHES, KINDS)))
@@ -147,7 +156,7 @@ def test_every_rank_reads_what_it_holds_and_nothing_else(pool, directories, axes
         weights = {name: count // sizes[name] for name, count in asked.items() if "scale_inv" not in name}
         held = sum(values.numel() for _, values in pieces)
         made_of_nothing = sum(layer.mlp.router.bias_E.numel() for layer in whole.layers[1:])
-        assert sum(weights.values()) == held - (made_of_nothing if kind == "V2" else 0)
+        assert sum(weights.values()) == held - (made_of_nothing if kind in ("V2", "Qwen2") else 0)
         elements.update(weights)
     assert elements.keys() == {name for name in sizes if "scale_inv" not in name}
 

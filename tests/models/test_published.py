@@ -119,9 +119,7 @@ def exported(**changes):
 
 LOAD, SAVE = "huggingface.load: config.json: got ", "huggingface.save: config: got "
 CONFIG_ERRORS = {
-    LOAD + "model_type='llama', not deepseek_v2 or deepseek_v3, expected a DeepSeek-V2": changed(
-        model_type="llama"
-    ),
+    LOAD + "model_type='llama', not deepseek_v3 or deepseek_v2 or kimi_k2 or": changed(model_type="llama"),
     LOAD + "attention_bias=True, not False; rope_interleave=False, not True, expected": changed(
         attention_bias=True, rope_interleave=False
     ),
@@ -152,10 +150,9 @@ CONFIG_ERRORS = {
     LOAD + "weight_block_size=[128], not two sizes": changed(
         quantization_config={"weight_block_size": [128]}
     ),
-    LOAD + "model_type=['deepseek_v3'], not deepseek_v2 or deepseek_v3": changed(model_type=["deepseek_v3"]),
+    LOAD + "model_type=['deepseek_v3'], not deepseek_v3 or deepseek_v2": changed(model_type=["deepseek_v3"]),
     "Yarn: mscale_all_dim: got 0.0": changed(rope_scaling=dict(YARN, mscale=0.707)),
-    SAVE
-    + "router.force_balance=True; router.group_best=1 with sigmoid scores, not 2; num_shared_experts=0": (
+    SAVE + "router.group_best=1, not 2; router.force_balance=True, not False; num_shared_experts=0": (
         exported(
             router=dataclasses.replace(TINY.router, force_balance=True, group_best=1), num_shared_experts=0
         )
@@ -163,7 +160,7 @@ CONFIG_ERRORS = {
     SAVE + "router.num_groups=8 of one expert each, not of two or more": exported(
         router=fmoe.RouterConfig(top_k=2, num_groups=8, top_groups=2)
     ),
-    SAVE + "router.normalize=True with softmax scores, expected what DeepseekV3ForCausalLM": exported(
+    SAVE + "router.normalize=True, not False, expected what DeepseekV2ForCausalLM": exported(
         router=dataclasses.replace(V2, normalize=True)
     ),
 }

@@ -6,24 +6,18 @@ import math
 import optree
 import pytest
 import torch
-from helpers import error
+from helpers import change, error
 from parity import their_config
 
-from fmoe.models.attention import (
-    attention_forward,
-    attention_specs,
-    frequencies,
-    rms_norm,
-    rope_table,
-    softmax_scale,
-)
-from fmoe.models.config import Yarn
-from fmoe.models.deepseek_v3 import preset
-from fmoe.models.published_tensors import NAMES
+from fmoe.introspect import kept_bytes
+from fmoe.models.decoder import preset
+from fmoe.models.families import FAMILIES
+from fmoe.models.norm import rms_norm
+from fmoe.models.rotary import Yarn
 from fmoe.ops.attention import causal_attention
 from fmoe.ops.core.tape import plain_operators
 from fmoe.ops.kernels import attention as kernels
-from fmoe.params import init_params
+from fmoe.params import init_params, is_spec
 from fmoe.tree import dotted_names
 
 SIZES = {
@@ -54,22 +48,26 @@ def theirs(modeling, config, params):
     hf, _ = their_config(config)
     hf._attn_implementation = "eager"
     layer = modeling.DeepseekV3Attention(hf, 0)
-    names = [NAMES[f"attention.{name}"][0].removeprefix("self_attn.") for name in dotted_names(params)]
+    table = FAMILIES["deepseek_v3"].names
+    names = [table[f"attention.{name}"][0].removeprefix("self_attn.") for name in dotted_names(params)]
     layer.load_state_dict(dict(zip(names, optree.tree_leaves(params))))
     return hf, layer
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_parity_with_transformers(modeling, sizes):
-    config = dataclasses.replace(preset("debug"), init_std=0.3, **sizes)
-    params = init_params(attention_specs(config), 0, dtype=torch.float32, device="cpu")
+    config = change(preset("debug"), **sizes)
+    wide = optree.tree_map(
+        lambda s: dataclasses.replace(s, scale=0.3), config.attention.specs(config.dim), is_leaf=is_spec
+    )
+    params = init_params(wide, 0, dtype=torch.float32, device="cpu")
     hf, layer = theirs(modeling, config, params)
     x = torch.randn(2, 13, config.dim)
     positions = torch.arange(13)[None].expand(2, -1)
     embedding = modeling.DeepseekV3RotaryEmbedding(hf)(x, positions)
     mask = torch.full((13, 13), -torch.inf).triu(1)[None, None]
     expected = layer(x, embedding, mask)[0]
-    got = attention_forward(params, x, rope_table(config, 13), config)
+    got = config.attention.forward(params, x, config.attention.rope.table(13), 1e-6)
     assert error(got, expected) < 1e-5
 
 
@@ -78,16 +76,17 @@ def test_published_positions(modeling, name):
     config = preset(name)
     hf, _ = their_config(config)
     embedding = modeling.DeepseekV3RotaryEmbedding(hf)
-    ours, plain = frequencies(config), frequencies(dataclasses.replace(config, yarn=None))
+    ours, plain = (c.attention.rope.frequencies() for c in (config, change(config, yarn=None)))
     torch.testing.assert_close(ours, embedding.inv_freq, rtol=1e-6, atol=0)
     # Pairs that turn 32 times in 4096 positions keep their frequency, those that turn once or less take 40
     # times as long.
     turns = 4096 * plain / (2 * math.pi)
     assert torch.equal(ours[turns > 40], plain[turns > 40])
     torch.testing.assert_close(ours[turns < 0.7] * 40, plain[turns < 0.7])
-    assert error(rope_table(config, 5).cos[3], torch.cos(3 * ours)) < 1e-6  # the two magnitudes are equal
-    mscale = config.yarn.mscale_all_dim
-    assert math.isclose(softmax_scale(config), 192**-0.5 * (0.1 * mscale * math.log(40) + 1) ** 2)
+    table = config.attention.rope.table(5)
+    assert error(table.cos[3], torch.cos(3 * ours)) < 1e-6  # the two magnitudes are equal
+    mscale = config.attention.rope.yarn.mscale_all_dim
+    assert math.isclose(config.attention.scale, 192**-0.5 * (0.1 * mscale * math.log(40) + 1) ** 2)
 
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 3e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
@@ -115,6 +114,27 @@ def test_attention_equals_softmax_attention(dtype, widths, length):
         )
     assert y.dtype == dtype
     assert error((y, pull(g.to(dtype))), (expected, expected_pull(g.double()))) < DTYPES[dtype]
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [(6, 3), (4, 1), (3, 3)], ids=str)
+def test_heads_of_queries_share_those_of_keys(dtype, heads):
+    """As if keys and values were repeated, which isn't kept for the backward."""
+    q, g = (torch.randn(2, 37, heads[0], n) for n in (16, 8))
+    k, v = (torch.randn(2, 37, heads[1], n) for n in (16, 8))
+
+    def repeated(q, k, v):
+        return causal_attention(q, *(t.repeat_interleave(heads[0] // heads[1], 2) for t in (k, v)), 0.3)
+
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    y, pull = torch.func.vjp(lambda *qkv: causal_attention(*qkv, 0.3), q, k, v)
+    with plain_operators():
+        expected, expected_pull = torch.func.vjp(repeated, *(t.double() for t in (q, k, v)))
+    assert error((y, pull(g.to(dtype))), (expected, expected_pull(g.double()))) < DTYPES[dtype]
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    of_outputs = y.nbytes + y[..., 0].numel() * max(4, y.element_size())
+    assert kept_bytes(lambda *qkv: causal_attention(*qkv, 0.3), q, k, v) == of_outputs
 
 
 # ---- engines ---------------------------------------------------------------------------------------
@@ -209,32 +229,32 @@ def test_attention_over_nothing(shape):
 
 
 def test_attention_refuses_what_does_not_fit():
-    q, few = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
-    with pytest.raises(ValueError, match=r"causal_attention: q, k, v: got \(2, 5, 4, 8\) .*\(2, 5, 2, 8\)"):
+    q, few = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 3, 8)
+    with pytest.raises(ValueError, match=r"causal_attention: q, k, v: got \(2, 5, 4, 8\) .*\(2, 5, 3, 8\)"):
         causal_attention(q, few, few, 1.0)
-    with pytest.raises(ValueError, match=r"one dtype on one device. Repeat the heads"):
+    with pytest.raises(ValueError, match=r"one dtype on one device, where G divides H"):
         causal_attention(q, q, q.double(), 1.0)
 
 
 def test_no_position_sees_a_later_one():
     config = preset("debug")
-    params = init_params(attention_specs(config), 1, dtype=torch.float64, device="cpu")
+    params = init_params(config.attention.specs(config.dim), 1, dtype=torch.float64, device="cpu")
     x = torch.randn(1, 9, config.dim, dtype=torch.float64)
     changed = torch.cat([x[:, :5], torch.randn_like(x[:, 5:])], 1)
-    rope = rope_table(config, 9)
-    a, b = (attention_forward(params, v, rope, config) for v in (x, changed))
+    table = config.attention.rope.table(9)
+    a, b = (config.attention.forward(params, v, table, 1e-6) for v in (x, changed))
     assert error(a[:, :5], b[:, :5]) < 1e-14
     assert error(a[:, 5:], b[:, 5:]) > 1e-3
 
 
 def test_attention_depends_on_distances_only():
     config = preset("debug")
-    params = init_params(attention_specs(config), 1, dtype=torch.float64, device="cpu")
+    params = init_params(config.attention.specs(config.dim), 1, dtype=torch.float64, device="cpu")
     x = torch.randn(1, 6, config.dim, dtype=torch.float64)
-    table = rope_table(config, 40)
+    table = config.attention.rope.table(40)
     late = type(table)(table.cos[30:36], table.sin[30:36])
     early = type(table)(table.cos[:6], table.sin[:6])
-    assert error(*(attention_forward(params, x, rope, config) for rope in (early, late))) < 1e-6
+    assert error(*(config.attention.forward(params, x, angles, 1e-6) for angles in (early, late))) < 1e-6
 
 
 def test_rms_norm_in_low_precision_takes_the_mean_in_float32():

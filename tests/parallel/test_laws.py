@@ -82,14 +82,22 @@ def test_compiles_whole(pool, where, slow):
     hold(pool, laws.compilation, where, slow, timeout=300)
 
 
-@on(["dp=2,ep=2", "ep=2,tp=2"], ["dp=2,ep=2", "ep=2,tp=2"])
-def test_the_models_gradients_are_those_of_one_process(pool, where):
-    hold(pool, laws.model, where, timeout=240)
+@pytest.mark.parametrize(
+    ("axes", "model"),
+    quick(
+        [("dp=2,ep=2", "MLA"), ("ep=2,tp=2", "GQA"), ("tp=2", "GQA, norm over all heads")],
+        [(a, m) for a in ("ep=2", "tp=2", "dp=2", "dp=2,ep=2", "ep=2,tp=2") for m in laws.MODELS],
+    ),
+)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_models_gradients_are_those_of_one_process(pool, axes, model, device):
+    hold(pool, laws.model, Where(axes, device=device), model, timeout=240)
 
 
 @on(["ep=2"], ["ep=2", "dp=2,ep=2", "ep=2,tp=2"])
-def test_the_models_layers_compile_with_remat(pool, where):
-    hold(pool, laws.compiled_layers, where, timeout=240)
+@pytest.mark.parametrize("model", quick(["GQA"], ["MLA", "GQA"]))
+def test_the_models_layers_compile_with_remat(pool, where, model):
+    hold(pool, laws.compiled_layers, where, model, timeout=240)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the host and the device are one")
@@ -101,16 +109,16 @@ def test_the_host_waits_once_a_layer_and_step(pool, axes):
 @pytest.fixture(scope="module")
 def losses_alone():
     @functools.cache
-    def on(device):
+    def on(device, model):
         with torch.device(device):
-            return laws.train(None)
+            return laws.train(None, name=model)
 
     return on
 
 
-def check_training(pool, where, alone_on, steps=10):
-    alone = alone_on(where.device)  # initial values are drawn there
-    for losses, norm in pool.run(ranks_of(where.axes), laws.train, where, steps, timeout=240):
+def check_training(pool, where, alone_on, steps=10, model="MLA"):
+    alone = alone_on(where.device, model)  # initial values are drawn there
+    for losses, norm in pool.run(ranks_of(where.axes), laws.train, where, steps, model, timeout=240):
         assert losses == pytest.approx(alone[0][:steps], rel=1e-9)
         assert steps < 10 or norm == pytest.approx(alone[1], rel=1e-6)
 
@@ -118,6 +126,12 @@ def check_training(pool, where, alone_on, steps=10):
 @on(["dp=2", "tp=2"], [axes for axes in MESHES if axes != "ep=1"])
 def test_ten_steps_of_training_are_those_of_one_process(pool, where, losses_alone):
     check_training(pool, where, losses_alone)
+
+
+@on(["ep=2,tp=2"], ["ep=2", "tp=2", "dp=2", "dp=2,ep=2", "ep=2,tp=2"])
+@pytest.mark.parametrize("model", quick(["GQA"], [name for name in laws.MODELS if name != "MLA"]))
+def test_ten_steps_of_other_models_are_those_of_one_process(pool, where, losses_alone, model):
+    check_training(pool, where, losses_alone, model=model)
 
 
 @pytest.mark.ranks

@@ -10,14 +10,14 @@ import optree
 import pytest
 import torch
 from devices import bare_mesh
-from helpers import allocated_at_once, quick
+from helpers import allocated_at_once, change, quick
 from laws import ranks_of
 
 import fmoe
 from fmoe.bench.model import bench_model
 from fmoe.introspect import kept_bytes, wire_bytes
 from fmoe.models import deepseek_v3
-from fmoe.models.config import preset
+from fmoe.models.decoder import preset
 from fmoe.ops import attention, experts
 from fmoe.ops.core.dtensors import local
 from fmoe.ops.cross_entropy import cross_entropy_terms, cross_entropy_terms_backward
@@ -25,7 +25,7 @@ from fmoe.plan import copies_per_token, dry_run, plan
 from fmoe.training import gradients, optim
 
 SMALL = dataclasses.replace(preset("debug"), num_layers=3, vocab_size=1000)
-TIED = dataclasses.replace(SMALL, tied_head=True, q_lora_rank=24)
+TIED = change(SMALL, tied_head=True, q_lora_rank=24)
 FULL = functools.partial(fmoe.remat, policy=fmoe.save_nothing)
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 
@@ -158,7 +158,7 @@ def test_each_device_of_a_mesh_holds_and_sends_what_was_planned(pool, axes):
 
 def test_traffic_per_token_is_what_was_simulated_and_measured():
     """Against docs/performance.md, "What travels"."""
-    config = dataclasses.replace(
+    config = change(
         preset("671B"), num_layers=1, num_dense_layers=0, num_heads=1, vocab_size=64, kv_lora_rank=32,
         q_lora_rank=0, num_shared_experts=0, moe_hidden_dim=8,
     )  # fmt: skip
@@ -282,7 +282,7 @@ def test_the_command_prints_a_table_or_json(command):
     [
         ("dp=3", {}, "plan: batch_size: got 4, expected a multiple of dp * ep * micro_batches=3"),
         ("ep=4", {"num_experts": 18, "router": fmoe.RouterConfig()}, "of ep=4"),
-        ("tp=8", {}, "plan: config.num_heads: got 4, expected a multiple of tp=8"),
+        ("tp=8", {}, "plan: config.attention.num_kv_heads: got 4, expected a multiple of tp=8"),
         ("pp=9", {}, "plan: mesh: got pp=9, expected at most num_layers=3"),
         ("xp=2", {}, "plan: axes: got xp=2, expected each of"),
     ],

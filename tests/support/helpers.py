@@ -1,5 +1,6 @@
 """What the tests share: random layers, comparisons, the table of transforms."""
 
+import dataclasses
 from collections.abc import Callable, Container, Iterable
 from typing import Any
 
@@ -36,6 +37,17 @@ def quick(some: Container[Any], cases: Iterable[Any]) -> list[Any]:
         return pytest.param(*(case if isinstance(case, tuple) else [case]), marks=marks)
 
     return [*map(param, cases)]
+
+
+def change(config: Any, **fields: Any) -> Any:
+    """A configuration with other values of fields, whether they are its own, its attention's or rotary."""
+    rope = {"qk_rope_head_dim": "dim", "rope_theta": "theta", "yarn": "yarn"}
+    attention = {f.name for f in dataclasses.fields(config.attention)} - {"rope"}
+    turning = {rope[k]: v for k, v in fields.items() if k in rope}
+    inner = {k: v for k, v in fields.items() if k in attention}
+    inner["rope"] = dataclasses.replace(config.attention.rope, **turning)
+    outer = {k: v for k, v in fields.items() if k not in {*rope, *attention}}
+    return dataclasses.replace(config, attention=dataclasses.replace(config.attention, **inner), **outer)
 
 
 def fresh_seed() -> int:

@@ -5,6 +5,7 @@ part, and returns the errors it found, by name; the test says how large they may
 themselves is in ``fmoe.testing``.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,15 @@ import optree
 import torch
 from devices import bare_mesh, sizes_of
 from helpers import CONFIGS, dot, error, random_layer
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.tensor import DTensor
 
 import fmoe
 from fmoe import P
 from fmoe.introspect import raw_calls
 from fmoe.models import deepseek_v3
+from fmoe.models.gqa import GQA
+from fmoe.models.rotary import Rotary
 from fmoe.ops.core.axes import Group, group_of
 from fmoe.ops.reference import moe_reference
 from fmoe.parallel import distribute
@@ -27,6 +31,7 @@ from fmoe.parallel.placement import token_axes
 from fmoe.testing import check_backend
 from fmoe.testing.samples import same_bits
 from fmoe.training import data, optim
+from fmoe.transforms import per_layer
 
 DIM = 8
 
@@ -226,21 +231,29 @@ MODEL = deepseek_v3.DeepSeekV3Config(
     router=CONFIGS["sigmoid, groups"],
     max_seq_len=16,
 )
+_GROUPED = GQA(num_heads=4, num_kv_heads=2, head_dim=4, qk_norm="head", bias="all", rope=Rotary(2))
+MODELS = {
+    "MLA": MODEL,
+    "GQA": dataclasses.replace(MODEL, attention=_GROUPED, shared_gate=True, tied_head=True),
+    "GQA, norm over all heads": dataclasses.replace(
+        MODEL, attention=dataclasses.replace(_GROUPED, qk_norm="all", bias="none")
+    ),
+}
 
 
-def model(where: Where) -> dict[str, float]:
+def model(where: Where, name: str = "MLA") -> dict[str, float]:
     """The model's logits, loss and gradients, with DTensors and with this device's own tokens."""
-    mesh, found = where.mesh(), {}
+    mesh, found, config = where.mesh(), {}, MODELS[name]
     place = group_of(mesh, token_axes(mesh))
-    params = deepseek_v3.init(MODEL, 7, dtype=where.dtype)
-    spread = deepseek_v3.init(MODEL, 7, dtype=where.dtype, mesh=mesh)
+    params = deepseek_v3.init(config, 7, dtype=where.dtype)
+    spread = deepseek_v3.init(config, 7, dtype=where.dtype, mesh=mesh)
     found["initial values"] = error(whole(spread), params)
-    batch = [torch.randint(MODEL.vocab_size, (2 * place.size, 9)) for _ in range(2)]
+    batch = [torch.randint(config.vocab_size, (2 * place.size, 9)) for _ in range(2)]
     batch[1][0, 3] = -100  # a target that doesn't count
     spec = P(token_axes(mesh))
-    logits = deepseek_v3.forward(spread, distribute(batch[0], spec, mesh), MODEL, mesh)[0]
-    found["logits"] = error(whole(logits), deepseek_v3.forward(params, batch[0], MODEL)[0])
-    loss = lambda p, *batch, **how: deepseek_v3.loss(p, *batch, MODEL, **how)[0]  # noqa: E731
+    logits = deepseek_v3.forward(spread, distribute(batch[0], spec, mesh), config, mesh)[0]
+    found["logits"] = error(whole(logits), deepseek_v3.forward(params, batch[0], config)[0])
+    loss = lambda p, *batch, **how: deepseek_v3.loss(p, *batch, config, **how)[0]  # noqa: E731
     expected = torch.func.grad(loss)(params, *batch)
     how = {"mesh": mesh, "backend": where.backend}
     for kind, cut in (("DTensors", lambda t: distribute(t, spec, mesh)), ("plain", lambda t: own(t, mesh))):
@@ -252,38 +265,47 @@ def model(where: Where) -> dict[str, float]:
         same_places = [g.placements == p.placements for g, p in zip(*map(optree.tree_leaves, (got, spread)))]
         assert all(same_places)
         found[f"gradient of {kind}"] = error(whole(got), expected)
+    for remat in ("full", "default", "save:attention"):
+        how["per_layer"] = per_layer(remat)
+        got = fmoe.value_and_grad(loss)(spread, *mine, **how)[1]
+        found[f"gradient with remat {remat}"] = error(whole(got), expected)
     return found
 
 
-def compiled_layers(where: Where) -> dict[str, float]:
-    """The model's gradients with layers that are compiled and recomputed."""
-    mesh = where.mesh()
-    params = deepseek_v3.init(MODEL, 7, dtype=where.dtype)
-    spread = deepseek_v3.init(MODEL, 7, dtype=where.dtype, mesh=mesh)
+def compiled_layers(where: Where, name: str = "MLA") -> dict[str, float]:
+    """The model's gradients with layers that are compiled and recomputed, and how many were compiled."""
+    mesh, config = where.mesh(), MODELS[name]
+    params = deepseek_v3.init(config, 7, dtype=where.dtype)
+    spread = deepseek_v3.init(config, 7, dtype=where.dtype, mesh=mesh)
     rows = 2 * group_of(mesh, token_axes(mesh)).size
-    batch = [torch.randint(MODEL.vocab_size, (rows, 9)) for _ in range(2)]
-    loss = lambda p, *batch, **how: deepseek_v3.loss(p, *batch, MODEL, **how)[0]  # noqa: E731
-    compiled = lambda layer: torch.compile(fmoe.remat(layer), fullgraph=True, backend="aot_eager")  # noqa: E731
+    batch = [torch.randint(config.vocab_size, (rows, 9)) for _ in range(2)]
+    loss = lambda p, *batch, **how: deepseek_v3.loss(p, *batch, config, **how)[0]  # noqa: E731
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = lambda layer: torch.compile(fmoe.remat(layer), fullgraph=True, backend=counter)  # noqa: E731
     how = {"mesh": mesh, "backend": where.backend, "per_layer": compiled}
-    got = fmoe.value_and_grad(loss)(spread, *(own(t, mesh) for t in batch), **how)[1]
-    return {"gradient": error(whole(got), torch.func.grad(loss)(params, *batch))}
+    for _ in range(2):  # routing changes from step to step
+        got = fmoe.value_and_grad(loss)(spread, *(own(t, mesh) for t in batch), **how)[1]
+        error_of_step = error(whole(got), torch.func.grad(loss)(params, *batch))
+        batch = [torch.randint(config.vocab_size, (rows, 9)) for _ in range(2)]
+    kinds = 2  # a dense layer and one with experts
+    return {"gradient": error_of_step, "compilations too many": counter.frame_count - kinds}
 
 
-def train(where: Where | None, steps: int = 10) -> tuple[list[float], float]:
+def train(where: Where | None, steps: int = 10, name: str = "MLA") -> tuple[list[float], float]:
     """The losses of a small model's first steps, here or on a mesh, and its parameters' norm (float32)."""
-    mesh = where.mesh() if where else None
+    mesh, config = where.mesh() if where else None, MODELS[name]
     how = {"mesh": mesh, "backend": where.backend} if where else {}
     place = group_of(mesh, token_axes(mesh)) if mesh is not None else Group("", 1, 0)
     seeded = torch.Generator().manual_seed(3)
-    text = torch.randint(MODEL.vocab_size, (500,), generator=seeded, device="cpu")
-    params = deepseek_v3.init(MODEL, 7, dtype=torch.float64, mesh=mesh)
+    text = torch.randint(config.vocab_size, (500,), generator=seeded, device="cpu")
+    params = deepseek_v3.init(config, 7, dtype=torch.float64, mesh=mesh)
     optimizer = optim.adamw()
     state, losses = optimizer.init(params), []
     step_of = fmoe.value_and_grad(deepseek_v3.loss, has_aux=True)
     for step in range(steps):
         batch = data.batch_at(step, text, batch_size=8, seq_len=9, seed=1, part=(place.position, place.size))
         batch = [t.to(params.embedding.device) for t in batch]
-        (loss, stats), grads = step_of(params, *batch, MODEL, **how)
+        (loss, stats), grads = step_of(params, *batch, config, **how)
         params, state = optimizer.update(params, grads, state, 1e-2, donate=True)
         params = deepseek_v3.update_biases(params, stats, 0.01)
         losses.append(loss.item())

@@ -4,14 +4,15 @@ import dataclasses
 
 import optree
 import torch
+from helpers import change
 
 import fmoe
 from fmoe.models import deepseek_v3
-from fmoe.models.config import Yarn
 from fmoe.models.published import export_config
 from fmoe.models.published_tensors import published_leaves
+from fmoe.models.rotary import Yarn
 
-TINY = dataclasses.replace(
+TINY = change(
     deepseek_v3.preset("debug"),
     vocab_size=40,
     dim=24,
@@ -80,7 +81,7 @@ MODELS = {
 
 
 def small(name):
-    return dataclasses.replace(TINY, **MODELS[name])
+    return change(TINY, **MODELS[name])
 
 
 def init(config, seed=0, **options):

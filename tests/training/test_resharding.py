@@ -1,6 +1,5 @@
 """Checkpoints from one mesh to another: the same bits, the same continuation, and errors all ranks see."""
 
-import dataclasses
 import random
 
 import optree
@@ -9,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from devices import bare_mesh
-from helpers import fresh_seed
+from helpers import change, fresh_seed
 from parity import TINY
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -21,7 +20,7 @@ from fmoe.training import checkpoint
 from fmoe.training.optim import adamw
 from fmoe.tree import dotted_names
 
-CONFIG = dataclasses.replace(TINY, kv_lora_rank=8)
+CONFIG = change(TINY, kv_lora_rank=8)
 OPTIMIZER = adamw()
 MESHES = ["ep=4", "dp=2,ep=2", "tp=2,ep=2"]
 ROWS, LENGTH, STEPS = 4, 12, 2

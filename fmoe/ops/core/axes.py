@@ -37,10 +37,15 @@ class Group(NamedTuple):
 
 
 class Binding(NamedTuple):
-    """A mesh whose axes have a meaning here, and the backend of each axis that dispatch may go along."""
+    """A mesh whose axes have a meaning here.
+
+    ``backends`` holds the backend of each axis that dispatch may go along, and ``tokens`` the axes that a
+    layer's tokens lie along.
+    """
 
     mesh: DeviceMesh | None = None
     backends: tuple[tuple[str, Any], ...] = ()
+    tokens: tuple[str, ...] = ()
 
 
 class MeshOfSizes:

@@ -32,10 +32,37 @@ aten = torch.ops.aten
 
 
 class Engine(NamedTuple):
-    """``forward(q, k, v, scale)`` -> y, lse; ``backward(g, q, k, v, scale, y, lse)`` -> three cotangents."""
+    """``forward(q, k, v, scale)`` -> y, lse; ``backward(g, q, k, v, scale, y, lse)`` -> three cotangents.
+
+    If it ``shares``, ``k`` and ``v`` may have fewer heads than ``q``, a divisor of them.
+    """
 
     forward: Callable[..., Tensors]
     backward: Callable[..., Tensors]
+    shares: bool = False
+
+
+def forward(q: Any, k: Any, v: Any, scale: float, *, by: Engine | None = None) -> Tensors:
+    """By the engine for such inputs. It sees repeated heads of keys and values unless it shares them."""
+    by = by or engine(q, k, v)
+    return by.forward(q, *_repeated(by, q, k, v), scale)
+
+
+def backward(
+    g: Any, q: Any, k: Any, v: Any, scale: float, y: Any, lse: Any, *, by: Engine | None = None
+) -> Tensors:
+    by = by or engine(q, k, v)
+    of_q, *rest = by.backward(g, q, *_repeated(by, q, k, v), scale, y, lse)
+    groups = k.shape[1]
+    return of_q, *(t if t.shape[1] == groups else t.unflatten(1, (groups, -1)).sum(2) for t in rest)
+
+
+def _repeated(by: Engine, q: torch.Tensor, *of_keys: torch.Tensor) -> list[torch.Tensor]:
+    """(B, G, L, N) -> (B, H, L, N), each head as often in a row as heads of queries share it."""
+    times = 1 if by.shares else q.shape[1] // max(of_keys[0].shape[1], 1)
+    if times == 1:
+        return [*of_keys]
+    return [t[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2) for t in of_keys]
 
 
 def later(length: int, device: torch.device) -> torch.Tensor:
@@ -117,10 +144,10 @@ def _cut(grads: Tensors, *like: torch.Tensor) -> Tensors:
 
 
 PLAIN = Engine(_plain_forward, _plain_backward)
-CPU: dict[str, Engine] = {"cpu": Engine(_cpu_forward, _cpu_backward), "plain": PLAIN}
+CPU: dict[str, Engine] = {"cpu": Engine(_cpu_forward, _cpu_backward, shares=True), "plain": PLAIN}
 CUDA: dict[str, Engine] = {
-    "cudnn": Engine(_cudnn_forward, _cudnn_backward),
-    "flash": Engine(_flash_forward, _flash_backward),
+    "cudnn": Engine(_cudnn_forward, _cudnn_backward, shares=True),
+    "flash": Engine(_flash_forward, _flash_backward, shares=True),
     "efficient": Engine(_efficient_forward, _efficient_backward),
     "plain": PLAIN,
 }
@@ -131,22 +158,28 @@ def engine(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Engine:
     if q.numel() == 0 or q.shape[2] == 1:  # one position: cuDNN's kernels die of it
         return PLAIN
     engines, heads = CUDA if q.is_cuda else CPU, (q.shape[-1], v.shape[-1])
-    able = [name for name in engines if not q.is_cuda or proven(name, q.device, q.dtype, *heads)]
+    shared = q.shape[1] != k.shape[1]
+    able = [name for name in engines if not q.is_cuda or proven(name, q.device, q.dtype, *heads, shared)]
     work = f"attention of {q.dtype} heads of {heads[0]} and {heads[1]} on {q.device.type}"
     return engines[chosen("causal_attention", OVERRIDE, able, work)]
 
 
 @functools.cache
-def proven(name: str, device: torch.device, dtype: torch.dtype, qk_dim: int, v_dim: int) -> bool:
-    """Whether an engine of a GPU agrees with the plain products there, for heads of these widths."""
+def proven(
+    name: str, device: torch.device, dtype: torch.dtype, qk_dim: int, v_dim: int, shared: bool = False
+) -> bool:
+    """Whether an engine of a GPU agrees with the plain products there, for heads of these widths.
+
+    With ``shared``, heads of queries share those of keys and values.
+    """
     if name == "plain":
         return True
     if dtype not in AGREEMENT or (name != "efficient" and dtype == torch.float32):
         return False
     # Of no round length, so that blocks end early; as the model lays tensors out.
-    q, k, v, g = (
-        _waves(i, (2, 150, 3, n), device, dtype) for i, n in enumerate((qk_dim, qk_dim, v_dim, v_dim))
-    )
+    heads = 6 if shared else 3
+    sizes = [(heads, qk_dim), (3, qk_dim), (3, v_dim), (heads, v_dim)]
+    q, k, v, g = (_waves(i, (2, 150, *size), device, dtype) for i, size in enumerate(sizes))
     try:
         found = _forward_and_backward(CUDA[name], g, q, k, v)
     except RuntimeError as error:
@@ -167,8 +200,8 @@ def proven(name: str, device: torch.device, dtype: torch.dtype, qk_dim: int, v_d
 
 def _forward_and_backward(engine: Engine, g: Any, q: Any, k: Any, v: Any) -> Tensors:
     scale = q.shape[-1] ** -0.5
-    y, lse = engine.forward(q, k, v, scale)
-    return (y, lse, *engine.backward(g, q, k, v, scale, y, lse.contiguous()))
+    y, lse = forward(q, k, v, scale, by=engine)
+    return (y, lse, *backward(g, q, k, v, scale, y, lse.contiguous(), by=engine))
 
 
 def _waves(number: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -1,0 +1,57 @@
+"""A function of parameters and tokens, on a mesh: the one way from global values to a device's own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..ops.core.axes import axis_names, binding, bound
+from ..parallel.backends import choose
+from ..parallel.boundary import dtensor_beneath
+from ..parallel.placement import moves, placed, token_axes, where_placed
+from ..parallel.shard_map import shard_map
+from ..parallel.spec import named_axes
+from ..params import P
+from .checks import check_same, check_token_spec
+
+
+def on_mesh(
+    function: str,
+    fn: Callable[..., Any],
+    params: Any,
+    inputs: dict[str, torch.Tensor],
+    mesh: DeviceMesh,
+    *,
+    wanted: Any,
+    out_specs: Callable[[P], Any],
+    backend: str,
+    like: torch.Tensor,
+) -> Any:
+    """``fn(params, *inputs)`` of each device's own.
+
+    The params that ``fn`` gets carry the moves to where they are ``wanted``. It calls
+    :func:`~fmoe.parallel.placement.use` where it computes with them. ``out_specs`` is a function of the
+    tokens' placement. The axes that tokens lie along stand in the binding, as ``tokens``. ``like`` is a
+    tensor of the device, dtype and last dimension of the rows that the backend carries.
+    """
+    tokens = tuple(inputs.values())
+    have, *where = where_placed((params, *tokens), (wanted, *[P(token_axes(mesh))] * len(tokens)), mesh)
+    for (name, value), spec in zip(inputs.items(), where):
+        check_token_spec(function, name, value, spec)
+        check_same(function, "placed by", name, spec, where[0])
+    how = moves(function, "params", params, have, wanted, mesh)
+    along = tuple(axis for axis in axis_names(mesh) if axis in named_axes(where[0]))
+
+    def here(params: Any, *tokens: torch.Tensor) -> Any:
+        with bound(binding()._replace(tokens=along)):
+            return fn(placed(params, how), *tokens)
+
+    return shard_map(
+        here,
+        mesh,
+        in_specs=(have, *where),
+        out_specs=out_specs(where[0]),
+        backends=choose(function, backend, mesh, like),
+        local_results=not dtensor_beneath(tokens[0]),
+    )(params, *tokens)
