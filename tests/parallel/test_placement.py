@@ -7,7 +7,7 @@ import optree
 import pytest
 import torch
 from devices import bare_mesh
-from helpers import CONFIGS, error, random_layer
+from helpers import CONFIGS, change, error, random_layer
 from laws import MODEL, alone, loss_of, whole
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -69,7 +69,7 @@ def misplaced():
     refused("dimension 2 of size 5 doesn't divide by tp=2", fmoe.moe_forward, layer, x, two, router=ROUTER)
 
     tokens = torch.randint(MODEL.vocab_size, (2, 9))
-    plain, odd = deepseek_v3.init(MODEL, 0), dataclasses.replace(MODEL, num_heads=3)
+    plain, odd = deepseek_v3.init(MODEL, 0), change(MODEL, num_heads=3)
     text = "embedding a plain tensor of (32, 16), not (16, 16); layers.0.attention.query.up a plain tensor"
     refused(text, deepseek_v3.loss, plain, tokens, tokens, MODEL, two)
     spread = deepseek_v3.init(MODEL, 0, mesh=two)
@@ -86,7 +86,13 @@ def misplaced():
         MODEL,
     )
     refused(
-        "got tp=2 for 3 heads", deepseek_v3.loss, deepseek_v3.init(odd, 0, mesh=two), tokens, tokens, odd, two
+        "got tp=2 for 3 heads of keys",
+        deepseek_v3.loss,
+        deepseek_v3.init(odd, 0, mesh=two),
+        tokens,
+        tokens,
+        odd,
+        two,
     )
     ep = bare_mesh("ep=2")
     spread = deepseek_v3.init(MODEL, 0, mesh=ep)
