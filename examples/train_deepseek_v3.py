@@ -112,10 +112,10 @@ def main():
             scale = optim.clip_factor(norm, args.max_norm)
             params, state = optimizer.update(params, grads, state, rate_of(step), scale=scale, donate=True)
             params = decoder.update_biases(params, stats, args.bias_rate)
-            loss, norm = loss.item(), norm.item()
-            gradients.check_finite(step, loss, norm, grads)
+            gradients.check_finite(step, loss := loss.item(), norm := norm.item(), grads)
             del grads  # before the next step's are made
-            seconds, counts = time.perf_counter() - began, [s.tokens_per_expert.tolist() for s in stats]
+            counts = [layer.tokens_per_expert.tolist() for layer in stats.layers]
+            seconds = time.perf_counter() - began
             speed = metrics.speed(flops / seconds, precision.device)
             now = metrics.Step(step, loss, norm, rate_of(step), tokens / seconds, counts, **speed)
             if tests and (done == args.steps or done % args.eval_every == 0):

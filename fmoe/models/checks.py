@@ -117,9 +117,6 @@ def check_tokens(function: str, argument: str, tokens: torch.Tensor, max_seq_len
         got = f"{tokens.dtype} of shape {tuple(tokens.shape)}"
         remedy = "Convert with .long(), and give one sequence a batch dimension."
         raise error(got=got, expected="torch.int64 of shape (B, L)", remedy=remedy)
-    if tokens.numel() == 0:
-        got = f"no token, of shape {tuple(tokens.shape)}"
-        raise error(got=got, expected="at least one", remedy="Leave empty batches out.")
     if tokens.shape[1] > max_seq_len:
         got, expected = f"{tokens.shape[1]} positions", f"at most max_seq_len={max_seq_len}"
         raise error(got=got, expected=expected, remedy="Cut the sequences, or raise max_seq_len.")

@@ -6,7 +6,7 @@ gathered when used.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import optree
 import torch
@@ -36,6 +36,27 @@ from .vocabulary import embed, summed_cross_entropy
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 Stats = tuple[MoEStats, ...]
+
+
+class LossStats(NamedTuple):
+    """What :func:`loss` says beside the loss.
+
+    ===========  ========================================
+    num_targets  how many the loss is the mean of, over all devices, in the loss's dtype
+    layers       one :class:`fmoe.MoEStats` per MoE layer, over all tokens
+    ===========  ========================================
+
+    :func:`fmoe.training.gradients.accumulate` and :func:`fmoe.training.metrics.mean_loss` weigh a mean by
+    its ``num_targets``.
+
+    >>> config, tokens = preset("debug"), torch.randint(256, (2, 16))
+    >>> targets = tokens.masked_fill(torch.arange(16) < 10, -100)
+    >>> loss(init(config, 0), tokens, targets, config)[1].num_targets
+    tensor(12.)
+    """
+
+    num_targets: torch.Tensor
+    layers: Stats
 
 
 def init(
@@ -111,8 +132,8 @@ def loss(
     backend: str = "auto",
     per_layer: Wrap = lambda layer: layer,
     logits_bytes: int = LOGITS_BYTES,
-) -> tuple[torch.Tensor, Stats]:
-    """The mean cross entropy in nats, float32 or wider, and the statistics of every MoE layer.
+) -> tuple[torch.Tensor, LossStats]:
+    """The mean cross entropy in nats, float32 or wider, and its :class:`LossStats`.
 
     ``tokens`` and ``targets`` are int64 (B, L), and a target of -100 doesn't count. The rest is as for
     :func:`forward`. On a mesh the mean is over all devices' tokens, and the same on each. Logits are never
@@ -126,6 +147,8 @@ def loss(
     >>> value, stats = loss(init(config, 0), tokens, tokens, config)
     >>> abs(value.item() - 5.5) < 0.5      # near log(256) before any training
     True
+    >>> len(stats.layers), stats.num_targets
+    (3, tensor(32.))
     """
     check_tokens("loss", "tokens", tokens, config.max_seq_len)
     check_tokens("loss", "targets", targets, config.max_seq_len)
@@ -138,15 +161,15 @@ def loss(
     return _on_mesh("loss", run, params, inputs, config, mesh, backend, lambda where: (P(), P()))
 
 
-def update_biases(params: ModelParams, stats: tuple[MoEStats, ...], rate: float) -> ModelParams:
-    """:func:`fmoe.update_expert_bias` of every MoE layer, by the ``stats`` of :func:`loss` for the step.
+def update_biases(params: ModelParams, stats: LossStats | Stats, rate: float) -> ModelParams:
+    """:func:`fmoe.update_expert_bias` of every MoE layer, by what :func:`loss` or :func:`forward` counted.
 
     >>> params = init(preset("debug"), 0)
     >>> _, stats = forward(params, torch.randint(256, (2, 16)), preset("debug"))
     >>> update_biases(params, stats, 0.001).layers[1].mlp.router.bias_E.abs().max()
     tensor(0.0010)
     """
-    rest = iter(stats)
+    rest = iter(stats.layers if isinstance(stats, LossStats) else stats)
     layers = tuple(
         layer._replace(mlp=update_expert_bias(layer.mlp, next(rest).tokens_per_expert, rate))
         if isinstance(layer.mlp, MoEParams)
@@ -201,14 +224,14 @@ def stage_loss(
     config: DecoderConfig,
     per_layer: Wrap = lambda layer: layer,
     logits_bytes: int = LOGITS_BYTES,
-) -> tuple[torch.Tensor, Stats]:
+) -> tuple[torch.Tensor, LossStats | Stats]:
     """The mean cross entropy or, unless the stage is the last, the input of the next."""
     x, stats = hidden(params, x, config, per_layer)
     if isinstance(params.norm, tuple):
         return x, stats
     total, count = summed_cross_entropy(x, head(params), targets, logits_bytes=logits_bytes)
     total, count = psum(torch.stack([total, count.to(total.dtype)]), binding().tokens).unbind()
-    return total / count.clamp_min(1), stats
+    return total / count.clamp_min(1), LossStats(count.detach(), stats)
 
 
 def hidden(

@@ -45,14 +45,16 @@ def moe_stats(routing: Routing, total: Callable[[torch.Tensor], torch.Tensor] = 
 
 
 def merge_stats(parts: Sequence[MoEStats]) -> MoEStats:
-    """The statistics of one layer over several batches of the same number of tokens.
+    """The statistics of one layer over several batches together.
 
     >>> parts = [_of_counts(torch.tensor(counts), torch.tensor(0.5)) for counts in ([3, 1], [0, 4])]
     >>> merge_stats(parts)[:3]
     (tensor([3, 5]), tensor(1.2500), tensor(0))
     """
-    counts = torch.stack([part.tokens_per_expert for part in parts]).sum(0)
-    return _of_counts(counts, torch.stack([part.router_entropy for part in parts]).mean())
+    counts = torch.stack([part.tokens_per_expert for part in parts])
+    tokens = counts.sum(-1).float()  # times top-k, which cancels
+    entropies = torch.stack([part.router_entropy for part in parts])
+    return _of_counts(counts.sum(0), (entropies * tokens).sum() / tokens.sum().clamp_min(1))
 
 
 def _of_counts(counts: torch.Tensor, router_entropy: torch.Tensor) -> MoEStats:

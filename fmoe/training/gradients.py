@@ -30,15 +30,17 @@ def accumulate(value_and_grad_fn: Callable[..., Any], num_micro_batches: int) ->
     ==================  =======================================================================
     value_and_grad_fn   ``(params, *batch) -> (value, grads)`` or ``((value, aux), grads)``, as
                         ``fmoe.value_and_grad`` makes it; the value is a mean over the batch
-    num_micro_batches   into how many equal parts the first dimension of every batch tensor is cut
+    num_micro_batches   into how many parts, as equal as can be, a batch's first dimension is cut
     -> function         the same function of the whole batch, within summation order
     ==================  =======================================================================
 
-    Parts weigh equally, so a mean over tokens equals the batch's if each part counts as many of them.
-    Values and gradients are averaged in float32 or wider and returned in their dtype. In ``aux`` every
-    :class:`fmoe.MoEStats` is merged. Other tensors are averaged, and those of integers summed.
+    If ``aux`` has ``num_targets``, as that of :func:`fmoe.models.decoder.loss` has, a part weighs as much as
+    it says, so that the mean is that over the whole batch. Without it, a part weighs as much as it has rows.
+    Values and gradients are summed in float32 or wider, divided once, and returned in their dtype. In
+    ``aux``, ``num_targets`` are summed and every :class:`fmoe.MoEStats` is merged. Other tensors are averaged
+    likewise, and those of integers summed.
 
-    Raises ``ValueError`` for a batch that cannot be cut into such parts.
+    Raises ``ValueError`` for fewer than one part, and for tensors of different numbers of rows.
 
     >>> from fmoe import value_and_grad
     >>> mean = value_and_grad(lambda w, x: (w * x).mean())
@@ -54,28 +56,34 @@ def accumulate(value_and_grad_fn: Callable[..., Any], num_micro_batches: int) ->
 
     @functools.wraps(value_and_grad_fn)
     def call(params: Any, *batch: torch.Tensor) -> Any:
-        sizes = [len(tensor) for tensor in batch]
-        if any(size == 0 or size % num_micro_batches for size in sizes):
-            expected = f"multiples of num_micro_batches={num_micro_batches}"
-            raise argument_error("accumulate", "batch", got=f"tensors of {sizes} rows", expected=expected)
-        values = []
+        rows = [len(tensor) for tensor in batch]
+        if len({*rows}) > 1:
+            raise argument_error(
+                "accumulate", "batch", got=f"tensors of {rows} rows", expected="as many in each"
+            )
+        values, weights = [], []
         dtypes: list[torch.dtype] = []
         total: list[torch.Tensor] = []
-        for part in zip(*(tensor.chunk(num_micro_batches) for tensor in batch)):
+        for part in zip(*(tensor.tensor_split(num_micro_batches) for tensor in batch)):
             value, grads = value_and_grad_fn(params, *part)
             values.append(value)
+            weights.append(_weight(value, part[0]))
             leaves, structure = optree.tree_flatten(grads)
             if not total:
                 dtypes = [leaf.dtype for leaf in leaves]
-                # Copies: two leaves of a gradient may be one tensor.
-                total = [map_local(lambda t: t.to(accumulator(t.dtype), copy=True), leaf) for leaf in leaves]
-            else:
-                _add(total, leaves)
+                total = [map_local(_zeros, leaf) for leaf in leaves]
+            _add(total, leaves, weights[-1])
             del grads, leaves  # before the next part's are made
+        shares = torch.stack(weights)
+        whole = shares.sum()
+        shares = shares / whole.clamp_min(1)
         for mine in total:
-            local(mine).div_(num_micro_batches)
+            local(mine).div_(whole.clamp_min(1))
         means = [map_local(operator.methodcaller("to", dtype), mine) for mine, dtype in zip(total, dtypes)]
-        merged = optree.tree_map(_merged, *values, is_leaf=lambda x: isinstance(x, MoEStats))
+        merge = functools.partial(_merged, shares)
+        merged = optree.tree_map(merge, *values, is_leaf=lambda x: isinstance(x, MoEStats))
+        if (count := num_targets_of(merged)) is not None:
+            merged = merged[0], merged[1]._replace(num_targets=map_local(lambda _: whole, count))
         return merged, structure.unflatten(means)
 
     return call
@@ -114,10 +122,24 @@ def _untrained(params: Any) -> Any:
     return optree.tree_map(operator.not_, trained_by_default(params))
 
 
-def _add(total: list[torch.Tensor], leaves: list[torch.Tensor]) -> None:
+def num_targets_of(value: Any) -> torch.Tensor | None:
+    """How many targets a loss is the mean of, if ``value`` is ``(loss, aux)`` and ``aux`` says that."""
+    return getattr(value[1], "num_targets", None) if isinstance(value, tuple) and len(value) == 2 else None
+
+
+def _weight(value: Any, like: torch.Tensor) -> torch.Tensor:
+    count = num_targets_of(value)
+    return torch.tensor(float(len(like)), device=like.device) if count is None else local(count).detach()
+
+
+def _zeros(leaf: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(leaf, dtype=accumulator(leaf.dtype))
+
+
+def _add(total: list[torch.Tensor], leaves: list[torch.Tensor], weight: torch.Tensor) -> None:
     """In a function of its own, which holds no leaf when it is done."""
     for mine, leaf in zip(total, leaves):
-        local(mine).add_(local(leaf))
+        local(mine).addcmul_(local(leaf), weight.to(mine.dtype))
 
 
 def _converted(leaf: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -173,10 +195,13 @@ def _not_finite(tree: Any) -> str:
     return f"{len(bad)} of {len(leaves)} tensors: {shown}{rest}"
 
 
-def _merged(*parts: Any) -> Any:
+def _merged(shares: torch.Tensor, *parts: Any) -> Any:
     if isinstance(parts[0], MoEStats):
         return merge_stats(parts)
-    together = torch.stack(parts)
-    if not together.is_floating_point():
-        return together.sum(0)
-    return together.to(accumulator(together.dtype)).mean(0).to(together.dtype)
+    together = torch.stack([local(part) for part in parts])
+    if together.is_floating_point():
+        wide = together.to(accumulator(together.dtype))
+        merged = torch.tensordot(shares.to(wide.dtype), wide, 1).to(together.dtype)
+    else:
+        merged = together.sum(0)
+    return map_local(lambda _: merged, parts[0])

@@ -78,13 +78,20 @@ class Step(NamedTuple):
 
 @torch.no_grad()
 def mean_loss(loss_fn: Callable[..., Any], params: Any, batches: Sequence[Sequence[torch.Tensor]]) -> float:
-    """The mean over batches of ``loss_fn(params, *batch)``, which returns ``(loss, aux)``; no gradients.
+    """The mean of ``loss_fn(params, *batch)`` over batches. It returns ``(loss, aux)``; no gradients.
+
+    A batch weighs as much as ``aux.num_targets`` says, as :func:`~fmoe.training.gradients.accumulate` has it.
 
     >>> batches = [(torch.ones(3),), (torch.zeros(3),)]
     >>> mean_loss(lambda w, x: ((w * x).mean(), None), torch.tensor(2.0), batches)
     1.0
     """
-    return sum(loss_fn(params, *batch)[0].item() for batch in batches) / len(batches)
+    total = weights = 0.0
+    for batch in batches:
+        loss, aux = loss_fn(params, *batch)
+        weight = aux.num_targets.item() if hasattr(aux, "num_targets") else 1.0
+        total, weights = total + weight * loss.item(), weights + weight
+    return total / max(weights, 1.0)
 
 
 class MetricsFile:
