@@ -32,7 +32,7 @@ from .params import LayerParams as LayerParams
 from .params import ModelParams as ModelParams
 from .params import specs as specs
 from .rotary import Angles
-from .vocabulary import embed, summed_cross_entropy
+from .vocabulary import IGNORED, embed, refuse_outside, summed_cross_entropy, within
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 Stats = tuple[MoEStats, ...]
@@ -112,6 +112,9 @@ def forward(
     check_tokens("forward", "tokens", tokens, config.max_seq_len)
 
     def run(params: ModelParams, tokens: torch.Tensor) -> Any:
+        if binding().mesh is not None:
+            tokens, outside = within(tokens, config.vocab_size)
+            refuse_outside(psum(outside, binding().tokens))
         x, stats = hidden(params, tokens, config, per_layer)
         return x @ head(params).mT, stats
 
@@ -224,13 +227,22 @@ def stage_loss(
     config: DecoderConfig,
     per_layer: Wrap = lambda layer: layer,
     logits_bytes: int = LOGITS_BYTES,
-) -> tuple[torch.Tensor, LossStats | Stats]:
-    """The mean cross entropy or, unless the stage is the last, the input of the next."""
+) -> tuple[torch.Tensor, LossStats]:
+    """The mean cross entropy or, unless the stage is the last, the input of the next, of no targets."""
+    is_whole = not (x.is_floating_point() or isinstance(params.norm, tuple))
+    outside = torch.zeros((), dtype=torch.int64, device=x.device)
+    if is_whole and binding().mesh is not None:
+        x, of_tokens = within(x, config.vocab_size)
+        targets, of_targets = within(targets, config.vocab_size, also=IGNORED)
+        outside = of_tokens + of_targets
     x, stats = hidden(params, x, config, per_layer)
     if isinstance(params.norm, tuple):
-        return x, stats
+        return x, LossStats(x.new_zeros(()), stats)
     total, count = summed_cross_entropy(x, head(params), targets, logits_bytes=logits_bytes)
-    total, count = psum(torch.stack([total, count.to(total.dtype)]), binding().tokens).unbind()
+    sums = torch.stack([total, *(number.to(total.dtype) for number in (count, outside))])
+    total, count, outside = psum(sums, binding().tokens).unbind()
+    if binding().mesh is not None:
+        refuse_outside(outside)
     return total / count.clamp_min(1), LossStats(count.detach(), stats)
 
 

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from ..errors import argument_error
 from ..ops.core.axes import present
@@ -9,6 +10,10 @@ from ..ops.cross_entropy import LOGITS_BYTES, cross_entropy_terms
 from ..parallel.collectives import all_gather, axis_index, axis_size, psum
 
 IGNORED = -100
+OUTSIDE = (
+    "vocabulary: tokens, targets: got an id outside of it, on this device or another, expected 0 to "
+    "vocab_size - 1, or -100 among targets. Use the tokenizer that the model is for."
+)
 
 
 def embed(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -54,11 +59,25 @@ def summed_cross_entropy(
 
 def _mine(ids: torch.Tensor, rows: int, axes: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids as rows of this device's part of the vocabulary, and which of them are in it."""
-    inside = (ids >= 0) & (ids < rows * axis_size(axes))
-    torch._assert_async(
-        inside.all(),
-        "vocabulary: ids: got one outside of it, along tp. Use the tokenizer that the model is for.",
-    )
     local = ids - axis_index(axes) * rows
     here = (local >= 0) & (local < rows)
     return torch.where(here, local, 0), here
+
+
+def within(ids: torch.Tensor, vocab_size: int, also: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids with 0 in place of those outside the vocabulary, and how many these are. ``also`` is an id, too.
+
+    On a mesh an error of one device would leave the others waiting. So each counts, and all raise together by
+    :func:`refuse_outside`.
+    """
+    outside = (ids < 0) | (ids >= vocab_size)
+    if also is not None:
+        outside = outside & (ids != also)
+    return torch.where(outside, 0, ids), outside.sum()
+
+
+def refuse_outside(number: torch.Tensor) -> None:
+    """Raise ``RuntimeError`` if any device counted ids outside the vocabulary. On CUDA the device does."""
+    while is_functorch_wrapped_tensor(number):  # a batch of examples has a number for each
+        number = get_unwrapped(number)
+    torch._assert_async((number == 0).all(), OUTSIDE)

@@ -86,7 +86,7 @@ def test_stages_one_after_another_are_the_model_bit_for_bit(tied, cuts):
     params, batch, targets = deepseek_v3.init(config, 0), tokens(config), tokens(config)
 
     def in_stages(params):
-        x, stats = batch, ()
+        x, layers = batch, ()
         for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
             last = i == len(cuts) - 2
             stage = ModelParams(
@@ -96,8 +96,8 @@ def test_stages_one_after_another_are_the_model_bit_for_bit(tied, cuts):
                 params.head if last else (),
             )
             x, found = stage_loss(stage, x, targets, config)
-            stats += found
-        return x, stats
+            layers += found.layers
+        return x, found._replace(layers=layers)
 
     whole = fmoe.value_and_grad(deepseek_v3.loss, has_aux=True)(params, batch, targets, config)
     for found, expected in zip(
@@ -281,9 +281,6 @@ ERRORS = {
     ),
     "forward: tokens: got 33 positions, expected at most max_seq_len=32.": (
         lambda: deepseek_v3.forward(deepseek_v3.init(TINY, 0), tokens(length=33), TINY)
-    ),
-    "forward: tokens: got no token, of shape (0, 4), expected at least one.": (
-        lambda: deepseek_v3.forward(deepseek_v3.init(TINY, 0), tokens()[:0, :4], TINY)
     ),
     "embed: ids: got an id outside the vocabulary, expected 0 to 39. Use the tokenizer": (
         lambda: deepseek_v3.forward(deepseek_v3.init(TINY, 0), tokens() + 40, TINY)

@@ -2,16 +2,21 @@
 
 import dataclasses
 
+import optree
 import pytest
 import torch
-from helpers import allocated_at_once, error
+from devices import bare_mesh
+from helpers import allocated_at_once, error, fresh_seed, quick
+from laws import whole
 from torch.nn.functional import cross_entropy
 
 import fmoe
 from fmoe.introspect import kept_bytes
-from fmoe.models import deepseek_v3, vocabulary
+from fmoe.models import deepseek_v3
 from fmoe.models.vocabulary import summed_cross_entropy
+from fmoe.ops.core.axes import group_of
 from fmoe.ops.cross_entropy import block_columns
+from fmoe.parallel.placement import token_axes
 
 VOCAB, DIM, SHAPE = 1000, 24, (3, 37)
 TOKENS = SHAPE[0] * SHAPE[1]
@@ -102,11 +107,60 @@ def test_a_target_outside_the_vocabulary_is_an_error():
             summed_cross_entropy(x, weight, targets)
 
 
-def test_an_id_outside_a_vocabulary_along_tp_is_an_error(monkeypatch):
-    monkeypatch.setattr(vocabulary, "axis_size", lambda _: 2)
-    monkeypatch.setattr(vocabulary, "axis_index", lambda _: 0)
-    with pytest.raises(RuntimeError, match=r"vocabulary: ids: got one outside of it, along tp\. Use"):
-        vocabulary.embed(torch.tensor([8]), torch.ones(4, 2))
+def told(axes, what, wrong):
+    """What each device is told if the first has a wrong id."""
+    mesh, config = bare_mesh(axes), deepseek_v3.preset("debug", layers=2, vocab_size=32)
+    params = deepseek_v3.init(config, 0, mesh=mesh)
+    tokens, targets = torch.randint(32, (2, 2, 9)).unbind()
+    if not any(mesh.get_coordinate()):
+        (tokens if what == "tokens" else targets)[1, 4] = wrong
+    call = deepseek_v3.forward if what == "logits" else deepseek_v3.loss
+    inputs = [targets] if what == "logits" else [tokens, targets]
+    for _ in range(2):  # they go on together afterwards
+        with pytest.raises(RuntimeError, match="vocabulary: tokens, targets: got an id outside of it"):
+            call(params, *inputs, config, mesh)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("axes", "what", "wrong"), [("dp=2", "tokens", 32), ("ep=2", "targets", -3), ("ep=2", "logits", 99)]
+)
+def test_an_id_of_one_device_outside_the_vocabulary_is_an_error_on_all(pool, axes, what, wrong):
+    assert pool.run(2, told, axes, what, wrong) == [True, True]
+
+
+def shares(axes, counts, seed):
+    """The model's error against one process, where devices have these numbers of sequences."""
+    mesh, config = bare_mesh(axes), deepseek_v3.preset("debug", layers=2, vocab_size=32)
+    group = group_of(mesh, token_axes(mesh))
+    generator = torch.Generator().manual_seed(seed)
+    batch = torch.randint(32, (2, sum(counts), 9), generator=generator).unbind()
+    mine = [tensor.split(counts)[group.position] for tensor in batch]
+    params, spread = (deepseek_v3.init(config, seed, dtype=torch.float64, mesh=m) for m in (None, mesh))
+    step = fmoe.value_and_grad(deepseek_v3.loss, has_aux=True)
+    (loss, stats), grads = step(spread, *mine, config, mesh)
+    (expected, their_stats), their_grads = step(params, *batch, config)
+    assert torch.equal(stats.num_targets, their_stats.num_targets)
+    return max(error(loss, expected), error(whole(grads), their_grads))
+
+
+FEW = [("dp=2", [0, 3]), ("ep=2", [2, 0])]
+
+
+@pytest.mark.parametrize(("axes", "counts"), quick(FEW, [*FEW, ("dp=2", [0, 0]), ("ep=2", [0, 0])]))
+def test_a_device_may_have_no_sequences(pool, axes, counts):
+    assert max(pool.run(2, shares, axes, counts, fresh_seed())) < 1e-9
+
+
+def test_a_model_of_no_tokens_has_no_loss():
+    config = deepseek_v3.preset("debug", layers=2)
+    for shape in ((0, 9), (2, 0)):
+        nothing = torch.zeros(shape, dtype=torch.int64)
+        step = fmoe.value_and_grad(deepseek_v3.loss, has_aux=True)
+        (loss, stats), grads = step(deepseek_v3.init(config, 0), nothing, nothing, config)
+        assert loss == 0
+        assert stats.num_targets == 0
+        assert not any(grad.any() for grad in optree.tree_leaves(grads))
 
 
 def test_the_models_loss_is_its_logits_cross_entropy_tied_or_not():
