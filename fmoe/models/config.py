@@ -43,7 +43,8 @@ class DecoderConfig:
 
     The first ``num_dense_layers`` have no experts but one SwiGLU of ``hidden_dim``. ``moe_hidden_dim``
     belongs to one expert. With ``shared_gate``, a sigmoid of the token weighs the shared experts. With
-    ``tied_head`` the embedding is also the head.
+    ``tied_head`` the embedding is also the head. A ``balance_loss`` above 0 weighs
+    :func:`fmoe.ops.balance.balance_loss`, which the loss adds for every MoE layer.
 
     Raises ``ValueError`` for sizes that don't fit together.
 
@@ -68,6 +69,7 @@ class DecoderConfig:
     tied_head: bool = False
     norm_eps: float = 1e-6
     init_std: float = 0.02
+    balance_loss: float = 0.0
 
     def __post_init__(self) -> None:
         error = functools.partial(argument_error, "DecoderConfig")

@@ -12,8 +12,9 @@ import optree
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..ops.balance import MoEStats, update_expert_bias
+from ..ops.balance import MoEStats, balance_loss, update_expert_bias
 from ..ops.core.axes import axis_names, binding, present
+from ..ops.core.dtypes import accumulator
 from ..ops.cross_entropy import LOGITS_BYTES
 from ..ops.experts import ExpertParams
 from ..parallel.backends import choose
@@ -44,6 +45,7 @@ class LossStats(NamedTuple):
     ===========  ========================================
     num_targets  how many the loss is the mean of, over all devices, in the loss's dtype
     layers       one :class:`fmoe.MoEStats` per MoE layer, over all tokens
+    balance      the part of the loss that ``config.balance_loss`` adds; 0 without it
     ===========  ========================================
 
     :func:`fmoe.training.gradients.accumulate` and :func:`fmoe.training.metrics.mean_loss` weigh a mean by
@@ -57,6 +59,7 @@ class LossStats(NamedTuple):
 
     num_targets: torch.Tensor
     layers: Stats
+    balance: torch.Tensor
 
 
 def init(
@@ -115,7 +118,7 @@ def forward(
         if binding().mesh is not None:
             tokens, outside = within(tokens, config.vocab_size)
             refuse_outside(psum(outside, binding().tokens))
-        x, stats = hidden(params, tokens, config, per_layer)
+        x, stats, _ = hidden(params, tokens, config, per_layer)
         return x @ head(params).mT, stats
 
     def out_specs(where: P) -> Any:
@@ -138,7 +141,9 @@ def loss(
 ) -> tuple[torch.Tensor, LossStats]:
     """The mean cross entropy in nats, float32 or wider, and its :class:`LossStats`.
 
-    ``tokens`` and ``targets`` are int64 (B, L), and a target of -100 doesn't count. The rest is as for
+    ``tokens`` and ``targets`` are int64 (B, L), and a target of -100 doesn't count. With
+    ``config.balance_loss``, every MoE layer adds that of each sequence, which weighs as many as its targets
+    are. The rest is as for
     :func:`forward`. On a mesh the mean is over all devices' tokens, and the same on each. Logits are never
     gathered. At most ``logits_bytes`` of them, in float32, exist at once. A training loop differentiates the
     loss with ``fmoe.value_and_grad(loss, has_aux=True)``.
@@ -228,28 +233,35 @@ def stage_loss(
     per_layer: Wrap = lambda layer: layer,
     logits_bytes: int = LOGITS_BYTES,
 ) -> tuple[torch.Tensor, LossStats]:
-    """The mean cross entropy or, unless the stage is the last, the input of the next, of no targets."""
+    """The loss or, unless the stage is the last, the input of the next.
+
+    A stage before the last has no targets. Its ``balance`` is a sum, to be added to the loss.
+    """
     is_whole = not (x.is_floating_point() or isinstance(params.norm, tuple))
     outside = torch.zeros((), dtype=torch.int64, device=x.device)
     if is_whole and binding().mesh is not None:
         x, of_tokens = within(x, config.vocab_size)
         targets, of_targets = within(targets, config.vocab_size, also=IGNORED)
         outside = of_tokens + of_targets
-    x, stats = hidden(params, x, config, per_layer)
+    x, stats, uneven = hidden(params, x, config, per_layer)
+    balance = x.new_zeros((), dtype=accumulator(x.dtype))
+    if config.balance_loss:  # a sequence weighs as many as it has targets, as in the cross entropy
+        balance = config.balance_loss * (uneven * (targets != IGNORED).sum(-1)).sum()
     if isinstance(params.norm, tuple):
-        return x, LossStats(x.new_zeros(()), stats)
+        return x, LossStats(x.new_zeros(()), stats, balance)
     total, count = summed_cross_entropy(x, head(params), targets, logits_bytes=logits_bytes)
-    sums = torch.stack([total, *(number.to(total.dtype) for number in (count, outside))])
-    total, count, outside = psum(sums, binding().tokens).unbind()
+    sums = torch.stack([number.to(total.dtype) for number in (total, balance, count, outside)])
+    total, balance, count, outside = psum(sums, binding().tokens).unbind()
     if binding().mesh is not None:
         refuse_outside(outside)
-    return total / count.clamp_min(1), LossStats(count.detach(), stats)
+    balance = balance / count.clamp_min(1)
+    return total / count.clamp_min(1) + balance, LossStats(count.detach(), stats, balance.detach())
 
 
 def hidden(
     params: ModelParams, x: torch.Tensor, config: DecoderConfig, per_layer: Wrap
-) -> tuple[torch.Tensor, Stats]:
-    """The last layer's output (B, L, D), normalised if there is a norm.
+) -> tuple[torch.Tensor, Stats, torch.Tensor]:
+    """The last layer's output (B, L, D), normalised if there is a norm, and how uneven loads are (B,).
 
     ``x`` is tokens (B, L) or a layer's output.
     """
@@ -259,12 +271,14 @@ def hidden(
     # One function for all layers, so that a wrapper such as a compiler sees only one.
     layer = per_layer(one_layer)
     stats: list[MoEStats] = []
+    uneven = torch.zeros((x.shape[0],), dtype=accumulator(x.dtype), device=x.device)
     for layer_params in params.layers:
-        x, found = layer(layer_params, x, table, config)
+        x, found, *balance = layer(layer_params, x, table, config)
         stats += found
+        uneven = sum(balance, uneven)
     if not isinstance(params.norm, tuple):
         x = rms_norm(x, use(params.norm), config.norm_eps)
-    return x, tuple(stats)
+    return x, tuple(stats), uneven
 
 
 def head(params: ModelParams) -> torch.Tensor:
@@ -273,13 +287,13 @@ def head(params: ModelParams) -> torch.Tensor:
     return use(params.embedding if tied else params.head)
 
 
-def one_layer(
-    params: LayerParams, x: torch.Tensor, table: Angles, config: DecoderConfig
-) -> tuple[torch.Tensor, Stats]:
+def one_layer(params: LayerParams, x: torch.Tensor, table: Angles, config: DecoderConfig) -> Any:
+    """The layer's output, its statistics and, with ``config.balance_loss``, that of each sequence (B,)."""
     params, eps = use(params), config.norm_eps
     x = x + config.attention.forward(params.attention, rms_norm(x, params.attention_norm, eps), table, eps)
     normed = rms_norm(x, params.mlp_norm, eps)
     if isinstance(params.mlp, ExpertParams):
         return x + psum(mlp_forward(params.mlp, normed), present("tp")), ()
     y, routing = moe_layer(params.mlp, normed, config.router)
-    return x + y, (stats_of(routing),)
+    found = x + y, (stats_of(routing),)
+    return (*found, balance_loss(routing, x.shape[0])) if config.balance_loss else found

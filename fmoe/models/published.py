@@ -124,8 +124,8 @@ def _inexpressible(raw: Json, kind: str, config: DecoderConfig) -> list[str]:
 
 
 def _canonical(config: DecoderConfig) -> DecoderConfig:
-    """Groups are none if all of them are chosen."""
-    r = config.router
+    """Groups are none if all of them are chosen, and a loss isn't part of a published model."""
+    config, r = dataclasses.replace(config, balance_loss=0.0), config.router
     if r.top_groups < r.num_groups:
         return config
     router = dataclasses.replace(r, num_groups=1, top_groups=1, group_best=1)

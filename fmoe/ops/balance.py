@@ -7,6 +7,8 @@ import torch
 
 from ..errors import argument_error
 from .core.dtensors import is_dtensor, local, map_local
+from .core.dtypes import accumulator
+from .core.dynamo import rearrange
 from .route import Routing
 
 
@@ -60,6 +62,42 @@ def merge_stats(parts: Sequence[MoEStats]) -> MoEStats:
 def _of_counts(counts: torch.Tensor, router_entropy: torch.Tensor) -> MoEStats:
     mean = counts.float().mean().clamp_min(1e-20)
     return MoEStats(counts, counts.max() / mean, (counts == 0).sum(), router_entropy)
+
+
+def balance_loss(routing: Routing, num_sequences: int = 1) -> torch.Tensor:
+    """How unevenly the tokens of each sequence go to experts: 1 if evenly, at most E / K. Differentiable.
+
+    =============  =====================  =====================================================
+    routing        T = B * L tokens       of sequences of equal length, one after the other
+    num_sequences                         B
+    -> loss        (B,)                   float32 or wider; the gradient flows through scores only
+    =============  =====================  =====================================================
+
+    For softmax scores it is the auxiliary loss of Switch and GShard, of each sequence. A sequence decides it
+    alone, so that micro-batches and devices change nothing.
+
+    Raises ``ValueError`` unless sequences of equal length make up the tokens.
+
+    Source: DeepSeek-V3, arXiv 2412.19437, equations 17 to 20; Switch Transformers, arXiv 2101.03961.
+
+    >>> import fmoe
+    >>> params, x = fmoe.moe_init(0, dim=8, hidden_dim=16, num_experts=4).router, torch.randn(10, 8)
+    >>> even = fmoe.route(params, x, fmoe.RouterConfig(force_balance=True))
+    >>> balance_loss(even, num_sequences=2).shape
+    torch.Size([2])
+    """
+    (tokens, experts), top_k = routing.scores_TE.shape, routing.expert_ids_TK.shape[1]
+    if num_sequences < 1 or tokens % num_sequences:
+        got, expected = f"{num_sequences} for {tokens} tokens", "a divisor of the number of tokens"
+        raise argument_error("balance_loss", "num_sequences", got=got, expected=expected)
+    scores = rearrange(routing.scores_TE, "(B L) E -> B L E", B=num_sequences)
+    scores = scores.to(accumulator(scores.dtype))
+    ids = rearrange(routing.expert_ids_TK, "(B L) K -> B (L K)", B=num_sequences)
+    length = max(tokens // num_sequences, 1)
+    chosen = scores.new_zeros(num_sequences, experts).scatter_add(1, ids.clamp_min(0), (ids >= 0).to(scores))
+    frequency = chosen * (experts / (top_k * length))
+    share = (scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)).sum(1) / length
+    return (frequency * share).sum(-1)
 
 
 def update_expert_bias(params: Any, counts_E: torch.Tensor, rate: float) -> Any:

@@ -96,6 +96,7 @@ _V3 = DeepSeekV3Config(
     max_seq_len=163840,
     yarn=_YARN,
     init_std=0.006,
+    balance_loss=1e-4,
     **_HEADS,
 )
 
@@ -147,6 +148,7 @@ PRESETS = {
         router=RouterConfig(top_k=8, scale=2.827),
         max_seq_len=131072,
         init_std=0.02,
+        balance_loss=0.0,
     ),
 }
 
