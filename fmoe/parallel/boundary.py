@@ -24,7 +24,7 @@ from ..errors import TransformError
 from ..ops.core.axes import group_of
 from ..ops.core.dtensors import is_dtensor
 from ..params import P
-from .collectives import psum_op
+from .collective_ops import in_float32, psum_op
 from .spec import Placements, placements, unnamed_axes
 
 _NUM_ARGS = 6
@@ -94,7 +94,9 @@ class _Collect(_Map):
     @staticmethod
     def forward(*args: Any) -> torch.Tensor:
         x, mesh, where, group, size, dtensor = args[-_NUM_ARGS:]
-        return _as_global(psum_op.raw(x, group) if size > 1 else x, mesh, where, dtensor)
+        if size > 1:
+            x = in_float32(lambda wide: psum_op.raw(wide, group), x)
+        return _as_global(x, mesh, where, dtensor)
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor | None) -> tuple[Any, ...]:

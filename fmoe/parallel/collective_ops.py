@@ -10,6 +10,7 @@ import torch
 
 from ..ops.bases import random
 from ..ops.core.batches import elementwise, wider_rows
+from ..ops.core.dtypes import accumulator
 from ..ops.core.primitive import Operator, linear
 from ..ops.core.tape import checkpoint
 from .mesh import make_mesh
@@ -58,6 +59,18 @@ def _ppermute_kernel(x: torch.Tensor, source: int, destination: int, size: int, 
     return out.view(x.shape) if source >= 0 else torch.zeros_like(x)
 
 
+def in_float32(reduce: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """A sum over devices in float32 or wider, rounded once. Its error doesn't grow with their number."""
+    wide = accumulator(x.dtype) if x.is_floating_point() else x.dtype
+    return reduce(x.to(wide)).to(x.dtype)
+
+
+def _reduce_scatter_kernel(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
+    return in_float32(
+        lambda wide: _wait(_c10d.reduce_scatter_tensor(wide.contiguous(), "sum", size, group)), x
+    )
+
+
 psum_op: Operator = _collective(
     "psum(Tensor x, str group) -> Tensor",
     impl=lambda x, group: _wait(_c10d.all_reduce(x.contiguous(), "sum", group)),
@@ -83,7 +96,7 @@ gather_params_op = _all_gather("gather_params", save=False)
 
 reduce_scatter_op: Operator = _collective(
     "reduce_scatter(Tensor x, int size, str group) -> Tensor",
-    impl=lambda x, size, group: _wait(_c10d.reduce_scatter_tensor(x.contiguous(), "sum", size, group)),
+    impl=_reduce_scatter_kernel,
     fake=lambda x, size, group: x.new_empty(x.shape[0] // size, *x.shape[1:]),
     transpose="all_gather",
 )

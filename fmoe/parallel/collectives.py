@@ -116,8 +116,8 @@ def gather_params(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor:
 def reduce_scatter(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor:
     """The sum of ``x`` over the devices along ``axis``, cut along ``dim``. Each device gets its own piece.
 
-    ``x`` has the same shape and dtype on every device. Its transpose is :func:`all_gather`. JAX's name for
-    it, ``psum_scatter``, is an alias.
+    ``x`` has the same shape and dtype on every device. The sum is taken in float32 or wider and rounded once.
+    The transpose is :func:`all_gather`. JAX's name, ``psum_scatter``, is an alias.
 
     Raises ``ValueError`` for an axis that isn't bound and a dimension ``x`` lacks or that doesn't divide.
 

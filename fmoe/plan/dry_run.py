@@ -13,6 +13,7 @@ import optree
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..ops.core.dtypes import accumulator
 from ..ops.cross_entropy import block_columns
 
 GRANULE = 512  # CUDA's allocator rounds sizes up to this
@@ -203,6 +204,17 @@ def _exchange(args: Any, outs: Any) -> int:
     return sum(2 * _rows(t, sent) + _rows(t, received) for t in args[:3])
 
 
+def _reduced(args: Any) -> int:
+    """Bytes of what is summed over devices, in float32 or wider."""
+    x: torch.Tensor = args[0]
+    return x.numel() * accumulator(x.dtype).itemsize
+
+
+def _reduce_scatter(args: Any, outs: Any) -> int:
+    low = accumulator(args[0].dtype) != args[0].dtype
+    return (_reduced(args) + _reduced(args) // args[1]) * low
+
+
 WORKSPACES: dict[str, Callable[[Any, Any], int]] = {
     "fmoe::experts_up": _experts_up,
     "fmoe::experts_up_backward": _experts_up_backward,
@@ -213,6 +225,7 @@ WORKSPACES: dict[str, Callable[[Any, Any], int]] = {
     "fmoe::cross_entropy_terms": _cross_entropy,
     "fmoe::cross_entropy_terms_backward": _cross_entropy_backward,
     "fmoe::exchange": _exchange,
+    "fmoe::reduce_scatter": _reduce_scatter,
     "fmoe::send": lambda args, outs: _rows(args[0], args[1].shape[0]),
     "fmoe::send_back": lambda args, outs: _rows(args[0], args[1].shape[0]),
     "fmoe::send_both_back": lambda args, outs: args[0].nbytes + 2 * _rows(args[0], args[2].shape[0]),
@@ -234,7 +247,7 @@ SENT: dict[str, Callable[[Any, Any], int]] = {
     "fmoe::psum": lambda args, outs: 2 * _others(int(args[1]), args[0].nbytes),
     "fmoe::all_gather": lambda args, outs: (args[1] - 1) * args[0].nbytes,
     "fmoe::gather_params": lambda args, outs: (args[1] - 1) * args[0].nbytes,
-    "fmoe::reduce_scatter": lambda args, outs: _others(args[1], args[0].nbytes),
+    "fmoe::reduce_scatter": lambda args, outs: _others(args[1], _reduced(args)),
     "fmoe::exchange": lambda args, outs: _sent_rows(args, outs[5].shape[0], args[4], 3) + 16 * (args[4] - 1),
     "fmoe::send": lambda args, outs: _sent_rows(args, args[1].shape[0], int(args[5]), 1),
     "fmoe::send_back": lambda args, outs: _sent_rows(args, args[0].shape[0], int(args[4]), 1),
