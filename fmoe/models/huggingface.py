@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
 from ..ops.core.dtensors import is_dtensor
+from ..ops.core.memory import alone
 from ..parallel.placement import held_pieces
 from ..parallel.spec import as_dtensor, size_problems, spec_of
 from ..parallel.together import this_rank, together
@@ -122,6 +123,8 @@ def save(
     another is gathered, and the first rank writes the same files that one process would. An error on one rank
     is then raised on all.
 
+    Parameters that are one tensor are written as two.
+
     Raises ``ValueError`` listing all parameters that don't belong to ``config``, and for configurations that
     transformers can't express.
 
@@ -144,6 +147,7 @@ def save(
         tensors = _checked(leaves, params)
         if writes:
             _make(path)
+    copied = {id(value) for value, unshared in zip(tensors, alone(tensors)) if not unshared}
     shards = _shards(leaves, tensors, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
@@ -151,8 +155,9 @@ def save(
         host: dict[str, torch.Tensor] = {}
         for value, part in shard:
             tensor = gathered(value, part.at)
-            if writes:  # copies only tensors that aren't contiguous in host memory, one shard at a time
-                host[part.name] = tensor.cpu().contiguous()
+            if writes:  # copies, one shard at a time, only what isn't contiguous in host memory or is shared
+                own = tensor.to("cpu", copy=id(value) in copied, memory_format=torch.contiguous_format)
+                host[part.name] = own.contiguous()
             weight_map[part.name] = file
         with step():
             if writes:

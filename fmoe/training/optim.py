@@ -1,8 +1,9 @@
 """Functional optimisation: AdamW and clipping, values in, values out."""
 
 import functools
+import itertools
 import operator
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +16,7 @@ from ..errors import argument_error
 from ..models.moe import moe_specs
 from ..ops.core.dtensors import is_dtensor, local, map_local
 from ..ops.core.dtypes import accumulator
+from ..ops.core.memory import alone
 from ..ops.route import RouterParams
 from ..params import leaf_mask, trained_mask
 from ..tree import check_tensors, dotted_names
@@ -111,7 +113,7 @@ def adamw(
     multiplies gradients by ``scale``, such as :func:`clip_factor` gives, as it reads them. With
     ``donate=True`` it writes into the memory of ``params`` and ``state``, and with a ``scale`` into that of
     ``grads``. As with jax's ``donate_argnums``, the caller must not use them again. It still copies leaves
-    that share memory and gradients that are part of a graph.
+    that share memory, also with another tree, and gradients that are part of a graph.
 
     Raises ``ValueError`` where the trees or their leaves do not match.
 
@@ -190,10 +192,13 @@ class _AdamW(NamedTuple):
         g = _checked("grads", grads, params, moves)
         m = _checked("state.exp_avg", state.exp_avg, params, moves, self._moments_of)
         v = _checked("state.exp_avg_sq", state.exp_avg_sq, params, moves, self._moments_of)
-        p, m, v = (_ours(each, moves, donate) for each in (leaves, m, v))
+        given = [*leaves, *g, *m, *v]
+        free = iter(alone(given) if donate else [False] * len(given))
+        of_p, of_g, of_m, of_v = ([*itertools.islice(free, len(leaves))] for _ in range(4))
+        p, m, v = _ours(leaves, moves, of_p), _ours(m, moves, of_m), _ours(v, moves, of_v)
         if scale is not None:
             in_a_graph = any(leaf.requires_grad for leaf in g)
-            scale, g = scale.reciprocal(), _ours(g, moves, donate and not in_a_graph)
+            scale, g = scale.reciprocal(), _ours(g, moves, [not in_a_graph and each for each in of_g])
 
         alike: dict[Any, list[list[torch.Tensor]]] = defaultdict(list)
         for moved, *tensors in zip(moves, p, g, m, v):
@@ -240,20 +245,20 @@ def _zeros(leaf: torch.Tensor, dtype: torch.dtype, moved: bool) -> torch.Tensor:
     return map_local(lambda t: torch.zeros_like(t, dtype=dtype, memory_format=torch.contiguous_format), leaf)
 
 
-def _ours(leaves: list[torch.Tensor], moves: list[bool], donate: bool) -> list[torch.Tensor]:
-    """Leaves to write to, where they move: donated ones that share no memory, and copies of others.
+def _ours(leaves: list[torch.Tensor], moves: list[bool], free: list[bool]) -> list[torch.Tensor]:
+    """Leaves to write to, where they move: those that are free to be, and copies of others.
 
     All are contiguous, because the fused kernel reads memory front to back whatever the strides.
     """
-    holders = Counter(local(leaf).untyped_storage()._cdata for leaf in leaves)
 
-    def writable(leaf: torch.Tensor) -> torch.Tensor:
-        piece = local(leaf)
-        if donate and piece.is_contiguous() and holders[piece.untyped_storage()._cdata] == 1:
-            return leaf.detach()
-        return map_local(lambda t: t.clone(memory_format=torch.contiguous_format), leaf)
+    def writable(leaf: torch.Tensor, free: bool) -> torch.Tensor:
+        return leaf.detach() if free else map_local(_contiguous_copy, leaf)
 
-    return [writable(leaf) if moved else leaf for leaf, moved in zip(leaves, moves)]
+    return [writable(leaf, each) if moved else leaf for leaf, moved, each in zip(leaves, moves, free)]
+
+
+def _contiguous_copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 DtypeOf = Callable[[Any], torch.dtype]

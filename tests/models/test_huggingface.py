@@ -60,6 +60,23 @@ def test_transformers_directories_are_read(name, apart, tmp_path):
     assert identical(found, params)
 
 
+def test_parameters_that_share_memory_are_written_each_by_itself(tmp_path):
+    params = init(TINY)
+    rows = torch.randn(TINY.vocab_size + 1, TINY.dim)
+    bias, expert = torch.randn(TINY.num_experts), torch.randn(1, TINY.dim, TINY.moe_hidden_dim)
+
+    def shared(layer):
+        router, experts = layer.mlp.router._replace(bias_E=bias), layer.mlp.experts
+        experts = experts._replace(w_out=expert.expand_as(experts.w_out))
+        return layer._replace(mlp=layer.mlp._replace(router=router, experts=experts), mlp_norm=params.norm)
+
+    params = params._replace(layers=(params.layers[0], *map(shared, params.layers[1:])))
+    for kind, head in (("one tensor", rows[:-1]), ("overlapping", rows[1:])):
+        given = params._replace(embedding=rows[:-1], head=head)
+        save(tmp_path / kind, TINY, given)
+        assert identical(load(tmp_path / kind)[1], given)
+
+
 def test_options_and_what_is_passed_over(tmp_path):
     params = init(TINY)
     save(tmp_path, TINY, params)

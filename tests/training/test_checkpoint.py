@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy
 import optree
 import pytest
 import torch
@@ -52,6 +53,25 @@ def test_a_training_state_survives_bit_for_bit(tmp_path: Path) -> None:
     donated = checkpoint.load(path, like, donate=True).state
     assert_same_bits(donated, state)
     assert donated["params"].embedding.data_ptr() == like["params"].embedding.data_ptr()
+
+
+def test_donated_leaves_that_share_memory_are_loaded_apart(tmp_path: Path) -> None:
+    numbers = numpy.zeros(6)
+    one, buffer, whole = torch.zeros(6), torch.zeros(8), torch.zeros(6)
+    like = {
+        "same": [one, one],
+        "overlapping": [buffer[:6], buffer[2:]],
+        "of one array": [torch.from_numpy(numbers), torch.from_numpy(numbers)],
+        "transposed": [buffer.view(2, 4), buffer.view(2, 4).t()],
+        "expanded": torch.zeros(1).expand(6),
+        "alone": whole,
+    }
+    state = optree.tree_map(lambda leaf: torch.randn(leaf.shape, dtype=leaf.dtype), like)
+    path = checkpoint.save(tmp_path, 1, state)
+    loaded = checkpoint.load(path, like, donate=True).state
+    assert_same_bits(loaded, state)
+    assert loaded["alone"].data_ptr() == whole.data_ptr()
+    assert_same_bits(checkpoint.start(tmp_path, like, resume=True).state, state)
 
 
 def test_what_is_not_a_checkpoint_stays(tmp_path: Path) -> None:

@@ -561,3 +561,28 @@ def test_clipping_to_nothing_is_refused() -> None:
         with pytest.raises(ValueError, match=r"clip_factor: max_norm: got .*expected a positive number"):
             clip_by_global_norm([torch.ones(2)], bad)
     assert clip_by_global_norm([torch.ones(2)], float("inf"))[0][0].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+@pytest.mark.parametrize("moments", [None, torch.float64])
+@pytest.mark.parametrize("trees", ["p g", "p m", "p v", "g m", "g v", "m v", "p g m v"])
+def test_donated_trees_that_share_memory_are_copied(trees: str, moments: Any, scale: float | None) -> None:
+    optimizer = adamw(moments_dtype=moments)
+    own = {name: torch.rand(3, 4).double() for name in "pgmv"}
+    of_one = dict.fromkeys(trees.split(), own[trees[0]])
+
+    def update(given: dict[str, torch.Tensor], donate: bool) -> Any:
+        p, g, m, v = ({"w": (own | given)[name]} for name in "pgmv")
+        how = dict(scale=scale and torch.tensor(scale), donate=donate)
+        return optimizer.update(p, g, AdamWState(torch.tensor(2.0), m, v), 0.1, **how)
+
+    expected = update(of_one, donate=False)
+    assert_same(update({name: own[trees[0]].view(3, 4) for name in trees.split()}, donate=True), expected)
+
+
+def test_a_donated_leaf_that_overlaps_a_frozen_one_is_copied() -> None:
+    buffer = torch.randn(6)
+    params = {"frozen": buffer[:4], "moved": buffer[2:]}
+    optimizer, kept = adamw(trained={"frozen": False, "moved": True}), buffer.clone()
+    new, _ = optimizer.update(params, copied(params), optimizer.init(params), 0.1, donate=True)
+    assert_same([new["frozen"], buffer], [kept[:4], kept])

@@ -174,6 +174,24 @@ def moved_about(folder, seed):
     return path
 
 
+def shared_on_a_mesh(path):
+    """A state loaded into one DTensor that is two leaves, and whether another leaf is written into."""
+    mesh = fmoe.make_mesh("ep=2", device_type="cpu")
+    one, other = fmoe.parallel.distribute([torch.zeros(4, 3)] * 2, fmoe.P("ep"), mesh)
+    state = checkpoint.load(path, {"m": one, "v": one, "other": other}, donate=True).state
+    written = state["other"].to_local().data_ptr() == other.to_local().data_ptr()
+    return {name: leaf.to_local() for name, leaf in state.items()}, written
+
+
+def test_donated_dtensors_that_share_memory_are_loaded_apart(pool, tmp_path):
+    state = {name: torch.randn(4, 3) for name in ("m", "v", "other")}
+    found = pool.run(2, shared_on_a_mesh, checkpoint.save(tmp_path, 1, state))
+    for rank, (pieces, written) in enumerate(found):
+        assert written
+        for name, piece in pieces.items():
+            assert torch.equal(piece, state[name][2 * rank : 2 * rank + 2]), name
+
+
 def test_any_placement_is_read_into_any_other(pool, tmp_path):
     seed = fresh_seed()
     path = pool.run(4, moved_about, tmp_path, seed)[0]

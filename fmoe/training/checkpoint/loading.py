@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 
 from ...errors import argument_error
 from ...ops.core.dtensors import map_local
+from ...ops.core.memory import alone
 from ...parallel.together import check_alike, differences, num_ranks, this_rank, together
 from . import folder as folders
 from .reader import PlainReader
@@ -57,7 +58,8 @@ def load(
     like       a tree as the one saved, of tensors of the same shapes and dtypes. DTensors may have other
                placements. Plain tensors get whole values, also of what were DTensors
     run        compared with the ``run`` that was saved, unless ``None``
-    donate     write into the tensors of ``like``, which must not be used again, instead of new ones
+    donate     write into the tensors of ``like``, which must not be used again, instead of new ones. Leaves
+               that share memory get new ones all the same
     -> Loaded  ``state`` and ``step``
     =========  ===================================================================================
 
@@ -89,8 +91,11 @@ def load(
         # Every file is read by one rank, and by those that hold a part of it.
         if damage := folders.changed(path, sorted(description["files"])[this_rank() :: num_ranks()]):
             raise _damaged(path, damage)
-        if not donate:
-            leaves = {name: map_local(torch.empty_like, leaf) for name, leaf in leaves.items()}
+        written = alone([*leaves.values()]) if donate else [False] * len(leaves)
+        leaves = {
+            name: leaf if kept else map_local(torch.empty_like, leaf)
+            for (name, leaf), kept in zip(leaves.items(), written)
+        }
     try:
         with together():
             reader.read_metadata()  # PyTorch would try it twice and print two tracebacks

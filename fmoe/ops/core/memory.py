@@ -1,0 +1,42 @@
+"""Which tensors share memory, so that none is written to by way of another."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .dtensors import local
+
+
+def alone(leaves: Sequence[Any]) -> list[bool]:
+    """Whether each leaf is contiguous and no other shares its memory, so that one may write into it.
+
+    Of DTensors it says this of the device's own pieces. Tensors share memory if their storages overlap, as
+    two tensors of one numpy array do. A leaf that is no tensor has no memory.
+
+    >>> row = torch.zeros(4)
+    >>> alone([row, row[:2], torch.zeros(4), torch.zeros(1).expand(4)])
+    [False, False, True, False]
+    """
+    pieces = [local(leaf) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+    spans = [_span(piece) for piece in pieces]
+    shared: set[int] = set()
+    order = sorted(range(len(spans)), key=spans.__getitem__)
+    widest = order[0] if order else 0  # of the spans so far, the one that ends last
+    for i in order[1:]:
+        (device, start, end), (other, _, last) = spans[i], spans[widest]
+        if device == other and start < last:
+            shared |= {i, widest}
+        if device != other or end > last:
+            widest = i
+    return [piece is not None and piece.is_contiguous() and i not in shared for i, piece in enumerate(pieces)]
+
+
+def _span(piece: torch.Tensor | None) -> tuple[str, int, int]:
+    """The device of a tensor's storage, and where the storage begins and ends there."""
+    if piece is None:
+        return "", 0, 0
+    storage = piece.untyped_storage()
+    if storage.device.type == "meta":  # also a fake tensor's, which has no address
+        return "meta", storage._cdata, storage._cdata + 1
+    return str(storage.device), storage.data_ptr(), storage.data_ptr() + storage.nbytes()
