@@ -5,7 +5,7 @@ Nothing is unpickled. Tensors go one by one, so there is no second copy of the m
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from math import prod
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
-from ..ops.core.dtensors import is_dtensor
+from ..ops.core.dtensors import is_dtensor, local
 from ..ops.core.memory import alone
 from ..parallel.placement import held_pieces
 from ..parallel.spec import as_dtensor, size_problems, spec_of
@@ -26,7 +26,8 @@ from ..tree import check_tensors, dotted_names
 from .config import DecoderConfig
 from .params import ModelParams, specs
 from .published import export_config, import_config
-from .published_tensors import Leaf, Part, blocks_of, gathered, published_leaves, read_leaf, scale_name
+from .published_checks import EMBEDDING, HEAD, check_files, check_tied, head_of
+from .published_tensors import Leaf, Part, Piece, gathered, published_leaves, read_leaf
 
 try:
     from safetensors import SafetensorError, safe_open
@@ -37,6 +38,7 @@ else:
     INSTALLED = True
 
 INDEX = "model.safetensors.index.json"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # of parameters
 
 
 def load(
@@ -58,16 +60,19 @@ def load(
     -> params   for :func:`fmoe.models.decoder.forward`
     ==========  ===============================================================================
 
-    Weights in float8 are multiplied by their ``weight_scale_inv``, block by block. The layers that predict
-    further tokens (``num_nextn_predict_layers``) and stored rotary frequencies are skipped. Files are mapped,
-    and each tensor is copied from there into its parameter.
+    Weights in float8 are multiplied by their ``weight_scale_inv``, block by block. Scales are floating-point
+    numbers or powers of two: float8_e8m0fnu, or bytes where ``scale_fmt`` is ``"ue8m0"``. Skipped are layers
+    that predict further tokens (``num_nextn_predict_layers``), stored rotary frequencies, and shared experts
+    of size zero. The head of a tied model may be stored, if it equals the embedding. Files are mapped, and
+    each tensor is copied from there into its parameter.
 
-    On a mesh every rank reads only what it holds, and nothing is sent. If it holds a part of every row, the
+    On a mesh every rank reads only what it holds, and no weight is sent. If it holds a part of every row, the
     system may read more, since it reads whole pages.
 
     Raises ``ValueError`` for missing, unreadable or pickled files, and for a configuration that fmoe can't
-    honour. It raises for tensors that are missing, unexpected or of a wrong shape, and lists them all. It
-    also raises for parameters that the mesh doesn't divide.
+    honour. It raises for tensors that are missing, unexpected, or of a wrong shape or dtype, and lists them
+    all. It also raises for a ``dtype`` that isn't 16 to 64 bits of floating point, and for parameters that
+    the mesh doesn't divide.
 
     >>> import tempfile
     >>> from fmoe.models import decoder
@@ -88,16 +93,20 @@ def load(
         fused = any(name.endswith("gate_up_proj") for name in files)
         leaves = published_leaves(config, fused=fused, model_type=raw["model_type"])
         block = (raw.get("quantization_config") or {}).get("weight_block_size", [128, 128])
-        _check(path, files, leaves, raw, block)
-        embedding = "model.embed_tokens.weight"
-        dtype = dtype or files[embedding].get_slice(embedding)[:0].dtype
+        check_files(path, files, leaves, raw, block)
+        dtype = _dtype(dtype or files[EMBEDDING].get_slice(EMBEDDING)[:0].dtype)
         device = mesh.device_type if device is None and mesh is not None else device
         read = functools.partial(read_leaf, files, dtype=dtype, device=device, block=block)
         if mesh is None:
+            pieces: list[Piece] = [()] * len(leaves)
             values = [read(leaf) for leaf in leaves]
         else:
-            held = zip(leaves, *held_pieces("huggingface.load", tree, mesh))
+            placed, pieces = held_pieces("huggingface.load", tree, mesh)
+            held = zip(leaves, placed, pieces)
             values = [as_dtensor(read(leaf, piece=piece), mesh, spec) for leaf, spec, piece in held]
+        if config.tied_head and HEAD in files:
+            with nullcontext() if mesh is None else together():
+                check_tied(path, read(head_of(leaves[0]), piece=pieces[0]), local(values[0]))
     return config, optree.tree_unflatten(optree.tree_structure(tree, is_leaf=is_spec), values)
 
 
@@ -252,35 +261,12 @@ def _unreadable(path: Path, problem: str) -> ValueError:
     return argument_error("huggingface.load", str(path), got=problem, expected=expected, remedy=remedy)
 
 
-def _check(
-    path: Path, files: dict[str, Any], leaves: list[Leaf], raw: dict[str, Any], block: Sequence[int]
-) -> None:
-    """Raise ``ValueError`` unless the files hold the leaves' tensors and nothing else of the model."""
-    expected = {part.name: part.shape for leaf in leaves for part in leaf.parts}
-    found = {name: file.get_slice(name) for name, file in files.items()}
-    for name, shape in list(expected.items()):
-        if scale_name(name) in found or (name in found and found[name].get_dtype().startswith("F8")):
-            sizes = zip(shape, blocks_of(len(shape), block))
-            expected[scale_name(name)] = tuple(-(-size // n) for size, n in sizes)
-    first, further = raw["num_hidden_layers"], raw.get("num_nextn_predict_layers") or 0
-    passed_over = tuple(f"model.layers.{first + i}." for i in range(further))
-    problems = {
-        "missing": [name for name in expected if name not in found],
-        "unexpected": [
-            name
-            for name in found
-            if name not in expected and not name.startswith(passed_over) and not name.endswith(".inv_freq")
-        ],
-        "of a wrong shape": [
-            f"{name} {tuple(found[name].get_shape())}, not {shape}"
-            for name, shape in expected.items()
-            if name in found and tuple(found[name].get_shape()) != shape
-        ],
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names)
-        got, implied = f"{path} with tensors {listed}", "the tensors its config.json implies"
-        raise argument_error("huggingface.load", "path", got=got, expected=implied)
+def _dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in DTYPES:
+        expected = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
+        remedy = "Without dtype= it is that of the published embedding."
+        raise argument_error("huggingface.load", "dtype", got=dtype, expected=expected, remedy=remedy)
+    return dtype
 
 
 def _checked(leaves: list[Leaf], params: ModelParams) -> list[torch.Tensor]:
@@ -288,7 +274,8 @@ def _checked(leaves: list[Leaf], params: ModelParams) -> list[torch.Tensor]:
     found = dict(zip(dotted_names(params), check_tensors("huggingface.save", "params", params)))
     dtype = params.embedding.dtype
     known = {leaf.name for leaf in leaves}
-    wrong = [f"{name} unexpected" for name in found if name not in known]
+    wrong = [] if dtype in DTYPES else [f"parameters of {dtype}"]
+    wrong += [f"{name} unexpected" for name in found if name not in known]
     for name, spec, parts in leaves:
         value, wanted = found.get(name), (spec.shape, spec.dtype or dtype)
         if value is None:

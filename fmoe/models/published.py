@@ -197,6 +197,8 @@ def _wrong_quantization(given: Any) -> list[str]:
         return [f"quantization_config={given!r}, not an object"]
     method = given.get("quant_method", "fp8")
     wrong = [] if method == "fp8" else [f"quantization by {method!r}, not 'fp8'"]
+    if (form := given.get("scale_fmt")) not in (None, "float", "ue8m0"):
+        wrong.append(f"scale_fmt={form!r}, not 'float' or 'ue8m0'")
     block = given.get("weight_block_size", [128, 128])
     if not isinstance(block, list) or len(block) != 2 or [n for n in block if type(n) is not int or n < 1]:
         wrong.append(f"weight_block_size={block!r}, not two sizes")

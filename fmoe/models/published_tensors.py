@@ -134,10 +134,17 @@ def _read(files: Mapping[str, Any], name: str, inside: Piece, block: Sequence[in
         return tensor
     sizes = blocks_of(len(inside), block)
     touched = tuple(slice(part.start // size, -(-part.stop // size)) for part, size in zip(inside, sizes))
-    scale = files[scales].get_slice(scales)[touched]
+    scale = _decoded(files[scales].get_slice(scales)[touched])
     for dim, (part, size) in enumerate(zip(inside, sizes)):
         scale = scale.repeat_interleave(size, dim).narrow(dim, part.start % size, part.stop - part.start)
     return tensor.float() * scale
+
+
+def _decoded(scale: torch.Tensor) -> torch.Tensor:
+    """A scale as numbers. A byte ``b`` stands for ``2 ** (b - 127)``, and 255 for NaN (OCP MX, E8M0)."""
+    if scale.dtype == torch.uint8:
+        scale = scale.view(torch.float8_e8m0fnu)
+    return scale.float() if scale.dtype == torch.float8_e8m0fnu else scale
 
 
 def gathered(value: torch.Tensor, at: tuple[int, ...]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from parity import MODELS, TINY, V2, init, small, their_model, their_tensors, to
 from safetensors.torch import load_file, save_file
 
 from fmoe.models.huggingface import INDEX, load, save
+from fmoe.models.published_tensors import published_leaves
 
 
 def identical(a, b):
@@ -123,7 +124,7 @@ def test_there_is_never_a_second_copy_of_the_model(tmp_path):
         assert held <= most <= mapped + held + largest
 
 
-def quantise(weight, block):
+def quantise(weight, block, powers):
     """Float8 and its scales, block by block, and what they stand for."""
     rows, columns = (-(-size // n) for size, n in zip(weight.shape, block))
     low, scale, stands = torch.empty_like(weight), torch.empty(rows, columns), torch.empty_like(weight)
@@ -131,19 +132,35 @@ def quantise(weight, block):
         for j in range(columns):
             at = tuple(slice(k * n, (k + 1) * n) for k, n in zip((i, j), block))
             scale[i, j] = weight[at].abs().max() / 448
+            if powers:
+                scale[i, j] = 2.0 ** scale[i, j].log2().ceil()
             low[at] = (weight[at] / scale[i, j]).to(torch.float8_e4m3fn).float()
             stands[at] = low[at] * scale[i, j]
     return low.to(torch.float8_e4m3fn), scale, stands
 
 
-def test_float8_is_multiplied_out(tmp_path):
+def exponents(scale):
+    return (scale.log2() + 127).to(torch.uint8)
+
+
+FORMS = {
+    "numbers": ({}, lambda scale: scale),
+    "numbers that are powers": ({"scale_fmt": "ue8m0"}, lambda scale: scale),
+    "exponents": ({}, lambda scale: exponents(scale).view(torch.float8_e8m0fnu)),
+    "bytes": ({"scale_fmt": "ue8m0"}, exponents),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_float8_is_multiplied_out(tmp_path, form):
     config = small("V3 in small: query bottleneck, groups, YaRN, one shared expert")
     save(tmp_path / "plain", config, init(config))
     tensors = load_file(next((tmp_path / "plain").glob("*.safetensors")))
-    low, stands = {}, {}
+    (options, encoded), low, stands = FORMS[form], {}, {}
     for name, tensor in tensors.items():
         if re.search(r"_proj(_with_mqa)?\.weight$", name):
-            low[name], low[name + "_scale_inv"], stands[name] = quantise(tensor, (8, 5))
+            low[name], scale, stands[name] = quantise(tensor, (8, 5), powers=form != "numbers")
+            low[name + "_scale_inv"] = encoded(scale)
         else:
             low[name] = stands[name] = tensor.bfloat16() if tensor.dim() == 2 else tensor
     assert len(low) > 1.5 * len(stands)
@@ -154,13 +171,51 @@ def test_float8_is_multiplied_out(tmp_path):
         (tmp_path / folder / "config.json").write_text(json.dumps(raw))
     edit(
         tmp_path / "low" / "config.json",
-        quantization_config={"quant_method": "fp8", "weight_block_size": [8, 5]},
+        quantization_config={"quant_method": "fp8", "weight_block_size": [8, 5], **options},
     )
     low, stands = tmp_path / "low", tmp_path / "stands"
     (_, found), (_, wanted) = load(low), load(stands)
     assert found.embedding.dtype == torch.bfloat16
     assert identical(found, wanted)
     assert identical(load(low, dtype=torch.float32)[1], load(stands, dtype=torch.float32)[1])
+
+
+def test_a_tied_model_may_store_its_head_too(tmp_path):
+    config = small("tied head")
+    params = init(config)
+    save(tmp_path, config, params)
+    add(tmp_path, {"lm_head.weight": params.embedding})
+    assert identical(load(tmp_path)[1], params)
+    head = params.embedding.clone()
+    head[-1, -1] += 0.5
+    add(tmp_path, {"lm_head.weight": head})
+    text = (
+        f"huggingface.load: path: got {tmp_path}, whose lm_head.weight differs from its "
+        "model.embed_tokens.weight, expected equal ones, as its config.json has tie_word_embeddings. Set"
+    )
+    with pytest.raises(ValueError, match=re.escape(text)):
+        load(tmp_path)
+    add(tmp_path, {"lm_head.weight": head[1:]})
+    with pytest.raises(ValueError, match=r"of a wrong shape: lm_head.weight \(39, 24\), not \(40, 24\)"):
+        load(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # transformers does
+@pytest.mark.parametrize("apart", [True, False], ids=["experts apart", "experts fused"])
+def test_absent_shared_experts_may_be_stored_as_empty_tensors(tmp_path, apart):
+    theirs = their_model(TINY)
+    theirs.config.n_shared_experts = 0
+    theirs = type(theirs)(theirs.config)
+    theirs.save_pretrained(tmp_path, save_original_format=apart)
+    held = load_file(next(tmp_path.glob("*.safetensors")))
+    assert held["model.layers.1.mlp.shared_experts.up_proj.weight"].shape == (0, 24)
+    config, params = load(tmp_path)
+    assert config.num_shared_experts == 0
+    leaves = published_leaves(config, fused=not apart, model_type="deepseek_v3")
+    for leaf, value in zip(leaves, optree.tree_leaves(params), strict=True):
+        for part in leaf.parts:
+            assert torch.equal(value[part.at].reshape(part.shape), held.pop(part.name))
+    assert all(tensor.numel() == 0 for tensor in held.values())
 
 
 # ---- errors --------------------------------------------------------------------------------------------
@@ -200,6 +255,47 @@ def test_every_wrong_tensor_is_listed(tmp_path):
         f"of a wrong shape: {expert}down_proj.weight (24, 13), not (24, 12), "
         "expected the tensors its config.json implies."
     )
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "options", "text"),
+    [
+        (torch.int8, None, {}, "{} I8, not floating-point numbers"),
+        (torch.uint8, None, {}, "{} U8, not floating-point numbers"),
+        (torch.int32, None, {}, "{} I32, not floating-point numbers"),
+        (torch.bool, None, {}, "{} BOOL, not floating-point numbers"),
+        (torch.float8_e8m0fnu, torch.float32, {}, "{} F8_E8M0, not floating-point numbers"),
+        (torch.int8, torch.float32, {}, "{} I8, not floating-point numbers"),
+        (torch.bfloat16, torch.float32, {}, "{} BF16, not float8, beside a {}_scale_inv"),
+        (torch.float32, torch.uint8, {"scale_fmt": "ue8m0"}, "{} F32, not float8, beside a {}_scale_inv"),
+        (torch.float8_e4m3fn, torch.uint8, {}, "{}_scale_inv U8 without a scale_fmt of 'ue8m0'"),
+        (torch.float8_e4m3fn, torch.uint8, {"scale_fmt": "float"}, "{}_scale_inv U8 without a scale_fmt"),
+        (
+            torch.float8_e5m2,
+            torch.int8,
+            {"scale_fmt": "ue8m0"},
+            "{}_scale_inv I8, not floating-point numbers",
+        ),
+        (torch.float8_e5m2, torch.float8_e4m3fn, {}, "{}_scale_inv F8_E4M3, not floating-point numbers or"),
+    ],
+)
+def test_dtypes_without_a_meaning_are_refused(tmp_path, weight, scale, options, text):
+    save(tmp_path, TINY, init(TINY))
+    name = "model.layers.2.mlp.experts.7.up_proj.weight"
+    scales = {} if scale is None else {name + "_scale_inv": torch.ones(1, 1).to(scale)}
+    add(tmp_path, {name: torch.ones(12, 24).to(weight), **scales})
+    edit(tmp_path / "config.json", quantization_config=options)
+    with pytest.raises(ValueError, match="of a wrong dtype: " + re.escape(text.format(name, name))):
+        load(tmp_path)
+
+
+def test_parameters_are_floating_point_numbers(tmp_path):
+    params = init(TINY)
+    with pytest.raises(ValueError, match=r"huggingface.save: params: got parameters of torch.int8"):
+        save(tmp_path, TINY, optree.tree_map(lambda leaf: leaf.to(torch.int8), params))
+    save(tmp_path, TINY, params)
+    with pytest.raises(ValueError, match=r"huggingface.load: dtype: got torch.int8, expected bfloat16, "):
+        load(tmp_path, dtype=torch.int8)
 
 
 def test_pickled_and_incomplete_directories_are_refused(tmp_path):

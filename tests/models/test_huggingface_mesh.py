@@ -102,7 +102,7 @@ def write(path, config, tensors, **more):
     (path / "config.json").write_text(json.dumps(export_config(config) | more))
 
 
-def low(tensors):
+def low(tensors, scale_of=torch.rand):
     """Matrices of attention and experts in float8 with scales of random blocks."""
     found = {}
     for name, tensor in tensors.items():
@@ -111,8 +111,12 @@ def low(tensors):
             continue
         *experts, rows, columns = tensor.shape
         found[name] = tensor.to(torch.float8_e4m3fn)
-        found[name + "_scale_inv"] = torch.rand(*experts, -(-rows // BLOCK[0]), -(-columns // BLOCK[1]))
+        found[name + "_scale_inv"] = scale_of(*experts, -(-rows // BLOCK[0]), -(-columns // BLOCK[1]))
     return found
+
+
+def powers(*shape):
+    return torch.randint(110, 130, shape, dtype=torch.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +128,13 @@ def directories(tmp_path_factory):
     huggingface.save(folder / "apart", CONFIG, params, max_shard_bytes=10000)
     tied = dataclasses.replace(CONFIG, tied_head=True)
     huggingface.save(folder / "tied", tied, params._replace(head=()))
+    head = {"lm_head.weight": params.embedding}
+    files = [load_file(file) for file in (folder / "tied").glob("*.safetensors")]
+    stored = {name: tensor for file in files for name, tensor in file.items()} | head
+    write(folder / "tied, with head", tied, stored)
+    head = params.embedding.clone()
+    head[-1, -1] += 1  # which one rank holds
+    write(folder / "another head", tied, stored | {"lm_head.weight": head})
     huggingface.save(folder / "V2", v2, init(v2))
     huggingface.save(folder / "Qwen2", QWEN2, init(QWEN2))
     huggingface.save(folder / "indivisible", TINY, init(TINY))
@@ -133,12 +144,15 @@ def directories(tmp_path_factory):
     files = [load_file(file) for file in (folder / "apart").glob("*.safetensors")]
     apart = {name: tensor for file in files for name, tensor in file.items()}
     write(folder / "low, apart", CONFIG, low(apart), quantization_config=quantised)
+    write(
+        folder / "bytes", CONFIG, low(apart, powers), quantization_config=quantised | {"scale_fmt": "ue8m0"}
+    )
     return folder
 
 
-KINDS = ["apart", "fused", "low, apart", "low, fused", "tied", "V2", "Qwen2"]
+KINDS = ["apart", "fused", "low, apart", "low, fused", "bytes", "tied", "tied, with head", "V2", "Qwen2"]
 SOME = [("ep=4", "apart"), ("tp=2,ep=2", "fused"), ("dp=2,ep=2", "low, apart"), ("tp=2,ep=2", "low, fused")]
-SOME += [("ep=4", "V2"), ("dp=2", "tied"), ("tp=2,ep=2", "Qwen2")]
+SOME += [("ep=4", "V2"), ("dp=2", "tied, with head"), ("tp=2,ep=2", "Qwen2"), ("tp=2,ep=2", "bytes")]
 
 
 @pytest.mark.parametrize(("axes", "kind"), quick(SOME, itertools.product(MESHES, KINDS)))
@@ -155,6 +169,8 @@ def test_every_rank_reads_what_it_holds_and_nothing_else(pool, directories, axes
             assert torch.equal(bits(values), bits(leaf[piece]))
         weights = {name: count // sizes[name] for name, count in asked.items() if "scale_inv" not in name}
         held = sum(values.numel() for _, values in pieces)
+        if kind == "tied, with head":
+            held += weights["model.embed_tokens.weight"]
         made_of_nothing = sum(layer.mlp.router.bias_E.numel() for layer in whole.layers[1:])
         assert sum(weights.values()) == held - (made_of_nothing if kind in ("V2", "Qwen2") else 0)
         elements.update(weights)
@@ -217,6 +233,8 @@ def test_what_fails_on_one_rank_fails_on_all(pool, directories, tmp_path):
     assert run("write", "apart", tmp_path)[1] == "RuntimeError: on rank 0: 'NoneType' object is not callable"
     text = "got embedding, whose dimension 0 of size 42 doesn't divide by ep=4; head, whose dimension 0"
     assert all(text in found for found in run("uneven", "apart", tmp_path))
+    text = "whose lm_head.weight differs from its model.embed_tokens.weight"
+    assert all(text in found for found in run("", "another head", tmp_path))
     for found in run("indivisible", "indivisible", tmp_path):
         assert found.startswith("ValueError: huggingface.load: params: got ")
         assert "params.layers.0.attention.kv_up: " in found

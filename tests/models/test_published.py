@@ -147,6 +147,7 @@ CONFIG_ERRORS = {
     LOAD + "rotary positions by 'yarn', not an object; quantization_config='fp8', not an object": changed(
         rope_scaling="yarn", quantization_config="fp8"
     ),
+    LOAD + "scale_fmt='int', not 'float' or 'ue8m0'": changed(quantization_config={"scale_fmt": "int"}),
     LOAD + "weight_block_size=[128], not two sizes": changed(
         quantization_config={"weight_block_size": [128]}
     ),

@@ -1,5 +1,6 @@
 """Which published tensors make up a parameter, and any piece of it read from them."""
 
+import dataclasses
 import math
 from collections import Counter
 
@@ -118,3 +119,16 @@ def test_any_piece_of_float8_is_read_with_the_scales_of_its_blocks(fused):
         )
         if len(matrices) < 2 or not fused:  # fused, the rows of up begin within a block
             assert scales == per_matrix * math.prod(part.stop - part.start for part in matrices)
+
+
+@pytest.mark.parametrize("form", [torch.uint8, torch.float8_e8m0fnu])
+def test_a_byte_of_a_scale_is_an_exponent(form):
+    leaf = next(leaf for leaf in published_leaves(TINY) if leaf.name == "embedding")
+    leaf = leaf._replace(spec=dataclasses.replace(leaf.spec, shape=(16, 16)))
+    name, bytes_ = leaf.parts[0].name, torch.randperm(256).view(16, 16)
+    tensors = {name: torch.randn(16, 16).to(torch.float8_e4m3fn)}
+    tensors[name + "_scale_inv"] = bytes_.to(torch.uint8).view(form)
+    files = dict.fromkeys(tensors, File(tensors))
+    found = read_leaf(files, leaf, dtype=torch.float64, block=(1, 1))
+    scales = torch.tensor([math.nan if b == 255 else 2.0 ** (b - 127) for b in bytes_.flatten()]).double()
+    assert_close(found, (tensors[name].float() * scales.view(16, 16).float()).double(), equal_nan=True)
