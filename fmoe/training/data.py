@@ -148,7 +148,8 @@ def batch_at(
 
     ``tokens`` is a one-dimensional integer tensor. With ``part=(i, n)`` only part ``i`` of ``n`` equal ones
     of the batch is read, as each device reads its own. The batch goes to ``device``, by default that of the
-    tokens. Raises ``ValueError`` where no window fits, and for a batch without ``n`` equal parts.
+    tokens. Raises ``ValueError`` where no window fits, for a part that isn't one of ``n``, and for a batch
+    without ``n`` equal parts.
 
     >>> batch_at(7, torch.arange(4), batch_size=1, seq_len=3, seed=0)
     Batch(tokens=tensor([[0, 1, 2]]), targets=tensor([[1, 2, 3]]))
@@ -158,6 +159,9 @@ def batch_at(
         remedy = "Shorten the sequences or read more text."
         raise argument_error("batch_at", "seq_len", got=seq_len, expected=expected, remedy=remedy)
     index, count = part
+    if not (count >= 1 and 0 <= index < count):
+        expected = "(i, n) with 0 <= i < n"
+        raise argument_error("batch_at", "part", got=part, expected=expected, remedy="Parts count from 0.")
     if batch_size % count:
         raise argument_error(
             "batch_at", "batch_size", got=f"{batch_size} sequences for {count} devices", expected="a multiple"

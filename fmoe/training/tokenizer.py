@@ -1,8 +1,10 @@
 """From text to token ids and back: bytes, or a ``tokenizer.json``."""
 
-from collections.abc import Callable, Sequence
+import json
+import secrets
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import argument_error
 
@@ -41,6 +43,9 @@ def load_tokenizer(path: str | Path, *, separator: str | None = None) -> Tokeniz
     -> Tokenizer  encodes UTF-8 (what isn't becomes U+FFFD) without adding special tokens
     ============  =============================================================================
 
+    Text that quotes the separator, or a token that the file calls special, is text like any other. It never
+    becomes that token.
+
     Raises ``ImportError`` without the package, and ``ValueError`` for a file it cannot read or a
     vocabulary without the separator.
 
@@ -74,7 +79,7 @@ def load_tokenizer(path: str | Path, *, separator: str | None = None) -> Tokeniz
     if getattr(loaded.model, "dropout", None):
         loaded.model.dropout = None
     names = END_OF_TEXT if separator is None else (separator,)
-    found = [i for i in map(loaded.token_to_id, names) if i is not None]
+    found = [(i, name) for name in names if (i := loaded.token_to_id(name)) is not None]
     if not found:
         raise argument_error(
             "load_tokenizer",
@@ -83,10 +88,41 @@ def load_tokenizer(path: str | Path, *, separator: str | None = None) -> Tokeniz
             expected=f"a token of {path}" + (f", which has none of {names}" if separator is None else ""),
             remedy="Name the token that shall stand between documents.",
         )
+    # Ids may have gaps, so this is one more than the largest and not their number.
+    vocab_size = 1 + max(loaded.get_vocab(with_added_tokens=True).values())
+    separator_id, name = found[0]
+    _read_as_text(loaded, name)
     return Tokenizer(
         lambda text: loaded.encode(text.decode(errors="replace"), add_special_tokens=False).ids,
         lambda ids: loaded.decode(list(ids), skip_special_tokens=False),
-        # Ids may have gaps, so this is one more than the largest and not their number.
-        1 + max(loaded.get_vocab(with_added_tokens=True).values()),
-        found[0],
+        vocab_size,
+        separator_id,
     )
+
+
+def _read_as_text(tokenizer: Any, separator: str) -> None:
+    """Make text never become the separator or a special token, though these keep their ids."""
+    tokenizer.add_special_tokens([separator])
+    tokenizer.encode_special_tokens = True  # the package's word for not looking for them in text
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    # The model may know them as words, too.
+    model = _without(json.loads(tokenizer.to_str())["model"], special)
+    tokenizer.model = tokenizer.from_str(json.dumps({"version": "1.0", "model": model})).model
+
+
+def _without(model: dict[str, Any], words: Collection[str]) -> dict[str, Any]:
+    """The model of a ``tokenizer.json`` without these words, except the one that stands for unknown text."""
+    if isinstance(model["vocab"], list):  # of words and scores, where the position is the id
+        unknown, secret = model.get("unk_id"), secrets.token_hex(16)
+        hidden = [
+            [word + secret if word in words and i != unknown else word, score]
+            for i, (word, score) in enumerate(model["vocab"])
+        ]
+        return model | {"vocab": hidden}
+    gone = {*words} - {model.get("unk_token")}
+    found = model | {"vocab": {word: i for word, i in model["vocab"].items() if word not in gone}}
+    if "merges" in model:
+        prefix = len(model.get("continuing_subword_prefix") or "")
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        found["merges"] = [[a, b] for a, b in pairs if not gone & {a, b, a + b[prefix:]}]
+    return found

@@ -129,6 +129,14 @@ def test_a_batch_that_devices_cannot_share_is_refused() -> None:
         batch_at(0, torch.arange(9), batch_size=3, seq_len=4, seed=0, part=(0, 2))
 
 
+@pytest.mark.parametrize("part", [(-1, 4), (4, 4), (5, 4), (0, 0), (0, -4), (-1, -4)])
+def test_a_part_that_is_none_of_the_batch_is_refused(part: tuple[int, int]) -> None:
+    expected = f"batch_at: part: got {part}, expected (i, n) with 0 <= i < n"
+    for call in (batch_at, lambda step, tokens, **cut: batches(tokens, start_step=step, **cut)):
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            call(0, torch.arange(100), batch_size=8, seq_len=3, seed=0, part=part)
+
+
 def test_streams_of_files_are_packed_documents(tmp_path):
     for i in range(30):
         (tmp_path / f"{i}.txt").write_text(f"text {i} " * 5)

@@ -1,9 +1,10 @@
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from fmoe.training.data import pack
 from fmoe.training.tokenizer import BYTES, load_tokenizer
@@ -63,3 +64,77 @@ def test_what_is_wrong_with_a_tokenizer_is_named(path: Path, monkeypatch: pytest
         ImportError, match=r"needs the package tokenizers. Install it with: pip install -e '.\[tokenizers"
     ):
         load_tokenizer(path)
+
+
+QUOTED = ["</s>", "<sep>", "<mask>", "a </s> b", "</s></s>", "<sep></s>x", " </s>\n</s>", "x</s>y <mask>"]
+
+
+def of_words() -> tokenizers.Tokenizer:
+    words = ["<unk>", "</s>", "<sep>", "<mask>", "a", "b", "x", "y"]
+    model = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    found = tokenizers.Tokenizer(model)
+    found.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return found
+
+
+def of_word_pieces() -> tokenizers.Tokenizer:
+    pieces = ["<unk>", "</s>", "<sep>", "<mask>", *"abxy<>/s", *(f"##{letter}" for letter in "abxy<>/s")]
+    model = models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>")
+    found = tokenizers.Tokenizer(model)
+    found.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return found
+
+
+def of_bytes(ignore_merges: bool = False) -> tokenizers.Tokenizer:
+    """It has learnt the special tokens as words, since it was trained on text that quotes them."""
+    found = tokenizers.Tokenizer(models.BPE())
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    found.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    found.train_from_iterator(QUOTED * 10, trainer)
+    for name in ("<mask>", "<sep>", "</s>"):
+        if found.token_to_id(name) is None:
+            found.add_tokens([name])
+    found.model.ignore_merges = ignore_merges
+    return found
+
+
+def of_unigrams() -> tokenizers.Tokenizer:
+    pieces = ["<unk>", "</s>", "<sep>", "<mask>"]
+    vocabulary = [(piece, 0.0) for piece in pieces] + [(letter, -3.0) for letter in "▁abxy<>/sepmk"]
+    found = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=0))
+    found.pre_tokenizer, found.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return found
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("special", ["words of the model", "special", "special but the separator"])
+@pytest.mark.parametrize(
+    "make", [of_words, of_word_pieces, of_bytes, lambda: of_bytes(ignore_merges=True), of_unigrams]
+)
+def test_text_that_quotes_special_tokens_is_text(
+    tmp_path: Path, make: Any, special: str, normalized: bool
+) -> None:
+    words = make()
+    names = {"words of the model": ["<mask>"], "special": ["</s>", "<mask>"]}.get(special, ["<mask>"])
+    words.add_special_tokens([tokenizers.AddedToken(name, normalized=normalized) for name in names])
+    if special == "special but the separator":
+        words.add_tokens([tokenizers.AddedToken("</s>", normalized=normalized)])
+    words.add_tokens(["added"])
+    words.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    ids = {name: words.token_to_id(name) for name in ("</s>", "<mask>")}
+    assert tokenizer.separator == ids["</s>"]
+    for text in QUOTED:
+        found = tokenizer.encode(text.encode())
+        assert found, text
+        assert not {*ids.values()} & {*found}, text
+        if make not in (of_words, of_word_pieces, of_unigrams):
+            assert tokenizer.decode(found) == text
+    assert pack([b"a </s> b", b"</s>"], tokenizer).tolist().count(ids["</s>"]) == 1
+    assert words.token_to_id("added") in tokenizer.encode(b"a added b"), "what isn't special stays a token"
+    assert tokenizer.decode([ids["</s>"]]) == "</s>"
+    assert tokenizer.vocab_size == 1 + max(words.get_vocab().values())
+    plain = "a b x y"
+    assert tokenizer.encode(plain.encode()) == words.encode(plain, add_special_tokens=False).ids
