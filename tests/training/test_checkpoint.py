@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -17,7 +18,7 @@ import torch
 
 from fmoe.models import deepseek_v3
 from fmoe.training import checkpoint
-from fmoe.training.checkpoint import saving
+from fmoe.training.checkpoint import lock, saving
 from fmoe.training.checkpoint.folder import summed
 from fmoe.training.checkpoint.reader import IndexUnpickler
 from fmoe.training.optim import adamw
@@ -260,6 +261,60 @@ def test_a_run_starts_with_its_state_or_the_newest_checkpoint(tmp_path: Path, ca
     (tmp_path / "run" / "step-00000002" / ".metadata").unlink()
     with pytest.raises(ValueError, match=r"load: .*step-100000000: got .metadata of 0 bytes"):
         start(resume=True)
+
+
+FLOCK = """
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+file.write("process 7 on a node")
+file.flush()
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def other_process(folder: Path) -> subprocess.Popen[str]:
+    """A process that locks a folder until it is killed, or fails to."""
+    command = [sys.executable, "-IS", "-c", FLOCK, str(folder / "run.lock")]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    def start(name: str) -> int:
+        return checkpoint.start(tmp_path / name, {"w": torch.zeros(1)}, resume=True).step
+
+    (tmp_path / "theirs").mkdir()
+    with other_process(tmp_path / "theirs") as other:
+        assert other.stdout.readline() == "locked\n"
+        text = f"start: folder: got {tmp_path / 'theirs'}, in which process 7 on a node trains, expected"
+        with pytest.raises(ValueError, match=re.escape(text)):
+            start("theirs")
+        assert start("ours") == start("ours") == 0, "a process may start again in its own folder"
+        other.kill()
+    assert start("theirs") == 0, "a killed process holds no lock"
+    for folder in ("ours", "theirs"):
+        with other_process(tmp_path / folder) as other:
+            assert "BlockingIOError" in other.communicate()[1]
+    assert f"process {os.getpid()} on" in (tmp_path / "ours" / "run.lock").read_text()
+    (tmp_path / "ours" / "run.lock").unlink()
+    start("ours")
+    with other_process(tmp_path / "ours") as other:
+        assert "BlockingIOError" in other.communicate()[1], "a deleted lock is taken anew"
+
+
+def test_where_nothing_can_be_locked_a_run_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a file").write_text("in the way")
+    assert checkpoint.start(tmp_path / "a file", {"w": torch.zeros(1)}, resume=True).step == 0
+
+    def unsupported(*_args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
+    assert checkpoint.start(tmp_path / "run", {"w": torch.zeros(1)}, resume=True).step == 0
+    monkeypatch.setattr(lock, "fcntl", None)
+    assert checkpoint.start(tmp_path / "another", {"w": torch.zeros(1)}, resume=True).step == 0
 
 
 class Evil:

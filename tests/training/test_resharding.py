@@ -1,5 +1,6 @@
 """Checkpoints from one mesh to another: the same bits, the same continuation, and errors all ranks see."""
 
+import fcntl
 import random
 
 import optree
@@ -254,6 +255,7 @@ ACTIONS = {
     "no path": lambda rank, folder: checkpoint.load(
         folder / ("nothing" if rank == 2 else "step-00000008"), {"w": torch.zeros(2)}
     ),
+    "start": lambda rank, folder: checkpoint.start(folder / "run", {"w": torch.zeros(2)}, resume=True),
     "load": lambda rank, folder: checkpoint.load(folder / "step-00000008", {"w": torch.zeros(2)}),
 }
 BESIDE = "got on rank 2, beside rank 0: "
@@ -277,6 +279,13 @@ def test_what_fails_on_one_rank_fails_on_all(pool, tmp_path):
         found = pool.run(3, failed, action, tmp_path)
         assert all(error and text in error for error in found), (action, found)
     assert pool.run(3, failed, "load", tmp_path) == [None] * 3
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / "run.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        found = pool.run(3, failed, "start", tmp_path)
+        text = f"start: folder: got {tmp_path / 'run'}, in which another process trains, expected a folder"
+        assert all(text in error for error in found), found
+    assert pool.run(3, failed, "start", tmp_path) == [None] * 3
     for name in ("__0_0.distcp", ".metadata"):  # which are summed by different ranks
         content = (path / name).read_bytes()
         (path / name).write_bytes(bytes(len(content)))

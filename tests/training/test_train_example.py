@@ -1,6 +1,7 @@
 """The example, as a user runs it."""
 
 import ast
+import fcntl
 import importlib.util
 import json
 import pathlib
@@ -54,6 +55,14 @@ def test_it_says_what_it_does_and_draws_pictures(train, capsys, tmp_path):
     for picture in ("loss.svg", "load.svg"):
         assert str(tmp_path / picture) in said
         xml.etree.ElementTree.parse(tmp_path / picture)
+
+
+def test_a_second_run_in_one_folder_is_refused(train, tmp_path):
+    with (tmp_path / "run.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"start: folder: got .*, in which another process trains"):
+            train()
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_without_matplotlib_it_says_how_to_get_pictures(train, monkeypatch, capsys, tmp_path):

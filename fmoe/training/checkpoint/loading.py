@@ -16,6 +16,7 @@ from ...ops.core.dtensors import map_local
 from ...ops.core.memory import alone
 from ...parallel.together import check_alike, differences, num_ranks, this_rank, together
 from . import folder as folders
+from .lock import hold
 from .reader import PlainReader
 from .state import check_ranks, digest, dtypes_and_shapes, named, one_process_is_fine, reason
 
@@ -128,11 +129,12 @@ def start(
     -> Loaded  ``state`` and the number of steps made
     =========  ===================================================================================
 
-    With a process group every rank calls this. If the newest checkpoint is damaged and an older one is whole,
-    it goes on from that one, and logs it.
+    The folder is locked for this process until it ends, so that no second run writes there. With a process
+    group every rank calls this. If the newest checkpoint is damaged and an older one is whole, it goes on
+    from that one, and logs it.
 
-    Raises ``ValueError`` without ``resume`` where the folder has a checkpoint, ``ImportError`` as
-    :func:`check_ranks` does, and what :func:`load` raises.
+    Raises ``ValueError`` where another process trains in the folder, and without ``resume`` where the folder
+    has a checkpoint. Raises ``ImportError`` as :func:`check_ranks` does, and what :func:`load` raises.
 
     >>> import tempfile
     >>> from fmoe.training.checkpoint import save
@@ -146,6 +148,8 @@ def start(
     with together():
         if saves:
             check_ranks("start")
+        if this_rank() == 0:
+            hold(folder)
         newest, named = latest(folder), next(reversed(folders.checkpoints(folder)), None)
     check_alike("start", {"run": run, "checkpoints": [str(newest), str(named)]})
     if resume and named:
