@@ -162,10 +162,9 @@ def batch_at(
     if not (count >= 1 and 0 <= index < count):
         expected = "(i, n) with 0 <= i < n"
         raise argument_error("batch_at", "part", got=part, expected=expected, remedy="Parts count from 0.")
-    if batch_size % count:
-        raise argument_error(
-            "batch_at", "batch_size", got=f"{batch_size} sequences for {count} devices", expected="a multiple"
-        )
+    if batch_size < 1 or batch_size % count:
+        got, expected = f"{batch_size} sequences for {count} devices", "a positive multiple"
+        raise argument_error("batch_at", "batch_size", got=got, expected=expected)
     digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest))
     starts = torch.randint(len(tokens) - seq_len, (batch_size,), generator=generator, device="cpu")

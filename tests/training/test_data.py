@@ -124,9 +124,10 @@ def test_a_sequence_longer_than_the_text_is_refused_at_the_call() -> None:
 
 
 def test_a_batch_that_devices_cannot_share_is_refused() -> None:
-    expected = "batch_at: batch_size: got 3 sequences for 2 devices, expected a multiple"
-    with pytest.raises(ValueError, match=expected):
-        batch_at(0, torch.arange(9), batch_size=3, seq_len=4, seed=0, part=(0, 2))
+    for size in (3, 0, -2):
+        expected = f"batch_at: batch_size: got {size} sequences for 2 devices, expected a positive multiple"
+        with pytest.raises(ValueError, match=expected):
+            batch_at(0, torch.arange(9), batch_size=size, seq_len=4, seed=0, part=(1, 2))
 
 
 @pytest.mark.parametrize("part", [(-1, 4), (4, 4), (5, 4), (0, 0), (0, -4), (-1, -4)])
