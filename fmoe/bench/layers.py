@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import optree
 import torch
+import torch.nn.functional as F
 
 from ..introspect import kept_bytes, saved_bytes
 from ..models.moe import MoEParams, moe_forward, moe_init, moe_specs
@@ -129,8 +130,7 @@ def plain_layer(params: MoEParams, x: torch.Tensor, top_k: int, ids_TK: Any = No
     logits = x.float() @ params.router.weight_ED.float().T
     if ids_TK is None:
         ids_TK = (logits.sigmoid() + params.router.bias_E).topk(top_k, dim=-1).indices
-    weights = logits.gather(1, ids_TK).sigmoid()
-    weights = weights / weights.sum(-1, keepdim=True)
+    weights = F.logsigmoid(logits.gather(1, ids_TK)).softmax(-1)
     expert, order = ids_TK.reshape(-1).sort(stable=True)
     token, num_experts = order // top_k, params.experts.w_in.shape[0]
     experts = torch.arange(num_experts, device=x.device)

@@ -39,7 +39,8 @@ class MoEStats(NamedTuple):
 def moe_stats(routing: Routing, total: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> MoEStats:
     """Statistics of one routing; no gradient flows through them. ``total`` sums over devices."""
     scores = routing.scores_TE.detach().float()
-    share = scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
+    whole = scores.sum(-1, keepdim=True)
+    share = torch.where(whole == 0, 1 / scores.shape[-1], scores / whole)  # equal, if all are zero
     entropy = torch.special.entr(share).sum(-1)
     # The number of tokens travels with their entropies.
     sums = total(torch.stack([entropy.sum(), entropy.new_full((), entropy.shape[0])]))

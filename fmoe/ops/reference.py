@@ -30,8 +30,9 @@ def route_reference(
     else:
         chosen = (ids_TK[:, :, None] == torch.arange(scores.shape[1], device=x_TD.device)).any(1)
     weights = scores * chosen
-    if config.normalize:
-        weights = weights / weights.sum(-1, keepdim=True)
+    if config.normalize:  # by logarithms, since all chosen scores may be too small for a float
+        logs = F.logsigmoid(logits) if config.score_func == "sigmoid" else logits
+        weights = torch.where(chosen, logs, -torch.inf).softmax(-1)
     return weights * config.scale
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, reduce
 
 from ..errors import argument_error
@@ -49,7 +50,7 @@ class RouterConfig:
     num_groups            experts form this many groups of equal size, e.g. one per node
     top_groups            a token uses only this many groups, the best ones
     group_best            a group's score sums this many of its best experts: 2 in DeepSeek-V3, 1 in V2
-    normalize             a token's weights sum to one before scaling
+    normalize             a token's weights sum to one before scaling, however small its scores are
     scale                 what weights are multiplied by
     score_before_experts  weigh an expert's input instead of its output
     force_balance         choose round robin, whatever the scores: for benchmarks
@@ -173,11 +174,14 @@ def route(router_params: RouterParams, x_TD: torch.Tensor, config: RouterConfig)
         groups = config.num_groups, config.top_groups, config.group_best
         ids_TK = topk(scores_TE + bias_E, *groups, config.top_k)
     # From the chosen logits, where they suffice: autograd then keeps T x K numbers, not T x E.
+    of_logits = sigmoid or config.normalize
     cell_TK = ids_TK + num_experts * torch.arange(x_TD.shape[0], device=x_TD.device)[:, None]
-    chosen = gather((logits_TE if sigmoid else scores_TE).reshape(-1), cell_TK.reshape(-1)).view(ids_TK.shape)
-    weights_TK = chosen.sigmoid() if sigmoid else chosen
-    if config.normalize:
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    rows_TE = logits_TE if of_logits else scores_TE
+    chosen_TK = gather(rows_TE.reshape(-1), cell_TK.reshape(-1)).view(ids_TK.shape)
+    if config.normalize:  # the chosen scores over their sum, by logarithms, so that small ones don't vanish
+        weights_TK = (F.logsigmoid(chosen_TK) if sigmoid else chosen_TK).softmax(-1)
+    else:
+        weights_TK = chosen_TK.sigmoid() if sigmoid else chosen_TK
     ones = torch.ones_like(ids_TK).reshape(-1)
     counts_E = ids_TK.new_zeros(num_experts).scatter_add(0, ids_TK.reshape(-1), ones)
     return Routing(ids_TK, weights_TK * config.scale, counts_E, scores_TE, config.score_before_experts)
