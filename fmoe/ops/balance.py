@@ -9,7 +9,7 @@ from ..errors import argument_error
 from .core.dtensors import is_dtensor, local, map_local
 from .core.dtypes import accumulator
 from .core.dynamo import rearrange
-from .route import Routing
+from .route import Routing, check_bias
 
 
 class MoEStats(NamedTuple):
@@ -111,7 +111,8 @@ def update_expert_bias(params: Any, counts_E: torch.Tensor, rate: float) -> Any:
     -> params                  the same structure; nothing passed in is modified
     ===========  ============  =============================================================
 
-    Raises ``ValueError`` unless there is one count per expert, and for a bias that is cut over devices.
+    Raises ``ValueError`` unless there is one count per expert, and for a bias that is cut over devices or
+    narrower than float32.
 
     Source: auxiliary-loss-free balancing, arXiv 2408.15664: ``b += rate * sign(mean - counts)``.
 
@@ -127,6 +128,7 @@ def update_expert_bias(params: Any, counts_E: torch.Tensor, rate: float) -> Any:
         expected = f"{tuple(params.bias_E.shape)}, one count per expert"
         remedy = "Pass MoEStats.tokens_per_expert of this layer."
         raise argument_error("update_expert_bias", "counts_E", got=got, expected=expected, remedy=remedy)
+    check_bias("update_expert_bias", "params.bias_E", params.bias_E)
     if is_dtensor(params.bias_E) and not all(p.is_replicate() for p in params.bias_E.placements):
         got = f"a DTensor placed by {params.bias_E.placements}"
         expected = "one that is whole on every device"

@@ -27,7 +27,8 @@ class RouterParams(NamedTuple):
 
     =========  ======  ===================================================================
     weight_ED  (E, D)  scores experts, in the dtype of the other parameters
-    bias_E     (E,)    float32; added for the choice only, never to weights, so its gradient is zero
+    bias_E     (E,)    float32 or float64, since it moves by small steps (:func:`fmoe.update_expert_bias`);
+                       added for the choice only, never to weights, so its gradient is zero
     =========  ======  ===================================================================
 
     >>> import fmoe
@@ -146,7 +147,8 @@ def route(router_params: RouterParams, x_TD: torch.Tensor, config: RouterConfig)
     Arithmetic is float32 (float64 for float64 tokens) whatever the dtype of the tokens. Gradients
     reach ``weight_ED`` and ``x_TD`` through weights and scores; that of ``bias_E`` is zero.
 
-    Raises ``ValueError`` for shapes that don't fit and for a ``config`` E experts can't satisfy.
+    Raises ``ValueError`` for shapes that don't fit, for a bias in less than float32, and for a ``config`` E
+    experts can't satisfy.
 
     >>> router = RouterParams(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]), torch.zeros(3))
     >>> routing = route(router, torch.tensor([[4.0, 0.0]]), RouterConfig(top_k=2))
@@ -164,6 +166,7 @@ def route(router_params: RouterParams, x_TD: torch.Tensor, config: RouterConfig)
         got = f"weight_ED {tuple(weight_ED.shape)} and bias_E {tuple(bias_E.shape)}"
         remedy = "Take them from moe_init."
         raise argument_error("route", "router_params", got=got, expected="(E, D) and (E,)", remedy=remedy)
+    check_bias("route", "router_params.bias_E", bias_E)
     logits_TE = product(x_TD, weight_ED.mT, accumulator(x_TD.dtype))
     sigmoid = config.score_func == "sigmoid"
     scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
@@ -185,6 +188,14 @@ def route(router_params: RouterParams, x_TD: torch.Tensor, config: RouterConfig)
     ones = torch.ones_like(ids_TK).reshape(-1)
     counts_E = ids_TK.new_zeros(num_experts).scatter_add(0, ids_TK.reshape(-1), ones)
     return Routing(ids_TK, weights_TK * config.scale, counts_E, scores_TE, config.score_before_experts)
+
+
+def check_bias(function: str, argument: str, bias_E: torch.Tensor) -> None:
+    """Raise ``ValueError`` for a selection bias too narrow for its steps: 0.5 + 0.001 is 0.5 in bfloat16."""
+    if bias_E.dtype not in (torch.float32, torch.float64):
+        expected = "torch.float32 or torch.float64, which hold its small steps"
+        remedy = "Convert every parameter but the selection biases, as moe_init(dtype=) does."
+        raise argument_error(function, argument, got=bias_E.dtype, expected=expected, remedy=remedy)
 
 
 # ---- operators -------------------------------------------------------------------------------

@@ -415,6 +415,10 @@ ROUTING = fmoe.Routing(
     torch.tensor([[0, 1], [1, 0]]), torch.ones(2, 2), torch.tensor([2, 2]), torch.ones(2, 2)
 )
 META = fmoe.ExpertParams(torch.empty(16, 2, 4, 8, device="meta"), torch.empty(16, 8, 4, device="meta"))
+WIDE_BIAS = (
+    "expected torch.float32 or torch.float64, which hold its small steps. "
+    "Convert every parameter but the selection biases, as moe_init(dtype=) does."
+)
 
 ERRORS = {
     "wrong last dimension": (
@@ -488,6 +492,22 @@ ERRORS = {
     "a bias for other experts": (
         lambda: fmoe.route(fmoe.RouterParams(torch.ones(4, 8), torch.ones(1)), torch.randn(3, 8), BALANCED),
         "route: router_params: got weight_ED (4, 8) and bias_E (1,), expected (E, D) and (E,).",
+    ),
+    "a layer cast whole to bfloat16": (
+        lambda: fmoe.moe_forward(to(layer_with(), torch.bfloat16), torch.randn(3, 8).bfloat16()),
+        f"route: router_params.bias_E: got torch.bfloat16, {WIDE_BIAS}",
+    ),
+    "an integer bias": (
+        lambda: fmoe.route(to(layer_with().router, torch.int64), torch.randn(3, 8), BALANCED),
+        f"route: router_params.bias_E: got torch.int64, {WIDE_BIAS}",
+    ),
+    "a bias that would stall": (
+        lambda: fmoe.update_expert_bias(to(layer_with(), torch.bfloat16), torch.ones(16), 0.001),
+        f"update_expert_bias: params.bias_E: got torch.bfloat16, {WIDE_BIAS}",
+    ),
+    "a float16 bias that would stall": (
+        lambda: fmoe.update_expert_bias(to(layer_with().router, torch.float16), torch.ones(16), 0.001),
+        f"update_expert_bias: params.bias_E: got torch.float16, {WIDE_BIAS}",
     ),
     "top_k that is no integer": (
         lambda: routed(top_k=2.0),

@@ -23,3 +23,13 @@ def test_the_entropy_is_that_of_normalised_scores_however_small_they_are(size):
     assert error(stats.router_entropy, expected) < 1e-6
     nothing = moe_stats(fmoe.Routing(ids, torch.ones(3, 1), counts, scores * math.nan))
     assert stats.router_entropy.dtype == torch.float32 and nothing.router_entropy.isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_bias_never_stops_moving(dtype):
+    params = fmoe.moe_init(0, dim=4, hidden_dim=4, num_experts=3, dtype=torch.bfloat16)
+    params = params._replace(router=params.router._replace(bias_E=torch.zeros(3, dtype=dtype)))
+    for _ in range(2000):
+        params = fmoe.update_expert_bias(params, torch.tensor([5, 1, 3]), 0.001)
+    assert params.router.bias_E.dtype == dtype
+    assert error(params.router.bias_E, torch.tensor([-2.0, 2.0, 0.0])) < 1e-4
