@@ -1,5 +1,6 @@
 """The mixture-of-experts layer: ``moe_init`` and ``moe_forward``."""
 
+import math
 from typing import Any, Literal, NamedTuple, overload
 
 import optree
@@ -236,7 +237,7 @@ def moe_layer(
     params: MoEParams, x: torch.Tensor, router: RouterConfig | Router
 ) -> tuple[torch.Tensor, Routing]:
     """The layer on this device's pieces, along ``ep`` and ``tp`` if bound. Also gives the routing."""
-    x_TD = x.reshape(-1, x.shape[-1])
+    x_TD = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # vmap over no example can't infer a size
     if isinstance(router, RouterConfig):
         routing = route(params.router, x_TD, router)
     else:

@@ -46,14 +46,14 @@ def scatter_add_kernel(y_RD: torch.Tensor, index_R: torch.Tensor, num_rows: int)
 def _offset(index_BR: torch.Tensor, stride: int) -> torch.Tensor:
     """Per-example indices as indices into the examples laid end to end."""
     start_B1 = torch.arange(index_BR.shape[0], device=index_BR.device)[:, None] * stride
-    return torch.where(index_BR < 0, -1, index_BR + start_B1).reshape(-1)
+    return torch.where(index_BR < 0, -1, index_BR + start_B1).flatten()
 
 
 def _gather_vmap(size: int, dims: Dims, x: torch.Tensor, index: torch.Tensor) -> Fold:
     index = front(index, dims[1], size)
     if dims[0] is not None:
         index, x = _offset(index, x.shape[1]), fold_rows(x)
-    return more_rows(size, x, index.reshape(-1))
+    return more_rows(size, x, index.flatten())
 
 
 def _scatter_vmap(size: int, dims: Dims, y: torch.Tensor, index: torch.Tensor, num: int) -> Fold:
@@ -63,7 +63,7 @@ def _scatter_vmap(size: int, dims: Dims, y: torch.Tensor, index: torch.Tensor, n
 
 def _column(mask_R: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """A mask of rows, to broadcast over them."""
-    return mask_R.view(-1, *[1] * (rows.dim() - 1))
+    return mask_R.view(*mask_R.shape, *[1] * (rows.dim() - 1))
 
 
 def _scatter_plain(y: torch.Tensor, index: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -120,7 +120,7 @@ def _rows_by_key(offsets_Be: torch.Tensor, num_rows: int, shared: bool) -> tuple
     if not shared:
         first = torch.arange(size, device=key_BR.device)[:, None] * num_experts
         key_BR = torch.where(key_BR < num_experts, key_BR + first, num_keys)
-    key = key_BR.reshape(-1)
+    key = key_BR.flatten()
     counts = key.new_zeros(num_keys + 1).scatter_add(0, key, torch.ones_like(key))[:num_keys]
     return torch.argsort(key, stable=True), counts.cumsum(0).to(torch.int32)
 

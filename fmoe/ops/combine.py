@@ -103,7 +103,7 @@ def reduce(y_RD: torch.Tensor, plan: Plan) -> torch.Tensor:
 
 def _reference(y: torch.Tensor, weights: torch.Tensor, slot: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     wide = accumulator(y.dtype)
-    weights_R1 = gather(weights.reshape(-1), slot)[:, None].to(wide)
+    weights_R1 = gather(weights.flatten(), slot)[:, None].to(wide)
     token = rows_of_slots(slot, weights.shape[1])
     return scatter_add(y.to(wide) * weights_R1, token, weights.shape[0]).to(y.dtype)
 
@@ -120,7 +120,7 @@ def weighted_sum_kernel(
     if not y_RD.is_cuda:
         scaled = y_RD.to(wide)
         if weights_SK is not None:
-            scaled = scaled * gather_kernel(weights_SK.reshape(-1), slot_R)[:, None]
+            scaled = scaled * gather_kernel(weights_SK.flatten(), slot_R)[:, None]
         token = rows_of_slots(slot_R, row_SK.shape[1])
         return scatter_add_kernel(scaled, token, row_SK.shape[0]).to(y_RD.dtype)
     # Gathering K times is deterministic; adding rows in place on CUDA is not.
@@ -139,7 +139,7 @@ def weight_gradients_kernel(g: Any, y: Any, weights: Any, slot: Any, row: Any) -
         return rows.weight_gradients(g, y, slot, weights)
     g_RD = gather_kernel(g, rows_of_slots(slot, weights.shape[1])).to(accumulator(y.dtype))
     g_weights_R = (g_RD * y).sum(1)
-    return gather_kernel(g_weights_R, row.reshape(-1)).view(weights.shape).to(weights.dtype)
+    return gather_kernel(g_weights_R, row.flatten()).view(weights.shape).to(weights.dtype)
 
 
 def _backward_kernel(g: Any, y: Any, weights: Any, slot: Any, row: Any) -> Tensors:
@@ -148,7 +148,7 @@ def _backward_kernel(g: Any, y: Any, weights: Any, slot: Any, row: Any) -> Tenso
 
         return rows.spread(g, y, slot, weights)
     g_RD = gather_kernel(g, rows_of_slots(slot, weights.shape[1])).to(accumulator(y.dtype))
-    g_y = (g_RD * gather_kernel(weights.reshape(-1), slot)[:, None]).to(y.dtype)
+    g_y = (g_RD * gather_kernel(weights.flatten(), slot)[:, None]).to(y.dtype)
     return g_y, weight_gradients_kernel(g, y, weights, slot, row)
 
 

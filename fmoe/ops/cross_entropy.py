@@ -41,7 +41,7 @@ def _blocks(x: torch.Tensor, weight: torch.Tensor, block_bytes: int) -> Iterator
 def _reference(x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, block_bytes: int) -> torch.Tensor:
     logits = product(x, weight.mT, accumulator(x.dtype))
     start_N = torch.arange(index.shape[0], device=index.device) * weight.shape[0]
-    chosen = gather(logits.reshape(-1), torch.where(index < 0, -1, index + start_N))
+    chosen = gather(logits.flatten(), torch.where(index < 0, -1, index + start_N))
     return torch.stack([logits.logsumexp(-1), chosen])
 
 

@@ -122,7 +122,7 @@ def expand(x_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
     check_rows("expand", "x_SD", x_SD, plan.weights_SK.shape[0])
     x_RD = gather(x_SD, rows_of_slots(plan.slot_R, plan.weights_SK.shape[1]))
     if plan.score_before_experts:
-        weights_R = gather(plan.weights_SK.reshape(-1), plan.slot_R)
+        weights_R = gather(plan.weights_SK.flatten(), plan.slot_R)
         x_RD = (x_RD * weights_R[:, None]).to(x_SD.dtype)
     return x_RD
 
@@ -164,7 +164,7 @@ def align_rows(plan: Plan, multiple: int) -> Plan:
     row_SK = torch.where(row_SK < 0, -1, moved_SK)
     # The inverse; one row more than asked for takes the pairs that have none.
     num_rows = plan.slot_R.shape[0] + ends_e.shape[0] * (multiple - 1)
-    row, pair = row_SK.reshape(-1), torch.arange(row_SK.numel(), device=row_SK.device)
+    row, pair = row_SK.flatten(), torch.arange(row_SK.numel(), device=row_SK.device)
     slot_R = plan.slot_R.new_full((num_rows + 1,), -1)
     slot_R = slot_R.scatter(0, torch.where(row < 0, num_rows, row), pair)[:num_rows]
     offsets_e = (ends_e + padding_e.cumsum(0)).to(torch.int32)
@@ -200,7 +200,7 @@ def layout_kernel(ids_SK: torch.Tensor, num_experts: int, num_rows: int) -> Tens
 
         return plan.layout(ids_SK, num_experts, num_rows)
     check_ids(ids_SK, num_experts)
-    ids = ids_SK.reshape(-1)
+    ids = ids_SK.flatten()
     key = torch.where(ids < 0, num_experts, ids)
     order = torch.argsort(key, stable=True)
     counts = torch.bincount(key, minlength=num_experts + 1)[:num_experts]
@@ -232,7 +232,7 @@ def _layout_vmap(size: int, dims: Dims, ids: torch.Tensor, num_experts: int, num
     wide = torch.where(ids < 0, num_experts, ids).flatten(1) + (example * buckets)[:, None]
     slot, row, ends = layout(wide, size * buckets, size * num_slots)
     start = (example * num_slots)[:, None]
-    slot, row = slot.view(size, -1) - start, row.view(size, -1) - start
+    slot, row = slot.view(size, num_slots) - start, row.view(size, num_slots) - start
     ends = ends.view(size, buckets)[:, :-1] - start
     here = torch.arange(num_slots, device=ids.device) < ends[:, -1:]
     row = torch.where(ids.flatten(1) < 0, -1, row).view(ids.shape)
@@ -241,7 +241,7 @@ def _layout_vmap(size: int, dims: Dims, ids: torch.Tensor, num_experts: int, num
 
 def layout_plain(ids: torch.Tensor, num_experts: int, num_rows: int) -> Tensors:
     """A pair's row is the number of pairs that come before it: those of lower experts, then earlier ones."""
-    flat = torch.where(ids < 0, num_experts, ids).reshape(-1)
+    flat = torch.where(ids < 0, num_experts, ids).flatten()
     mine, other, index = flat[:, None], flat[None, :], torch.arange(flat.shape[0], device=ids.device)
     row = ((other < mine) | ((other == mine) & (index[None, :] < index[:, None]))).sum(1)
     holds = (row == torch.arange(num_rows, device=ids.device)[:, None]) & (flat < num_experts)

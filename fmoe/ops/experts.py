@@ -116,7 +116,7 @@ def _up_reference(x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> torch.Te
     rows = Layout(*fields)
     x_RD = gather(x, rows.source_R)
     if rows.score_before:
-        weights_R = gather(rows.weights_SK.reshape(-1), rows.slot_R)
+        weights_R = gather(rows.weights_SK.flatten(), rows.slot_R)
         x_RD = (x_RD * weights_R[:, None].to(accumulator(x.dtype))).to(x.dtype)
     h = grouped_mm(x_RD, rearrange(w_in, "e two f d -> e d (two f)"), rows.offsets_e)
     return rearrange(h, "r (two f) -> r two f", two=2)
@@ -126,12 +126,12 @@ def _down_reference(h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> torch
     rows, wide = Layout(*fields), accumulator(h.dtype)
     y_RD = grouped_mm(swiglu(h), w_out.mT, rows.offsets_e).to(wide)
     if not rows.score_before:
-        y_RD = y_RD * gather(rows.weights_SK.reshape(-1), rows.slot_R)[:, None].to(wide)
+        y_RD = y_RD * gather(rows.weights_SK.flatten(), rows.slot_R)[:, None].to(wide)
     return scatter_add(y_RD, rows.source_R, rows.weights_SK.shape[0]).to(h.dtype)
 
 
 def _weights_R1(rows: Layout) -> torch.Tensor:
-    return gather_kernel(rows.weights_SK.reshape(-1), rows.slot_R)[:, None]
+    return gather_kernel(rows.weights_SK.flatten(), rows.slot_R)[:, None]
 
 
 def _expand(x: torch.Tensor, rows: Layout, *, scaled: bool) -> torch.Tensor:
@@ -169,7 +169,7 @@ def _activation_backward(g_act: torch.Tensor, h: torch.Tensor, rows: Layout, *, 
     g_weights = torch.zeros_like(weights)
     if scaled:
         g_weights_R = (g_act * silu * up).sum(1)
-        g_weights = gather_kernel(g_weights_R, row.reshape(-1)).view(weights.shape).to(weights.dtype)
+        g_weights = gather_kernel(g_weights_R, row.flatten()).view(weights.shape).to(weights.dtype)
         g_act = g_act * _weights_R1(rows)
     g_gate = g_act * up * (sigmoid + silu * (1 - sigmoid))
     return torch.stack([g_gate, g_act * silu], 1).to(h.dtype), g_weights

@@ -4,6 +4,7 @@ Every path of fmoe is tested against these few lines. They are slow on purpose, 
 every way PyTorch knows, and compute in the dtype of their inputs.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def route_reference(
     scores = logits.sigmoid() if config.score_func == "sigmoid" else logits.softmax(-1)
     if config.force_balance:
         slot = torch.arange(x_TD.shape[0] * config.top_k, device=x_TD.device)
-        ids_TK = slot.view(-1, config.top_k) % scores.shape[1]
+        ids_TK = slot.view(x_TD.shape[0], config.top_k) % scores.shape[1]
     if ids_TK is None:
         chosen = choose(scores.detach() + params.bias_E.detach(), config)
     else:
@@ -63,7 +64,7 @@ def moe_reference(
     params: Any, x: torch.Tensor, config: RouterConfig, ids_TK: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The whole layer: every expert on every token, weighted by :func:`route_reference`."""
-    x_TD = x.reshape(-1, x.shape[-1])
+    x_TD = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     weights_TE = route_reference(params.router, x_TD, config, ids_TK)
     ones = torch.ones_like(weights_TE)
     # x * 0 through a SwiGLU is 0, so tokens that didn't choose the expert add nothing either way.

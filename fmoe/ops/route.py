@@ -172,7 +172,7 @@ def route(router_params: RouterParams, x_TD: torch.Tensor, config: RouterConfig)
     scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
     if config.force_balance:
         slot = torch.arange(x_TD.shape[0] * config.top_k, device=x_TD.device)
-        ids_TK = (slot % num_experts).view(-1, config.top_k)
+        ids_TK = (slot % num_experts).view(x_TD.shape[0], config.top_k)
     else:
         groups = config.num_groups, config.top_groups, config.group_best
         ids_TK = topk(scores_TE + bias_E, *groups, config.top_k)
@@ -180,13 +180,13 @@ def route(router_params: RouterParams, x_TD: torch.Tensor, config: RouterConfig)
     of_logits = sigmoid or config.normalize
     cell_TK = ids_TK + num_experts * torch.arange(x_TD.shape[0], device=x_TD.device)[:, None]
     rows_TE = logits_TE if of_logits else scores_TE
-    chosen_TK = gather(rows_TE.reshape(-1), cell_TK.reshape(-1)).view(ids_TK.shape)
+    chosen_TK = gather(rows_TE.flatten(), cell_TK.flatten()).view(ids_TK.shape)
     if config.normalize:  # the chosen scores over their sum, by logarithms, so that small ones don't vanish
         weights_TK = (F.logsigmoid(chosen_TK) if sigmoid else chosen_TK).softmax(-1)
     else:
         weights_TK = chosen_TK.sigmoid() if sigmoid else chosen_TK
-    ones = torch.ones_like(ids_TK).reshape(-1)
-    counts_E = ids_TK.new_zeros(num_experts).scatter_add(0, ids_TK.reshape(-1), ones)
+    ones = torch.ones_like(ids_TK).flatten()
+    counts_E = ids_TK.new_zeros(num_experts).scatter_add(0, ids_TK.flatten(), ones)
     return Routing(ids_TK, weights_TK * config.scale, counts_E, scores_TE, config.score_before_experts)
 
 

@@ -142,6 +142,14 @@ def test_vmap_over_sequences_and_per_example_gradients_equal_a_loop():
     assert error(got, optree.tree_map(lambda *g: torch.stack(g), *loop)) < 1e-12
 
 
+def test_vmap_over_no_sequence():
+    params, none = deepseek_v3.init(TINY, 0), torch.zeros(0, 2, 8, dtype=torch.int64)
+    logits = lambda t: deepseek_v3.forward(params, t, TINY)[0]  # noqa: E731
+    assert vmap(logits)(none).shape == (0, *logits(none.new_zeros(2, 8)).shape)
+    total = grad(lambda p: vmap(lambda t: deepseek_v3.loss(p, t, t, TINY)[0])(none).sum())(params)
+    assert error(total, optree.tree_map(torch.zeros_like, params)) == 0
+
+
 SMALL = change(
     TINY,
     vocab_size=9,

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 import fmoe
 from fmoe.introspect import kept_bytes, raw_calls
-from fmoe.ops.reference import choose, moe_reference
+from fmoe.ops.reference import choose, moe_reference, swiglu_reference
 from fmoe.ops.route import route
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -267,6 +267,41 @@ def test_transforms_equal_the_oracle(transform, config):
     got = TRANSFORMS[transform](squared(lambda p, x: fmoe.moe_forward(p, x, router=config)), example)
     expected = ORACLE_TRANSFORMS[transform](squared(lambda p, x: moe_reference(p, x, config)), example)
     assert error(got, expected) < 1e-10
+
+
+OVER_NONE = {
+    "vmap": lambda f: torch.vmap(f)(torch.zeros(0, 4, 6)),
+    "vmap of one token": lambda f: torch.vmap(f)(torch.zeros(0, 6)),
+    "vmap of no token": lambda f: torch.vmap(f)(torch.zeros(0, 0, 6)),
+    "vmap(vmap)": lambda f: torch.vmap(torch.vmap(f))(torch.zeros(2, 0, 4, 6)),
+    "vmap of none(vmap)": lambda f: torch.vmap(torch.vmap(f))(torch.zeros(0, 2, 4, 6)),
+    "vmap(grad)": lambda f: torch.vmap(torch.func.grad(lambda x: f(x).sin().sum()))(torch.zeros(0, 4, 6)),
+    "jacfwd": lambda f: torch.func.jacfwd(f)(torch.zeros(0, 6)),
+    "jacrev": lambda f: torch.func.jacrev(f)(torch.zeros(0, 6)),
+    "hessian": lambda f: torch.func.hessian(f)(torch.zeros(0, 6)),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("transform", OVER_NONE)
+def test_transforms_over_nothing_give_the_shapes_of_a_dense_layer(transform, config):
+    params = random_layer(dtype=torch.float32)
+    for fn in (fmoe.moe_forward, fmoe.remat(fmoe.moe_forward)):
+        got = OVER_NONE[transform](lambda x, fn=fn: fn(params, x, router=config))
+        assert got.shape == OVER_NONE[transform](lambda x: swiglu_reference(params.shared, x)).shape
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_derivatives_of_params_over_nothing(config):
+    params, batch = random_layer(), torch.zeros(0, 4, 6, dtype=torch.float64)
+    loss = lambda p, x: fmoe.moe_forward(p, x, router=config).sin().sum((-2, -1))  # noqa: E731
+    total = torch.func.grad(lambda p: torch.vmap(loss, (None, 0))(p, batch).sum())(params)
+    assert error(total, optree.tree_map(torch.zeros_like, params)) == 0
+    each = torch.vmap(torch.func.grad(loss), (None, 0))(params, batch)
+    for fn in (torch.func.jacrev, torch.func.jacfwd):
+        slopes = fn(lambda p: fmoe.moe_forward(p, batch[:, 0], router=config))(params)
+        for leaf, one, slope in zip(*map(optree.tree_leaves, (params, each, slopes))):
+            assert one.shape == (0, *leaf.shape) and slope.shape == (0, 6, *leaf.shape)
 
 
 @pytest.mark.parametrize("backend", quick(["aot_eager"], ["aot_eager", "inductor"]))

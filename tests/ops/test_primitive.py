@@ -3,6 +3,7 @@
 import itertools
 import re
 
+import optree
 import pytest
 import torch
 from helpers import (
@@ -15,12 +16,14 @@ from helpers import (
     random_layer,
     squared,
 )
-from torch.func import grad, jvp, vmap
+from torch.func import grad, jvp, vjp, vmap
 
 import fmoe
 from fmoe.errors import TransformError
 from fmoe.introspect import operator_support, raw_calls
 from fmoe.ops.bases import gather, grouped_mm, scatter_add
+from fmoe.ops.core.batches import one_by_one
+from fmoe.ops.core.derive import replaced
 from fmoe.ops.core.primitive import declare, operators
 from fmoe.ops.core.refuse import Unsupported
 from fmoe.ops.core.tape import Tape, checkpoint_names, on_tape, plain_operators
@@ -214,6 +217,74 @@ SOME = {(name, transform) for name, transform in MATRIX if transform in ONCE_OR_
 def test_every_operator_under_every_transform_is_right_or_loud(name, transform, slow):
     op = OPERATORS[name]
     check_right_or_loud(op, transform, remats_of(op, transform, slow))
+
+
+def shapes(values):
+    return [tuple(t.shape) for t in optree.tree_leaves(values)]
+
+
+def check_maps_over_none(op, wrap, args, batched):
+    """Shapes of a batch of none of ``args``, and of its derivatives; gradients of the other ones are zero."""
+    call = wrap(lambda *args: op(*args))
+    floats = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point()]
+    dims = tuple(0 if i in batched else None for i in range(len(args)))
+
+    def pulled(*args):
+        out, pull = vjp(lambda *few: call(*replaced(args, floats, few)), *(args[i] for i in floats))
+        return pull(optree.tree_map(torch.ones_like, out))
+
+    def pushed(*args):
+        few = tuple(args[i] for i in floats)
+        return jvp(lambda *few: pulled(*replaced(args, floats, few)), few, few)
+
+    differentiable = floats and all(o.is_floating_point() for o in optree.tree_leaves(op(*args)))
+    for fn in (call, pulled, pushed) if differentiable else (call,):
+        one = shapes(fn(*args))
+        for sizes in ((0,),) if fn is pushed else ((0,), (0, 2), (2, 0)):
+            many, mapped = list(args), fn
+            for i in batched:
+                many[i] = args[i].expand(*sizes, *args[i].shape)
+            for _ in sizes:
+                mapped = vmap(mapped, dims)
+            assert shapes(mapped(*many)) == [(*sizes, *shape) for shape in one], sizes
+    if differentiable:
+        none = replaced(args, batched, (args[i][None][:0] for i in batched))
+        out, pull = vjp(
+            lambda *few: vmap(call, dims)(*replaced(none, floats, few)), *(none[i] for i in floats)
+        )
+        grads = pull(optree.tree_map(torch.ones_like, out))
+        assert shapes(grads) == shapes([none[i] for i in floats]) and not any(g.any() for g in grads)
+
+
+# These move one example after another where their indices differ.
+MOVING = {name for name in OPERATORS if name.startswith(("deepep_", "send", "exchange"))}
+
+
+OVER_NONE = [*itertools.product(sorted(OPERATORS.keys() - MOVING - {"test_cube"}), ["plain", "remat, kept"])]
+
+
+@pytest.mark.parametrize(("name", "remat"), quick(OVER_NONE[::2] + OVER_NONE[1::8], OVER_NONE))
+def test_every_operator_maps_over_no_example(name, remat):
+    op = OPERATORS[name]
+    args = op.example()
+    args = *args, *op.dependent(*args)
+    tensors = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+    for batched in (tensors, tensors[:1], tensors[1:2]):
+        if batched:
+            check_maps_over_none(op, REMATS[remat], args, batched)
+
+
+def test_an_operator_that_runs_one_by_one_maps_over_no_example(device):
+    double = declare(
+        f"test_one_by_one_{device}(Tensor x) -> Tensor",
+        impl=lambda x: 2 * x,
+        fake=torch.empty_like,
+        checkpoint="gather",
+        example=lambda: (torch.randn(3, dtype=torch.float64),),
+        reference=lambda x: 2 * x,
+        vmap=one_by_one,
+    )
+    check_maps_over_none(double, REMATS["plain"], double.example(), [0])
 
 
 def test_the_matrix_can_fail(device):

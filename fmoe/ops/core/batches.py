@@ -33,6 +33,11 @@ def front(value: Any, dim: int | None, size: int) -> Any:
     return value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
 
 
+def one_more(batch: torch.Tensor) -> torch.Tensor:
+    """A batch, and an example of zeros after it."""
+    return torch.cat([batch, batch.new_zeros(1, *batch.shape[1:])])
+
+
 def fold_rows(x: torch.Tensor) -> torch.Tensor:
     """The rows of a batch as rows of one tensor."""
     return rearrange(x, "b n ... -> (b n) ...")

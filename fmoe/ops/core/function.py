@@ -17,7 +17,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from ...errors import TransformError
-from .batches import Fold, each, front
+from .batches import Fold, each, front, one_more
 from .derive import Tensors, as_tuple, few
 from .refuse import Unsupported, refusing_nested_forward_mode
 from .tape import on_tape
@@ -85,17 +85,22 @@ def eager_function(op: Any) -> Any:
         kept = tuple(front(k, d, size) for k, d in zip(args[n:], in_dims[n:]))
         with _rule(op, "vmap", rules.vmap):
             if all(d is None for d in dims):  # only kept outputs are batched, with equal examples
-                return op.function.apply(*inputs, *(k[0] for k in kept)), few((None,) * op.num_outputs)
+                again = (k[0] for k in kept) if size else ()
+                return op.function.apply(*inputs, *again), few((None,) * op.num_outputs)
             if kept and rules.vjp is None:  # nothing to differentiate: the values are the answer
                 return few(tuple(k.clone() for k in kept)), few((0,) * op.num_outputs)
             moved = [a if d is None else a.movedim(d, 0) for a, d in zip(inputs, dims)]
             dims = tuple(None if d is None else 0 for d in dims)
-            out = rules.vmap(size, dims, *moved)
+            if size == 0:  # rules needn't know of it: they get one example, of zeros
+                moved, kept = [a if d is None else one_more(a) for a, d in zip(moved, dims)], ()
+            out = rules.vmap(size or 1, dims, *moved)
             if out is None:
-                out = each(op.outputs, size, dims, *moved)
+                out = each(op.outputs, size or 1, dims, *moved)
             elif isinstance(out, Fold):
                 folded = op.function.apply(*out.args, *(out.refold(kept) if kept else ()))
                 out = out.unfold(as_tuple(folded))
+            if size == 0:
+                out = tuple(o[:0] for o in out)
             return few(out), few((0,) * op.num_outputs)
 
     return _make(op.name, forward, setup_context, backward, jvp=jvp, vmap=vmap)

@@ -99,7 +99,7 @@ def _exchange_kernel(
     check_ids(ids, num_experts)
     held, (num_tokens, top_k) = num_experts // size, ids.shape
     home_TK = torch.where(ids < 0, size, torch.div(ids, held, rounding_mode="floor"))
-    every = home_TK.reshape(-1)  # not by bincount, which waits for the device
+    every = home_TK.flatten()  # not by bincount, which waits for the device
     pairs_n = ids.new_zeros(size + 1).scatter_add_(0, every, torch.ones_like(every))[:size]
     hit_Tn = ids.new_zeros(num_tokens, size + 1, dtype=torch.bool).scatter_(1, home_TK, True)[:, :size]
     devices_Tn = torch.where(hit_Tn, torch.arange(size, device=ids.device), -1)
