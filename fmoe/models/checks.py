@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
 from ..ops.core.axes import axis_sizes, describe
+from ..ops.core.dtypes import product_dtype
 from ..ops.route import RouterConfig, Routing
 from ..parallel.boundary import dtensor_beneath, unwrapped
 from ..parallel.spec import axes_by_dim, named_axes
@@ -51,7 +52,7 @@ def check_layer(params: Any, x: torch.Tensor, router: Any) -> None:
     for name, leaf in zip(dotted_names(params), leaves):
         if leaf.device != x.device:
             raise error(f"params.{name}", leaf.device, f"{x.device}, as x", "Move one of the two with .to().")
-        if leaf.dtype != x.dtype and name.split(".")[0] != "router":
+        if product_dtype(leaf) != product_dtype(x) and name.split(".")[0] != "router":
             remedy = "Convert one of the two with .to()."
             raise error(f"params.{name}", leaf.dtype, f"{x.dtype}, as x", remedy)
 

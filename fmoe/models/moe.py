@@ -189,6 +189,9 @@ def moe_forward(
     A router function is called with the tokens of this device, as rows ``x_TD``. On a mesh ``params.router``
     is whole on every device. ``fmoe.testing.check_router`` checks such a function.
 
+    Under ``torch.autocast`` the experts, shared ones included, compute in autocast's dtype. Params and ``x``
+    may then have different dtypes. The router computes in float32, and ``y`` has the dtype of ``x``.
+
     It works under every ``torch.func`` transform and under ``torch.compile(fullgraph=True)``. On a mesh,
     ``jvp`` needs plain tensors, and ``vmap`` over tokens raises.
 
@@ -257,7 +260,7 @@ def _shared_experts(params: Any, x_TD: torch.Tensor) -> torch.Tensor:
     y_TD = mlp_forward(params.shared, x_TD)
     if isinstance(params.shared_gate, torch.Tensor):
         y_TD = F.linear(x_TD, params.shared_gate).sigmoid() * y_TD
-    return y_TD
+    return y_TD.to(x_TD.dtype)  # autocast gives another
 
 
 def stats_of(routing: Routing) -> MoEStats:

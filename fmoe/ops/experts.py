@@ -15,7 +15,7 @@ from . import kernels
 from .bases import gather, gather_kernel, grouped_mm, random, scatter_add
 from .combine import weight_gradients_kernel, weighted_sum_kernel
 from .core.derive import Tensors, pullback
-from .core.dtypes import accumulator
+from .core.dtypes import accumulator, product_dtype
 from .core.primitive import Operator, declare
 from .core.tape import checkpoint
 from .dispatch import Plan, check_rows, plan_example, rows_of_slots
@@ -54,11 +54,12 @@ def experts_grouped_mm(expert_params: ExpertParams, x_SD: torch.Tensor, plan: Pl
     expert_params              ``w_in`` (E, 2, F, D), ``w_out`` (E, D, F), dtype of ``x_SD``
     x_SD           (S, D)      rows from :func:`dispatch`; bfloat16, float16, float32 or float64
     plan                       their plan
-    -> y_SD        (S, D)      zeros where no expert of a row is held here
+    -> y_SD        (S, D)      zeros where no expert of a row is held here; dtype of ``x_SD``
     =============  ==========  ================================================================
 
     Between forward and backward it keeps ``x_SD``, the pre-activation (R, 2, F) and the plan, never
-    the gathered rows nor the unsummed outputs. Sums over experts accumulate in float32.
+    the gathered rows nor the unsummed outputs. Sums over experts accumulate in float32. Under
+    ``torch.autocast`` it takes rows and weights in autocast's dtype, as ``F.linear`` does.
 
     Raises ``ValueError`` for shapes and dtypes that don't fit.
 
@@ -71,9 +72,11 @@ def experts_grouped_mm(expert_params: ExpertParams, x_SD: torch.Tensor, plan: Pl
     >>> fmoe.combine(fmoe.experts_grouped_mm(params.experts, x_SD, plan), plan).shape
     torch.Size([3, 4])
     """
+    expert_params = ExpertParams(*(weight.to(product_dtype(weight)) for weight in expert_params))
+    dtype, x_SD = x_SD.dtype, x_SD.to(product_dtype(x_SD))
     check_experts(expert_params, x_SD, plan)
     rows = Layout(plan.weights_SK, plan.slot_R, plan.row_SK, plan.offsets_e, plan.score_before_experts)
-    return experts_down(experts_up(x_SD, expert_params.w_in, *rows), expert_params.w_out, *rows)
+    return experts_down(experts_up(x_SD, expert_params.w_in, *rows), expert_params.w_out, *rows).to(dtype)
 
 
 def check_experts(params: ExpertParams, x_SD: torch.Tensor, plan: Plan) -> None:
