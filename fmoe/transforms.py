@@ -94,10 +94,11 @@ def remat(fn: Callable[..., Any], policy: Policy | None = None) -> Callable[...,
 
     It works in plain autograd, under and around every ``torch.func`` transform, and nested. ``torch.compile``
     goes outside: ``torch.compile(remat(fn))``. What ``policy`` keeps doesn't run again. Random numbers are
-    drawn again as they were, and modes (autocast, ``no_grad``) are entered again.
+    drawn again as they were, and modes (autocast, ``no_grad``) are entered again. In plain autograd,
+    saved-tensor hooks and PyTorch's checkpoint may go inside and outside.
 
-    Raises ``ValueError`` if ``fn`` uses a differentiable tensor that isn't an argument, which would get no
-    gradient.
+    Raises ``TransformError`` for such hooks beneath a ``torch.func`` transform. Raises ``ValueError`` if
+    ``fn`` uses a differentiable tensor that isn't an argument, which would get no gradient.
 
     >>> import fmoe, torch
     >>> params = fmoe.moe_init(0, dim=8, hidden_dim=16, num_experts=16)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from contextlib import ExitStack, nullcontext
 from typing import NamedTuple
 
 import optree
@@ -20,7 +21,9 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.func import grad, jvp, vmap
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fmoe
 from fmoe.errors import TransformError
@@ -357,6 +360,117 @@ def test_forward_mode_without_torch_func_is_refused(fn):
     text = r": cannot run under torch.autograd.forward_ad or torch.func.linearize. Use torch.func.jvp."
     with forward_ad.dual_level(), pytest.raises(TransformError, match=text):
         fn(params, forward_ad.make_dual(x, x))
+
+
+def test_a_pullback_called_later_depends_on_what_it_should():
+    params, x = random_layer(), torch.randn(7, 6, dtype=torch.float64)
+    results = []
+    for fn in (layer, fmoe.remat(layer)):
+        assert not torch.func.vjp(lambda x, fn=fn: fn(params, x), x)[1](x)[0].requires_grad
+        leaves, treedef = optree.tree_flatten(params)
+        leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+        inside = optree.tree_unflatten(treedef, leaves)
+        pulled = torch.func.vjp(lambda x, fn=fn, p=inside: fn(p, x), x)[1](x)[0]
+        results.append(torch.autograd.grad(pulled.pow(2).sum(), leaves, materialize_grads=True))
+    assert error(*results) < 1e-10
+
+
+# ---- saved-tensor hooks --------------------------------------------------------------------------
+
+
+def torch_checkpoint(fn):
+    return lambda *args: torch.utils.checkpoint.checkpoint(fn, *args, use_reentrant=False)
+
+
+BESIDE_HOOKS = {
+    "plain": layer,
+    "declared": fmoe.remat(layer),
+    "nested": fmoe.remat(fmoe.remat(layer, fmoe.save_nothing), fmoe.save("topk")),
+    "checkpoint inside": fmoe.remat(torch_checkpoint(layer)),
+    "checkpoint outside": torch_checkpoint(fmoe.remat(layer)),
+    "checkpoint between": fmoe.remat(torch_checkpoint(fmoe.remat(layer)), fmoe.save("topk")),
+}
+
+
+def two_hooks():
+    stack = ExitStack()
+    stack.enter_context(save_on_cpu())
+    stack.enter_context(saved_tensors_hooks(torch.clone, torch.clone))
+    return stack
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward"),
+    [
+        (nullcontext, save_on_cpu),
+        (save_on_cpu, nullcontext),
+        (save_on_cpu, save_on_cpu),
+        (two_hooks, two_hooks),
+    ],
+    ids=["around the backward", "around the forward", "around both", "nested"],
+)
+def test_remat_beside_saved_tensor_hooks(forward, backward):
+    """Gradients and gradients of gradients, with random numbers, and batched by ``vmap``."""
+    params, x = random_layer(), torch.randn(7, 6, dtype=torch.float64)
+    leaves, treedef = optree.tree_flatten((params, x))
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    args, seed = optree.tree_unflatten(treedef, leaves), torch.randint(2**31, ()).item()
+
+    def gradients(around, again):
+        torch.manual_seed(seed)
+        with again():
+            y = around(*args).pow(2).sum()
+        with backward():
+            first = torch.autograd.grad(y, leaves, create_graph=True, materialize_grads=True)
+            second = torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves, materialize_grads=True)
+        return y.detach(), first, second
+
+    noisy = lambda p, x: torch.nn.functional.dropout(layer(p, x), 0.5)  # noqa: E731
+    expected, drawn = gradients(layer, nullcontext), gradients(noisy, nullcontext)
+    for name, fn in BESIDE_HOOKS.items():
+        assert error(gradients(fn, forward), expected) < 1e-10, name
+    assert error(gradients(fmoe.remat(torch_checkpoint(noisy)), forward), drawn) < 1e-10
+    batched = gradients(lambda p, x: vmap(lambda s: layer(p, s * x))(x[0]), nullcontext)
+    assert (
+        error(gradients(lambda p, x: vmap(lambda s: fmoe.remat(layer)(p, s * x))(x[0]), forward), batched)
+        < 1e-10
+    )
+
+
+@pytest.mark.parametrize("policy", [None, fmoe.save_nothing, fmoe.save_everything])
+def test_hooks_see_what_the_policy_keeps_and_free_it(policy):
+    params, x = random_layer(), torch.randn(7, 6, dtype=torch.float64)
+    leaves = [leaf.requires_grad_() for leaf in optree.tree_leaves((params, x))]
+    fn, own = fmoe.remat(layer, policy), {leaf.untyped_storage().data_ptr() for leaf in leaves}
+    packed = []
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in own:
+            packed.append((StorageWeakRef(t.untyped_storage()), t.nbytes))
+        return t.clone()
+
+    with saved_tensors_hooks(pack, torch.clone):
+        y = fn(params, x)
+    assert sum(size for _, size in packed) == sum(saved_bytes(layer, params, x, policy=policy).values())
+    assert all(storage.expired() for storage, _ in packed)
+    counts = []
+    for hooks in (nullcontext, save_on_cpu):
+        with hooks(), raw_calls() as count:
+            torch.autograd.grad(y.sum(), leaves, retain_graph=True, allow_unused=True)
+        counts.append(count)
+    assert counts[0] == counts[1]
+
+
+def test_hooks_beneath_torch_func_are_refused():
+    params, x = random_layer(), torch.randn(7, 6, dtype=torch.float64)
+    fn = fmoe.remat(torch_checkpoint(layer))
+    text = "remat: got saved-tensor hooks .* beneath a torch.func transform, expected none, .* Differentiate"
+    with pytest.raises(TransformError, match=text):
+        grad(lambda x: fn(params, x).sum())(x)
+    y = vmap(lambda x: fn(params, x))(x.requires_grad_()[None])
+    text = "remat: got a tensor of a torch.vmap that has ended, expected none.* use fmoe.remat instead of it"
+    with pytest.raises(TransformError, match=text):
+        torch.autograd.grad(y.sum(), x)
 
 
 # ---- captured tensors ----------------------------------------------------------------------------

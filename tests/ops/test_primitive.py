@@ -202,6 +202,7 @@ def check_right_or_loud(op, transform, remats):
 # Linear operators, such as collectives, and backwards meet only these: the rest follows from the same rules.
 ONCE_OR_TWICE = ["grad", "jvp", "vmap tokens", "vmap params", "vmap all", "vmap(vmap)", "vmap(grad) both"]
 ONCE_OR_TWICE += ["grad(vmap)", "grad(grad)", "jvp(grad)", "jacfwd(jacfwd)", "make_fx(grad)", "compile"]
+ONCE_OR_TWICE += ["autograd twice, saving on the CPU"]
 MATRIX = [*itertools.product(OPERATORS, TRANSFORMS)]
 
 

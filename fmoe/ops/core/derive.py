@@ -6,6 +6,7 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
+from torch._C import _functorch as functorch
 
 Tensors = tuple[torch.Tensor, ...]
 Dims = tuple[int | None, ...]
@@ -42,6 +43,44 @@ def replaced(values: Sequence[Any], where: Iterable[int], by: Iterable[Any]) -> 
     return found
 
 
+def pull(
+    fn: Callable[..., Any],
+    values: Sequence[torch.Tensor],
+    cotangents: Sequence[Any],
+    *,
+    inputs: Sequence[Any] = (),
+) -> Tensors:
+    """Cotangents of ``fn``'s arguments ``values``, from those of its outputs; ``None`` stands for zeros.
+
+    ``inputs`` are what else ``fn`` depends on. Beneath a transform this is ``torch.func.vjp``. In plain
+    autograd it is ``torch.autograd.grad``, because ``torch.func`` forbids saved-tensor hooks, of which
+    ``save_on_cpu`` and PyTorch's checkpoint are made.
+
+    >>> pull(torch.mul, [torch.tensor(2.0), torch.tensor(3.0)], [torch.tensor(5.0)])
+    (tensor(15.), tensor(10.))
+    """
+    if functorch.get_interpreter_stack():
+        out, back, *_ = torch.func.vjp(fn, *values)
+        filled = tuple(
+            torch.zeros_like(o) if c is None else c for o, c in zip_longest(as_tuple(out), cotangents)
+        )
+        return back(filled if isinstance(out, tuple) else filled[0])
+    # Without a graph to continue, the result must not depend on the leaves made here.
+    again = torch.is_grad_enabled() and any(_requires_grad(v) for v in (*values, *cotangents, *inputs))
+    with torch.enable_grad():
+        leaves = [v.view_as(v) if again and v.requires_grad else v.detach().requires_grad_() for v in values]
+        pairs = zip(as_tuple(fn(*leaves)), cotangents)
+        reached = [(o, c) for o, c in pairs if c is not None and o.requires_grad]
+    if not (leaves and reached):
+        return tuple(torch.zeros_like(v) for v in values)
+    outs, given = zip(*reached)
+    return torch.autograd.grad(outs, leaves, given, create_graph=again, materialize_grads=True)
+
+
+def _requires_grad(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
 def derive(reference: Callable[..., Any], num_inputs: int) -> Rules:
     """Rules of an operator from the same function composed of other operators."""
 
@@ -53,10 +92,8 @@ def derive(reference: Callable[..., Any], num_inputs: int) -> Rules:
 
     def vjp(inputs: Sequence[Any], needs: Sequence[bool], *cotangents: Any) -> tuple[Any, ...]:
         where = [i for i in floats(inputs) if needs[i]]
-        out, pull, *_ = torch.func.vjp(as_function_of(inputs, where), *(inputs[i] for i in where))
-        pairs = zip_longest(as_tuple(out), cotangents)
-        filled = tuple(torch.zeros_like(o) if c is None else c for o, c in pairs)
-        found = dict(zip(where, pull(filled if isinstance(out, tuple) else filled[0])))
+        call, values = as_function_of(inputs, where), [inputs[i] for i in where]
+        found = dict(zip(where, pull(call, values, cotangents, inputs=inputs)))
         return tuple(found.get(i) for i in range(num_inputs))
 
     def jvp(inputs: Sequence[Any], *tangents: Any) -> Any:

@@ -19,7 +19,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from ...errors import TransformError
 from .batches import Fold, each, front, one_more
 from .derive import Tensors, as_tuple, few
-from .refuse import Unsupported, refusing_nested_forward_mode
+from .refuse import Unsupported, refusing_combinations
 from .tape import on_tape
 
 
@@ -118,7 +118,7 @@ def _rule(op: Any, transform: str, rule: Any) -> Iterator[None]:
     if rule is None or isinstance(rule, Unsupported):
         remedy = rule.remedy if rule else "Call it outside the transform."
         raise TransformError(f"{op.name}: cannot run under torch.func.{transform}. {remedy}")
-    with on_tape(None), refusing_nested_forward_mode(op.name):
+    with on_tape(None), refusing_combinations(op.name):
         yield
 
 

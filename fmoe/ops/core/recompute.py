@@ -2,8 +2,8 @@
 
 A remat'ed call is a *region*. Its forward runs the function once, on a tape that records the outputs
 of the operators its policy names; they become extra outputs of the Function. Its derivatives run the
-function again, under ``torch.func.vjp`` or ``jvp``, on a tape that hands those outputs back. Under
-``vmap`` the region becomes the region of the batched function. So every transform, in any order and
+function again, under :func:`~fmoe.ops.core.derive.pull` or ``jvp``, on a tape that hands those outputs back.
+Under ``vmap`` the region becomes the region of the batched function. So every transform, in any order and
 nesting, meets one Function whose rules are made of other transforms.
 """
 
@@ -23,11 +23,11 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from ...errors import argument_error
 from .batches import front
 from .capture import Guard, check_captured
-from .derive import replaced
+from .derive import pull, replaced
 from .dynamo import hidden_from_dynamo
 from .function import primal
 from .modes import Modes, Rng
-from .refuse import refusing_nested_forward_mode
+from .refuse import refusing_combinations
 from .tape import Entry, PlainTape, Policy, Tape, current_tape, on_tape, replay_error
 
 # For every entry of a tape its operator, its checkpoint name, and how many outputs it has, if any.
@@ -194,8 +194,9 @@ class _Remat(torch.autograd.Function):
     def forward(region: _Region, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         n = region.num_tensors
         rng = Rng.now(tensors)
-        inputs = [t.detach() for t in tensors[:n]]
-        outputs = region.execute((*inputs, *tensors[n:]), check=True)
+        with refusing_combinations("remat"):
+            inputs = [t.detach() for t in tensors[:n]]
+            outputs = region.execute((*inputs, *tensors[n:]), check=True)
         region.found.rng = rng if rng.moved() else None
         return outputs
 
@@ -214,9 +215,9 @@ class _Remat(torch.autograd.Function):
         region = ctx.region
         saved = unwrap_dead_wrappers(ctx.saved_tensors)
         call, where = region.derivative(saved, ctx.needs_input_grad[1 : 1 + region.num_tensors])
-        pull = torch.func.vjp(call, *(saved[i] for i in where))[1]
-        grads = pull(tuple(compress(unwrap_dead_wrappers(cotangents), region.found.differentiable)))
-        found = dict(zip(where, grads))
+        given = tuple(compress(unwrap_dead_wrappers(cotangents), region.found.differentiable))
+        with refusing_combinations("remat"):
+            found = dict(zip(where, pull(call, [saved[i] for i in where], given, inputs=saved)))
         return None, *(found.get(i) for i in range(ctx.num_tensors))
 
     @staticmethod
@@ -224,7 +225,7 @@ class _Remat(torch.autograd.Function):
         region = ctx.region
         if not any(region.found.differentiable):
             return (None,) * (len(region.found.differentiable) + len(ctx.saved_tensors) - region.num_tensors)
-        with _set_fwd_grad_enabled(True), refusing_nested_forward_mode("remat"):
+        with _set_fwd_grad_enabled(True), refusing_combinations("remat"):
             saved = [primal(t) for t in ctx.saved_tensors]
             call, where = region.derivative(saved, [t is not None for t in tangents[: region.num_tensors]])
             moving = tuple(saved[i] for i in where), tuple(tangents[i] for i in where)

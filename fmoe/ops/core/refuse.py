@@ -37,14 +37,34 @@ def refuse_transforms_inside_compile(name: str) -> None:
         )
 
 
+# Of PyTorch's errors for combinations it doesn't have: words in them, and what ours says instead.
+_IMPOSSIBLE = {
+    "Nested forward mode AD": (
+        "cannot run under torch.autograd.forward_ad or torch.func.linearize. Use torch.func.jvp."
+    ),
+    "support saved tensor hooks": (
+        "got saved-tensor hooks (save_on_cpu, PyTorch's checkpoint) beneath a torch.func transform, expected "
+        "none, as PyTorch forbids them there. Differentiate with fmoe.value_and_grad or torch.autograd, or "
+        "use fmoe.remat instead of PyTorch's checkpoint."
+    ),
+    "escaped from inside a function being vmapped": (
+        "got a tensor of a torch.vmap that has ended, expected none. PyTorch's checkpoint can't run under "
+        "torch.vmap: use fmoe.remat instead of it."
+    ),
+}
+
+
 @contextmanager
-def refusing_nested_forward_mode(name: str) -> Iterator[None]:
-    """Rules of ``jvp`` are made of ``torch.func.jvp``, which PyTorch can't nest in its own forward mode."""
+def refusing_combinations(name: str) -> Iterator[None]:
+    """Raise ``TransformError`` for PyTorch's own errors about transforms it can't combine.
+
+    Rules of ``jvp`` are made of ``torch.func.jvp``, which PyTorch can't nest in its own forward mode. Beneath
+    a transform, those of ``vjp`` are made of ``torch.func.vjp``, which forbids saved-tensor hooks.
+    """
     try:
         yield
     except RuntimeError as error:
-        if "Nested forward mode AD" not in str(error):
-            raise
-        raise TransformError(
-            f"{name}: cannot run under torch.autograd.forward_ad or torch.func.linearize. Use torch.func.jvp."
-        ) from error
+        for words, text in _IMPOSSIBLE.items():
+            if words in str(error):
+                raise TransformError(f"{name}: {text}") from error
+        raise
