@@ -97,7 +97,9 @@ def balance_loss(routing: Routing, num_sequences: int = 1) -> torch.Tensor:
     length = max(tokens // num_sequences, 1)
     chosen = scores.new_zeros(num_sequences, experts).scatter_add(1, ids.clamp_min(0), (ids >= 0).to(scores))
     frequency = chosen * (experts / (top_k * length))
-    share = (scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)).sum(1) / length
+    whole = scores.sum(-1, keepdim=True)
+    none = whole == 0  # equal shares, if all are zero
+    share = torch.where(none, 1 / experts, scores / torch.where(none, 1, whole)).sum(1) / length
     return (frequency * share).sum(-1)
 
 
