@@ -121,7 +121,6 @@ def test_it_learns_repeatably_and_recomputation_changes_nothing(train):
         (["--ep-backend", "pigeons"], "backend: got 'pigeons', expected one of"),
         (["--seq-len", "20000"], "seq_len"),
         (["--vocab-size", "200"], "check_vocabulary: ids: got token ids from 0 to 255, expected 0 to 199"),
-        (["--micro-batches", "4"], "accumulate: batch: got tensors of [2, 2] rows, expected multiples of"),
         (["--eval-every", "9", "--held-out", "0.00001"], "hold_out: documents"),
         (["--eval-every", "9", "--held-out", "0.004", "--seq-len", "64"], "seq_len: got 64, expected 1 to "),
         (["--seq-len", "2000"], "expected at most max_seq_len=1024"),
