@@ -109,6 +109,34 @@ def mixtral(draw):
     )
 
 
+def deepseek_v3(draw):
+    fields, groups = common(draw), draw.choice([1, 2])
+    fields["rope_parameters"] = dict(rope_type="default", rope_theta=draw.choice([100.0, 10000.0]))
+    return fields | dict(
+        num_key_value_heads=fields["num_attention_heads"],
+        intermediate_size=20,
+        moe_intermediate_size=draw.choice([5, 12]),
+        n_routed_experts=8,
+        n_shared_experts=draw.choice([1, 2]),
+        first_k_dense_replace=draw.choice([0, 1]),
+        q_lora_rank=draw.choice([None, 7]),
+        kv_lora_rank=10,
+        qk_nope_head_dim=draw.choice([5, 6]),
+        qk_rope_head_dim=draw.choice([4, 6]),
+        v_head_dim=draw.choice([8, 11]),
+        n_group=groups,
+        topk_group=1,
+        norm_topk_prob=draw.random() < 0.7,
+        routed_scaling_factor=draw.choice([1.0, 2.5]),
+    )
+
+
+def deepseek_v2(draw):
+    return deepseek_v3(draw) | dict(
+        n_group=1, norm_topk_prob=False, topk_method="greedy", scoring_func="softmax", qk_nope_head_dim=6
+    )
+
+
 def dots1(draw):
     """The family that docs/families.md adds."""
     with_a_shared_expert = dict(n_shared_experts=1, sliding_window=None, norm_topk_prob=True)
@@ -127,13 +155,15 @@ def page():
 
 
 DRAW = {
+    "deepseek_v3": ("DeepseekV3", deepseek_v3),
+    "deepseek_v2": ("DeepseekV2", deepseek_v2),
     "qwen3_moe": ("Qwen3Moe", qwen3_moe),
     "qwen2_moe": ("Qwen2Moe", qwen2_moe),
     "glm4_moe": ("Glm4Moe", glm4_moe),
     "olmoe": ("Olmoe", olmoe),
     "mixtral": ("Mixtral", mixtral),
     "dots1": ("Dots1", dots1),
-}  # DeepSeek's are in test_deepseek_v3.py and test_huggingface.py
+}
 
 
 def their_model(name, seed):
