@@ -105,7 +105,8 @@ def forward(
     -> stats                    one :class:`fmoe.MoEStats` per MoE layer, over all tokens
     ==========  ==============  =============================================================
 
-    Raises ``ValueError`` for tokens of a wrong dtype or shape.
+    Raises ``ValueError`` for tokens of a wrong dtype or shape. On a mesh, all devices raise ``RuntimeError``
+    if one has an id outside the vocabulary.
 
     >>> config = preset("debug")
     >>> logits, stats = forward(init(config, 0), torch.randint(256, (2, 16)), config)
@@ -148,7 +149,8 @@ def loss(
     gathered. At most ``logits_bytes`` of them, in float32, exist at once. A training loop differentiates the
     loss with ``fmoe.value_and_grad(loss, has_aux=True)``.
 
-    Raises ``ValueError`` for tokens and targets of a wrong dtype, or of different shapes.
+    Raises ``ValueError`` for tokens and targets of a wrong dtype, or of different shapes. On a mesh, all
+    devices raise ``RuntimeError`` if one has an id outside the vocabulary.
 
     >>> config = preset("debug")
     >>> tokens = torch.randint(256, (2, 16))
@@ -273,7 +275,7 @@ def hidden(
     stats: list[MoEStats] = []
     uneven = torch.zeros((x.shape[0],), dtype=accumulator(x.dtype), device=x.device)
     for layer_params in params.layers:
-        x, found, *balance = layer(layer_params, x, table, config)
+        x, found, balance = layer(layer_params, x, table, config)
         stats += found
         uneven = sum(balance, uneven)
     if not isinstance(params.norm, tuple):
@@ -287,13 +289,15 @@ def head(params: ModelParams) -> torch.Tensor:
     return use(params.embedding if tied else params.head)
 
 
-def one_layer(params: LayerParams, x: torch.Tensor, table: Angles, config: DecoderConfig) -> Any:
-    """The layer's output, its statistics and, with ``config.balance_loss``, that of each sequence (B,)."""
+def one_layer(
+    params: LayerParams, x: torch.Tensor, table: Angles, config: DecoderConfig
+) -> tuple[torch.Tensor, Stats, tuple[torch.Tensor, ...]]:
+    """The layer's output, its statistics if it has experts, and with ``config.balance_loss`` that (B,)."""
     params, eps = use(params), config.norm_eps
     x = x + config.attention.forward(params.attention, rms_norm(x, params.attention_norm, eps), table, eps)
     normed = rms_norm(x, params.mlp_norm, eps)
     if isinstance(params.mlp, ExpertParams):
-        return x + psum(mlp_forward(params.mlp, normed), present("tp")), ()
+        return x + psum(mlp_forward(params.mlp, normed), present("tp")), (), ()
     y, routing = moe_layer(params.mlp, normed, config.router)
-    found = x + y, (stats_of(routing),)
-    return (*found, balance_loss(routing, x.shape[0])) if config.balance_loss else found
+    balance = (balance_loss(routing, x.shape[0]),) if config.balance_loss else ()
+    return x + y, (stats_of(routing),), balance

@@ -2,13 +2,12 @@
 
 Source: arXiv 2405.04434 and 2412.19437.
 
+>>> import torch
 >>> config = preset("debug")
 >>> value, stats = loss(init(config, 0), *torch.randint(256, (2, 2, 16)), config)
 >>> len(stats.layers)
 3
 """
-
-import torch  # noqa: F401  (for the example)
 
 from .decoder import LayerParams as LayerParams  # all re-exported
 from .decoder import LossStats as LossStats

@@ -59,7 +59,8 @@ def _config(family: Family, raw: Json) -> DecoderConfig:
         absent = {"mscale_all_dim": 0.0}  # plain YaRN scales cosines and sines but not the softmax
         given = {ours: rope[key] for key, ours in YARN.items() if rope.get(key) is not None}
         values["attention.rope.yarn"] = Yarn(**absent | given)
-    values["attention.rope.theta"] = rope.get("rope_theta", raw.get("rope_theta", family.theta))
+    thetas = (where["rope_theta"] for where in (rope, raw) if where.get("rope_theta") is not None)
+    values["attention.rope.theta"] = next(thetas, family.theta)
     return _built(family, values)
 
 
@@ -87,6 +88,8 @@ def export_config(config: DecoderConfig, model_type: str | None = None) -> Json:
             if not (wrong := _inexpressible(raw, kind, config)):
                 return raw
             tried.append((wrong, FAMILIES[kind].architecture))
+    if not tried:
+        tried = [([f"an attention that is {type(config.attention).__name__}"], "any family")]
     wrong, architecture = min(tried, key=lambda pair: len(pair[0]))
     got, expected = "; ".join(wrong), f"what {architecture} can express"
     remedy = "Keep such a model in fmoe's own checkpoints."

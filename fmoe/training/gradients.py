@@ -74,13 +74,12 @@ def accumulate(value_and_grad_fn: Callable[..., Any], num_micro_batches: int) ->
                 total = [map_local(_zeros, leaf) for leaf in leaves]
             _add(total, leaves, weights[-1])
             del grads, leaves  # before the next part's are made
-        shares = torch.stack(weights)
-        whole = shares.sum()
-        shares = shares / whole.clamp_min(1)
+        whole = torch.stack(weights).sum()
+        divisor = torch.where(whole == 0, 1, whole)
         for mine in total:
-            local(mine).div_(whole.clamp_min(1))
+            local(mine).div_(divisor)
         means = [map_local(operator.methodcaller("to", dtype), mine) for mine, dtype in zip(total, dtypes)]
-        merge = functools.partial(_merged, shares)
+        merge = functools.partial(_merged, torch.stack(weights) / divisor)
         merged = optree.tree_map(merge, *values, is_leaf=lambda x: isinstance(x, MoEStats))
         if (count := num_targets_of(merged)) is not None:
             merged = merged[0], merged[1]._replace(num_targets=map_local(lambda _: whole, count))
@@ -129,7 +128,9 @@ def num_targets_of(value: Any) -> torch.Tensor | None:
 
 def _weight(value: Any, like: torch.Tensor) -> torch.Tensor:
     count = num_targets_of(value)
-    return torch.tensor(float(len(like)), device=like.device) if count is None else local(count).detach()
+    if count is not None:
+        return local(count).detach()
+    return torch.full((), float(len(like)), device=like.device)  # not torch.tensor, which waits for a GPU
 
 
 def _zeros(leaf: torch.Tensor) -> torch.Tensor:

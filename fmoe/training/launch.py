@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from ..ops.core.axes import group_of
+from ..ops.core.axes import axis_sizes, group_of
 from ..parallel.mesh import make_mesh, num_processes
 from ..parallel.placement import token_axes
 from ..parallel.together import check_alike
@@ -50,8 +50,8 @@ class World(NamedTuple):
     def __str__(self) -> str:
         if self.mesh is None:
             return "one device"
-        sizes = zip(self.mesh.mesh_dim_names or (), self.mesh.shape)
-        return f"{self.size} devices ({','.join(f'{name}={size}' for name, size in sizes if size > 1)})"
+        axes = ",".join(f"{name}={size}" for name, size in axis_sizes(self.mesh).items() if size > 1)
+        return f"{self.size} devices ({axes})"
 
 
 def join(

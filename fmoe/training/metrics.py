@@ -91,7 +91,7 @@ def mean_loss(loss_fn: Callable[..., Any], params: Any, batches: Sequence[Sequen
         loss, aux = loss_fn(params, *batch)
         weight = aux.num_targets.item() if hasattr(aux, "num_targets") else 1.0
         total, weights = total + weight * loss.item(), weights + weight
-    return total / max(weights, 1.0)
+    return total / (weights or 1.0)
 
 
 class MetricsFile:

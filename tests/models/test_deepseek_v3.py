@@ -226,7 +226,7 @@ def test_a_layer_with_remat_compiles_whole_and_once(backend, config):
 
     def loss(wrap):
         def call(p, x):
-            y, (stats,) = wrap(one_layer)(p, x, rope, config)
+            y, (stats,), _ = wrap(one_layer)(p, x, rope, config)
             return y.pow(2).mean(), stats
 
         return fmoe.value_and_grad(call, (0, 1), has_aux=True)

@@ -10,19 +10,7 @@ from ...ops.route import RouterConfig
 from ..config import DecoderConfig
 from ..mla import MLA
 from ..rotary import Rotary, Yarn
-from .family import (
-    ABSENT,
-    EXPERTS_FIELDS,
-    FIELDS,
-    FIXED,
-    GROUPED,
-    GROUPED_FIELDS,
-    NAMES,
-    SELECTION_BIAS,
-    SOFTMAX,
-    Family,
-    without_gate,
-)  # fmt: skip
+from . import family
 
 
 def DeepSeekV3Config(
@@ -167,7 +155,7 @@ def _method(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _wrong(config: DecoderConfig) -> list[str]:
-    r, wrong = config.router, without_gate(config)
+    r, wrong = config.router, family.without_gate(config)
     if r.score_func == "sigmoid" and r.num_groups > 1 and config.num_experts < 2 * r.num_groups:
         wrong.append(f"router.num_groups={r.num_groups} of one expert each, not of two or more")
     if config.num_shared_experts < 1:
@@ -175,12 +163,12 @@ def _wrong(config: DecoderConfig) -> list[str]:
     return wrong
 
 
-_PUBLISHED = Family(
+_PUBLISHED = family.Family(
     "DeepseekV3ForCausalLM",
     MLA,
-    FIELDS
-    | EXPERTS_FIELDS
-    | GROUPED_FIELDS
+    family.FIELDS
+    | family.EXPERTS_FIELDS
+    | family.GROUPED_FIELDS
     | {
         "q_lora_rank": "attention.q_lora_rank",
         "kv_lora_rank": "attention.kv_lora_rank",
@@ -188,8 +176,8 @@ _PUBLISHED = Family(
         "qk_rope_head_dim": "attention.rope.dim",
         "v_head_dim": "attention.v_head_dim",
     },
-    NAMES
-    | SELECTION_BIAS
+    family.NAMES
+    | family.SELECTION_BIAS
     | {
         "attention.query": ("self_attn.q_proj.weight",),
         "attention.query.down": ("self_attn.q_a_proj.weight",),
@@ -200,8 +188,8 @@ _PUBLISHED = Family(
         "attention.kv_up": ("self_attn.kv_b_proj.weight",),
         "attention.out": ("self_attn.o_proj.weight",),
     },
-    constants=GROUPED | {"attention.rope.interleaved": True},
-    fixed=FIXED
+    constants=family.GROUPED | {"attention.rope.interleaved": True},
+    fixed=family.FIXED
     | {
         "attention_bias": (False,),
         "mlp_bias": (False,),
@@ -212,7 +200,7 @@ _PUBLISHED = Family(
         "scoring_func": ("sigmoid",),
         "topk_method": ("noaux_tc",),
     },
-    absent=ABSENT,
+    absent=family.ABSENT,
     null={"q_lora_rank": 0, "n_shared_experts": 0},
     wrong=_wrong,
 )
@@ -223,7 +211,7 @@ FAMILIES = {
         names={**_PUBLISHED.names, "mlp.router.bias_E": ()},
         constants={
             **_PUBLISHED.constants,
-            "router.score_func": SOFTMAX["router.score_func"],
+            "router.score_func": "softmax",
             "router.group_best": 1,
         },
         fixed={

@@ -10,24 +10,7 @@ from ...ops.route import RouterConfig
 from ..config import DecoderConfig
 from ..gqa import GQA
 from ..rotary import Rotary
-from .family import (
-    ABSENT,
-    EXPERTS_FIELDS,
-    FIELDS,
-    FIXED,
-    GQA_FIELDS,
-    GQA_NAMES,
-    GROUPED,
-    GROUPED_FIELDS,
-    NAMES,
-    QK_NORM_NAMES,
-    SELECTION_BIAS,
-    Family,
-    Json,
-    bias_of,
-    without_gate,
-    written_bias,
-)  # fmt: skip
+from . import family
 
 _AIR = DecoderConfig(
     vocab_size=151552,
@@ -59,32 +42,35 @@ PRESETS = {
 }
 
 
-def _read(raw: Json) -> Json:
+def _read(raw: family.Json) -> family.Json:
     half = {"partial_rotary_factor": 0.5, **raw}
-    return bias_of("qkv")(half) | {"qk_norm": "head" if raw.get("use_qk_norm") else "none"}
+    return family.bias_of("qkv")(half) | {"qk_norm": "head" if raw.get("use_qk_norm") else "none"}
 
 
-def _write(config: DecoderConfig) -> Json:
+def _write(config: DecoderConfig) -> family.Json:
     attention: Any = config.attention
     part = attention.rope.dim / attention.head_dim
-    return written_bias(config) | {"use_qk_norm": attention.qk_norm == "head", "partial_rotary_factor": part}
+    return family.written_bias(config) | {
+        "use_qk_norm": attention.qk_norm == "head",
+        "partial_rotary_factor": part,
+    }
 
 
 FAMILIES = {
-    "glm4_moe": Family(
+    "glm4_moe": family.Family(
         "Glm4MoeForCausalLM",
         GQA,
-        FIELDS
-        | GQA_FIELDS
-        | EXPERTS_FIELDS
-        | GROUPED_FIELDS
+        family.FIELDS
+        | family.GQA_FIELDS
+        | family.EXPERTS_FIELDS
+        | family.GROUPED_FIELDS
         | {"qk_norm": "attention.qk_norm", "projections_with_bias": "attention.bias"},
-        NAMES | GQA_NAMES | QK_NORM_NAMES | SELECTION_BIAS,
-        constants=GROUPED,
-        fixed=FIXED | {"num_nextn_predict_layers": (0, ...)},  # passed over
-        absent=ABSENT | {"rms_norm_eps": 1e-5},
+        family.NAMES | family.GQA_NAMES | family.QK_NORM_NAMES | family.SELECTION_BIAS,
+        constants=family.GROUPED,
+        fixed=family.FIXED | {"num_nextn_predict_layers": (0, ...)},  # passed over
+        absent=family.ABSENT | {"rms_norm_eps": 1e-5},
         read=_read,
         written=_write,
-        wrong=without_gate,
+        wrong=family.without_gate,
     )
 }

@@ -9,18 +9,7 @@ from ...ops.route import RouterConfig
 from ..config import DecoderConfig
 from ..gqa import GQA
 from ..rotary import Rotary
-from .family import (
-    ABSENT,
-    FIELDS,
-    FIXED,
-    GQA_FIELDS,
-    GQA_NAMES,
-    NAMES,
-    SOFTMAX,
-    Family,
-    read_gqa,
-    without_shared,
-)  # fmt: skip
+from . import family
 
 _8X7B = DecoderConfig(
     vocab_size=32000,
@@ -48,16 +37,18 @@ PRESETS = {
 
 def _wrong(config: DecoderConfig) -> list[str]:
     dense = config.num_dense_layers
-    return without_shared(config) + ([f"num_dense_layers={dense}, not 0"] if dense else [])
+    return family.without_shared(config) + ([f"num_dense_layers={dense}, not 0"] if dense else [])
 
 
 FAMILIES = {
-    "mixtral": Family(
+    "mixtral": family.Family(
         "MixtralForCausalLM",
         GQA,
-        FIELDS | GQA_FIELDS | {"intermediate_size": "moe_hidden_dim", "num_local_experts": "num_experts"},
-        NAMES
-        | GQA_NAMES
+        family.FIELDS
+        | family.GQA_FIELDS
+        | {"intermediate_size": "moe_hidden_dim", "num_local_experts": "num_experts"},
+        family.NAMES
+        | family.GQA_NAMES
         | {
             "mlp.router.weight_ED": ("block_sparse_moe.gate.weight",),
             "mlp.experts.w_in": (
@@ -66,11 +57,11 @@ FAMILIES = {
             ),
             "mlp.experts.w_out": ("block_sparse_moe.experts.{}.w2.weight",),
         },
-        constants=SOFTMAX | {"router.normalize": True},
-        fixed=FIXED
+        constants=family.SOFTMAX | {"router.normalize": True},
+        fixed=family.FIXED
         | {"sliding_window": (None,), "router_jitter_noise": (0.0, ...)},  # noise in training only
-        absent=ABSENT | {"rms_norm_eps": 1e-5},
-        read=read_gqa,
+        absent=family.ABSENT | {"rms_norm_eps": 1e-5},
+        read=family.read_gqa,
         wrong=_wrong,
         fused={"mlp.router.weight_ED": ("mlp.gate.weight",)},
         theta=1e6,

@@ -9,20 +9,7 @@ from ...ops.route import RouterConfig
 from ..config import DecoderConfig
 from ..gqa import GQA
 from ..rotary import Rotary
-from .family import (
-    ABSENT,
-    FIELDS,
-    FIXED,
-    GQA_FIELDS,
-    GQA_NAMES,
-    NAMES,
-    QK_NORM_NAMES,
-    SOFTMAX,
-    Family,
-    bias_of,
-    without_shared,
-    written_bias,
-)  # fmt: skip
+from . import family
 
 PRESETS = {
     "OLMoE-1B-7B": DecoderConfig(
@@ -41,7 +28,7 @@ PRESETS = {
 
 def _wrong(config: DecoderConfig) -> list[str]:
     attention: Any = config.attention
-    wrong = without_shared(config)
+    wrong = family.without_shared(config)
     if attention.num_heads * attention.head_dim != config.dim:
         wrong.append(f"attention.head_dim={attention.head_dim}, not dim / num_heads")
     if config.num_dense_layers:
@@ -50,23 +37,23 @@ def _wrong(config: DecoderConfig) -> list[str]:
 
 
 FAMILIES = {
-    "olmoe": Family(
+    "olmoe": family.Family(
         "OlmoeForCausalLM",
         GQA,
-        FIELDS
-        | GQA_FIELDS
+        family.FIELDS
+        | family.GQA_FIELDS
         | {
             "intermediate_size": "moe_hidden_dim",
             "num_experts": "num_experts",
             "norm_topk_prob": "router.normalize",
             "projections_with_bias": "attention.bias",
         },
-        NAMES | GQA_NAMES | QK_NORM_NAMES,
-        constants=SOFTMAX | {"attention.qk_norm": "all"},
-        fixed=FIXED | {"clip_qkv": (None,)},
-        absent=ABSENT | {"rms_norm_eps": 1e-5, "norm_topk_prob": False},
-        read=bias_of("all"),
-        written=written_bias,
+        family.NAMES | family.GQA_NAMES | family.QK_NORM_NAMES,
+        constants=family.SOFTMAX | {"attention.qk_norm": "all"},
+        fixed=family.FIXED | {"clip_qkv": (None,)},
+        absent=family.ABSENT | {"rms_norm_eps": 1e-5, "norm_topk_prob": False},
+        read=family.bias_of("all"),
+        written=family.written_bias,
         wrong=_wrong,
     )
 }

@@ -9,18 +9,7 @@ from ...ops.route import RouterConfig
 from ..config import DecoderConfig
 from ..gqa import GQA
 from ..rotary import Rotary
-from .family import (
-    ABSENT,
-    FIELDS,
-    FIXED,
-    GQA_FIELDS,
-    GQA_NAMES,
-    NAMES,
-    SOFTMAX,
-    Family,
-    Json,
-    read_gqa,
-)  # fmt: skip
+from . import family
 from .qwen3_moe import DENSE, SIZES, dense_first, dense_layers
 
 _A2_7B = DecoderConfig(
@@ -53,45 +42,45 @@ PRESETS = {
 }
 
 
-def _read(raw: Json) -> Json:
+def _read(raw: family.Json) -> family.Json:
     """One shared expert as large as several is several."""
-    raw = dense_first(read_gqa(raw))
+    raw = dense_first(family.read_gqa(raw))
     whole, one = raw.get("shared_expert_intermediate_size"), raw.get("moe_intermediate_size")
     if type(whole) is int and type(one) is int and one > 0:
         raw["num_shared_experts"] = whole // one
     return raw | {"projections_with_bias": "qkv" if raw.get("qkv_bias", True) else "none"}
 
 
-def _write(config: DecoderConfig) -> Json:
+def _write(config: DecoderConfig) -> family.Json:
     whole = config.num_shared_experts * config.moe_hidden_dim
     bias = {"qkv": True, "none": False}.get(getattr(config.attention, "bias", ""))
     return dense_layers(config) | {"shared_expert_intermediate_size": whole, "qkv_bias": bias}
 
 
 FAMILIES = {
-    "qwen2_moe": Family(
+    "qwen2_moe": family.Family(
         "Qwen2MoeForCausalLM",
         GQA,
-        FIELDS
-        | GQA_FIELDS
+        family.FIELDS
+        | family.GQA_FIELDS
         | SIZES
         | {"projections_with_bias": "attention.bias", "num_shared_experts": "num_shared_experts"},
-        NAMES
-        | GQA_NAMES
+        family.NAMES
+        | family.GQA_NAMES
         | {
             "mlp.shared.w_in": ("mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight"),
             "mlp.shared.w_out": ("mlp.shared_expert.down_proj.weight",),
             "mlp.shared_gate": ("mlp.shared_expert_gate.weight",),
         },
-        constants=SOFTMAX | {"shared_gate": True},
-        fixed=FIXED
+        constants=family.SOFTMAX | {"shared_gate": True},
+        fixed=family.FIXED
         | DENSE
         | {
             "shared_expert_intermediate_size": (
-                lambda raw: raw.get("num_shared_experts", 0) * raw["moe_intermediate_size"],
+                lambda raw: raw.get("num_shared_experts", 0) * (raw.get("moe_intermediate_size") or 0),
             )
         },
-        absent=ABSENT | {"norm_topk_prob": False},
+        absent=family.ABSENT | {"norm_topk_prob": False},
         read=_read,
         written=_write,
     )

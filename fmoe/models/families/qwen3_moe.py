@@ -10,21 +10,7 @@ from ...ops.route import RouterConfig
 from ..config import DecoderConfig
 from ..gqa import GQA
 from ..rotary import Rotary
-from .family import (
-    ABSENT,
-    FIELDS,
-    FIXED,
-    GQA_FIELDS,
-    GQA_NAMES,
-    NAMES,
-    QK_NORM_NAMES,
-    SOFTMAX,
-    Family,
-    Json,
-    bias_of,
-    without_shared,
-    written_bias,
-)  # fmt: skip
+from . import family
 
 _30B = DecoderConfig(
     vocab_size=151936,
@@ -50,19 +36,19 @@ PRESETS = {
 }
 
 
-def dense_first(raw: Json) -> Json:
+def dense_first(raw: family.Json) -> family.Json:
     """With ``num_dense_layers``, if the layers without experts come first."""
     only = raw.get("mlp_only_layers") or []
     return raw | {"num_dense_layers": len(only) if isinstance(only, list) else 0}
 
 
-def dense_layers(config: DecoderConfig) -> Json:
+def dense_layers(config: DecoderConfig) -> family.Json:
     return {"mlp_only_layers": [*range(config.num_dense_layers)]}
 
 
-def _read(raw: Json) -> Json:
+def _read(raw: family.Json) -> family.Json:
     named = {"num_experts": raw.get("num_local_experts"), **raw}  # transformers 5 writes num_local_experts
-    return dense_first(bias_of("all")(named))
+    return dense_first(family.bias_of("all")(named))
 
 
 DENSE: dict[str, tuple[Any, ...]] = {
@@ -79,16 +65,16 @@ SIZES = {
 }
 
 FAMILIES = {
-    "qwen3_moe": Family(
+    "qwen3_moe": family.Family(
         "Qwen3MoeForCausalLM",
         GQA,
-        FIELDS | GQA_FIELDS | SIZES | {"projections_with_bias": "attention.bias"},
-        NAMES | GQA_NAMES | QK_NORM_NAMES,
-        constants=SOFTMAX | {"attention.qk_norm": "head"},
-        fixed=FIXED | DENSE,
-        absent=ABSENT | {"norm_topk_prob": False},
+        family.FIELDS | family.GQA_FIELDS | SIZES | {"projections_with_bias": "attention.bias"},
+        family.NAMES | family.GQA_NAMES | family.QK_NORM_NAMES,
+        constants=family.SOFTMAX | {"attention.qk_norm": "head"},
+        fixed=family.FIXED | DENSE,
+        absent=family.ABSENT | {"norm_topk_prob": False},
         read=_read,
-        written=lambda config: dense_layers(config) | written_bias(config),
-        wrong=without_shared,
+        written=lambda config: dense_layers(config) | family.written_bias(config),
+        wrong=family.without_shared,
     )
 }
