@@ -196,7 +196,7 @@ def arguments() -> argparse.ArgumentParser:
     add = command(commands, "doctor", doctor, can)
     add("--json", action="store_true")
     add("--no-test", action="store_true", help="don't check the laws, which takes 10 s")
-    kinds = "pictures of runs, and of what a layer keeps in memory"
+    kinds = "pictures of runs, of what a layer keeps in memory, and of pipelines"
     pictures.arguments(command(commands, "plot", pictures.draw, kinds))
     add = command(commands, "plan", plan, "a step's memory and traffic on each device, before it runs")
     step_arguments(add)

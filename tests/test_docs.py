@@ -15,6 +15,7 @@ import pytest
 from pages import DOCS, blocks, run_page
 
 import fmoe
+import fmoe.pipeline
 import fmoe.plan
 import fmoe.testing
 from fmoe.__main__ import arguments
@@ -31,7 +32,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 def test_the_pages_run():
     """In a process of their own, as what is declared stays declared, and what is compiled stays compiled."""
-    pages = "tutorial.md", "operators.md", "backends.md", "families.md"
+    pages = "tutorial.md", "operators.md", "backends.md", "families.md", "pipelines.md"
     program = [sys.executable, str(ROOT / "tests/support/pages.py"), *pages]
     done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, env=os.environ | ON_CPU)
     assert done.returncode == 0, done.stderr
@@ -101,7 +102,7 @@ def test_the_backend_of_the_page_keeps_the_laws(pool, slow):
 
 PUBLIC = [
     f"{module.__name__}.{name}"
-    for module in (fmoe, fmoe.parallel, fmoe.plan, fmoe.testing)
+    for module in (fmoe, fmoe.parallel, fmoe.pipeline, fmoe.plan, fmoe.testing)
     for name in module.__all__
 ]
 # Names of functions that have another one, by which they are documented.

@@ -10,8 +10,8 @@ import pytest
 import fmoe
 
 ROOT = pathlib.Path(fmoe.__file__).parent
-ORDER = ["errors", "tree", "params", "ops", "transforms", "parallel", "extend", "models", "training"]
-ORDER += ["introspect", "plan", "bench", "testing", "doctor", "__main__"]
+ORDER = ["errors", "tree", "params", "ops", "transforms", "parallel", "extend", "models", "pipeline"]
+ORDER += ["training", "introspect", "plan", "bench", "testing", "doctor", "__main__"]
 OPTIONAL = {
     "cloudpickle",
     "deep_ep",

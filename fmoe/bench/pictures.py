@@ -9,17 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import argument_error
+from ..pipeline import Costs, make_schedule
+from ..pipeline.orders import KINDS
 from ..training import plot
 from ..training.metrics import read_metrics
 from .layers import SHAPES, Shape, layer_memory
+
+WITHOUT_FILES = ("memory", "schedule")
 
 
 def arguments(add: Callable[..., Any]) -> None:
     add("metrics", nargs="*", type=Path, help="metrics.jsonl of a run, or of several to compare")
     add(
-        "--what", choices=["loss", "load", "memory", "layers"],
+        "--what", choices=["loss", "load", "layers", *WITHOUT_FILES],
         help="loss: curves, of all runs in one picture; load: of experts over time, a picture for each run; "
-        "memory: what a layer keeps under remat's policies; layers: of files that bench layer --json wrote. "
+        "layers: of files that bench layer --json wrote; memory: what a layer keeps under remat's policies; "
+        "schedule: of a pipeline. "
         "Default: loss and, where it is known, load",
     )  # fmt: skip
     add("--out", type=Path, help="file of the one picture; default: WHAT.svg beside the metrics")
@@ -29,11 +34,17 @@ def arguments(add: Callable[..., Any]) -> None:
         "--sizes", nargs=5, type=int, metavar=tuple("TDFEK"), default=SHAPES["small"],
         help="with memory: tokens, dimension, hidden dimension, experts, top-k of a bfloat16 layer",
     )  # fmt: skip
+    add("--schedule", choices=KINDS, default="1f1b", help="with --what schedule, as the next four")
+    add("--pp", type=int, default=4, help="ranks")
+    add("--micro-batches", type=int, default=8)
+    add("--stages-per-rank", type=int, help="default: 1 for 1f1b, else 2")
+    costs = "times of a stage's forward, gradients of inputs and of weights"
+    add("--costs", nargs=3, type=float, default=(1, 1, 1), metavar=tuple("FIW"), help=costs)
 
 
 def draw(args: argparse.Namespace) -> None:
-    if (args.what == "memory") == bool(args.metrics):
-        raise ValueError("plot: name the metrics.jsonl of a run, or --what memory")
+    if (args.what in WITHOUT_FILES) == bool(args.metrics):
+        raise ValueError("plot: name the metrics.jsonl of a run, or --what memory, or --what schedule")
     pictures = [*_pictures(args)]
     if args.out and len(pictures) > 1:
         raise ValueError(f"--out: got one file for {len(pictures)} pictures. Choose one with --what.")
@@ -46,6 +57,12 @@ def _pictures(args: argparse.Namespace) -> Iterator[tuple[Path, Callable[[], Any
     """The file of each picture, and what draws it."""
     if args.what == "memory":
         yield Path("memory.svg"), lambda: plot.plot_memory(layer_memory(Shape(*args.sizes)))
+        return
+    if args.what == "schedule":
+        sizes = dict(pp=args.pp, micro_batches=args.micro_batches, stages_per_rank=args.stages_per_rank)
+        costs = Costs(*args.costs)
+        schedule = make_schedule(args.schedule, **sizes, costs=costs)
+        yield Path("schedule.svg"), lambda: plot.plot_schedule(schedule, costs)
         return
     if args.what == "layers":
         results = [result for path in args.metrics for result in _layers(path)]

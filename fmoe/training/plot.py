@@ -1,4 +1,4 @@
-"""Pictures of runs and of what layers keep, drawn by matplotlib (extra ``plots``).
+"""Pictures of runs, of what layers keep and of pipelines, drawn by matplotlib (extra ``plots``).
 
 Each function takes plain values and returns a matplotlib ``Figure``, which a notebook shows and
 :func:`save_figure` writes. ``python -m fmoe plot`` draws them from files.
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import argument_error
+from ..pipeline.clock import UNIT, Costs
+from ..pipeline.schedule import Schedule, bubble, timeline
 from .metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 Records = Sequence[Mapping[str, Any]]
 MOST_MARKS, MOST_COLUMNS = 1000, 300  # on the x axis; more would look the same
+MOST_NUMBERS = 500  # of micro-batches, on the computations of a schedule; more would not be legible
+COMPUTATIONS = {"F": "forward", "B": "backward", "I": "gradients of inputs", "W": "gradients of weights"}
 SHAPE = "{tokens} tokens of {dim}, hidden {hidden}\n{top_k} of {experts} experts, {routing}"
 
 
@@ -184,6 +188,43 @@ def plot_layers(results: Sequence[Mapping[str, Any]]) -> "Figure":
     ax.set_xticks(range(len(results)), shapes)
     where = dict.fromkeys(f"{each['device']}, {each['dtype'].removeprefix('torch.')}" for each in results)
     ax.set(ylabel="TFLOP/s, forward and backward", title="; ".join(where))
+    ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def plot_schedule(schedule: Schedule, costs: Costs = UNIT) -> "Figure":
+    """The computations of a pipeline on its clock: a row for each rank, a bar for each computation.
+
+    Bars have the numbers of their micro-batches, unless they are many. A rank's later stages are paler.
+
+    Raises ``ValueError`` as :func:`~fmoe.pipeline.timeline` does, and ``ImportError`` without matplotlib.
+
+    >>> from fmoe.pipeline import make_schedule
+    >>> figure = plot_schedule(make_schedule("zbv", pp=2, micro_batches=4))
+    >>> figure.axes[0].get_title()
+    'zbv, 2 ranks, 4 micro-batches: 4.0% idle'
+    """
+    ranks, idle = timeline(schedule, costs), bubble(schedule, costs)
+    figure = empty_figure("plot_schedule", 12, 1.2 + 0.35 * len(ranks))
+    ax = figure.subplots()
+    count = sum(map(len, ranks))
+    labels = dict(COMPUTATIONS)
+    for rank, computations in enumerate(ranks):
+        places = {stage: place for place, stage in enumerate(schedule.stages(rank))}
+        for (stage, kind, micro_batch, *_), _, start, end in computations:
+            ax.barh(
+                rank, end - start, left=start, height=0.9, color=f"C{[*COMPUTATIONS].index(kind)}",
+                alpha=1 - 0.6 * places[stage] / len(places), edgecolor="white", linewidth=0.5,
+                label=None if places[stage] else labels.pop(kind, None), rasterized=count > MOST_NUMBERS,
+            )  # fmt: skip
+            if count <= MOST_NUMBERS:
+                middle = (start + end) / 2
+                ax.text(middle, rank, str(micro_batch), ha="center", va="center", fontsize="xx-small")
+    sizes = f"{len(ranks)} ranks, {schedule.micro_batches} micro-batches"
+    ax.set(xlabel="time", ylabel="rank", title=f"{schedule.name}, {sizes}: {idle:.1%} idle")
+    ax.set_yticks(range(len(ranks)))
+    ax.margins(x=0)
+    ax.invert_yaxis()
     ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 

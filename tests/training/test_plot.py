@@ -13,7 +13,8 @@ import fmoe
 from fmoe import __main__ as commands
 from fmoe.bench.layers import Shape, config_for, layer_memory
 from fmoe.introspect import kept_bytes
-from fmoe.training.plot import plot_layers, plot_load, plot_loss, plot_memory, save_figure
+from fmoe.pipeline import Costs, make_schedule, timeline
+from fmoe.training.plot import plot_layers, plot_load, plot_loss, plot_memory, plot_schedule, save_figure
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -192,6 +193,26 @@ def test_layers_have_bars_and_runs_their_matrix_product(tmp_path):
     assert {"A GPU, bfloat16", "2 of 4 experts, hot", "5", "2.5"} <= texts(tmp_path / "layers.svg")
 
 
+# ---- schedules --------------------------------------------------------------------------------------------
+
+
+def test_a_schedule_has_a_bar_for_each_computation(tmp_path):
+    costs = Costs(1, 0.5, tuple(torch.rand(6).tolist()))
+    schedule = make_schedule("zbv", pp=3, micro_batches=4, costs=costs)
+    ax = plot_schedule(schedule, costs).axes[0]
+    bars = [(round(bar.get_y() + bar.get_height() / 2), bar.get_x(), bar.get_width()) for bar in ax.patches]
+    timed = [one for rank in timeline(schedule, costs) for one in rank]
+    assert [(rank, left) for rank, left, _ in bars] == [(one.rank, one.start) for one in timed]
+    assert [width for *_, width in bars] == pytest.approx([one.end - one.start for one in timed])
+    assert [text.get_text() for text in ax.texts] == [str(one.action.micro_batch) for one in timed]
+    colors = {(one.action.kind, bar.get_facecolor()[:3]) for one, bar in zip(timed, ax.patches)}
+    assert len(colors) == 3
+    later = {one.action.stage >= 3: bar.get_alpha() for one, bar in zip(timed, ax.patches)}
+    assert later[True] < later[False] == 1
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["forward", "gradients of inputs", "gradients of weights"]
+
+
 # ---- the command ----------------------------------------------------------------------------------------
 
 
@@ -229,6 +250,9 @@ def test_one_picture_has_the_name_it_is_given(plot, files, tmp_path):
     assert plot("--what", "memory", "--out", out, "--sizes", 16384, 7168, 2048, 256, 8) == [out]
     assert {"no remat", "default", "topk", "experts_grouped_mm"} <= texts(out)
     assert plot("--what", "load", files[0]) == [files[0].with_name("load.svg")]
+    schedule = "--schedule", "interleaved", "--pp", 2, "--micro-batches", 4, "--costs", 1, 1, 2
+    assert plot("--what", "schedule", *schedule, "--out", out) == [out]
+    assert {"interleaved, 2 ranks, 4 micro-batches: 11.1% idle", "forward", "backward"} <= texts(out)
 
 
 def test_metrics_files_of_one_folder_have_pictures_of_their_own(plot, tmp_path):
@@ -261,6 +285,11 @@ def test_errors_are_texts_and_a_status(plot, files, tmp_path, capsys):
     (tmp_path / "null.jsonl").write_text('{"step": 0, "loss": null}')
     for arguments, text in (
         (("--what", "loss"), "plot: name the metrics.jsonl of a run, or --what memory"),
+        (
+            ("--what", "schedule", files[0]),
+            "plot: name the metrics.jsonl of a run, or --what memory, or --what",
+        ),
+        (("--what", "schedule", "--pp", 0), "make_schedule: pp: got 0, expected an integer of at least 1."),
         ((files[0], "--out", "x.svg"), "--out: got one file for 2 pictures. Choose one with --what."),
         (("--what", "layers", files[0]), f"plot: metrics: got {files[0]}: "),
         ((tmp_path / "none.jsonl",), "read_metrics: path: got [Errno 2]"),
