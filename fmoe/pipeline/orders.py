@@ -12,8 +12,15 @@ IN_HALVES = ("zero_bubble", "zbv")
 
 
 class Pattern(NamedTuple):
-    """A rank's stages; whose forwards and backwards follow each other, by their place among these stages; and
-    how many forwards come before the first backward, less one."""
+    """The order of one rank's computations. Stages are named by their place among the rank's own.
+
+    ==============  =====================================================================
+    ``stages``      the rank's own
+    ``forwards``    the stage of each forward
+    ``backwards``   the stage of each backward
+    ``ahead``       the forwards that come before forwards and backwards take turns
+    ==============  =====================================================================
+    """
 
     stages: list[int]
     forwards: list[int]
