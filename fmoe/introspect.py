@@ -77,7 +77,7 @@ _CLASSES = {
     "attention": ("attention",),
     "loss": ("cross_entropy",),
     "experts": ("experts", "grouped", "_grouped_mm", "weighted_sum"),
-    "communication": ("exchange", "send", "psum", "all_", "reduce_scatter", "gather_params", "ppermute",
+    "communication": ("exchange", "send", "psum", "all_", "reduce_", "gather_params", "begin_", "ppermute",
                       "wait_tensor", "combine", "join", "deepep"),
     "routing": ("product", "topk", "layout", "gather", "scatter"),
     "matrix products": ("mm", "bmm", "addmm", "baddbmm", "linear", "matmul"),

@@ -12,8 +12,9 @@ import optree
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..ops.balance import MoEStats, balance_loss, update_expert_bias
+from ..ops.balance import MoEStats, balance_loss, moe_stats, stats_sums, update_expert_bias
 from ..ops.core.axes import axis_names, binding, present
+from ..ops.core.derive import Tensors
 from ..ops.core.dtypes import accumulator
 from ..ops.cross_entropy import LOGITS_BYTES
 from ..ops.experts import ExpertParams
@@ -26,7 +27,7 @@ from .config import DecoderConfig as DecoderConfig  # re-exported
 from .counts import flops_per_token as flops_per_token
 from .counts import num_params as num_params
 from .families import preset as preset
-from .moe import MoEParams, mlp_forward, moe_layer, stats_of
+from .moe import MoEParams, mlp_forward, moe_layer
 from .norm import rms_norm
 from .on_mesh import on_mesh
 from .params import LayerParams as LayerParams
@@ -116,10 +117,12 @@ def forward(
     check_tokens("forward", "tokens", tokens, config.max_seq_len)
 
     def run(params: ModelParams, tokens: torch.Tensor) -> Any:
-        if binding().mesh is not None:
-            tokens, outside = within(tokens, config.vocab_size)
-            refuse_outside(psum(outside, binding().tokens))
-        x, stats, _ = hidden(params, tokens, config, per_layer)
+        on_mesh = binding().mesh is not None
+        tokens, outside = within(tokens, config.vocab_size) if on_mesh else (tokens, tokens.new_zeros(()))
+        x, sums, _ = hidden(params, tokens, config, per_layer)
+        (outside,), stats = _over_devices([outside], sums)
+        if on_mesh:
+            refuse_outside(outside)
         return x @ head(params).mT, stats
 
     def out_specs(where: P) -> Any:
@@ -245,25 +248,35 @@ def stage_loss(
         x, of_tokens = within(x, config.vocab_size)
         targets, of_targets = within(targets, config.vocab_size, also=IGNORED)
         outside = of_tokens + of_targets
-    x, stats, uneven = hidden(params, x, config, per_layer)
+    x, sums, uneven = hidden(params, x, config, per_layer)
     balance = x.new_zeros((), dtype=accumulator(x.dtype))
     if config.balance_loss:  # a sequence weighs as many as it has targets, as in the cross entropy
         balance = config.balance_loss * (uneven * (targets != IGNORED).sum(-1)).sum()
     if isinstance(params.norm, tuple):
-        return x, LossStats(x.new_zeros(()), stats, balance)
+        return x, LossStats(x.new_zeros(()), _over_devices([], sums)[1], balance)
     total, count = summed_cross_entropy(x, head(params), targets, logits_bytes=logits_bytes)
-    sums = torch.stack([number.to(total.dtype) for number in (total, balance, count, outside)])
-    total, balance, count, outside = psum(sums, binding().tokens).unbind()
+    numbers, stats = _over_devices([total, balance, count, outside], sums)
+    total, balance, count, outside = (number.to(total.dtype) for number in numbers)
     if binding().mesh is not None:
         refuse_outside(outside)
     balance = balance / count.clamp_min(1)
     return total / count.clamp_min(1) + balance, LossStats(count.detach(), stats, balance.detach())
 
 
+def _over_devices(numbers: list[torch.Tensor], sums: list[torch.Tensor]) -> tuple[list[torch.Tensor], Stats]:
+    """Numbers, in float64, and what layers counted, over the devices that tokens lie on, in one sum."""
+    rows = [*(number.double().reshape(1) for number in numbers), *sums]
+    if not rows:
+        return [], ()
+    total = psum(torch.cat(rows), binding().tokens).split([len(row) for row in rows])
+    return [t[0] for t in total[: len(numbers)]], tuple(moe_stats(t.detach()) for t in total[len(numbers) :])
+
+
 def hidden(
     params: ModelParams, x: torch.Tensor, config: DecoderConfig, per_layer: Wrap
-) -> tuple[torch.Tensor, Stats, torch.Tensor]:
-    """The last layer's output (B, L, D), normalised if there is a norm, and how uneven loads are (B,).
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """The last layer's output (B, L, D), normalised if there is a norm; :func:`stats_sums` of each MoE layer;
+    how uneven loads are (B,).
 
     ``x`` is tokens (B, L) or a layer's output.
     """
@@ -272,15 +285,15 @@ def hidden(
         x = embed(x, use(params.embedding))
     # One function for all layers, so that a wrapper such as a compiler sees only one.
     layer = per_layer(one_layer)
-    stats: list[MoEStats] = []
+    sums: list[torch.Tensor] = []
     uneven = torch.zeros((x.shape[0],), dtype=accumulator(x.dtype), device=x.device)
     for layer_params in params.layers:
         x, found, balance = layer(layer_params, x, table, config)
-        stats += found
+        sums += found
         uneven = sum(balance, uneven)
     if not isinstance(params.norm, tuple):
         x = rms_norm(x, use(params.norm), config.norm_eps)
-    return x, tuple(stats), uneven
+    return x, sums, uneven
 
 
 def head(params: ModelParams) -> torch.Tensor:
@@ -291,8 +304,8 @@ def head(params: ModelParams) -> torch.Tensor:
 
 def one_layer(
     params: LayerParams, x: torch.Tensor, table: Angles, config: DecoderConfig
-) -> tuple[torch.Tensor, Stats, tuple[torch.Tensor, ...]]:
-    """The layer's output, its statistics if it has experts, and with ``config.balance_loss`` that (B,)."""
+) -> tuple[torch.Tensor, Tensors, Tensors]:
+    """The layer's output, what it counted if it has experts, and with ``config.balance_loss`` that (B,)."""
     params, eps = use(params), config.norm_eps
     x = x + config.attention.forward(params.attention, rms_norm(x, params.attention_norm, eps), table, eps)
     normed = rms_norm(x, params.mlp_norm, eps)
@@ -300,4 +313,4 @@ def one_layer(
         return x + psum(mlp_forward(params.mlp, normed), present("tp")), (), ()
     y, routing = moe_layer(params.mlp, normed, config.router)
     balance = (balance_loss(routing, x.shape[0]),) if config.balance_loss else ()
-    return x + y, (stats_of(routing),), balance
+    return x + y, (stats_sums(routing),), balance

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
-from ..ops.balance import MoEStats, moe_stats
+from ..ops.balance import MoEStats, moe_stats, stats_sums
 from ..ops.combine import combine, combine_start, join
 from ..ops.core.axes import binding, present
 from ..ops.core.dynamo import rearrange
@@ -217,7 +217,9 @@ def moe_forward(
 
     def layer(params: MoEParams, x: torch.Tensor) -> Any:
         y, routing = moe_layer(use(params), x, router)
-        return (y, stats_of(routing)) if return_stats else y
+        if not return_stats:
+            return y
+        return y, moe_stats(psum(stats_sums(routing), binding().tokens))  # of all tokens, wherever they lie
 
     if mesh is None:
         check_on_one_device("moe_forward", params.experts.w_in)
@@ -261,11 +263,6 @@ def _shared_experts(params: Any, x_TD: torch.Tensor) -> torch.Tensor:
     if isinstance(params.shared_gate, torch.Tensor):
         y_TD = F.linear(x_TD, params.shared_gate).sigmoid() * y_TD
     return y_TD.to(x_TD.dtype)  # autocast gives another
-
-
-def stats_of(routing: Routing) -> MoEStats:
-    """Statistics over all tokens, wherever they lie."""
-    return moe_stats(routing, lambda t: psum(t, binding().tokens))
 
 
 def mlp_forward(params: ExpertParams, x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Keeping experts evenly loaded without an auxiliary loss, and measuring how even they are."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,15 +36,24 @@ class MoEStats(NamedTuple):
     router_entropy: torch.Tensor
 
 
-def moe_stats(routing: Routing, total: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> MoEStats:
-    """Statistics of one routing; no gradient flows through them. ``total`` sums over devices."""
+def stats_sums(routing: Routing) -> torch.Tensor:
+    """What devices add up for their :class:`MoEStats`: float64 (E + 2,), in which counts are exact.
+
+    They are the tokens of each expert, the sum of the tokens' entropies, and how many these are. No gradient
+    flows through them.
+    """
     scores = routing.scores_TE.detach().float()
     whole = scores.sum(-1, keepdim=True)
     share = torch.where(whole == 0, 1 / scores.shape[-1], scores / whole)  # equal, if all are zero
     entropy = torch.special.entr(share).sum(-1)
-    # The number of tokens travels with their entropies.
-    sums = total(torch.stack([entropy.sum(), entropy.new_full((), entropy.shape[0])]))
-    return _of_counts(total(routing.counts_E), sums[0] / sums[1].clamp_min(1))
+    rest = torch.stack([entropy.sum(), entropy.new_full((), entropy.shape[0])])
+    return torch.cat([routing.counts_E.double(), rest.double()])
+
+
+def moe_stats(sums: torch.Tensor) -> MoEStats:
+    """The statistics that :func:`stats_sums`, added up, say."""
+    *_, entropy, tokens = sums.unbind()
+    return _of_counts(sums[:-2].long(), (entropy / tokens.clamp_min(1)).float())
 
 
 def merge_stats(parts: Sequence[MoEStats]) -> MoEStats:

@@ -86,7 +86,7 @@ def shard_map(
         leaves = check_tensors("shard_map", "args", args)
         specs = broadcast("shard_map", "in_specs", in_specs, args)
         _check_arguments(args, leaves, specs, mesh)
-        entered = [enter(leaf, mesh, spec) for leaf, spec in zip(leaves, specs)]
+        entered = enter(leaves, mesh, specs)
         with bound(binding):
             out = fn(*optree.tree_unflatten(optree.tree_structure(args), entered))
         values = check_tensors("shard_map", "fn(...)", out)
@@ -97,7 +97,7 @@ def shard_map(
             if check_replicated:
                 _check_replicated(out, values, specs, mesh)
         dtensor = not local_results and any(dtensor_beneath(leaf) for leaf in leaves)
-        left = [leave(value, mesh, spec, dtensor) for value, spec in zip(values, specs)]
+        left = leave(values, mesh, specs, dtensor)
         return optree.tree_unflatten(optree.tree_structure(out), left)
 
     return call

@@ -9,6 +9,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
+from ..ops.core import dtensors
 from ..ops.core.axes import axis_names, axis_sizes, describe, group_of, names_of
 from ..ops.core.dynamo import constant_to_dynamo
 from ..params import P, ParamSpec, is_spec
@@ -97,9 +98,7 @@ def distribute(tree: Any, specs: Any, mesh: DeviceMesh) -> Any:
 
 
 def as_dtensor(local: torch.Tensor, mesh: DeviceMesh, spec: P) -> "DTensor":
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(local, mesh, placements(spec, mesh), run_check=False)
+    return dtensors.as_dtensor(local, mesh, placements(spec, mesh))
 
 
 def local_piece(spec: P, shape: Sequence[int], mesh: DeviceMesh) -> tuple[slice, ...]:

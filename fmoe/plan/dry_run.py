@@ -215,6 +215,21 @@ def _reduce_scatter(args: Any, outs: Any) -> int:
     return (_reduced(args) + _reduced(args) // args[1]) * low
 
 
+def _as(dtype: torch.dtype, x: torch.Tensor) -> int:
+    """Bytes of a tensor in another dtype."""
+    return x.numel() * dtype.itemsize
+
+
+def _gather_params(args: Any, outs: Any) -> int:
+    x, kept, moved = args[:3]
+    return _as(moved, x) * (kept != moved)
+
+
+def _reduce_params(args: Any, outs: Any) -> int:
+    x, kept, _, summed, size, _ = args
+    return _as(summed, x) * (x.dtype != summed) + _as(summed, x) // size * (kept != summed)
+
+
 WORKSPACES: dict[str, Callable[[Any, Any], int]] = {
     "fmoe::experts_up": _experts_up,
     "fmoe::experts_up_backward": _experts_up_backward,
@@ -225,6 +240,8 @@ WORKSPACES: dict[str, Callable[[Any, Any], int]] = {
     "fmoe::cross_entropy_terms": _cross_entropy,
     "fmoe::cross_entropy_terms_backward": _cross_entropy_backward,
     "fmoe::exchange": _exchange,
+    "fmoe::gather_params": _gather_params,
+    "fmoe::reduce_params": _reduce_params,
     "fmoe::reduce_scatter": _reduce_scatter,
     "fmoe::send": lambda args, outs: _rows(args[0], args[1].shape[0]),
     "fmoe::send_back": lambda args, outs: _rows(args[0], args[1].shape[0]),
@@ -243,10 +260,18 @@ def _sent_rows(args: Any, rows: int, size: int, tensors: int) -> int:
     return _others(size, sum(_rows(t, rows) for t in args[:tensors]))
 
 
+def _gathered(args: Any, outs: Any) -> int:
+    """Bytes of pieces in the dtype that they are moved in."""
+    return (args[4] - 1) * _as(args[2], args[0])
+
+
 SENT: dict[str, Callable[[Any, Any], int]] = {
     "fmoe::psum": lambda args, outs: 2 * _others(int(args[1]), args[0].nbytes),
     "fmoe::all_gather": lambda args, outs: (args[1] - 1) * args[0].nbytes,
-    "fmoe::gather_params": lambda args, outs: (args[1] - 1) * args[0].nbytes,
+    "fmoe::gather_params": _gathered,
+    "fmoe::begin_gather": _gathered,
+    "fmoe::reduce_params": lambda args, outs: _others(args[4], _as(args[3], args[0])),
+    "fmoe::begin_reduce": lambda args, outs: _others(args[4], _as(args[3], args[0])),
     "fmoe::reduce_scatter": lambda args, outs: _others(args[1], _reduced(args)),
     "fmoe::exchange": lambda args, outs: _sent_rows(args, outs[5].shape[0], args[4], 3) + 16 * (args[4] - 1),
     "fmoe::send": lambda args, outs: _sent_rows(args, args[1].shape[0], int(args[5]), 1),
