@@ -12,6 +12,7 @@ import optree
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..errors import argument_error
 from ..ops.balance import MoEStats, balance_loss, moe_stats, stats_sums, update_expert_bias
 from ..ops.core.axes import axis_names, binding, present
 from ..ops.core.derive import Tensors
@@ -20,8 +21,9 @@ from ..ops.cross_entropy import LOGITS_BYTES
 from ..ops.experts import ExpertParams
 from ..parallel.backends import choose
 from ..parallel.collectives import psum
-from ..parallel.placement import computing, init_on, use
-from ..params import P, partition_specs
+from ..parallel.placement import computing, init_on, placed, use
+from ..parallel.stack import stack
+from ..params import P, leaf_mask, partition_specs, trained_mask
 from .checks import check_heads, check_on_one_device, check_params, check_same, check_tokens
 from .config import DecoderConfig as DecoderConfig  # re-exported
 from .counts import flops_per_token as flops_per_token
@@ -90,6 +92,7 @@ def forward(
     mesh: DeviceMesh | None = None,
     *,
     backend: str = "auto",
+    dtype: torch.dtype | None = None,
     per_layer: Wrap = lambda layer: layer,
 ) -> tuple[torch.Tensor, Stats]:
     """The logits of every position's next token, and the statistics of every MoE layer.
@@ -100,8 +103,9 @@ def forward(
     mesh                        ``None``: this device alone. Else as for :func:`fmoe.moe_forward`, with plain
                                 tokens (this device's own sequences) or a DTensor of them
     backend                     carries tokens to experts, as for :func:`fmoe.moe_forward`
+    dtype                       to compute in; ``None``: that of the parameters
     per_layer                   wraps the function of one layer: ``fmoe.remat``, ``torch.compile``
-    -> logits   (B, L, vocab)   dtype of the parameters; for plain tokens this device's part, with
+    -> logits   (B, L, vocab)   in ``dtype``; for plain tokens this device's part, with
                                 ``tp`` also of the vocabulary
     -> stats                    one :class:`fmoe.MoEStats` per MoE layer, over all tokens
     ==========  ==============  =============================================================
@@ -129,7 +133,7 @@ def forward(
         rows, length = (*where, None, None)[:2]
         return P(rows, length, "tp" if mesh is not None and "tp" in axis_names(mesh) else None), P()
 
-    return _on_mesh("forward", run, params, {"tokens": tokens}, config, mesh, backend, out_specs)
+    return _on_mesh("forward", run, params, {"tokens": tokens}, config, mesh, backend, out_specs, dtype)
 
 
 def loss(
@@ -140,6 +144,8 @@ def loss(
     mesh: DeviceMesh | None = None,
     *,
     backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
     per_layer: Wrap = lambda layer: layer,
     logits_bytes: int = LOGITS_BYTES,
 ) -> tuple[torch.Tensor, LossStats]:
@@ -151,6 +157,11 @@ def loss(
     :func:`forward`. On a mesh the mean is over all devices' tokens, and the same on each. Logits are never
     gathered. At most ``logits_bytes`` of them, in float32, exist at once. A training loop differentiates the
     loss with ``fmoe.value_and_grad(loss, has_aux=True)``.
+
+    Parameters may be kept in another dtype than the ``dtype`` that is computed in: float32 beside bfloat16,
+    say. They are cast before they are sent. Gradients come back in the dtype that the parameters are kept in.
+    Over devices they are summed in ``reduce_dtype``: by default float32, or that of the parameters where it
+    is wider. Selection biases of routers stay as they are.
 
     Raises ``ValueError`` for tokens and targets of a wrong dtype, or of different shapes. On a mesh, all
     devices raise ``RuntimeError`` if one has an id outside the vocabulary.
@@ -170,8 +181,8 @@ def loss(
     def run(params: ModelParams, tokens: torch.Tensor, targets: torch.Tensor) -> Any:
         return stage_loss(params, tokens, targets, config, per_layer, logits_bytes)
 
-    inputs = {"tokens": tokens, "targets": targets}
-    return _on_mesh("loss", run, params, inputs, config, mesh, backend, lambda where: (P(), P()))
+    inputs, out_specs = {"tokens": tokens, "targets": targets}, lambda where: (P(), P())
+    return _on_mesh("loss", run, params, inputs, config, mesh, backend, out_specs, dtype, reduce_dtype)
 
 
 def update_biases(params: ModelParams, stats: LossStats | Stats, rate: float) -> ModelParams:
@@ -201,12 +212,19 @@ def _on_mesh(
     mesh: DeviceMesh | None,
     backend: str,
     out_specs: Callable[[P], Any],
+    dtype: torch.dtype | None,
+    reduce_dtype: torch.dtype | None = None,
 ) -> Any:
+    for name, value in {"dtype": dtype, "reduce_dtype": reduce_dtype}.items():
+        if value is not None and not value.is_floating_point:
+            raise argument_error(function, name, got=value, expected="a floating dtype, or None")
+    described = specs(config)
+    trained = leaf_mask(function, "params", trained_mask(described), params)
+    dtypes = [dtype if moves else None for moves in trained]
     if mesh is None:
         check_on_one_device(function, params.embedding)
         choose(function, backend, None)
-        return run(params, *inputs.values())
-    described = specs(config)
+        return run(placed(params, dtypes=dtypes), *inputs.values())
     wanted = optree.tree_map(computing, partition_specs(described))
     check_params(function, params, described, wanted, mesh)
     check_heads(function, config.attention.num_kv_heads, mesh)
@@ -219,7 +237,9 @@ def _on_mesh(
         wanted=wanted,
         out_specs=out_specs,
         backend=backend,
-        like=params.embedding,
+        rows=(dtype or params.embedding.dtype, config.dim),
+        dtypes=dtypes,
+        summed=reduce_dtype,
     )
 
 
@@ -285,12 +305,10 @@ def hidden(
         x = embed(x, use(params.embedding))
     # One function for all layers, so that a wrapper such as a compiler sees only one.
     layer = per_layer(one_layer)
-    sums: list[torch.Tensor] = []
+    x, found = stack(layer, params.layers, x, table, config)
+    sums = [counted for layers, _ in found for counted in layers]
     uneven = torch.zeros((x.shape[0],), dtype=accumulator(x.dtype), device=x.device)
-    for layer_params in params.layers:
-        x, found, balance = layer(layer_params, x, table, config)
-        sums += found
-        uneven = sum(balance, uneven)
+    uneven = sum((balance for _, balances in found for balance in balances), uneven)
     if not isinstance(params.norm, tuple):
         x = rms_norm(x, use(params.norm), config.norm_eps)
     return x, sums, uneven

@@ -234,7 +234,7 @@ def moe_forward(
         wanted=of_layer(params, COMPUTING),
         out_specs=lambda where: (where, P()) if return_stats else where,
         backend=backend,
-        like=x,
+        rows=(x.dtype, x.shape[-1]),
     )
 
 

@@ -6,6 +6,7 @@ leaf carries its moves, as :class:`~fmoe.parallel.buckets.Placed`, and :func:`us
 computes. They are plain tuples, so that compilers see constants.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import optree
@@ -131,15 +132,19 @@ def _moves(function: str, argument: str, have: P, wanted: P, mesh: DeviceMesh) -
     return (*gathers, *cuts)
 
 
-def placed(tree: Any, how: Moves, dtype: Any = None, summed: torch.dtype | None = None) -> Any:
+def placed(
+    tree: Any,
+    how: Moves | None = None,
+    dtypes: Sequence[torch.dtype | None] | None = None,
+    summed: torch.dtype | None = None,
+) -> Any:
     """A tree whose leaves carry their moves, what to compute in, and what to sum their gradients in.
 
-    ``dtype`` is one for all leaves, or a list with one for each; ``None`` is that of the leaf. Gradients are
-    summed in float32 or wider, unless ``summed`` says otherwise. Leaves that stay as they are remain plain
-    tensors.
+    ``dtypes`` has one for each leaf, where ``None`` is the leaf's own. Gradients are summed in float32 or
+    wider, unless ``summed`` says otherwise. Leaves that stay as they are remain plain tensors.
     """
     leaves, structure = optree.tree_flatten(tree)
-    dtypes = dtype if isinstance(dtype, list) else [dtype] * len(leaves)
+    how, dtypes = how or ((),) * len(leaves), dtypes or (None,) * len(leaves)
     carried = [
         Placed(leaf, steps, to or leaf.dtype, summed or accumulator(leaf.dtype))
         if steps or (to and to != leaf.dtype)

@@ -93,7 +93,7 @@ def shard_map(
         specs = broadcast("shard_map", "out_specs", out_specs, out)
         _check_results(out, values, specs, mesh)
         if not torch.compiler.is_dynamo_compiling():
-            _check_captured(entered, values)
+            check_captured(entered, values)
             if check_replicated:
                 _check_replicated(out, values, specs, mesh)
         dtensor = not local_results and any(dtensor_beneath(leaf) for leaf in leaves)
@@ -156,7 +156,7 @@ def _differs(value: torch.Tensor, group: Group) -> bool:
 # ---- captured tensors ------------------------------------------------------------------------------
 
 
-def _check_captured(entered: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+def check_captured(entered: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
     """Follow the results' graphs back: whatever doesn't come from the arguments was captured."""
     seen = {node for tensor in entered for _, node in _levels(tensor) if node is not None}
     waiting = []

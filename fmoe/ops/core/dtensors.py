@@ -60,7 +60,9 @@ def as_dtensor(
                 sizes[placement.dim] *= mesh.size(axis)
         shape = torch.Size(sizes)
     meta = TensorMeta(shape, stride if strided and stride else _contiguous(shape), piece.dtype)
-    return DTensor(piece, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
+    return DTensor(
+        piece.detach(), DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False
+    )
 
 
 def _contiguous(shape: torch.Size) -> tuple[int, ...]:
