@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..errors import argument_error
 from ..ops.core.axes import axis_names, axis_sizes
 from ..ops.core.dtypes import accumulator
+from ..ops.core.dynamo import remembered
 from ..params import P, init_params, is_spec
 from ..tree import dotted_names
 from . import buckets
@@ -106,6 +107,7 @@ def moves(function: str, argument: str, tree: Any, have: Any, wanted: Any, mesh:
     return tuple(_moves(function, f"{argument}.{name}", old, new, mesh) for name, old, new in trios)
 
 
+@remembered
 def _moves(function: str, argument: str, have: P, wanted: P, mesh: DeviceMesh) -> tuple[Move, ...]:
     sizes = axis_sizes(mesh)
 
