@@ -45,6 +45,7 @@ def parse():
     add("--bias-rate", type=float, default=0.01, help="of balancing experts; DeepSeek-V3 had 0.001")
     add("--seed", type=int, default=0, help="of parameters, batches and samples")
     add("--mesh", default="", help='axes and sizes under torchrun, as "dp=2,ep=4"; experts lie along ep')
+    add("--zero", type=int, choices=[1, 2, 3], default=3, help="how often parameters travel: ZeRO's stages")
     add("--ep-backend", default="auto", help="what carries tokens along ep: auto, all_to_all or deepep")
     launch.add_precision(parser)
     add("--remat", default="none", help="what layers recompute: none, full, default, or save:NAME,NAME")
@@ -97,9 +98,9 @@ def main():
     )
 
     per_layer = fmoe.transforms.per_layer(args.remat, compiled=args.compile)
-    how = dict(config=config, mesh=world.mesh, backend=args.ep_backend, per_layer=per_layer)
-    loss_of = gradients.computing_in(partial(decoder.loss, **how), precision.compute)
-    step_of = gradients.accumulate(fmoe.value_and_grad(loss_of, has_aux=True), args.micro_batches)
+    how = dict(mesh=world.mesh, backend=args.ep_backend, per_layer=per_layer, dtype=precision.compute)
+    step_of = gradients.of_model(config, micro_batches=args.micro_batches, zero=args.zero, **how)
+    loss_of = partial(decoder.loss, config=config, **how)
     rate_of = schedules.by_name(args.schedule, peak=args.learning_rate, total_steps=args.steps)
     tokens = args.batch_size * args.seq_len
     flops = tokens * decoder.flops_per_token(config, args.seq_len) / world.size

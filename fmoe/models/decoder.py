@@ -129,11 +129,14 @@ def forward(
             refuse_outside(outside)
         return x @ head(params).mT, stats
 
-    def out_specs(where: P) -> Any:
+    def out_specs(where: P, _: Any) -> Any:
         rows, length = (*where, None, None)[:2]
         return P(rows, length, "tp" if mesh is not None and "tp" in axis_names(mesh) else None), P()
 
-    return _on_mesh("forward", run, params, {"tokens": tokens}, config, mesh, backend, out_specs, dtype)
+    return run_on(
+        "forward", run, params, {"tokens": tokens}, config, mesh,
+        out_specs=out_specs, backend=backend, dtype=dtype,
+    )  # fmt: skip
 
 
 def loss(
@@ -174,15 +177,28 @@ def loss(
     >>> len(stats.layers), stats.num_targets
     (3, tensor(32.))
     """
-    check_tokens("loss", "tokens", tokens, config.max_seq_len)
-    check_tokens("loss", "targets", targets, config.max_seq_len)
-    check_same("loss", "of shape", "targets", tuple(targets.shape), tuple(tokens.shape))
+    inputs = loss_inputs("loss", tokens, targets, config)
 
     def run(params: ModelParams, tokens: torch.Tensor, targets: torch.Tensor) -> Any:
         return stage_loss(params, tokens, targets, config, per_layer, logits_bytes)
 
-    inputs, out_specs = {"tokens": tokens, "targets": targets}, lambda where: (P(), P())
-    return _on_mesh("loss", run, params, inputs, config, mesh, backend, out_specs, dtype, reduce_dtype)
+    def out_specs(*_: Any) -> Any:
+        return P(), P()
+
+    return run_on(
+        "loss", run, params, inputs, config, mesh,
+        out_specs=out_specs, backend=backend, dtype=dtype, reduce_dtype=reduce_dtype,
+    )  # fmt: skip
+
+
+def loss_inputs(
+    function: str, tokens: torch.Tensor, targets: torch.Tensor, config: DecoderConfig
+) -> dict[str, torch.Tensor]:
+    """What :func:`loss` takes beside the params, checked."""
+    check_tokens(function, "tokens", tokens, config.max_seq_len)
+    check_tokens(function, "targets", targets, config.max_seq_len)
+    check_same(function, "of shape", "targets", tuple(targets.shape), tuple(tokens.shape))
+    return {"tokens": tokens, "targets": targets}
 
 
 def update_biases(params: ModelParams, stats: LossStats | Stats, rate: float) -> ModelParams:
@@ -203,18 +219,20 @@ def update_biases(params: ModelParams, stats: LossStats | Stats, rate: float) ->
     return params._replace(layers=layers)
 
 
-def _on_mesh(
+def run_on(
     function: str,
     run: Callable[..., Any],
     params: ModelParams,
     inputs: dict[str, torch.Tensor],
     config: DecoderConfig,
     mesh: DeviceMesh | None,
-    backend: str,
-    out_specs: Callable[[P], Any],
-    dtype: torch.dtype | None,
+    *,
+    out_specs: Callable[[P, Any], Any],
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
 ) -> Any:
+    """``run(params, *inputs)`` on this device or each of a mesh, with params as :func:`use` takes them."""
     for name, value in {"dtype": dtype, "reduce_dtype": reduce_dtype}.items():
         if value is not None and not value.is_floating_point:
             raise argument_error(function, name, got=value, expected="a floating dtype, or None")
@@ -225,7 +243,7 @@ def _on_mesh(
         check_on_one_device(function, params.embedding)
         choose(function, backend, None)
         return run(placed(params, dtypes=dtypes), *inputs.values())
-    wanted = optree.tree_map(computing, partition_specs(described))
+    wanted = computing_specs(config)
     check_params(function, params, described, wanted, mesh)
     check_heads(function, config.attention.num_kv_heads, mesh)
     return on_mesh(
@@ -241,6 +259,11 @@ def _on_mesh(
         dtypes=dtypes,
         summed=reduce_dtype,
     )
+
+
+def computing_specs(config: DecoderConfig) -> ModelParams:
+    """Where parameters are computed with: a tree of :class:`P`."""
+    return optree.tree_map(computing, partition_specs(specs(config)))
 
 
 # ---- on one device, inside shard_map ---------------------------------------------------------------

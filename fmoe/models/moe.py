@@ -232,7 +232,7 @@ def moe_forward(
         {"x": x},
         mesh,
         wanted=of_layer(params, COMPUTING),
-        out_specs=lambda where: (where, P()) if return_stats else where,
+        out_specs=lambda where, _: (where, P()) if return_stats else where,
         backend=backend,
         rows=(x.dtype, x.shape[-1]),
     )

@@ -24,7 +24,7 @@ def on_mesh(
     mesh: DeviceMesh,
     *,
     wanted: Any,
-    out_specs: Callable[[P], Any],
+    out_specs: Callable[[P, Any], Any],
     backend: str,
     rows: tuple[torch.dtype, int],
     dtypes: Sequence[torch.dtype | None] | None = None,
@@ -35,8 +35,8 @@ def on_mesh(
     The params that ``fn`` gets carry the moves to where they are ``wanted``, the dtype to compute in, and
     that to sum their gradients in, as for :func:`~fmoe.parallel.placement.placed`. It calls
     :func:`~fmoe.parallel.placement.use` where it computes with them. ``out_specs`` is a function of the
-    tokens' placement. The axes that tokens lie along stand in the binding, as ``tokens``. ``rows``
-    are the dtype and the last dimension of what the backend carries.
+    tokens' placement and the params'. The axes that tokens lie along stand in the binding, as ``tokens``.
+    ``rows`` are the dtype and the last dimension of what the backend carries.
     """
     tokens = tuple(inputs.values())
     have, *where = where_placed((params, *tokens), (wanted, *[P(token_axes(mesh))] * len(tokens)), mesh)
@@ -54,7 +54,7 @@ def on_mesh(
         here,
         mesh,
         in_specs=(have, *where),
-        out_specs=out_specs(where[0]),
+        out_specs=out_specs(where[0], have),
         backends=choose(function, backend, mesh, rows),
         local_results=not dtensor_beneath(tokens[0]),
     )(params, *tokens)

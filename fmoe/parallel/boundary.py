@@ -140,6 +140,12 @@ def _as_global(x: torch.Tensor, mesh: DeviceMesh, way: Way) -> torch.Tensor:
     return as_dtensor(x, mesh, where) if dtensor else x.view_as(x)
 
 
+def collect(tensors: Sequence[torch.Tensor], mesh: DeviceMesh, specs: Sequence[P]) -> list[torch.Tensor]:
+    """The sums of what devices hold along the axes that the specs don't name. It has no derivative."""
+    groups = [group_of(mesh, unnamed_axes(spec, mesh)) for spec in specs]
+    return _summed(tuple(tensors), [((), group.name, group.size, False) for group in groups])
+
+
 def _summed(tensors: Tensors, ways: Sequence[Way]) -> list[torch.Tensor]:
     """The sums over devices along the unnamed axes, in float32 or wider: those of one group in one sum."""
     found = [*tensors]

@@ -102,6 +102,25 @@ def unpacked(gathered: torch.Tensor, bucket: Bucket) -> Iterator[torch.Tensor]:
         yield pieces.movedim(0, dim).flatten(dim, dim + 1)
 
 
+def scatter(leaves: Sequence[Any], cotangents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The transpose of :func:`use`, without a derivative of its own: cotangents of the pieces."""
+    found: dict[int, Any] = {}
+    mine = buckets_of(leaves)
+    sums = [begin_sum([cotangents[i] for i in bucket.where], bucket) for bucket in mine]
+    for bucket in mine:
+        found |= zip(bucket.where, finish_sum(sums.pop(0), bucket))
+    return [found[i] if i in found else _pulled(leaf, cotangents[i]) for i, leaf in enumerate(leaves)]
+
+
+def _pulled(leaf: Any, cotangent: torch.Tensor) -> torch.Tensor:
+    if not isinstance(leaf, Placed):
+        return cotangent
+    with torch.enable_grad():
+        piece = leaf.piece.detach().requires_grad_()
+        moved = _alone(Placed(piece, leaf.moves, leaf.summed, leaf.summed))  # not rounded before it is summed
+    return torch.autograd.grad(moved, piece, cotangent.to(moved.dtype))[0]
+
+
 # ---- begun now, waited for later; without derivatives ----------------------------------------------------
 
 

@@ -27,7 +27,7 @@ def _disabled(fn: F) -> F:
 
 
 def remembered(fn: F) -> F:
-    """``fn``, whose results for hashable arguments are kept. Dynamo, which warns of caches, traces it anew."""
+    """``fn``, whose results for hashable arguments are kept. Dynamo warns of caches, and traces it anew."""
     kept = functools.lru_cache(4096)(fn)
 
     @functools.wraps(fn)
