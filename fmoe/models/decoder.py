@@ -17,6 +17,7 @@ from ..ops.core.axes import axis_names, binding, present
 from ..ops.core.dtypes import accumulator
 from ..ops.cross_entropy import LOGITS_BYTES
 from ..ops.experts import ExpertParams
+from ..ops.segments import Segments, segments_of
 from ..parallel.backends import choose
 from ..parallel.collectives import psum
 from ..parallel.placement import computing, init_on, use
@@ -88,6 +89,7 @@ def forward(
     config: DecoderConfig,
     mesh: DeviceMesh | None = None,
     *,
+    segment_ids: torch.Tensor | None = None,
     backend: str = "auto",
     per_layer: Wrap = lambda layer: layer,
 ) -> tuple[torch.Tensor, Stats]:
@@ -98,6 +100,8 @@ def forward(
     tokens      (B, L)          int64, below ``config.vocab_size``
     mesh                        ``None``: this device alone. Else as for :func:`fmoe.moe_forward`, with plain
                                 tokens (this device's own sequences) or a DTensor of them
+    segment_ids  (B, L)         int64, placed as the tokens are; 0 for padding. A run of equal ids is a
+                                segment, as a packed document is. ``None``: every row is one
     backend                     carries tokens to experts, as for :func:`fmoe.moe_forward`
     per_layer                   wraps the function of one layer: ``fmoe.remat``, ``torch.compile``
     -> logits   (B, L, vocab)   dtype of the parameters; for plain tokens this device's part, with
@@ -105,28 +109,36 @@ def forward(
     -> stats                    one :class:`fmoe.MoEStats` per MoE layer, over all tokens
     ==========  ==============  =============================================================
 
-    Raises ``ValueError`` for tokens of a wrong dtype or shape. On a mesh, all devices raise ``RuntimeError``
-    if one has an id outside the vocabulary.
+    A segment's logits are those that it has alone: attention stays within it, and positions start again.
+    Padding goes to no routed expert and isn't counted. Its logits are finite, and nothing depends on them.
+
+    Raises ``ValueError`` for tokens of a wrong dtype or shape, and for segment ids below zero. On a mesh, all
+    devices raise ``RuntimeError`` if one has an id outside the vocabulary, or a segment id below zero.
 
     >>> config = preset("debug")
     >>> logits, stats = forward(init(config, 0), torch.randint(256, (2, 16)), config)
     >>> logits.shape, len(stats)
     (torch.Size([2, 16, 256]), 3)
+    >>> ids = torch.tensor([[1] * 5 + [2] * 7 + [0] * 4])       # two documents, and padding
+    >>> _, stats = forward(init(config, 0), torch.randint(256, (1, 16)), config, segment_ids=ids)
+    >>> stats[0].tokens_per_expert.sum() == 12 * config.router.top_k
+    tensor(True)
     """
-    check_tokens("forward", "tokens", tokens, config.max_seq_len)
+    inputs = _inputs("forward", config, {"tokens": tokens}, segment_ids)
 
-    def run(params: ModelParams, tokens: torch.Tensor) -> Any:
+    def run(params: ModelParams, tokens: torch.Tensor, ids: torch.Tensor | None = None) -> Any:
+        segments, below = _segments("forward", ids, tokens)
         if binding().mesh is not None:
             tokens, outside = within(tokens, config.vocab_size)
-            refuse_outside(psum(outside, binding().tokens))
-        x, stats, _ = hidden(params, tokens, config, per_layer)
+            refuse_outside(*psum(torch.stack([outside, below]), binding().tokens).unbind())
+        x, stats, _ = hidden(params, tokens, config, per_layer, segments)
         return x @ head(params).mT, stats
 
     def out_specs(where: P) -> Any:
         rows, length = (*where, None, None)[:2]
         return P(rows, length, "tp" if mesh is not None and "tp" in axis_names(mesh) else None), P()
 
-    return _on_mesh("forward", run, params, {"tokens": tokens}, config, mesh, backend, out_specs)
+    return _on_mesh("forward", run, params, inputs, config, mesh, backend, out_specs)
 
 
 def loss(
@@ -136,21 +148,23 @@ def loss(
     config: DecoderConfig,
     mesh: DeviceMesh | None = None,
     *,
+    segment_ids: torch.Tensor | None = None,
     backend: str = "auto",
     per_layer: Wrap = lambda layer: layer,
     logits_bytes: int = LOGITS_BYTES,
 ) -> tuple[torch.Tensor, LossStats]:
     """The mean cross entropy in nats, float32 or wider, and its :class:`LossStats`.
 
-    ``tokens`` and ``targets`` are int64 (B, L), and a target of -100 doesn't count. With
-    ``config.balance_loss``, every MoE layer adds that of each sequence, which weighs as many as its targets
-    are. The rest is as for
-    :func:`forward`. On a mesh the mean is over all devices' tokens, and the same on each. Logits are never
-    gathered. At most ``logits_bytes`` of them, in float32, exist at once. A training loop differentiates the
-    loss with ``fmoe.value_and_grad(loss, has_aux=True)``.
+    ``tokens`` and ``targets`` are int64 (B, L), and a target of -100 doesn't count, nor does one of padding.
+    With ``config.balance_loss``, every MoE layer adds that of each sequence, which weighs as many as its
+    targets are. A row of several segments is one sequence there. The rest is as for :func:`forward`. On a
+    mesh the mean is over all devices' tokens, and the same on each. Logits are never gathered. At most
+    ``logits_bytes`` of them, in float32, exist at once. A training loop differentiates the loss with
+    ``fmoe.value_and_grad(loss, has_aux=True)``.
 
-    Raises ``ValueError`` for tokens and targets of a wrong dtype, or of different shapes. On a mesh, all
-    devices raise ``RuntimeError`` if one has an id outside the vocabulary.
+    Raises ``ValueError`` for tokens, targets and segment ids of a wrong dtype, or of different shapes, and
+    for segment ids below zero. On a mesh, all devices raise ``RuntimeError`` if one has an id outside the
+    vocabulary, or a segment id below zero.
 
     >>> config = preset("debug")
     >>> tokens = torch.randint(256, (2, 16))
@@ -160,14 +174,11 @@ def loss(
     >>> len(stats.layers), stats.num_targets
     (3, tensor(32.))
     """
-    check_tokens("loss", "tokens", tokens, config.max_seq_len)
-    check_tokens("loss", "targets", targets, config.max_seq_len)
-    check_same("loss", "of shape", "targets", tuple(targets.shape), tuple(tokens.shape))
+    inputs = _inputs("loss", config, {"tokens": tokens, "targets": targets}, segment_ids)
 
-    def run(params: ModelParams, tokens: torch.Tensor, targets: torch.Tensor) -> Any:
-        return stage_loss(params, tokens, targets, config, per_layer, logits_bytes)
+    def run(params: ModelParams, tokens: torch.Tensor, targets: torch.Tensor, *ids: torch.Tensor) -> Any:
+        return stage_loss(params, tokens, targets, config, per_layer, logits_bytes, *ids)
 
-    inputs = {"tokens": tokens, "targets": targets}
     return _on_mesh("loss", run, params, inputs, config, mesh, backend, lambda where: (P(), P()))
 
 
@@ -187,6 +198,17 @@ def update_biases(params: ModelParams, stats: LossStats | Stats, rate: float) ->
         for layer in params.layers
     )
     return params._replace(layers=layers)
+
+
+def _inputs(
+    function: str, config: DecoderConfig, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """The tensors that lie as tokens do, with the segment ids if there are any, once checked."""
+    inputs = inputs if segment_ids is None else {**inputs, "segment_ids": segment_ids}
+    for name, value in inputs.items():
+        check_tokens(function, name, value, config.max_seq_len)
+        check_same(function, "of shape", name, tuple(value.shape), tuple(inputs["tokens"].shape))
+    return inputs
 
 
 def _on_mesh(
@@ -227,6 +249,21 @@ def _on_mesh(
 # the norm and the head.
 
 
+def _segments(
+    function: str, ids: torch.Tensor | None, like: torch.Tensor
+) -> tuple[Segments | tuple[()], torch.Tensor]:
+    """The segments that ids make, and how many ids are below zero: on a mesh, all devices raise together."""
+    none = torch.zeros((), dtype=torch.int64, device=like.device)
+    if ids is None:
+        return (), none
+    below = (ids < 0).sum()
+    if binding().mesh is not None:
+        return segments_of(ids), below
+    found = segments_of(ids, function)
+    refuse_outside(none, below)  # where the host can't look
+    return found, none
+
+
 def stage_loss(
     params: ModelParams,
     x: torch.Tensor,
@@ -234,40 +271,51 @@ def stage_loss(
     config: DecoderConfig,
     per_layer: Wrap = lambda layer: layer,
     logits_bytes: int = LOGITS_BYTES,
+    segment_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, LossStats]:
     """The loss or, unless the stage is the last, the input of the next.
 
-    A stage before the last has no targets. Its ``balance`` is a sum, to be added to the loss.
+    A stage before the last has no targets. Its ``balance`` is a sum, to be added to the loss. Every stage
+    takes the same ``segment_ids``.
     """
     is_whole = not (x.is_floating_point() or isinstance(params.norm, tuple))
     outside = torch.zeros((), dtype=torch.int64, device=x.device)
+    segments, below = _segments("loss", segment_ids, x)
+    if isinstance(segments, Segments):
+        targets = torch.where(segments.valid, targets, IGNORED)
     if is_whole and binding().mesh is not None:
         x, of_tokens = within(x, config.vocab_size)
         targets, of_targets = within(targets, config.vocab_size, also=IGNORED)
         outside = of_tokens + of_targets
-    x, stats, uneven = hidden(params, x, config, per_layer)
+    x, stats, uneven = hidden(params, x, config, per_layer, segments)
     balance = x.new_zeros((), dtype=accumulator(x.dtype))
     if config.balance_loss:  # a sequence weighs as many as it has targets, as in the cross entropy
         balance = config.balance_loss * (uneven * (targets != IGNORED).sum(-1)).sum()
     if isinstance(params.norm, tuple):
         return x, LossStats(x.new_zeros(()), stats, balance)
     total, count = summed_cross_entropy(x, head(params), targets, logits_bytes=logits_bytes)
-    sums = torch.stack([number.to(total.dtype) for number in (total, balance, count, outside)])
-    total, balance, count, outside = psum(sums, binding().tokens).unbind()
+    sums = torch.stack([number.to(total.dtype) for number in (total, balance, count, outside, below)])
+    total, balance, count, outside, below = psum(sums, binding().tokens).unbind()
     if binding().mesh is not None:
-        refuse_outside(outside)
+        refuse_outside(outside, below)
     balance = balance / count.clamp_min(1)
     return total / count.clamp_min(1) + balance, LossStats(count.detach(), stats, balance.detach())
 
 
 def hidden(
-    params: ModelParams, x: torch.Tensor, config: DecoderConfig, per_layer: Wrap
+    params: ModelParams,
+    x: torch.Tensor,
+    config: DecoderConfig,
+    per_layer: Wrap,
+    segments: Segments | tuple[()] = (),
 ) -> tuple[torch.Tensor, Stats, torch.Tensor]:
     """The last layer's output (B, L, D), normalised if there is a norm, and how uneven loads are (B,).
 
     ``x`` is tokens (B, L) or a layer's output.
     """
     table = config.attention.rope.table(x.shape[1], x.device)
+    if isinstance(segments, Segments):
+        table = table.at(torch.arange(x.shape[1], device=x.device) - segments.first)
     if not x.is_floating_point():
         x = embed(x, use(params.embedding))
     # One function for all layers, so that a wrapper such as a compiler sees only one.
@@ -275,7 +323,7 @@ def hidden(
     stats: list[MoEStats] = []
     uneven = torch.zeros((x.shape[0],), dtype=accumulator(x.dtype), device=x.device)
     for layer_params in params.layers:
-        x, found, balance = layer(layer_params, x, table, config)
+        x, found, balance = layer(layer_params, x, table, config, segments)
         stats += found
         uneven = sum(balance, uneven)
     if not isinstance(params.norm, tuple):
@@ -290,14 +338,20 @@ def head(params: ModelParams) -> torch.Tensor:
 
 
 def one_layer(
-    params: LayerParams, x: torch.Tensor, table: Angles, config: DecoderConfig
+    params: LayerParams,
+    x: torch.Tensor,
+    table: Angles,
+    config: DecoderConfig,
+    segments: Segments | tuple[()] = (),
 ) -> tuple[torch.Tensor, Stats, tuple[torch.Tensor, ...]]:
     """The layer's output, its statistics if it has experts, and with ``config.balance_loss`` that (B,)."""
     params, eps = use(params), config.norm_eps
-    x = x + config.attention.forward(params.attention, rms_norm(x, params.attention_norm, eps), table, eps)
+    normed = rms_norm(x, params.attention_norm, eps)
+    x = x + config.attention.forward(params.attention, normed, table, eps, segments)
     normed = rms_norm(x, params.mlp_norm, eps)
     if isinstance(params.mlp, ExpertParams):
         return x + psum(mlp_forward(params.mlp, normed), present("tp")), (), ()
-    y, routing = moe_layer(params.mlp, normed, config.router)
+    valid = segments.valid if isinstance(segments, Segments) else ()
+    y, routing = moe_layer(params.mlp, normed, config.router, valid)
     balance = (balance_loss(routing, x.shape[0]),) if config.balance_loss else ()
     return x + y, (stats_of(routing),), balance
