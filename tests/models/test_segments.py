@@ -6,10 +6,10 @@ import re
 import optree
 import pytest
 import torch
-from helpers import error, fresh_seed, quick
+from helpers import ORACLE_TRANSFORMS, TRANSFORMS, Example, error, fresh_seed, quick
 from laws import MODELS, Where, own, ranks_of, whole
 from parity import TINY
-from test_deepseek_v3 import GROUPED, with_biases
+from test_deepseek_v3 import GROUPED, SMALL, with_biases
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.tensor import DTensor
 from torch.func import grad, vmap
@@ -20,6 +20,7 @@ from fmoe.introspect import raw_calls, wire_bytes
 from fmoe.models import decoder
 from fmoe.models.params import ModelParams
 from fmoe.ops.core.axes import group_of
+from fmoe.ops.core.tape import plain_operators
 from fmoe.ops.segments import segments_of
 from fmoe.parallel import distribute
 from fmoe.parallel.placement import token_axes
@@ -184,6 +185,23 @@ def test_segment_ids_under_vmap_and_per_example_gradients():
     got = vmap(grad(loss), (None, 0, 0, None))(params, tokens, targets, ids[3])
     loop = [grad(loss)(params, *row, ids[3]) for row in zip(tokens, targets)]
     assert error(got, optree.tree_map(lambda *g: torch.stack(g), *loop)) < 1e-12
+
+
+@pytest.mark.parametrize("transform", ["grad(grad)", "jvp(grad)", "hessian"])
+def test_a_model_with_segments_under_transforms(transform):
+    """Against its documents one by one, made of plain PyTorch functions; ``x`` scales the embedding."""
+    params, rows = decoder.init(SMALL, fresh_seed(), dtype=torch.float64), [[2, 3], [4, -1]]
+    example = Example(params, torch.rand(SMALL.dim, dtype=torch.float64) + 0.5, batch=2)
+    tokens, targets, ids = *numbers(SMALL, 2, 2, 5), ids_of(rows)
+
+    def scaled(loss):
+        return lambda p, x, ints=(): loss(p._replace(embedding=p.embedding * x))
+
+    packed = scaled(lambda p: decoder.loss(p, tokens, targets, SMALL, segment_ids=ids)[0])
+    alone = scaled(lambda p: mean_of_documents(p, rows, tokens, targets, SMALL))
+    with plain_operators():
+        expected = ORACLE_TRANSFORMS[transform](alone, example)
+    assert error(TRANSFORMS[transform](packed, example), expected) < 1e-9
 
 
 @pytest.mark.parametrize("remat", ["full", "default", "save:attention"])
