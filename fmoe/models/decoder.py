@@ -95,19 +95,19 @@ def forward(
 ) -> tuple[torch.Tensor, Stats]:
     """The logits of every position's next token, and the statistics of every MoE layer.
 
-    ==========  ==============  =============================================================
-    params                      from :func:`init`
-    tokens      (B, L)          int64, below ``config.vocab_size``
-    mesh                        ``None``: this device alone. Else as for :func:`fmoe.moe_forward`, with plain
-                                tokens (this device's own sequences) or a DTensor of them
-    segment_ids  (B, L)         int64, placed as the tokens are; 0 for padding. A run of equal ids is a
-                                segment, as a packed document is. ``None``: every row is one
-    backend                     carries tokens to experts, as for :func:`fmoe.moe_forward`
-    per_layer                   wraps the function of one layer: ``fmoe.remat``, ``torch.compile``
-    -> logits   (B, L, vocab)   dtype of the parameters; for plain tokens this device's part, with
-                                ``tp`` also of the vocabulary
-    -> stats                    one :class:`fmoe.MoEStats` per MoE layer, over all tokens
-    ==========  ==============  =============================================================
+    ===========  ==============  =============================================================
+    params                       from :func:`init`
+    tokens       (B, L)          int64, below ``config.vocab_size``
+    mesh                         ``None``: this device alone. Else as for :func:`fmoe.moe_forward`, with plain
+                                 tokens (this device's own sequences) or a DTensor of them
+    segment_ids  (B, L)          int64, placed as the tokens are; 0 for padding. A run of equal ids is a
+                                 segment, as a packed document is. ``None``: every row is one
+    backend                      carries tokens to experts, as for :func:`fmoe.moe_forward`
+    per_layer                    wraps the function of one layer: ``fmoe.remat``, ``torch.compile``
+    -> logits    (B, L, vocab)   dtype of the parameters; for plain tokens this device's part, with
+                                 ``tp`` also of the vocabulary
+    -> stats                     one :class:`fmoe.MoEStats` per MoE layer, over all tokens
+    ===========  ==============  =============================================================
 
     A segment's logits are those that it has alone: attention stays within it, and positions start again.
     Padding goes to no routed expert and isn't counted. Its logits are finite, and nothing depends on them.
