@@ -12,6 +12,7 @@ import optree
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..errors import argument_error
 from ..ops.balance import MoEStats, balance_loss, update_expert_bias
 from ..ops.core.axes import axis_names, binding, present
 from ..ops.core.dtypes import accumulator
@@ -204,6 +205,9 @@ def _inputs(
     function: str, config: DecoderConfig, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
     """The tensors that lie as tokens do, with the segment ids if there are any, once checked."""
+    if not isinstance(config, DecoderConfig):  # a batch with segment ids, say, unpacked before the config
+        got, remedy = type(config).__name__, "Pass segment ids by name, as segment_ids=."
+        raise argument_error(function, "config", got=got, expected="a DecoderConfig", remedy=remedy)
     inputs = inputs if segment_ids is None else {**inputs, "segment_ids": segment_ids}
     for name, value in inputs.items():
         check_tokens(function, name, value, config.max_seq_len)

@@ -230,7 +230,7 @@ def test_a_layer_is_compiled_once_for_any_number_of_segments():
 
 def test_a_whole_model_compiles_with_segments():
     torch._dynamo.reset()
-    config, ids = CONFIGS["GQA"], ids_of(PACKED)
+    config, ids = dataclasses.replace(CONFIGS["GQA"], num_layers=2), ids_of(PACKED)
     params, tokens = a_model(config), numbers(config, *ids.shape)
     logits = lambda t, i: decoder.forward(params, t, config, segment_ids=i)[0]  # noqa: E731
     compiled = torch.compile(logits, fullgraph=True, backend="aot_eager")
@@ -268,6 +268,12 @@ def test_bad_segment_ids_are_named(text):
     ):
         with pytest.raises(ValueError, match=re.escape(f"{name}: {text}")):
             call()
+
+
+def test_segment_ids_are_not_taken_for_a_config():
+    text = "loss: config: got Tensor, expected a DecoderConfig. Pass segment ids by name, as segment_ids=."
+    with pytest.raises(ValueError, match=re.escape(text)):
+        decoder.loss(decoder.init(TINY, 0), LONG, LONG, LONG, TINY)
 
 
 def test_ids_below_zero_are_refused_where_the_host_cannot_look():

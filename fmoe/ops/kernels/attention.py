@@ -73,23 +73,28 @@ def later(length: int, device: torch.device) -> torch.Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
 
 
-def earlier(first: torch.Tensor) -> torch.Tensor:
-    """(B, L) -> (B, 1, L, L), true where a key comes before its query's segment."""
-    return torch.arange(first.shape[1], device=first.device) < first[:, None, :, None]
+def earlier(first: torch.Tensor, keys: int) -> torch.Tensor:
+    """(B, L) -> (B, 1, L, keys), true where a key comes before its query's segment."""
+    return torch.arange(keys, device=first.device) < first[:, None, :, None]
 
 
 def _hidden(q: torch.Tensor, segments: Tensors) -> torch.Tensor:
     """True where a query doesn't see a key."""
     after = later(q.shape[2], q.device)
-    return after | earlier(segments[0]) if segments else after
+    return after | earlier(segments[0], q.shape[2]) if segments else after
 
 
-def _bias(q: torch.Tensor, segments: Tensors) -> torch.Tensor | None:
-    """Minus infinity where a key comes before its query's segment, as (B, 1, L, L); ``None`` without any."""
+def _bias(q: torch.Tensor, segments: Tensors, multiple: int = 1) -> torch.Tensor | None:
+    """Minus infinity where a key comes before its query's segment, as (B, 1, L, L); ``None`` without any.
+
+    Its rows begin at multiples of ``multiple``.
+    """
     if not segments:
         return None
-    before = earlier(segments[0])
-    return torch.zeros(before.shape, dtype=q.dtype, device=q.device).masked_fill_(before, -torch.inf)
+    length = q.shape[2]
+    before = earlier(segments[0], length + -length % multiple)
+    bias = torch.zeros(before.shape, dtype=q.dtype, device=q.device).masked_fill_(before, -torch.inf)
+    return bias[..., :length]
 
 
 def _plain_forward(q: Any, k: Any, v: Any, scale: float, *segments: Any) -> Tensors:
@@ -178,11 +183,8 @@ def _as_many(t: torch.Tensor, length: int) -> torch.Tensor:
 
 def _aligned_bias(q: torch.Tensor, segments: Tensors) -> torch.Tensor | None:
     """As the memory-efficient kernel wants it: for every head, with rows that begin at multiples of 16."""
-    bias = _bias(q, segments)
-    if bias is None:
-        return None
-    length = q.shape[2]
-    return pad(bias, (0, -length % 16))[..., :length].expand(-1, q.shape[1], -1, -1)
+    bias = _bias(q, segments, 16)
+    return None if bias is None else bias.expand(-1, q.shape[1], -1, -1)
 
 
 def _efficient_forward(q: Any, k: Any, v: Any, scale: float, *segments: Any) -> Tensors:
