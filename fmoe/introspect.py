@@ -74,7 +74,7 @@ def _support(op: Operator) -> Support:
 
 # For each class, how its operators' names begin after the namespace. The first that fits counts.
 _CLASSES = {
-    "attention": ("attention",),
+    "attention": ("attention", "segment_attention"),
     "loss": ("cross_entropy",),
     "experts": ("experts", "grouped", "_grouped_mm", "weighted_sum"),
     "communication": ("exchange", "send", "psum", "all_", "reduce_", "gather_params", "begin_", "ppermute",

@@ -15,6 +15,11 @@ OUTSIDE = (
     "vocab_size - 1, or -100 among targets. Use the tokenizer that the model is for."
 )
 
+BELOW = (
+    "decoder: segment_ids: got an id below zero, on this device or another, expected 0 for padding, else "
+    "positive ids."
+)
+
 
 def embed(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Rows (..., D) of ``weight`` (vocab, D). Each device along ``tp`` holds its part of it."""
@@ -76,8 +81,13 @@ def within(ids: torch.Tensor, vocab_size: int, also: int | None = None) -> tuple
     return torch.where(outside, 0, ids), outside.sum()
 
 
-def refuse_outside(number: torch.Tensor) -> None:
-    """Raise ``RuntimeError`` if any device counted ids outside the vocabulary. On CUDA the device does."""
-    while is_functorch_wrapped_tensor(number):  # a batch of examples has a number for each
-        number = get_unwrapped(number)
-    torch._assert_async((number == 0).all(), OUTSIDE)
+def refuse_outside(outside: torch.Tensor, below: torch.Tensor) -> None:
+    """Raise ``RuntimeError`` if any device counted ids outside the vocabulary, or segment ids below zero.
+
+    On CUDA the device does.
+    """
+    for number, text in ((outside, OUTSIDE), (below, BELOW)):
+        # A batch of examples has a number for each. Dynamo, which knows neither function, has no batches.
+        while not torch.compiler.is_dynamo_compiling() and is_functorch_wrapped_tensor(number):
+            number = get_unwrapped(number)
+        torch._assert_async((number == 0).all(), text)

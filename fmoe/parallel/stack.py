@@ -42,15 +42,27 @@ def stack(
     Beneath transforms, inside ``remat`` and under ``torch.compile`` it is the plain loop, and a layer gathers
     what it uses. So are derivatives of its gradient.
     """
+    leaves = optree.tree_leaves([*params], is_leaf=is_placed)
+    if not _plain_autograd() or not any(leaf.moves for leaf in leaves if is_placed(leaf)):
+        return _loop(layer, params, x, extra)
     call = _Call(layer, params, extra)
     inputs = (x, *call.tensors)
-    if not any(call.buckets) or not _plain_autograd():
-        out: Sequence[torch.Tensor] = call.loop(*inputs)
-    elif torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         out = _Stack.apply(call, *inputs)
     else:
         out, _ = _forward(call, inputs, [])
     return call.result(out)
+
+
+def _loop(
+    layer: Layer, params: Sequence[Any], x: torch.Tensor, extra: Sequence[Any]
+) -> tuple[torch.Tensor, list[tuple[Any, ...]]]:
+    """In which each layer gathers what it uses."""
+    found = []
+    for tree in params:
+        x, *more = layer(tree, x, *extra)
+        found.append(tuple(more))
+    return x, found
 
 
 def _plain_autograd() -> bool:

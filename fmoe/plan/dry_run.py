@@ -163,7 +163,7 @@ def plain_attention(args: Any, outs: Any) -> int:
 
 
 def plain_attention_backward(args: Any, outs: Any) -> int:
-    g, q, k, v, _, y, _ = args
+    g, q, k, v, *_, y, _ = args
     return 3 * _scores(q) + _wide(g, q, k, v, y)
 
 
@@ -176,6 +176,11 @@ def _attention_backward(args: Any, outs: Any) -> int:
     q = args[1]
     # The cotangent of q is summed in float32.
     return plain_attention_backward(args, outs) if q.dtype == torch.float64 else _wide(q)
+
+
+def _mask(q: torch.Tensor) -> int:
+    """Segments in float32 take the memory-efficient kernel, which wants a mask."""
+    return 4 * q.shape[0] * q.shape[1] ** 2 if q.dtype == torch.float32 else 0
 
 
 def _block(x: torch.Tensor, weight: torch.Tensor, block_bytes: int) -> int:
@@ -237,6 +242,8 @@ WORKSPACES: dict[str, Callable[[Any, Any], int]] = {
     "fmoe::experts_down_backward": _experts_down_backward,
     "fmoe::attention": _attention,
     "fmoe::attention_backward": _attention_backward,
+    "fmoe::segment_attention": lambda args, outs: _attention(args, outs) + _mask(args[0]),
+    "fmoe::segment_attention_backward": lambda args, outs: _attention_backward(args, outs) + _mask(args[1]),
     "fmoe::cross_entropy_terms": _cross_entropy,
     "fmoe::cross_entropy_terms_backward": _cross_entropy_backward,
     "fmoe::exchange": _exchange,

@@ -92,6 +92,7 @@ class Job(NamedTuple):
     optimizer: Optimizer
     max_norm: float | None
     logits_bytes: int
+    segments: bool
     rows: Rows | None
     on_cuda: bool
 
@@ -190,7 +191,8 @@ def _stage_loss(
     x = tokens
     if not first:  # the output of the stage before
         x = torch.empty(*tokens.shape, job.config.dim, dtype=job.compute_dtype, requires_grad=True)
-    x, stats = stage_loss(params, x, tokens, job.config, job.per_layer, job.logits_bytes)
+    ids = torch.ones_like(tokens) if job.segments else None
+    x, stats = stage_loss(params, x, tokens, job.config, job.per_layer, job.logits_bytes, ids)
     value = x.sum()
     run.mark("forward")
     return value, stats

@@ -114,7 +114,7 @@ def of_model(
     micro_batches  into how many parts a batch is cut, as for :func:`accumulate`
     zero           how often, on a mesh, parameters are gathered and gradients summed over devices
     how            what else the loss takes: ``dtype``, ``backend``, ``per_layer`` ...
-    -> function    ``(params, tokens, targets)`` -> ``((loss, LossStats), gradients)``
+    -> function    ``(params, tokens, targets, segment_ids=None)`` -> ``((loss, LossStats), gradients)``
     =============  ========================================================================
 
     ====  ===================================================================================
@@ -142,21 +142,27 @@ def of_model(
     if zero not in (1, 2, 3):
         raise argument_error("of_model", "zero", got=zero, expected="1, 2 or 3")
     if zero == 3 or mesh is None:
-        loss_of = functools.partial(decoder.loss, config=config, mesh=mesh, **how)
-        return accumulate(value_and_grad(loss_of, has_aux=True), micro_batches)
+
+        def loss(params: Any, tokens: Any, targets: Any, segment_ids: Any = None) -> Any:
+            return decoder.loss(params, tokens, targets, config, mesh, segment_ids=segment_ids, **how)
+
+        return accumulate(value_and_grad(loss, has_aux=True), micro_batches)
     stage = {k: how.pop(k) for k in ("per_layer", "logits_bytes") if k in how}
     share = 1 / mesh.size()  # each device has an equal share in a value that all have
 
-    def call(params: Any, tokens: torch.Tensor, targets: torch.Tensor) -> Any:
-        inputs = decoder.loss_inputs("of_model", tokens, targets, config)
+    def call(params: Any, tokens: Any, targets: Any, segment_ids: Any = None) -> Any:
+        inputs = {"tokens": tokens, "targets": targets}
+        inputs = decoder.inputs_of("of_model", config, inputs, segment_ids)
 
         def run(params: Any, *batch: torch.Tensor) -> Any:
-            def one(whole: Any, x: torch.Tensor, targets: torch.Tensor) -> Any:
+            def one(whole: Any, x: Any, targets: Any, segment_ids: Any = None) -> Any:
                 leaves, structure = optree.tree_flatten(whole)
                 variables = [leaf.detach().requires_grad_() for leaf in leaves]
                 with torch.enable_grad():
                     tree = structure.unflatten(variables)
-                    value, stats = decoder.stage_loss(tree, x, targets, config, **stage)
+                    value, stats = decoder.stage_loss(
+                        tree, x, targets, config, segment_ids=segment_ids, **stage
+                    )
                 seed = torch.full_like(value, share)
                 grads = torch.autograd.grad(value, variables, seed, materialize_grads=True)
                 found = structure.unflatten(grads)

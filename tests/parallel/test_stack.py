@@ -131,9 +131,9 @@ def on_the_way(remat, seed):
             out = fn(*args)
             for t in out if isinstance(out, list) else [out]:
                 if what in ("begin", "finish"):
-                    number = layer_of[args[1].where, args[1].shapes]
-                    alive[id(t.untyped_storage())] = number
-                    weakref.finalize(t.untyped_storage(), alive.pop, id(t.untyped_storage()), None)
+                    storage = t.untyped_storage()
+                    alive[storage._cdata] = layer_of[args[1].where, args[1].shapes]
+                    weakref.finalize(storage, alive.pop, storage._cdata, None)
             return out
 
         return call
