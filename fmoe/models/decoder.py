@@ -248,16 +248,19 @@ def stage_loss(
     x, stats, uneven = hidden(params, x, config, per_layer)
     balance = x.new_zeros((), dtype=accumulator(x.dtype))
     if config.balance_loss:  # a sequence weighs as many as it has targets, as in the cross entropy
-        balance = config.balance_loss * (uneven * (targets != IGNORED).sum(-1)).sum()
+        weighed = (uneven * (targets != IGNORED).sum(-1)).sum(0, keepdim=True)
+        balance = (config.balance_loss * weighed).squeeze(0)
     if isinstance(params.norm, tuple):
         return x, LossStats(x.new_zeros(()), stats, balance)
     total, count = summed_cross_entropy(x, head(params), targets, logits_bytes=logits_bytes)
     sums = torch.stack([number.to(total.dtype) for number in (total, balance, count, outside)])
-    total, balance, count, outside = psum(sums, binding().tokens).unbind()
+    # Each with a dimension, since under vmap over no example PyTorch can't multiply or divide scalars.
+    total, balance, count, outside = psum(sums, binding().tokens).split(1)
     if binding().mesh is not None:
         refuse_outside(outside)
-    balance = balance / count.clamp_min(1)
-    return total / count.clamp_min(1) + balance, LossStats(count.detach(), stats, balance.detach())
+    total, balance = total / count.clamp_min(1), balance / count.clamp_min(1)
+    value, balance, count = (part.squeeze(0) for part in (total + balance, balance, count))
+    return value, LossStats(count.detach(), stats, balance.detach())
 
 
 def hidden(

@@ -2,11 +2,11 @@
 
 import torch
 import torch.nn.functional as F
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from ..errors import argument_error
 from ..ops.core.axes import present
 from ..ops.cross_entropy import LOGITS_BYTES, cross_entropy_terms
+from ..parallel.boundary import unwrapped
 from ..parallel.collectives import all_gather, axis_index, axis_size, psum
 
 IGNORED = -100
@@ -21,13 +21,19 @@ def embed(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     axes = present("tp")
     if axis_size(axes) == 1:
         try:
-            return F.embedding(ids, weight)
+            return _rows(ids, weight)
         except IndexError as error:  # on a CPU; CUDA reports it at its next wait
             got, expected = "an id outside the vocabulary", f"0 to {weight.shape[0] - 1}"
             remedy = "Use the tokenizer that the model is for."
             raise argument_error("embed", "ids", got=got, expected=expected, remedy=remedy) from error
     index, here = _mine(ids, weight.shape[0], axes)
-    return psum(torch.where(here[..., None], F.embedding(index, weight), 0), axes)
+    return psum(torch.where(here[..., None], _rows(index, weight), 0), axes)
+
+
+def _rows(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if unwrapped(ids).numel():
+        return F.embedding(ids, weight)
+    return weight[ids]  # under vmap over no example F.embedding's gradient has a wrong shape
 
 
 def summed_cross_entropy(
@@ -78,6 +84,5 @@ def within(ids: torch.Tensor, vocab_size: int, also: int | None = None) -> tuple
 
 def refuse_outside(number: torch.Tensor) -> None:
     """Raise ``RuntimeError`` if any device counted ids outside the vocabulary. On CUDA the device does."""
-    while is_functorch_wrapped_tensor(number):  # a batch of examples has a number for each
-        number = get_unwrapped(number)
-    torch._assert_async((number == 0).all(), OUTSIDE)
+    # A batch of examples has a number for each.
+    torch._assert_async((unwrapped(number) == 0).all(), OUTSIDE)
