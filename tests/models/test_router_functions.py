@@ -154,6 +154,8 @@ ERRORS = {
     "returns counts_E of shape (5,), torch.int64, expected (6,)": changed(
         counts_E=lambda x: torch.zeros(5, dtype=torch.int64)
     ),
+    "returns scores_TE = None, expected (7, 6)": changed(scores_TE=lambda x: None),
+    "returns expert_ids_TK = 3, expected (7, 1)": changed(expert_ids_TK=lambda x: 3),
     "returns scores_TE of shape (6, 7)": changed(scores_TE=lambda x: torch.ones(6, 7)),
 }
 
@@ -162,3 +164,31 @@ ERRORS = {
 def test_what_is_no_router_is_named(text, router):
     with pytest.raises(ValueError, match=re.escape("moe_forward: router: ") + ".*" + re.escape(text)):
         fmoe.moe_forward(two_layers(torch.float32), torch.randn(7, 6), router=router)
+
+
+# The second device's router, where the first's is ``top_1``, and what the second is told.
+UNLIKE = {
+    "got rows of shape (6,) and torch.float64 with 2 weights of torch.float64 after the experts": changed(
+        expert_ids_TK=lambda x: torch.zeros(5, 2, dtype=torch.int64),
+        weights_TK=lambda x: torch.ones(5, 2).double(),
+    ),
+    "with 1 weights of torch.float32 after the experts": changed(weights_TK=lambda x: torch.ones(5, 1)),
+    "with 1 weights of torch.float64 before the experts": changed(score_before_experts=lambda x: True),
+}
+
+
+def told_of_others(text):
+    """What this device is told if devices send rows that differ."""
+    mesh, x = bare_mesh("ep=2"), torch.randn(5, 6, dtype=torch.float64)
+    params, router = fmoe.shard_params(two_layers(), mesh), [top_1, UNLIKE[text]][mesh.get_rank()]
+    for _ in range(2):  # they go on together afterwards
+        with pytest.raises(ValueError, match="dispatch: x_TD, routing: got") as caught:
+            fmoe.moe_forward(params, x, mesh, router=router)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("text", UNLIKE)
+def test_rows_of_one_device_that_differ_are_an_error_on_all(pool, text):
+    first, second = pool.run(2, told_of_others, text)
+    assert "1 weights of torch.float64 after the experts, and others on the devices [1] of the axis" in first
+    assert f"{text}, and others on the devices [0] of the axis, expected alike on all." in second
