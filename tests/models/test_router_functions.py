@@ -1,6 +1,7 @@
 """``moe_forward`` with a function as its router, also one with parameters of its own."""
 
 import re
+import time
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from devices import bare_mesh
 from helpers import CONFIGS, ORACLE_TRANSFORMS, TRANSFORMS, Example, dot, error, random_layer, squared
 from torch.distributed.tensor import DTensor
+from workers import RankError
 
 import fmoe
 from fmoe.ops.reference import among_best, swiglu_reference
@@ -192,3 +194,23 @@ def test_rows_of_one_device_that_differ_are_an_error_on_all(pool, text):
     first, second = pool.run(2, told_of_others, text)
     assert "1 weights of torch.float64 after the experts, and others on the devices [1] of the axis" in first
     assert f"{text}, and others on the devices [0] of the axis, expected alike on all." in second
+
+
+def broken_on_one():
+    """The second device's router raises, and the first waits for its tokens."""
+    mesh = bare_mesh("ep=2")
+    params, x = fmoe.shard_params(two_layers(), mesh), torch.randn(5, 6, dtype=torch.float64)
+    wrong = changed(scores_TE=lambda x: torch.ones(6, 7))
+    fmoe.moe_forward(params, x, mesh, router=wrong if mesh.get_rank() else top_1)
+
+
+@pytest.mark.slow
+def test_an_error_of_one_devices_router_ends_the_others_within_seconds(pool):
+    pool.run(2, torch.distributed.get_rank)  # by now the processes have started
+    began = time.monotonic()
+    with pytest.raises(
+        RankError, match=r"^rank 1: Traceback(.|\n)*ValueError: moe_forward: router: got"
+    ) as told:
+        pool.run(2, broken_on_one)
+    assert time.monotonic() - began < 15
+    assert "\nrank 0: " in str(told.value)
