@@ -182,7 +182,7 @@ def wire_bytes() -> Iterator[dict[str, Traffic]]:
     """Counts the bytes that dispatch and combine send and receive inside, by the operator that sends them.
 
     ==================  ==================================================================
-    ``sizes``           dispatch: the number of rows that will follow
+    ``sizes``           dispatch: the number and kind of the rows that will follow
     ``exchange``        dispatch: rows, weights and expert ids
     ``send_back``       combine; also dispatch's transpose if there is only one cotangent
     ``send``            combine's transpose

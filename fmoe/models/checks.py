@@ -70,7 +70,7 @@ def check_routing(routing: Any, num_tokens: int, num_experts: int) -> None:
     if not isinstance(routing, Routing):
         raise error(type(routing).__name__, "one that returns fmoe.Routing", "fmoe.route returns one.")
     ids_TK = routing.expert_ids_TK
-    pairs = num_tokens, ids_TK.shape[1] if ids_TK.dim() == 2 else 1
+    pairs = num_tokens, ids_TK.shape[1] if isinstance(ids_TK, torch.Tensor) and ids_TK.dim() == 2 else 1
     wide = torch.float32, torch.float64
     for name, shape, dtypes in (
         ("expert_ids_TK", pairs, (torch.int64,)),
@@ -79,9 +79,11 @@ def check_routing(routing: Any, num_tokens: int, num_experts: int) -> None:
         ("scores_TE", (num_tokens, num_experts), (*wide, torch.bfloat16, torch.float16)),
     ):
         value = getattr(routing, name)
-        if tuple(value.shape) != shape or value.dtype not in dtypes:
+        is_tensor = isinstance(value, torch.Tensor)
+        if not is_tensor or tuple(value.shape) != shape or value.dtype not in dtypes:
+            shown = f"of shape {tuple(value.shape)}, {value.dtype}" if is_tensor else f"= {value!r}"
             raise error(
-                f"{name} of shape {tuple(value.shape)}, {value.dtype}",
+                f"{name} {shown}",
                 f"{shape}, {' or '.join(map(str, dtypes))}",
                 f"Route all {num_tokens} rows of x_TD to {num_experts} experts.",
             )

@@ -332,25 +332,28 @@ def stage_loss(
     x, sums, uneven = hidden(params, x, config, per_layer, segments)
     balance = x.new_zeros((), dtype=accumulator(x.dtype))
     if config.balance_loss:  # a sequence weighs as many as it has targets, as in the cross entropy
-        balance = config.balance_loss * (uneven * (targets != IGNORED).sum(-1)).sum()
+        weighed = (uneven * (targets != IGNORED).sum(-1)).sum(0, keepdim=True)
+        balance = (config.balance_loss * weighed).squeeze(0)
     if isinstance(params.norm, tuple):
         return x, LossStats(x.new_zeros(()), _over_devices([], sums)[1], balance)
     total, count = summed_cross_entropy(x, head(params), targets, logits_bytes=logits_bytes)
     numbers, stats = _over_devices([total, balance, count, outside, below], sums)
+    # Each with a dimension, since under vmap over no example PyTorch can't multiply or divide scalars.
     total, balance, count, outside, below = (number.to(total.dtype) for number in numbers)
     if binding().mesh is not None:
         refuse_outside(outside, below)
-    balance = balance / count.clamp_min(1)
-    return total / count.clamp_min(1) + balance, LossStats(count.detach(), stats, balance.detach())
+    total, balance = total / count.clamp_min(1), balance / count.clamp_min(1)
+    value, balance, count = (part.squeeze(0) for part in (total + balance, balance, count))
+    return value, LossStats(count.detach(), stats, balance.detach())
 
 
 def _over_devices(numbers: list[torch.Tensor], sums: list[torch.Tensor]) -> tuple[list[torch.Tensor], Stats]:
-    """Numbers, in float64, and what layers counted, over the devices that tokens lie on, in one sum."""
+    """Numbers (1,), in float64, and what layers counted, over the devices that tokens lie on, in one sum."""
     rows = [*(number.double().reshape(1) for number in numbers), *sums]
     if not rows:
         return [], ()
     total = psum(torch.cat(rows), binding().tokens).split([len(row) for row in rows])
-    return [t[0] for t in total[: len(numbers)]], tuple(moe_stats(t.detach()) for t in total[len(numbers) :])
+    return [*total[: len(numbers)]], tuple(moe_stats(t.detach()) for t in total[len(numbers) :])
 
 
 def hidden(

@@ -280,7 +280,7 @@ SENT: dict[str, Callable[[Any, Any], int]] = {
     "fmoe::reduce_params": lambda args, outs: _others(args[4], _as(args[3], args[0])),
     "fmoe::begin_reduce": lambda args, outs: _others(args[4], _as(args[3], args[0])),
     "fmoe::reduce_scatter": lambda args, outs: _others(args[1], _reduced(args)),
-    "fmoe::exchange": lambda args, outs: _sent_rows(args, outs[5].shape[0], args[4], 3) + 16 * (args[4] - 1),
+    "fmoe::exchange": lambda args, outs: _sent_rows(args, outs[5].shape[0], args[4], 3) + 24 * (args[4] - 1),
     "fmoe::send": lambda args, outs: _sent_rows(args, args[1].shape[0], int(args[5]), 1),
     "fmoe::send_back": lambda args, outs: _sent_rows(args, args[0].shape[0], int(args[4]), 1),
     "fmoe::send_both_back": lambda args, outs: _sent_rows(args, args[0].shape[0], int(args[5]), 2),
