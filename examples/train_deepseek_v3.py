@@ -35,6 +35,7 @@ def parse():
     add("--suffix", default=".py", help="of the files in folders; a .jsonl file has a document a line")
     add("--field", default="text", help="of a JSONL line")
     add("--tokenizer", type=Path, help="a tokenizer.json (default: a token is a byte)")
+    add("--segments", action="store_true", help="documents in a sequence don't see each other")
     add("--steps", type=positive, default=600, help="how many steps to train")
     add("--batch-size", type=positive, default=16, help="sequences a step")
     add("--micro-batches", type=positive, default=1, help="parts a step's batch is computed in")
@@ -45,6 +46,7 @@ def parse():
     add("--bias-rate", type=float, default=0.01, help="of balancing experts; DeepSeek-V3 had 0.001")
     add("--seed", type=int, default=0, help="of parameters, batches and samples")
     add("--mesh", default="", help='axes and sizes under torchrun, as "dp=2,ep=4"; experts lie along ep')
+    add("--zero", type=int, choices=[1, 2, 3], default=3, help="how often parameters travel: ZeRO's stages")
     add("--ep-backend", default="auto", help="what carries tokens along ep: auto, all_to_all or deepep")
     launch.add_precision(parser)
     add("--remat", default="none", help="what layers recompute: none, full, default, or save:NAME,NAME")
@@ -62,6 +64,8 @@ def parse():
     args = parser.parse_args()
     if args.init_from and (args.preset or args.layers or args.dim or args.vocab_size):
         parser.error("--init-from has a configuration: leave out --preset, --layers, --dim and --vocab-size")
+    if args.segments and not args.tokenizer:
+        parser.error("--segments needs --tokenizer: among bytes, a separator is a newline like any other")
     args.preset = args.init_from.resolve().name if args.init_from else args.preset or "debug"
     args.out = args.out or Path("runs", args.preset)
     return args
@@ -83,6 +87,8 @@ def main():
     share = args.held_out if args.eval_every else None
     text, test = data.read_streams(args.data, tokenizer, suffix=args.suffix, field=args.field, held_out=share)
     cut = dict(batch_size=args.batch_size, seq_len=args.seq_len, seed=args.seed)
+    if args.segments:  # nor is a document's first token predicted from the one before
+        cut |= dict(separator=tokenizer.separator, ignore_boundaries=True)
     batches_of = partial(data.batches, **cut, part=world.part, device=precision.device)
     tests = [] if test is None else [batch for _, batch in zip(range(8), batches_of(test))]
     optimizer = optim.adamw(moments_dtype=precision.moments)
@@ -97,9 +103,12 @@ def main():
     )
 
     per_layer = fmoe.transforms.per_layer(args.remat, compiled=args.compile)
-    how = dict(config=config, mesh=world.mesh, backend=args.ep_backend, per_layer=per_layer)
-    loss_of = gradients.computing_in(partial(decoder.loss, **how), precision.compute)
-    step_of = gradients.accumulate(fmoe.value_and_grad(loss_of, has_aux=True), args.micro_batches)
+    how = dict(mesh=world.mesh, backend=args.ep_backend, per_layer=per_layer, dtype=precision.compute)
+    step_of = gradients.of_model(config, micro_batches=args.micro_batches, zero=args.zero, **how)
+
+    def loss_of(params, tokens, targets, segment_ids=None):
+        return decoder.loss(params, tokens, targets, config, segment_ids=segment_ids, **how)
+
     rate_of = schedules.by_name(args.schedule, peak=args.learning_rate, total_steps=args.steps)
     tokens = args.batch_size * args.seq_len
     flops = tokens * decoder.flops_per_token(config, args.seq_len) / world.size
@@ -107,17 +116,17 @@ def main():
     with file, metrics.LiveView(args.steps, console=console) as view:
         for step, batch in zip(range(first, args.steps), batches_of(text, start_step=first)):
             began, done = time.perf_counter(), step + 1
-            (loss, stats), grads = step_of(params, *batch)
+            (value, stats), grads = step_of(params, *batch)
             norm = optim.global_norm(grads)
             scale = optim.clip_factor(norm, args.max_norm)
             params, state = optimizer.update(params, grads, state, rate_of(step), scale=scale, donate=True)
             params = decoder.update_biases(params, stats, args.bias_rate)
-            gradients.check_finite(step, loss := loss.item(), norm := norm.item(), grads)
+            gradients.check_finite(step, value := value.item(), norm := norm.item(), grads)
             del grads  # before the next step's are made
             counts = [layer.tokens_per_expert.tolist() for layer in stats.layers]
             seconds = time.perf_counter() - began
             speed = metrics.speed(flops / seconds, precision.device)
-            now = metrics.Step(step, loss, norm, rate_of(step), tokens / seconds, counts, **speed)
+            now = metrics.Step(step, value, norm, rate_of(step), tokens / seconds, counts, **speed)
             if tests and (done == args.steps or done % args.eval_every == 0):
                 now = now._replace(held_out_loss=metrics.mean_loss(loss_of, params, tests))
             file.write(now)

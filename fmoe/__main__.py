@@ -113,7 +113,7 @@ def model(args: argparse.Namespace) -> None:
     result = bench_model(
         decoder.preset(args.model, layers=args.layers), batch_size=args.batch_size, seq_len=args.seq_len,
         steps=args.steps, remat=args.remat, compiled=args.compile, balanced=args.balanced, data=args.data,
-        device=args.device, trace=args.trace, seed=args.seed, **_dtypes(args),
+        segments=args.segments, device=args.device, trace=args.trace, seed=args.seed, **_dtypes(args),
     )  # fmt: skip
     result["model"] = args.model
     model_report(result, console(), args.model)
@@ -126,6 +126,7 @@ def model_arguments(add: Add) -> None:
     add("--compile", action="store_true", help="each layer with torch.compile")
     add("--balanced", action="store_true", help="experts round robin, whatever the scores")
     add("--data", metavar="FILE", help="text, as bytes; default: random tokens")
+    add("--segments", type=int, metavar="N", help="as many segments a row; default: no segment ids")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, help="fresh by default")
     add("--trace", metavar="FILE", help="a profile of one step, for a browser")

@@ -87,12 +87,11 @@ def self_test() -> dict[str, Any]:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     size = num_processes()
     mesh = make_mesh(f"ep={size}", device_type=device)
-    rows = torch.empty(0, 256, dtype=dtype, device=device)
     params = moe_init(0, dim=64, hidden_dim=32, num_experts=8, dtype=dtype, device=device)
     config = RouterConfig(top_k=2, num_groups=4, top_groups=2)
 
     def backend(name: str) -> Callable[[], Report]:
-        bound = choose("doctor", name, mesh, rows).get("ep")
+        bound = choose("doctor", name, mesh, (dtype, 256)).get("ep")
         laws = [law for law in LAWS if law != "compilation"]
         any_order = name == "deepep"  # ElasticBuffer gives rows in any order
         return lambda: check_backend(bound, mesh, dtype=dtype, dim=256, any_order=any_order, laws=laws)
@@ -108,7 +107,7 @@ def self_test() -> dict[str, Any]:
         ),
         "all_to_all" if size > 1 else "local": backend("all_to_all"),
     }
-    best = choose("doctor", "auto", mesh, rows).get("ep")
+    best = choose("doctor", "auto", mesh, (dtype, 256)).get("ep")
     if size > 1 and isinstance(best, DeepEP):
         checks["deepep"] = backend("deepep")
     return {name: _tried(check) for name, check in checks.items()}

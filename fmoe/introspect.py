@@ -74,10 +74,10 @@ def _support(op: Operator) -> Support:
 
 # For each class, how its operators' names begin after the namespace. The first that fits counts.
 _CLASSES = {
-    "attention": ("attention",),
+    "attention": ("attention", "segment_attention"),
     "loss": ("cross_entropy",),
     "experts": ("experts", "grouped", "_grouped_mm", "weighted_sum"),
-    "communication": ("exchange", "send", "psum", "all_", "reduce_scatter", "gather_params", "ppermute",
+    "communication": ("exchange", "send", "psum", "all_", "reduce_", "gather_params", "begin_", "ppermute",
                       "wait_tensor", "combine", "join", "deepep"),
     "routing": ("product", "topk", "layout", "gather", "scatter"),
     "matrix products": ("mm", "bmm", "addmm", "baddbmm", "linear", "matmul"),
@@ -182,7 +182,7 @@ def wire_bytes() -> Iterator[dict[str, Traffic]]:
     """Counts the bytes that dispatch and combine send and receive inside, by the operator that sends them.
 
     ==================  ==================================================================
-    ``sizes``           dispatch: the number of rows that will follow
+    ``sizes``           dispatch: the number and kind of the rows that will follow
     ``exchange``        dispatch: rows, weights and expert ids
     ``send_back``       combine; also dispatch's transpose if there is only one cotangent
     ``send``            combine's transpose

@@ -129,7 +129,8 @@ def per_layer(remat_policy: str = "none", *, compiled: bool = False) -> Callable
     """The wrapper of a model's layer that a command line's words ask for.
 
     ``remat_policy`` is ``"none"``, ``"full"`` (recompute everything), ``"default"`` (each operator's own
-    declaration) or ``"save:NAME,NAME"``. ``compiled`` compiles each layer whole.
+    declaration) or ``"save:NAME,NAME"``. ``compiled`` compiles each layer whole, by Inductor. A second
+    backward (``retain_graph``) is right or an error.
 
     Raises ``ValueError`` for other words.
 
@@ -146,9 +147,27 @@ def per_layer(remat_policy: str = "none", *, compiled: bool = False) -> Callable
 
     def wrap(layer: Callable[..., Any]) -> Callable[..., Any]:
         layer = remat(layer, policies[kind]) if kind in policies else layer
-        return torch.compile(layer, fullgraph=True) if compiled else layer
+        return torch.compile(layer, fullgraph=True, backend=_inductor) if compiled else layer
 
     return wrap
+
+
+def _inductor(graph: Any, inputs: Any) -> Any:
+    """Inductor, which never takes a backward from its cache that differs in what it may write into.
+
+    A backward that runs once may write into *donated buffers*, which are tensors that the forward kept. Run
+    twice, it would spoil them. Inductor's own key is the same for both.
+    """
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.utils import get_donated_idxs
+
+    def compile_one(*args: Any, **kwargs: Any) -> Any:
+        config: Any = torch.compiler.config
+        tag = f"{config.cache_key_tag} donated: {get_donated_idxs()}"
+        with config.patch(cache_key_tag=tag):
+            return compile_fx_inner(*args, **kwargs)
+
+    return compile_fx(graph, inputs, inner_compile=compile_one)
 
 
 def _selective_contexts(policy: Policy) -> Any:

@@ -1,6 +1,7 @@
 """remat and its policies, value_and_grad."""
 
 import dataclasses
+import functools
 import re
 from contextlib import ExitStack, nullcontext
 from typing import NamedTuple
@@ -15,12 +16,14 @@ from helpers import (
     TRANSFORMS,
     Example,
     error,
+    fresh_seed,
     random_layer,
     remats,
     squared,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import MODELS
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.func import grad, jvp, vmap
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -28,6 +31,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import fmoe
 from fmoe.errors import TransformError
 from fmoe.introspect import kept_bytes, raw_calls, saved_bytes
+from fmoe.models import decoder
 from fmoe.ops.bases import gather, scatter_add
 from fmoe.ops.core.tape import checkpoint_names
 from fmoe.ops.reference import moe_reference
@@ -609,3 +613,86 @@ def test_value_and_grad_mirrors_its_arguments():
 def test_value_and_grad_errors(call, text):
     with pytest.raises(ValueError, match=re.escape("value_and_grad: " + text)):
         call()
+
+
+# ---- compiled layers -----------------------------------------------------------------------------------
+
+
+def _sine(x, w):
+    return (x @ w).sin()
+
+
+def _model():
+    """A function of a model's parameters, of which two layers are alike, and an example of them."""
+    config, seed = MODELS["GQA"], fresh_seed()
+    params = decoder.init(config, seed, dtype=torch.float64)
+    tokens = torch.randint(config.vocab_size, (2, 6))
+
+    def loss(wrap):
+        return lambda *leaves: decoder.loss(
+            optree.tree_unflatten(optree.tree_structure(params), leaves),
+            tokens,
+            tokens,
+            config,
+            per_layer=wrap,
+        )[0]
+
+    return loss, optree.tree_leaves(params)
+
+
+def test_inductors_key_says_what_a_compiled_backward_may_write_into(monkeypatch):
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._inductor import compile_fx  # which takes seconds
+    from torch._inductor.utils import get_donated_idxs
+
+    keys = []
+
+    def compile_nothing(graph, inputs, *, is_backward=False, **options):
+        if is_backward:
+            keys.append((torch.compiler.config.cache_key_tag, get_donated_idxs()))
+        return make_boxed_func(graph.forward)
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", compile_nothing)
+    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)  # it may hold all of this
+    leaves = [leaf.requires_grad_() for leaf in torch.randn(2, 3, 3, dtype=torch.float64).unbind()]
+    expected = torch.autograd.grad(_sine(*leaves).sum(), leaves)
+    for retained in (False, True):
+        torch.compiler.reset()
+        for _ in range(2):  # a wrapper made anew compiles nothing anew
+            compiled = fmoe.transforms.per_layer(compiled=True)(_sine)
+            got = torch.autograd.grad(compiled(*leaves).sum(), leaves, retain_graph=retained)
+            assert error(got, expected) < 1e-12
+    (once, donated), (again, none) = keys
+    assert donated and not none
+    assert once != again
+    assert torch.compiler.config.cache_key_tag not in (once, again)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("donated", [True, False])
+@pytest.mark.parametrize("what", ["product", "model"])
+def test_a_second_backward_of_what_is_compiled_is_right_whatever_the_cache_holds(
+    what, donated, tmp_path, monkeypatch
+):
+    """The cache holds the same backward for one run, which may write into what the forward kept."""
+    if what == "model":
+        function, leaves = _model()
+    else:
+        function, leaves = (lambda wrap: wrap(_sine)), torch.randn(2, 32, 32, dtype=torch.float64).unbind()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    compiled = function(fmoe.transforms.per_layer(compiled=True))
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    like = function(lambda layer: layer)(*leaves)
+    cotangent = torch.randn_like(like)
+    backward = functools.partial(
+        torch.autograd.grad, inputs=leaves, grad_outputs=cotangent, allow_unused=True
+    )
+    expected = backward(like)
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        torch.compiler.reset()
+        assert error(backward(compiled(*leaves)), expected) < 1e-12
+        torch.compiler.reset()
+        with torch._functorch.config.patch(donated_buffer=donated):
+            out = compiled(*leaves)
+            for _ in range(2):
+                assert error(backward(out, retain_graph=True), expected) < 1e-12

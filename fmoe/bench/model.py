@@ -28,7 +28,7 @@ from ..transforms import per_layer, value_and_grad
 from .breakdown import OPTIMIZER, breakdown
 from .timing import check_number, matmul_rate, syncs
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+Batch = tuple[torch.Tensor, ...]
 Step = Callable[[Batch], torch.Tensor]
 
 WARM_UP = 3
@@ -48,6 +48,7 @@ def bench_model(
     moments_dtype: torch.dtype | None = None,
     balanced: bool = False,
     data: str | None = None,
+    segments: int | None = None,
     device: str = "cuda",
     trace: str | None = None,
     seed: int | None = None,
@@ -59,6 +60,7 @@ def bench_model(
     remat      words of ``transforms.per_layer``
     balanced   choose experts round robin, whatever their scores
     data       a file of text, read as bytes; ``None``: random tokens
+    segments   as many segments a row, about equally long; ``None``: no segment ids
     trace      where to write a profile of one step
     -> dict    for JSON: ms, bytes, FLOP/s, shares of a step's time
     =========  ===============================================================
@@ -74,6 +76,9 @@ def bench_model(
     (1.0, 1.0)
     """
     check_number("bench_model", "steps", steps)
+    if segments is not None and not 1 <= segments <= seq_len:
+        expected = f"1 to seq_len={seq_len}, or None"
+        raise argument_error("bench_model", "segments", got=segments, expected=expected)
     seed = time.time_ns() % 2**31 if seed is None else seed
     config = dataclasses.replace(config, router=dataclasses.replace(config.router, force_balance=balanced))
     compute_dtype, moments_dtype = compute_dtype or dtype, moments_dtype or dtype
@@ -81,13 +86,18 @@ def bench_model(
     planned = plan(
         config, batch_size=batch_size, seq_len=seq_len, dtype=dtype, compute_dtype=compute_dtype,
         per_layer=per_layer(remat), optimizer=optimizer, device_type=torch.device(device).type,
+        segments=(segments or 1) > 1,
     ).stages[0]  # fmt: skip
     if not on_cuda:
         _check_memory(planned.peak)
-    loss = functools.partial(decoder.loss, config=config, per_layer=per_layer(remat, compiled=compiled))
+    how: dict[str, Any] = dict(config=config, per_layer=per_layer(remat, compiled=compiled))
+
+    def loss(params: Any, tokens: Any, targets: Any, segment_ids: Any = None) -> Any:
+        return decoder.loss(params, tokens, targets, segment_ids=segment_ids, **how)
+
     start = functools.partial(decoder.init, config, seed, dtype=dtype, device=device)
     step = _training(computing_in(loss, compute_dtype), start(), optimizer)  # no other name for the params
-    batches = _batches(config, batch_size, seq_len, data, device, seed)
+    batches = _batches(config, batch_size, seq_len, data, segments, device, seed)
     found = _measured(step, batches, steps, math.log(config.vocab_size), on_cuda, trace)
     name = torch.cuda.get_device_name() if on_cuda else "CPU"
     settings = dict(
@@ -95,6 +105,7 @@ def bench_model(
         num_params=decoder.num_params(config)[0], batch_size=batch_size, seq_len=seq_len, steps=steps,
         remat=remat, compiled=compiled, dtype=str(dtype), compute_dtype=str(compute_dtype),
         moments_dtype=str(moments_dtype), balanced=balanced, data=data or "random tokens",
+        segments=segments,
         device=name, torch=torch.__version__, seed=seed,
     )  # fmt: skip
     tokens_per_second, peak = batch_size * seq_len / found["ms"] * 1e3, found["peak_bytes"]
@@ -171,7 +182,13 @@ def _training(loss: Callable[..., Any], params: decoder.ModelParams, optimizer: 
 
 
 def _batches(
-    config: DecoderConfig, batch_size: int, seq_len: int, data: str | None, device: str, seed: int
+    config: DecoderConfig,
+    batch_size: int,
+    seq_len: int,
+    data: str | None,
+    segments: int | None,
+    device: str,
+    seed: int,
 ) -> Iterator[Batch]:
     if data is None:
         generator = torch.Generator().manual_seed(seed)
@@ -179,8 +196,9 @@ def _batches(
     else:
         stream = text.pack(read_documents([data]))
         text.check_vocabulary(stream, config.vocab_size)
-    for tokens, targets in text.batches(stream, batch_size=batch_size, seq_len=seq_len, seed=seed):
-        yield tokens.to(device), targets.to(device)
+    ids = (torch.arange(seq_len, device=device) * (segments or 1) // seq_len + 1).expand(batch_size, -1)
+    for batch in text.batches(stream, batch_size=batch_size, seq_len=seq_len, seed=seed, device=device):
+        yield batch if segments is None else (*batch, ids)
 
 
 def _times(step: Step, batches: list[Batch], on_cuda: bool) -> tuple[list[float], float]:
@@ -217,6 +235,7 @@ def report(result: dict[str, Any], console: Console, title: str = "a model") -> 
         f"{title}: {r['layers']} layers ({r['dense_layers']} dense), {r['num_params'] / 1e9:.3g}B "
         f"parameters {r['dtype']}, moments {r['moments_dtype']}, computing in {r['compute_dtype']}; "
         f"batch {r['batch_size']} x {r['seq_len']} of {r['data']}"
+        f"{'' if r['segments'] is None else ', segments a row: ' + str(r['segments'])}"
         f"{', experts balanced' if r['balanced'] else ''}; remat {r['remat']}"
         f"{', compiled' if r['compiled'] else ''}; {r['device']}, torch {r['torch']}, seed {r['seed']}"
     )

@@ -27,7 +27,7 @@ def check_token_spec(function: str, argument: str, x: torch.Tensor, spec: P) -> 
         raise argument_error(function, argument, got=got, expected=expected, remedy=remedy)
 
 
-def check_layer(params: Any, x: torch.Tensor, router: Any) -> None:
+def check_layer(params: Any, x: torch.Tensor, router: Any, valid: torch.Tensor | None = None) -> None:
     """Raise ``ValueError`` unless the arguments of :func:`moe_forward` fit together."""
 
     def error(argument: str, got: Any, expected: str, remedy: str) -> ValueError:
@@ -45,6 +45,9 @@ def check_layer(params: Any, x: torch.Tensor, router: Any) -> None:
         expected = f"(..., {dim}), as params.experts.w_in is {tuple(params.experts.w_in.shape)}"
         remedy = "Pass the dimension the layer was initialised with."
         raise error("x", f"shape {tuple(x.shape)}", expected, remedy)
+    if valid is not None and (valid.dtype != torch.bool or valid.shape != x.shape[:-1]):
+        got, expected = f"{valid.dtype} of shape {tuple(valid.shape)}", f"torch.bool of {tuple(x.shape[:-1])}"
+        raise error("valid", got, expected, "Give every token one.")
     if params.shared and params.shared.w_in.shape[-1] != dim:
         got = f"shape {tuple(params.shared.w_in.shape)}"
         remedy = "Plain params on a mesh are whole but for experts along ep and hidden dimensions along tp."
@@ -67,7 +70,7 @@ def check_routing(routing: Any, num_tokens: int, num_experts: int) -> None:
     if not isinstance(routing, Routing):
         raise error(type(routing).__name__, "one that returns fmoe.Routing", "fmoe.route returns one.")
     ids_TK = routing.expert_ids_TK
-    pairs = num_tokens, ids_TK.shape[1] if ids_TK.dim() == 2 else 1
+    pairs = num_tokens, ids_TK.shape[1] if isinstance(ids_TK, torch.Tensor) and ids_TK.dim() == 2 else 1
     wide = torch.float32, torch.float64
     for name, shape, dtypes in (
         ("expert_ids_TK", pairs, (torch.int64,)),
@@ -76,9 +79,11 @@ def check_routing(routing: Any, num_tokens: int, num_experts: int) -> None:
         ("scores_TE", (num_tokens, num_experts), (*wide, torch.bfloat16, torch.float16)),
     ):
         value = getattr(routing, name)
-        if tuple(value.shape) != shape or value.dtype not in dtypes:
+        is_tensor = isinstance(value, torch.Tensor)
+        if not is_tensor or tuple(value.shape) != shape or value.dtype not in dtypes:
+            shown = f"of shape {tuple(value.shape)}, {value.dtype}" if is_tensor else f"= {value!r}"
             raise error(
-                f"{name} of shape {tuple(value.shape)}, {value.dtype}",
+                f"{name} {shown}",
                 f"{shape}, {' or '.join(map(str, dtypes))}",
                 f"Route all {num_tokens} rows of x_TD to {num_experts} experts.",
             )
@@ -127,7 +132,7 @@ def check_same(function: str, what: str, argument: str, found: Any, of_tokens: A
     """Raise ``ValueError`` unless ``what`` is the same for an argument as for the tokens."""
     if found != of_tokens:
         got, expected = f"{argument} {what} {found}", f"{of_tokens}, as tokens"
-        remedy = "Give every token one target, in the same place."
+        remedy = "Give every token one, in the same place."
         raise argument_error(function, argument, got=got, expected=expected, remedy=remedy)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from ..errors import argument_error
 from ..ops.route import RouterConfig
+from ..ops.segments import Segments
 from .checks import check_sizes
 from .rotary import Angles, Rotary
 
@@ -34,7 +35,14 @@ class Attention(Protocol):
     @property
     def widths(self) -> tuple[int, int]: ...
     def specs(self, dim: int) -> Any: ...
-    def forward(self, params: Any, x: torch.Tensor, table: Angles, norm_eps: float) -> torch.Tensor: ...
+    def forward(
+        self,
+        params: Any,
+        x: torch.Tensor,
+        table: Angles,
+        norm_eps: float,
+        segments: Segments | tuple[()] = (),
+    ) -> torch.Tensor: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,21 +12,25 @@ import optree
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..ops.balance import MoEStats, balance_loss, update_expert_bias
+from ..errors import argument_error
+from ..ops.balance import MoEStats, balance_loss, moe_stats, stats_sums, update_expert_bias
 from ..ops.core.axes import axis_names, binding, present
+from ..ops.core.derive import Tensors
 from ..ops.core.dtypes import accumulator
 from ..ops.cross_entropy import LOGITS_BYTES
 from ..ops.experts import ExpertParams
+from ..ops.segments import Segments, segments_of
 from ..parallel.backends import choose
 from ..parallel.collectives import psum
-from ..parallel.placement import computing, init_on, use
-from ..params import P, partition_specs
+from ..parallel.placement import computing, init_on, placed, use
+from ..parallel.stack import stack
+from ..params import P, leaf_mask, partition_specs, trained_mask
 from .checks import check_heads, check_on_one_device, check_params, check_same, check_tokens
 from .config import DecoderConfig as DecoderConfig  # re-exported
 from .counts import flops_per_token as flops_per_token
 from .counts import num_params as num_params
 from .families import preset as preset
-from .moe import MoEParams, mlp_forward, moe_layer, stats_of
+from .moe import MoEParams, mlp_forward, moe_layer
 from .norm import rms_norm
 from .on_mesh import on_mesh
 from .params import LayerParams as LayerParams
@@ -88,45 +92,63 @@ def forward(
     config: DecoderConfig,
     mesh: DeviceMesh | None = None,
     *,
+    segment_ids: torch.Tensor | None = None,
     backend: str = "auto",
+    dtype: torch.dtype | None = None,
     per_layer: Wrap = lambda layer: layer,
 ) -> tuple[torch.Tensor, Stats]:
     """The logits of every position's next token, and the statistics of every MoE layer.
 
-    ==========  ==============  =============================================================
-    params                      from :func:`init`
-    tokens      (B, L)          int64, below ``config.vocab_size``
-    mesh                        ``None``: this device alone. Else as for :func:`fmoe.moe_forward`, with plain
-                                tokens (this device's own sequences) or a DTensor of them
-    backend                     carries tokens to experts, as for :func:`fmoe.moe_forward`
-    per_layer                   wraps the function of one layer: ``fmoe.remat``, ``torch.compile``
-    -> logits   (B, L, vocab)   dtype of the parameters; for plain tokens this device's part, with
-                                ``tp`` also of the vocabulary
-    -> stats                    one :class:`fmoe.MoEStats` per MoE layer, over all tokens
-    ==========  ==============  =============================================================
+    ===========  ==============  =============================================================
+    params                       from :func:`init`
+    tokens       (B, L)          int64, below ``config.vocab_size``
+    mesh                         ``None``: this device alone. Else as for :func:`fmoe.moe_forward`, with plain
+                                 tokens (this device's own sequences) or a DTensor of them
+    segment_ids  (B, L)          int64, placed as the tokens are; 0 for padding. A run of equal ids is a
+                                 segment, as a packed document is. ``None``: every row is one
+    backend                      carries tokens to experts, as for :func:`fmoe.moe_forward`
+    dtype                        to compute in; ``None``: that of the parameters
+    per_layer                    wraps the function of one layer: ``fmoe.remat``, ``torch.compile``
+    -> logits    (B, L, vocab)   in ``dtype``; for plain tokens this device's part, with
+                                 ``tp`` also of the vocabulary
+    -> stats                     one :class:`fmoe.MoEStats` per MoE layer, over all tokens
+    ===========  ==============  =============================================================
 
-    Raises ``ValueError`` for tokens of a wrong dtype or shape. On a mesh, all devices raise ``RuntimeError``
-    if one has an id outside the vocabulary.
+    A segment's logits are those that it has alone: attention stays within it, and positions start again.
+    Padding goes to no routed expert and isn't counted. Its logits are finite, and nothing depends on them.
+
+    Raises ``ValueError`` for tokens of a wrong dtype or shape, and for segment ids below zero. On a mesh, all
+    devices raise ``RuntimeError`` if one has an id outside the vocabulary, or a segment id below zero.
 
     >>> config = preset("debug")
     >>> logits, stats = forward(init(config, 0), torch.randint(256, (2, 16)), config)
     >>> logits.shape, len(stats)
     (torch.Size([2, 16, 256]), 3)
+    >>> ids = torch.tensor([[1] * 5 + [2] * 7 + [0] * 4])       # two documents, and padding
+    >>> _, stats = forward(init(config, 0), torch.randint(256, (1, 16)), config, segment_ids=ids)
+    >>> stats[0].tokens_per_expert.sum() == 12 * config.router.top_k
+    tensor(True)
     """
-    check_tokens("forward", "tokens", tokens, config.max_seq_len)
+    inputs = inputs_of("forward", config, {"tokens": tokens}, segment_ids)
 
-    def run(params: ModelParams, tokens: torch.Tensor) -> Any:
-        if binding().mesh is not None:
-            tokens, outside = within(tokens, config.vocab_size)
-            refuse_outside(psum(outside, binding().tokens))
-        x, stats, _ = hidden(params, tokens, config, per_layer)
+    def run(params: ModelParams, tokens: torch.Tensor, ids: torch.Tensor | None = None) -> Any:
+        segments, below = _segments("forward", ids, tokens)
+        on_mesh = binding().mesh is not None
+        tokens, outside = within(tokens, config.vocab_size) if on_mesh else (tokens, tokens.new_zeros(()))
+        x, sums, _ = hidden(params, tokens, config, per_layer, segments)
+        wrong, stats = _over_devices([outside, below], sums)
+        if on_mesh:
+            refuse_outside(*wrong)
         return x @ head(params).mT, stats
 
-    def out_specs(where: P) -> Any:
+    def out_specs(where: P, _: Any) -> Any:
         rows, length = (*where, None, None)[:2]
         return P(rows, length, "tp" if mesh is not None and "tp" in axis_names(mesh) else None), P()
 
-    return _on_mesh("forward", run, params, {"tokens": tokens}, config, mesh, backend, out_specs)
+    return run_on(
+        "forward", run, params, inputs, config, mesh,
+        out_specs=out_specs, backend=backend, dtype=dtype,
+    )  # fmt: skip
 
 
 def loss(
@@ -136,21 +158,30 @@ def loss(
     config: DecoderConfig,
     mesh: DeviceMesh | None = None,
     *,
+    segment_ids: torch.Tensor | None = None,
     backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
     per_layer: Wrap = lambda layer: layer,
     logits_bytes: int = LOGITS_BYTES,
 ) -> tuple[torch.Tensor, LossStats]:
     """The mean cross entropy in nats, float32 or wider, and its :class:`LossStats`.
 
-    ``tokens`` and ``targets`` are int64 (B, L), and a target of -100 doesn't count. With
-    ``config.balance_loss``, every MoE layer adds that of each sequence, which weighs as many as its targets
-    are. The rest is as for
-    :func:`forward`. On a mesh the mean is over all devices' tokens, and the same on each. Logits are never
-    gathered. At most ``logits_bytes`` of them, in float32, exist at once. A training loop differentiates the
-    loss with ``fmoe.value_and_grad(loss, has_aux=True)``.
+    ``tokens`` and ``targets`` are int64 (B, L), and a target of -100 doesn't count, nor does one of padding.
+    With ``config.balance_loss``, every MoE layer adds that of each sequence, which weighs as many as its
+    targets are. A row of several segments is one sequence there. The rest is as for :func:`forward`. On a
+    mesh the mean is over all devices' tokens, and the same on each. Logits are never gathered. At most
+    ``logits_bytes`` of them, in float32, exist at once. A training loop differentiates the loss with
+    ``fmoe.value_and_grad(loss, has_aux=True)``.
 
-    Raises ``ValueError`` for tokens and targets of a wrong dtype, or of different shapes. On a mesh, all
-    devices raise ``RuntimeError`` if one has an id outside the vocabulary.
+    Parameters may be kept in another dtype than the ``dtype`` that is computed in: float32 beside bfloat16,
+    say. They are cast before they are sent. Gradients come back in the dtype that the parameters are kept in.
+    Over devices they are summed in ``reduce_dtype``: by default float32, or that of the parameters where it
+    is wider. Selection biases of routers stay as they are.
+
+    Raises ``ValueError`` for tokens, targets and segment ids of a wrong dtype, or of different shapes, and
+    for segment ids below zero. On a mesh, all devices raise ``RuntimeError`` if one has an id outside the
+    vocabulary, or a segment id below zero.
 
     >>> config = preset("debug")
     >>> tokens = torch.randint(256, (2, 16))
@@ -160,15 +191,18 @@ def loss(
     >>> len(stats.layers), stats.num_targets
     (3, tensor(32.))
     """
-    check_tokens("loss", "tokens", tokens, config.max_seq_len)
-    check_tokens("loss", "targets", targets, config.max_seq_len)
-    check_same("loss", "of shape", "targets", tuple(targets.shape), tuple(tokens.shape))
+    inputs = inputs_of("loss", config, {"tokens": tokens, "targets": targets}, segment_ids)
 
-    def run(params: ModelParams, tokens: torch.Tensor, targets: torch.Tensor) -> Any:
-        return stage_loss(params, tokens, targets, config, per_layer, logits_bytes)
+    def run(params: ModelParams, tokens: torch.Tensor, targets: torch.Tensor, *ids: torch.Tensor) -> Any:
+        return stage_loss(params, tokens, targets, config, per_layer, logits_bytes, *ids)
 
-    inputs = {"tokens": tokens, "targets": targets}
-    return _on_mesh("loss", run, params, inputs, config, mesh, backend, lambda where: (P(), P()))
+    def out_specs(*_: Any) -> Any:
+        return P(), P()
+
+    return run_on(
+        "loss", run, params, inputs, config, mesh,
+        out_specs=out_specs, backend=backend, dtype=dtype, reduce_dtype=reduce_dtype,
+    )  # fmt: skip
 
 
 def update_biases(params: ModelParams, stats: LossStats | Stats, rate: float) -> ModelParams:
@@ -189,22 +223,45 @@ def update_biases(params: ModelParams, stats: LossStats | Stats, rate: float) ->
     return params._replace(layers=layers)
 
 
-def _on_mesh(
+def inputs_of(
+    function: str, config: DecoderConfig, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """The tensors that lie as tokens do, with the segment ids if there are any, once checked."""
+    if not isinstance(config, DecoderConfig):  # a batch with segment ids, say, unpacked before the config
+        got, remedy = type(config).__name__, "Pass segment ids by name, as segment_ids=."
+        raise argument_error(function, "config", got=got, expected="a DecoderConfig", remedy=remedy)
+    inputs = inputs if segment_ids is None else {**inputs, "segment_ids": segment_ids}
+    for name, value in inputs.items():
+        check_tokens(function, name, value, config.max_seq_len)
+        check_same(function, "of shape", name, tuple(value.shape), tuple(inputs["tokens"].shape))
+    return inputs
+
+
+def run_on(
     function: str,
     run: Callable[..., Any],
     params: ModelParams,
     inputs: dict[str, torch.Tensor],
     config: DecoderConfig,
     mesh: DeviceMesh | None,
-    backend: str,
-    out_specs: Callable[[P], Any],
+    *,
+    out_specs: Callable[[P, Any], Any],
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
 ) -> Any:
+    """``run(params, *inputs)`` on this device or each of a mesh, with params as :func:`use` takes them."""
+    for name, value in {"dtype": dtype, "reduce_dtype": reduce_dtype}.items():
+        if value is not None and not value.is_floating_point:
+            raise argument_error(function, name, got=value, expected="a floating dtype, or None")
+    described = specs(config)
+    trained = leaf_mask(function, "params", trained_mask(described), params)
+    dtypes = [dtype if moves else None for moves in trained]
     if mesh is None:
         check_on_one_device(function, params.embedding)
         choose(function, backend, None)
-        return run(params, *inputs.values())
-    described = specs(config)
-    wanted = optree.tree_map(computing, partition_specs(described))
+        return run(placed(params, dtypes=dtypes), *inputs.values())
+    wanted = computing_specs(config)
     check_params(function, params, described, wanted, mesh)
     check_heads(function, config.attention.num_kv_heads, mesh)
     return on_mesh(
@@ -216,8 +273,15 @@ def _on_mesh(
         wanted=wanted,
         out_specs=out_specs,
         backend=backend,
-        like=params.embedding,
+        rows=(dtype or params.embedding.dtype, config.dim),
+        dtypes=dtypes,
+        summed=reduce_dtype,
     )
+
+
+def computing_specs(config: DecoderConfig) -> ModelParams:
+    """Where parameters are computed with: a tree of :class:`P`."""
+    return optree.tree_map(computing, partition_specs(specs(config)))
 
 
 # ---- on one device, inside shard_map ---------------------------------------------------------------
@@ -227,6 +291,21 @@ def _on_mesh(
 # the norm and the head.
 
 
+def _segments(
+    function: str, ids: torch.Tensor | None, like: torch.Tensor
+) -> tuple[Segments | tuple[()], torch.Tensor]:
+    """The segments that ids make, and how many ids are below zero: on a mesh, all devices raise together."""
+    none = torch.zeros((), dtype=torch.int64, device=like.device)
+    if ids is None:
+        return (), none
+    below = (ids < 0).sum()
+    if binding().mesh is not None:
+        return segments_of(ids), below
+    found = segments_of(ids, function)
+    refuse_outside(none, below)  # where the host can't look
+    return found, none
+
+
 def stage_loss(
     params: ModelParams,
     x: torch.Tensor,
@@ -234,53 +313,75 @@ def stage_loss(
     config: DecoderConfig,
     per_layer: Wrap = lambda layer: layer,
     logits_bytes: int = LOGITS_BYTES,
+    segment_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, LossStats]:
     """The loss or, unless the stage is the last, the input of the next.
 
-    A stage before the last has no targets. Its ``balance`` is a sum, to be added to the loss.
+    A stage before the last has no targets. Its ``balance`` is a sum, to be added to the loss. Every stage
+    takes the same ``segment_ids``.
     """
     is_whole = not (x.is_floating_point() or isinstance(params.norm, tuple))
     outside = torch.zeros((), dtype=torch.int64, device=x.device)
+    segments, below = _segments("loss", segment_ids, x)
+    if isinstance(segments, Segments):
+        targets = torch.where(segments.valid, targets, IGNORED)
     if is_whole and binding().mesh is not None:
         x, of_tokens = within(x, config.vocab_size)
         targets, of_targets = within(targets, config.vocab_size, also=IGNORED)
         outside = of_tokens + of_targets
-    x, stats, uneven = hidden(params, x, config, per_layer)
+    x, sums, uneven = hidden(params, x, config, per_layer, segments)
     balance = x.new_zeros((), dtype=accumulator(x.dtype))
     if config.balance_loss:  # a sequence weighs as many as it has targets, as in the cross entropy
-        balance = config.balance_loss * (uneven * (targets != IGNORED).sum(-1)).sum()
+        weighed = (uneven * (targets != IGNORED).sum(-1)).sum(0, keepdim=True)
+        balance = (config.balance_loss * weighed).squeeze(0)
     if isinstance(params.norm, tuple):
-        return x, LossStats(x.new_zeros(()), stats, balance)
+        return x, LossStats(x.new_zeros(()), _over_devices([], sums)[1], balance)
     total, count = summed_cross_entropy(x, head(params), targets, logits_bytes=logits_bytes)
-    sums = torch.stack([number.to(total.dtype) for number in (total, balance, count, outside)])
-    total, balance, count, outside = psum(sums, binding().tokens).unbind()
+    numbers, stats = _over_devices([total, balance, count, outside, below], sums)
+    # Each with a dimension, since under vmap over no example PyTorch can't multiply or divide scalars.
+    total, balance, count, outside, below = (number.to(total.dtype) for number in numbers)
     if binding().mesh is not None:
-        refuse_outside(outside)
-    balance = balance / count.clamp_min(1)
-    return total / count.clamp_min(1) + balance, LossStats(count.detach(), stats, balance.detach())
+        refuse_outside(outside, below)
+    total, balance = total / count.clamp_min(1), balance / count.clamp_min(1)
+    value, balance, count = (part.squeeze(0) for part in (total + balance, balance, count))
+    return value, LossStats(count.detach(), stats, balance.detach())
+
+
+def _over_devices(numbers: list[torch.Tensor], sums: list[torch.Tensor]) -> tuple[list[torch.Tensor], Stats]:
+    """Numbers (1,), in float64, and what layers counted, over the devices that tokens lie on, in one sum."""
+    rows = [*(number.double().reshape(1) for number in numbers), *sums]
+    if not rows:
+        return [], ()
+    total = psum(torch.cat(rows), binding().tokens).split([len(row) for row in rows])
+    return [*total[: len(numbers)]], tuple(moe_stats(t.detach()) for t in total[len(numbers) :])
 
 
 def hidden(
-    params: ModelParams, x: torch.Tensor, config: DecoderConfig, per_layer: Wrap
-) -> tuple[torch.Tensor, Stats, torch.Tensor]:
-    """The last layer's output (B, L, D), normalised if there is a norm, and how uneven loads are (B,).
+    params: ModelParams,
+    x: torch.Tensor,
+    config: DecoderConfig,
+    per_layer: Wrap,
+    segments: Segments | tuple[()] = (),
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """The last layer's output (B, L, D), normalised if there is a norm; :func:`stats_sums` of each MoE layer;
+    how uneven loads are (B,).
 
     ``x`` is tokens (B, L) or a layer's output.
     """
     table = config.attention.rope.table(x.shape[1], x.device)
+    if isinstance(segments, Segments):
+        table = table.at(torch.arange(x.shape[1], device=x.device) - segments.first)
     if not x.is_floating_point():
         x = embed(x, use(params.embedding))
     # One function for all layers, so that a wrapper such as a compiler sees only one.
     layer = per_layer(one_layer)
-    stats: list[MoEStats] = []
+    x, found = stack(layer, params.layers, x, table, config, segments)
+    sums = [counted for layers, _ in found for counted in layers]
     uneven = torch.zeros((x.shape[0],), dtype=accumulator(x.dtype), device=x.device)
-    for layer_params in params.layers:
-        x, found, balance = layer(layer_params, x, table, config)
-        stats += found
-        uneven = sum(balance, uneven)
+    uneven = sum((balance for _, balances in found for balance in balances), uneven)
     if not isinstance(params.norm, tuple):
         x = rms_norm(x, use(params.norm), config.norm_eps)
-    return x, tuple(stats), uneven
+    return x, sums, uneven
 
 
 def head(params: ModelParams) -> torch.Tensor:
@@ -290,14 +391,20 @@ def head(params: ModelParams) -> torch.Tensor:
 
 
 def one_layer(
-    params: LayerParams, x: torch.Tensor, table: Angles, config: DecoderConfig
-) -> tuple[torch.Tensor, Stats, tuple[torch.Tensor, ...]]:
-    """The layer's output, its statistics if it has experts, and with ``config.balance_loss`` that (B,)."""
+    params: LayerParams,
+    x: torch.Tensor,
+    table: Angles,
+    config: DecoderConfig,
+    segments: Segments | tuple[()] = (),
+) -> tuple[torch.Tensor, Tensors, Tensors]:
+    """The layer's output, what it counted if it has experts, and with ``config.balance_loss`` that (B,)."""
     params, eps = use(params), config.norm_eps
-    x = x + config.attention.forward(params.attention, rms_norm(x, params.attention_norm, eps), table, eps)
+    normed = rms_norm(x, params.attention_norm, eps)
+    x = x + config.attention.forward(params.attention, normed, table, eps, segments)
     normed = rms_norm(x, params.mlp_norm, eps)
     if isinstance(params.mlp, ExpertParams):
         return x + psum(mlp_forward(params.mlp, normed), present("tp")), (), ()
-    y, routing = moe_layer(params.mlp, normed, config.router)
+    valid = segments.valid if isinstance(segments, Segments) else ()
+    y, routing = moe_layer(params.mlp, normed, config.router, valid)
     balance = (balance_loss(routing, x.shape[0]),) if config.balance_loss else ()
-    return x + y, (stats_of(routing),), balance
+    return x + y, (stats_sums(routing),), balance

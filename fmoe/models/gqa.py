@@ -13,6 +13,7 @@ from ..errors import argument_error
 from ..ops.attention import causal_attention
 from ..ops.core.axes import present
 from ..ops.core.dynamo import rearrange
+from ..ops.segments import Segments
 from ..parallel.collectives import psum
 from ..params import P, param
 from .checks import check_sizes
@@ -104,8 +105,18 @@ class GQA:
             Projection(out, bias),
         )
 
-    def forward(self, params: GQAParams, x: torch.Tensor, table: Angles, norm_eps: float) -> torch.Tensor:
-        """``x`` (B, L, D) -> (B, L, D), with heads that may be cut along ``tp``."""
+    def forward(
+        self,
+        params: GQAParams,
+        x: torch.Tensor,
+        table: Angles,
+        norm_eps: float,
+        segments: Segments | tuple[()] = (),
+    ) -> torch.Tensor:
+        """``x`` (B, L, D) -> (B, L, D), with heads that may be cut along ``tp``.
+
+        With ``segments``, a position sees its own only, and ``table`` is of its place in there.
+        """
 
         def heads(projection: Projection) -> torch.Tensor:
             weight, bias, norm = projection
@@ -118,7 +129,8 @@ class GQA:
             return y
 
         q, k, v = (heads(projection) for projection in params[:3])
-        y = causal_attention(self.rope.turn(q, table), self.rope.turn(k, table), v, self.scale)
+        q, k = self.rope.turn(q, table), self.rope.turn(k, table)
+        y = causal_attention(q, k, v, self.scale, segments)
         y = psum(F.linear(rearrange(y, "B L H N -> B L (H N)"), params.out.weight), present("tp"))
         bias = given(params.out.bias)
         return y if bias is None else y + bias

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ..ops.attention import causal_attention
 from ..ops.core.axes import present
 from ..ops.core.dynamo import rearrange, repeat
+from ..ops.segments import Segments
 from ..parallel.collectives import psum
 from ..params import P, param
 from .checks import check_sizes
@@ -96,8 +97,18 @@ class MLA:
             param((dim, self.num_heads * self.v_head_dim), P(FSDP, "tp")),
         )
 
-    def forward(self, params: MLAParams, x: torch.Tensor, table: Angles, norm_eps: float) -> torch.Tensor:
-        """``x`` (B, L, D) -> (B, L, D), with heads that may be cut along ``tp``."""
+    def forward(
+        self,
+        params: MLAParams,
+        x: torch.Tensor,
+        table: Angles,
+        norm_eps: float,
+        segments: Segments | tuple[()] = (),
+    ) -> torch.Tensor:
+        """``x`` (B, L, D) -> (B, L, D), with heads that may be cut along ``tp``.
+
+        With ``segments``, a position sees its own only, and ``table`` is of its place in there.
+        """
         nope, eps = self.qk_nope_head_dim, LATENT_NORM_EPS
         if isinstance(params.query, LowRankQuery):
             down, norm, up = params.query
@@ -112,5 +123,5 @@ class MLA:
         k_nope, v = kv.split([nope, self.v_head_dim], -1)
         k_rope = repeat(self.rope.turn(k_rope[:, :, None], table), "B L 1 R -> B L H R", H=q.shape[2])
         q, k = torch.cat([q_nope, self.rope.turn(q_rope, table)], -1), torch.cat([k_nope, k_rope], -1)
-        y = causal_attention(q, k, v, self.scale)
+        y = causal_attention(q, k, v, self.scale, segments)
         return psum(F.linear(rearrange(y, "B L H V -> B L (H V)"), params.out), present("tp"))

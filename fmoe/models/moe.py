@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
-from ..ops.balance import MoEStats, moe_stats
+from ..ops.balance import MoEStats, moe_stats, stats_sums
 from ..ops.combine import combine, combine_start, join
 from ..ops.core.axes import binding, present
 from ..ops.core.dynamo import rearrange
 from ..ops.dispatch import dispatch
 from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
-from ..ops.route import Router, RouterConfig, RouterParams, Routing, route
+from ..ops.route import Router, RouterConfig, RouterParams, Routing, route, without_padding
 from ..parallel.backends import choose
 from ..parallel.collectives import axis_size, psum
 from ..parallel.placement import computing, init_on, use
@@ -138,6 +138,7 @@ def moe_forward(
     mesh: DeviceMesh | None = None,
     *,
     router: RouterConfig | Router = ...,
+    valid: torch.Tensor | None = ...,
     backend: str = ...,
     return_stats: Literal[False] = ...,
 ) -> torch.Tensor: ...
@@ -150,6 +151,7 @@ def moe_forward(
     mesh: DeviceMesh | None = None,
     *,
     router: RouterConfig | Router = ...,
+    valid: torch.Tensor | None = ...,
     backend: str = ...,
     return_stats: Literal[True],
 ) -> tuple[torch.Tensor, MoEStats]: ...
@@ -161,6 +163,7 @@ def moe_forward(
     mesh: DeviceMesh | None = None,
     *,
     router: RouterConfig | Router = RouterConfig(),  # noqa: B008  (frozen)
+    valid: torch.Tensor | None = None,
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Any:
@@ -173,6 +176,8 @@ def moe_forward(
                                their hidden dimension along ``tp``, and tokens along ``dp`` and ``ep``
     router                     how tokens choose experts: by a config, or by a function from
                                ``(params.router, x_TD)`` to a :class:`fmoe.Routing`
+    valid         (...)        bool, false for padding: tokens that go to no routed expert and aren't counted;
+                               placed as ``x`` is
     backend                    carries tokens along ``ep``: ``"auto"``, ``"local"``, ``"all_to_all"`` or
                                ``"deepep"``
     -> y          (..., D)     dtype of ``x``; with ``return_stats``, ``(y, MoEStats)``, over all tokens
@@ -213,31 +218,37 @@ def moe_forward(
     >>> fmoe.moe_forward(params, x, router=greedy, return_stats=True)[1].tokens_per_expert.sum()
     tensor(10)
     """
-    check_layer(params, x, router)
+    check_layer(params, x, router, valid)
 
-    def layer(params: MoEParams, x: torch.Tensor) -> Any:
-        y, routing = moe_layer(use(params), x, router)
-        return (y, stats_of(routing)) if return_stats else y
+    def layer(params: MoEParams, x: torch.Tensor, *valid: torch.Tensor) -> Any:
+        y, routing = moe_layer(use(params), x, router, *(v[..., 0] for v in valid))
+        if not return_stats:
+            return y
+        return y, moe_stats(psum(stats_sums(routing), binding().tokens))  # of all tokens, wherever they lie
 
+    inputs = {"x": x} if valid is None else {"x": x, "valid": valid[..., None]}  # of as many dimensions
     if mesh is None:
         check_on_one_device("moe_forward", params.experts.w_in)
         choose("moe_forward", backend, None)
-        return layer(params, x)
+        return layer(params, *inputs.values())
     return on_mesh(
         "moe_forward",
         layer,
         params,
-        {"x": x},
+        inputs,
         mesh,
         wanted=of_layer(params, COMPUTING),
-        out_specs=lambda where: (where, P()) if return_stats else where,
+        out_specs=lambda where, _: (where, P()) if return_stats else where,
         backend=backend,
-        like=x,
+        rows=(x.dtype, x.shape[-1]),
     )
 
 
 def moe_layer(
-    params: MoEParams, x: torch.Tensor, router: RouterConfig | Router
+    params: MoEParams,
+    x: torch.Tensor,
+    router: RouterConfig | Router,
+    valid: torch.Tensor | tuple[()] = (),
 ) -> tuple[torch.Tensor, Routing]:
     """The layer on this device's pieces, along ``ep`` and ``tp`` if bound. Also gives the routing."""
     x_TD = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # vmap over no example can't infer a size
@@ -247,6 +258,8 @@ def moe_layer(
         routing = router(params.router, x_TD)
         num_experts = params.experts.w_in.shape[0] * axis_size(present("ep"))
         check_routing(routing, x_TD.shape[0], num_experts)
+    if isinstance(valid, torch.Tensor):
+        routing = without_padding(routing, valid.reshape(x_TD.shape[0]))
     x_SD, plan = dispatch(x_TD, routing, axis="ep" if present("ep") else None)
     y_SD = experts_grouped_mm(params.experts, x_SD, plan)
     if params.shared:  # rows may be on their way back meanwhile
@@ -261,11 +274,6 @@ def _shared_experts(params: Any, x_TD: torch.Tensor) -> torch.Tensor:
     if isinstance(params.shared_gate, torch.Tensor):
         y_TD = F.linear(x_TD, params.shared_gate).sigmoid() * y_TD
     return y_TD.to(x_TD.dtype)  # autocast gives another
-
-
-def stats_of(routing: Routing) -> MoEStats:
-    """Statistics over all tokens, wherever they lie."""
-    return moe_stats(routing, lambda t: psum(t, binding().tokens))
 
 
 def mlp_forward(params: ExpertParams, x: torch.Tensor) -> torch.Tensor:

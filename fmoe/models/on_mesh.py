@@ -1,6 +1,6 @@
 """A function of parameters and tokens, on a mesh: the one way from global values to a device's own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,16 +24,19 @@ def on_mesh(
     mesh: DeviceMesh,
     *,
     wanted: Any,
-    out_specs: Callable[[P], Any],
+    out_specs: Callable[[P, Any], Any],
     backend: str,
-    like: torch.Tensor,
+    rows: tuple[torch.dtype, int],
+    dtypes: Sequence[torch.dtype | None] | None = None,
+    summed: torch.dtype | None = None,
 ) -> Any:
     """``fn(params, *inputs)`` of each device's own.
 
-    The params that ``fn`` gets carry the moves to where they are ``wanted``. It calls
+    The params that ``fn`` gets carry the moves to where they are ``wanted``, the dtype to compute in, and
+    that to sum their gradients in, as for :func:`~fmoe.parallel.placement.placed`. It calls
     :func:`~fmoe.parallel.placement.use` where it computes with them. ``out_specs`` is a function of the
-    tokens' placement. The axes that tokens lie along stand in the binding, as ``tokens``. ``like`` is a
-    tensor of the device, dtype and last dimension of the rows that the backend carries.
+    tokens' placement and the params'. The axes that tokens lie along stand in the binding, as ``tokens``.
+    ``rows`` are the dtype and the last dimension of what the backend carries.
     """
     tokens = tuple(inputs.values())
     have, *where = where_placed((params, *tokens), (wanted, *[P(token_axes(mesh))] * len(tokens)), mesh)
@@ -45,13 +48,13 @@ def on_mesh(
 
     def here(params: Any, *tokens: torch.Tensor) -> Any:
         with bound(binding()._replace(tokens=along)):
-            return fn(placed(params, how), *tokens)
+            return fn(placed(params, how, dtypes, summed), *tokens)
 
     return shard_map(
         here,
         mesh,
         in_specs=(have, *where),
-        out_specs=out_specs(where[0]),
-        backends=choose(function, backend, mesh, like),
+        out_specs=out_specs(where[0], have),
+        backends=choose(function, backend, mesh, rows),
         local_results=not dtensor_beneath(tokens[0]),
     )(params, *tokens)

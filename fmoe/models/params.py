@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import optree
 import torch
 
+from ..ops.core.dynamo import remembered
 from ..ops.experts import ExpertParams
 from ..params import P, is_spec, param
 from .config import DecoderConfig
@@ -51,6 +52,7 @@ class ModelParams(NamedTuple):
     head: torch.Tensor | tuple[()]
 
 
+@remembered
 def specs(config: DecoderConfig) -> ModelParams:
     """Shapes, initial values and placement of every parameter: a tree of :class:`~fmoe.params.ParamSpec`.
 

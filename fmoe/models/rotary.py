@@ -55,10 +55,14 @@ class Yarn:
 
 
 class Angles(NamedTuple):
-    """Cosines and sines of rotary positions, float32 (L, dim / 2), times YaRN's factor."""
+    """Cosines and sines of rotary positions, float32 (L, dim / 2) or (B, L, dim / 2), times YaRN's factor."""
 
     cos: torch.Tensor
     sin: torch.Tensor
+
+    def at(self, positions: torch.Tensor) -> "Angles":
+        """Those of ``positions``, an integer tensor of any shape."""
+        return Angles(self.cos[positions], self.sin[positions])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +135,7 @@ class Rotary:
 
         The pairs' first members come out first, then the second ones. Queries and keys agree on this order.
         """
-        cos, sin = (rearrange(angle, "L R -> L 1 R").to(x.dtype) for angle in table)
+        cos, sin = (rearrange(angle, "... R -> ... 1 R").to(x.dtype) for angle in table)
         turning = x[..., : self.dim]
         pairs = "B L H (R pair) -> pair B L H R" if self.interleaved else "B L H (pair R) -> pair B L H R"
         a, b = rearrange(turning, pairs, pair=2)

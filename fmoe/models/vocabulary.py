@@ -2,11 +2,11 @@
 
 import torch
 import torch.nn.functional as F
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from ..errors import argument_error
 from ..ops.core.axes import present
 from ..ops.cross_entropy import LOGITS_BYTES, cross_entropy_terms
+from ..parallel.boundary import unwrapped
 from ..parallel.collectives import all_gather, axis_index, axis_size, psum
 
 IGNORED = -100
@@ -15,19 +15,30 @@ OUTSIDE = (
     "vocab_size - 1, or -100 among targets. Use the tokenizer that the model is for."
 )
 
+BELOW = (
+    "decoder: segment_ids: got an id below zero, on this device or another, expected 0 for padding, else "
+    "positive ids."
+)
+
 
 def embed(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Rows (..., D) of ``weight`` (vocab, D). Each device along ``tp`` holds its part of it."""
     axes = present("tp")
     if axis_size(axes) == 1:
         try:
-            return F.embedding(ids, weight)
+            return _rows(ids, weight)
         except IndexError as error:  # on a CPU; CUDA reports it at its next wait
             got, expected = "an id outside the vocabulary", f"0 to {weight.shape[0] - 1}"
             remedy = "Use the tokenizer that the model is for."
             raise argument_error("embed", "ids", got=got, expected=expected, remedy=remedy) from error
     index, here = _mine(ids, weight.shape[0], axes)
-    return psum(torch.where(here[..., None], F.embedding(index, weight), 0), axes)
+    return psum(torch.where(here[..., None], _rows(index, weight), 0), axes)
+
+
+def _rows(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if unwrapped(ids).numel():
+        return F.embedding(ids, weight)
+    return weight[ids]  # under vmap over no example F.embedding's gradient has a wrong shape
 
 
 def summed_cross_entropy(
@@ -76,8 +87,11 @@ def within(ids: torch.Tensor, vocab_size: int, also: int | None = None) -> tuple
     return torch.where(outside, 0, ids), outside.sum()
 
 
-def refuse_outside(number: torch.Tensor) -> None:
-    """Raise ``RuntimeError`` if any device counted ids outside the vocabulary. On CUDA the device does."""
-    while is_functorch_wrapped_tensor(number):  # a batch of examples has a number for each
-        number = get_unwrapped(number)
-    torch._assert_async((number == 0).all(), OUTSIDE)
+def refuse_outside(outside: torch.Tensor, below: torch.Tensor) -> None:
+    """Raise ``RuntimeError`` if any device counted ids outside the vocabulary, or segment ids below zero.
+
+    On CUDA the device does.
+    """
+    for number, text in ((outside, OUTSIDE), (below, BELOW)):
+        # A batch of examples has a number for each.
+        torch._assert_async((unwrapped(number) == 0).all(), text)

@@ -1,6 +1,6 @@
 """Keeping experts evenly loaded without an auxiliary loss, and measuring how even they are."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,15 +36,26 @@ class MoEStats(NamedTuple):
     router_entropy: torch.Tensor
 
 
-def moe_stats(routing: Routing, total: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> MoEStats:
-    """Statistics of one routing; no gradient flows through them. ``total`` sums over devices."""
+def stats_sums(routing: Routing) -> torch.Tensor:
+    """What devices add up for their :class:`MoEStats`: float64 (E + 2,), in which counts are exact.
+
+    They are the tokens of each expert, the sum of the tokens' entropies, and how many these are. No gradient
+    flows through them.
+    """
     scores = routing.scores_TE.detach().float()
     whole = scores.sum(-1, keepdim=True)
     share = torch.where(whole == 0, 1 / scores.shape[-1], scores / whole)  # equal, if all are zero
     entropy = torch.special.entr(share).sum(-1)
-    # The number of tokens travels with their entropies.
-    sums = total(torch.stack([entropy.sum(), entropy.new_full((), entropy.shape[0])]))
-    return _of_counts(total(routing.counts_E), sums[0] / sums[1].clamp_min(1))
+    number = entropy.new_full((), entropy.shape[0])
+    if isinstance(routing.valid_T, torch.Tensor):
+        entropy, number = torch.where(routing.valid_T, entropy, 0), routing.valid_T.sum().to(entropy)
+    return torch.cat([routing.counts_E.double(), torch.stack([entropy.sum(), number]).double()])
+
+
+def moe_stats(sums: torch.Tensor) -> MoEStats:
+    """The statistics that :func:`stats_sums`, added up, say."""
+    *_, entropy, tokens = sums.unbind()
+    return _of_counts(sums[:-2].long(), (entropy / tokens.clamp_min(1)).float())
 
 
 def merge_stats(parts: Sequence[MoEStats]) -> MoEStats:
@@ -75,7 +86,8 @@ def balance_loss(routing: Routing, num_sequences: int = 1) -> torch.Tensor:
     =============  =====================  =====================================================
 
     For softmax scores it is the auxiliary loss of Switch and GShard, of each sequence. A sequence decides it
-    alone, so that micro-batches and devices change nothing.
+    alone, so that micro-batches and devices change nothing. Padding doesn't count: L is the number of a
+    sequence's other tokens. Documents packed into a row are one sequence.
 
     Raises ``ValueError`` unless sequences of equal length make up the tokens.
 
@@ -94,13 +106,19 @@ def balance_loss(routing: Routing, num_sequences: int = 1) -> torch.Tensor:
     scores = rearrange(routing.scores_TE, "(B L) E -> B L E", B=num_sequences)
     scores = scores.to(accumulator(scores.dtype))
     ids = rearrange(routing.expert_ids_TK, "(B L) K -> B (L K)", B=num_sequences)
-    length = max(tokens // num_sequences, 1)
+    length: Any = max(tokens // num_sequences, 1)
+    valid = routing.valid_T
+    if isinstance(valid, torch.Tensor):
+        valid = rearrange(valid, "(B L) -> B L 1", B=num_sequences)
+        length = valid.sum(1).clamp_min(1).to(scores)
     chosen = scores.new_zeros(num_sequences, experts).scatter_add(1, ids.clamp_min(0), (ids >= 0).to(scores))
     frequency = chosen * (experts / (top_k * length))
     whole = scores.sum(-1, keepdim=True)
     none = whole == 0  # equal shares, if all are zero
-    share = torch.where(none, 1 / experts, scores / torch.where(none, 1, whole)).sum(1) / length
-    return (frequency * share).sum(-1)
+    share = torch.where(none, 1 / experts, scores / torch.where(none, 1, whole))
+    if isinstance(valid, torch.Tensor):
+        share = torch.where(valid, share, 0)
+    return (frequency * (share.sum(1) / length)).sum(-1)
 
 
 def update_expert_bias(params: Any, counts_E: torch.Tensor, rate: float) -> Any:

@@ -1,7 +1,7 @@
 """Choosing experts for tokens: scores, group limits, top-k, weights."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -116,6 +116,8 @@ class Routing:
     weights_TK     float32 or wider; differentiable
     counts_E       int64, tokens per expert, of this device's tokens
     scores_TE      every expert's score, for statistics and auxiliary losses; differentiable
+    valid_T        bool, false for padding, whose scores don't count (:func:`without_padding`);
+                   ``()`` where there is none
     =============  ========================================
 
     >>> ids = torch.tensor([[0, 2], [2, -1]])  # the second token goes to one expert only
@@ -130,6 +132,7 @@ class Routing:
     counts_E: torch.Tensor
     scores_TE: torch.Tensor
     score_before_experts: bool = static(default=False)
+    valid_T: torch.Tensor | tuple[()] = ()
 
 
 Router = Callable[[Any, torch.Tensor], Routing]  # of a router's parameters and tokens (T, D)
@@ -188,6 +191,23 @@ def route(router_params: RouterParams, x_TD: torch.Tensor, config: RouterConfig)
     ones = torch.ones_like(ids_TK).flatten()
     counts_E = ids_TK.new_zeros(num_experts).scatter_add(0, ids_TK.flatten(), ones)
     return Routing(ids_TK, weights_TK * config.scale, counts_E, scores_TE, config.score_before_experts)
+
+
+def without_padding(routing: Routing, valid_T: torch.Tensor) -> Routing:
+    """A routing in which tokens that aren't ``valid_T``, a bool for each, go nowhere and don't count.
+
+    >>> ids = torch.tensor([[0, 2], [2, 1]])
+    >>> routing = Routing(ids, torch.ones(2, 2), torch.tensor([1, 1, 2]), torch.ones(2, 3))
+    >>> found = without_padding(routing, torch.tensor([True, False]))
+    >>> found.expert_ids_TK, found.counts_E
+    (tensor([[ 0,  2],
+            [-1, -1]]), tensor([1, 0, 1]))
+    """
+    ids_TK = torch.where(valid_T[:, None], routing.expert_ids_TK, -1)
+    weights_TK = torch.where(valid_T[:, None], routing.weights_TK, 0)
+    pairs = ids_TK.flatten()  # a pair without an expert adds nothing, to whichever
+    counts_E = torch.zeros_like(routing.counts_E).scatter_add(0, pairs.clamp_min(0), (pairs >= 0).to(pairs))
+    return replace(routing, expert_ids_TK=ids_TK, weights_TK=weights_TK, counts_E=counts_E, valid_T=valid_T)
 
 
 def check_bias(function: str, argument: str, bias_E: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ linear maps cross, and they are closed under transposition, so derivatives of an
 Plain tensors and DTensors cross in the same way. Only their wrapping differs.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,12 +23,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import TransformError
 from ..ops.core.axes import group_of
-from ..ops.core.dtensors import is_dtensor
+from ..ops.core.derive import Tensors, replaced
+from ..ops.core.dtensors import as_dtensor, is_dtensor
+from ..ops.core.dtypes import accumulator
 from ..params import P
-from .collective_ops import in_float32, psum_op
+from .collective_ops import psum_op
 from .spec import Placements, placements, unnamed_axes
-
-_NUM_ARGS = 6
 
 
 def unwrapped(tensor: torch.Tensor) -> Any:
@@ -42,115 +43,156 @@ def dtensor_beneath(tensor: torch.Tensor) -> bool:
     return is_dtensor(unwrapped(tensor))
 
 
-def enter(tensor: torch.Tensor, mesh: DeviceMesh, spec: P) -> torch.Tensor:
-    """This device's part of a global value."""
-    inner = unwrapped(tensor)
-    where = inner.placements if is_dtensor(inner) else placements(spec, mesh)
-    return _cross(_Enter, tensor, mesh, spec, where, is_dtensor(inner))
+def enter(tensors: Sequence[torch.Tensor], mesh: DeviceMesh, specs: Sequence[P]) -> Tensors:
+    """This device's parts of global values."""
+    inner = [unwrapped(tensor) for tensor in tensors]
+    where = [x.placements if is_dtensor(x) else placements(spec, mesh) for x, spec in zip(inner, specs)]
+    return _cross(_Enter, tensors, mesh, specs, where, [is_dtensor(x) for x in inner])
 
 
-def leave(tensor: torch.Tensor, mesh: DeviceMesh, spec: P, dtensor: bool) -> torch.Tensor:
-    """The global value that the devices' parts are."""
-    return _cross(_Leave, tensor, mesh, spec, placements(spec, mesh), dtensor)
+def leave(tensors: Sequence[torch.Tensor], mesh: DeviceMesh, specs: Sequence[P], dtensor: bool) -> Tensors:
+    """The global values that the devices' parts are."""
+    where = [placements(spec, mesh) for spec in specs]
+    return _cross(_Leave, tensors, mesh, specs, where, [dtensor] * len(specs))
+
+
+Way = tuple[Placements, str, int, bool]
 
 
 def _cross(
-    cls: Any, tensor: torch.Tensor, mesh: DeviceMesh, spec: P, where: Placements, dtensor: bool
-) -> torch.Tensor:
-    group = group_of(mesh, unnamed_axes(spec, mesh))
-    return _apply(cls, tensor, mesh, where, group.name, group.size, dtensor)
+    cls: Any,
+    tensors: Sequence[torch.Tensor],
+    mesh: DeviceMesh,
+    specs: Sequence[P],
+    where: Sequence[Placements],
+    dtensor: Sequence[bool],
+) -> Tensors:
+    groups = [group_of(mesh, unnamed_axes(spec, mesh)) for spec in specs]
+    ways = tuple((at, g.name, g.size, wrapped) for at, g, wrapped in zip(where, groups, dtensor))
+    return _apply(cls, mesh, ways, *tensors) if tensors else ()
 
 
-# Dynamo needs module-level Functions without a jvp. Their arguments are (tensor, mesh, placements, group
-# name, group size, whether the global side is a DTensor). Where nothing requires a gradient, Dynamo puts a
-# context in front.
+# Dynamo needs module-level Functions without a jvp. Their arguments are the mesh, the way of each tensor, and
+# the tensors. A way is the placements, the group's name and size along the unnamed axes, and whether the
+# global side is a DTensor. Where nothing requires a gradient, Dynamo puts a context in front.
 
 
 class _Map(torch.autograd.Function):
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.statics = inputs[1:]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
+        ctx.mesh, ctx.ways = inputs[:2]
         ctx.set_materialize_grads(False)
-        if not output.is_floating_point():
-            ctx.mark_non_differentiable(output)
+        constant = [t for t in output if not t.is_floating_point()]
+        if constant:
+            ctx.mark_non_differentiable(*constant)
 
 
 class _Enter(_Map):
     @staticmethod
-    def forward(*args: Any) -> torch.Tensor:
-        x, _, where, *_ = args[-_NUM_ARGS:]
-        if is_dtensor(x):
-            if x.placements != where:  # arguments lie where their specs say, cotangents anywhere
-                x = x.redistribute(placements=where)
-            x = x.to_local()
-        return x.view_as(x)
+    def forward(*args: Any) -> Tensors:
+        _, ways, tensors = _arguments(args)
+        return tuple(_local(x, way) for x, way in zip(tensors, ways))
 
     @staticmethod
-    def backward(ctx: Any, g: torch.Tensor | None) -> tuple[Any, ...]:
-        return _pull(_Collect, ctx, g), *[None] * (_NUM_ARGS - 1)
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
+        return None, None, *_pull(_Collect, ctx, cotangents)
 
 
 class _Collect(_Map):
     @staticmethod
-    def forward(*args: Any) -> torch.Tensor:
-        x, mesh, where, group, size, dtensor = args[-_NUM_ARGS:]
-        if size > 1:
-            x = in_float32(lambda wide: psum_op.raw(wide, group), x)
-        return _as_global(x, mesh, where, dtensor)
+    def forward(*args: Any) -> Tensors:
+        mesh, ways, tensors = _arguments(args)
+        return tuple(_as_global(x, mesh, way) for x, way in zip(_summed(tensors, ways), ways))
 
     @staticmethod
-    def backward(ctx: Any, g: torch.Tensor | None) -> tuple[Any, ...]:
-        return _pull(_Enter, ctx, g), *[None] * (_NUM_ARGS - 1)
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
+        return None, None, *_pull(_Enter, ctx, cotangents)
 
 
 class _Leave(_Map):
     @staticmethod
-    def forward(*args: Any) -> torch.Tensor:
-        x, mesh, where, *_, dtensor = args[-_NUM_ARGS:]
-        return _as_global(x, mesh, where, dtensor)
+    def forward(*args: Any) -> Tensors:
+        mesh, ways, tensors = _arguments(args)
+        return tuple(_as_global(x, mesh, way) for x, way in zip(tensors, ways))
 
     @staticmethod
-    def backward(ctx: Any, g: torch.Tensor | None) -> tuple[Any, ...]:
-        pulled = _pull(_Enter, ctx, g)
-        size = ctx.statics[3]
-        return pulled if pulled is None or size == 1 else pulled / size, *[None] * (_NUM_ARGS - 1)
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
+        pulled = _pull(_Enter, ctx, cotangents)
+        sizes = [size for _, _, size, _ in ctx.ways]
+        return None, None, *(g if g is None or n == 1 else g / n for g, n in zip(pulled, sizes))
 
 
-def _as_global(x: torch.Tensor, mesh: DeviceMesh, where: Placements, dtensor: bool) -> torch.Tensor:
-    if not dtensor:
-        return x.view_as(x)
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(x, mesh, where, run_check=False)
+def _arguments(args: tuple[Any, ...]) -> tuple[DeviceMesh, tuple[Way, ...], Tensors]:
+    at = 0 if isinstance(args[1], tuple) else 1
+    return args[at], args[at + 1], args[at + 2 :]
 
 
-def _apply(cls: Any, *args: Any) -> torch.Tensor:
+def _local(x: torch.Tensor, way: Way) -> torch.Tensor:
+    if is_dtensor(x):
+        if x.placements != way[0]:  # arguments lie where their specs say, cotangents anywhere
+            x = x.redistribute(placements=way[0])
+        x = x.to_local()
+    return x.view_as(x)
+
+
+def _as_global(x: torch.Tensor, mesh: DeviceMesh, way: Way) -> torch.Tensor:
+    where, _, _, dtensor = way
+    return as_dtensor(x, mesh, where) if dtensor else x.view_as(x)
+
+
+def collect(tensors: Sequence[torch.Tensor], mesh: DeviceMesh, specs: Sequence[P]) -> list[torch.Tensor]:
+    """The sums of what devices hold along the axes that the specs don't name. It has no derivative."""
+    groups = [group_of(mesh, unnamed_axes(spec, mesh)) for spec in specs]
+    return _summed(tuple(tensors), [((), group.name, group.size, False) for group in groups])
+
+
+def _summed(tensors: Tensors, ways: Sequence[Way]) -> list[torch.Tensor]:
+    """The sums over devices along the unnamed axes, in float32 or wider: those of one group in one sum."""
+    found = [*tensors]
+    together: dict[Any, list[int]] = {}
+    for i, (x, (_, group, size, _)) in enumerate(zip(tensors, ways)):
+        if size > 1:
+            wide = accumulator(x.dtype) if x.is_floating_point() else x.dtype
+            together.setdefault((group, wide), []).append(i)
+    for (group, wide), where in together.items():
+        flat = torch.cat([tensors[i].to(wide).reshape(-1) for i in where])
+        parts = psum_op.raw(flat, group).split([tensors[i].numel() for i in where])
+        for i, part in zip(where, parts):
+            found[i] = part.view(tensors[i].shape).to(tensors[i].dtype)
+    return found
+
+
+def _apply(cls: Any, *args: Any) -> Tensors:
     return (cls if torch.compiler.is_dynamo_compiling() else _WITH_RULES[cls]).apply(*args)
 
 
-def _pull(cls: Any, ctx: Any, g: torch.Tensor | None) -> torch.Tensor | None:
-    if g is None:
-        return None
+def _pull(cls: Any, ctx: Any, cotangents: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """What another map makes of the cotangents that there are, or tangents."""
     if not torch.compiler.is_dynamo_compiling():
-        (g,) = unwrap_dead_wrappers((g,))
-    return _apply(cls, g, *ctx.statics)
+        cotangents = unwrap_dead_wrappers(tuple(cotangents))
+    where = [i for i, g in enumerate(cotangents) if g is not None]
+    if not where:
+        return [*cotangents]
+    ways = tuple(ctx.ways[i] for i in where)
+    found = _apply(cls, ctx.mesh, ways, *(cotangents[i] for i in where))
+    return replaced(cotangents, where, found)
 
 
 def _with_rules(cls: Any) -> Any:
     """The same map under ``jvp`` and ``vmap``: it is linear and treats every element alike."""
 
-    def check_plain(transform: str, dtensor: bool) -> None:
-        if dtensor:
+    def check_plain(transform: str, ways: Sequence[Way]) -> None:
+        if any(dtensor for *_, dtensor in ways):
             raise dtensor_error(transform)
 
-    def jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> torch.Tensor:
-        check_plain("jvp", ctx.statics[-1])
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        check_plain("jvp", ctx.ways)
         with _set_fwd_grad_enabled(True):  # otherwise a second tangent is silently lost
-            return _apply(cls, tangent, *ctx.statics)
+            return tuple(_pull(cls, ctx, tangents[2:]))
 
-    def vmap(info: Any, dims: tuple[Any, ...], tensor: torch.Tensor, *statics: Any) -> tuple[Any, ...]:
-        check_plain("vmap", statics[-1])
-        return _apply(cls, tensor, *statics), dims[0]
+    def vmap(info: Any, dims: tuple[Any, ...], mesh: Any, ways: Any, *tensors: torch.Tensor) -> Any:
+        check_plain("vmap", ways)
+        return _apply(cls, mesh, ways, *tensors), dims[2:]
 
     methods = {"jvp": staticmethod(jvp), "vmap": staticmethod(vmap)}
     return type(cls.__name__ + "WithRules", (cls,), methods)

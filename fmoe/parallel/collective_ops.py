@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ops.bases import random
 from ..ops.core.batches import elementwise, wider_rows
 from ..ops.core.dtypes import accumulator
-from ..ops.core.primitive import Operator, linear
+from ..ops.core.primitive import Operator, kernel, linear
 from ..ops.core.tape import checkpoint
 from .mesh import make_mesh
 
@@ -59,16 +60,10 @@ def _ppermute_kernel(x: torch.Tensor, source: int, destination: int, size: int, 
     return out.view(x.shape) if source >= 0 else torch.zeros_like(x)
 
 
-def in_float32(reduce: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """A sum over devices in float32 or wider, rounded once. Its error doesn't grow with their number."""
-    wide = accumulator(x.dtype) if x.is_floating_point() else x.dtype
-    return reduce(x.to(wide)).to(x.dtype)
-
-
 def _reduce_scatter_kernel(x: torch.Tensor, size: int, group: str) -> torch.Tensor:
-    return in_float32(
-        lambda wide: _wait(_c10d.reduce_scatter_tensor(wide.contiguous(), "sum", size, group)), x
-    )
+    """In float32 or wider, rounded once: so the error doesn't grow with the number of devices."""
+    wide = x.to(accumulator(x.dtype) if x.is_floating_point() else x.dtype)
+    return _wait(_c10d.reduce_scatter_tensor(wide.contiguous(), "sum", size, group)).to(x.dtype)
 
 
 psum_op: Operator = _collective(
@@ -81,18 +76,12 @@ psum_op: Operator = _collective(
 )
 
 
-def _all_gather(name: str, *, save: bool) -> Operator:
-    return _collective(
-        f"{name}(Tensor x, int size, str group) -> Tensor",
-        impl=lambda x, size, group: _wait(_c10d.all_gather_into_tensor(x.contiguous(), size, group)),
-        fake=lambda x, size, group: x.new_empty(x.shape[0] * size, *x.shape[1:]),
-        transpose="reduce_scatter",
-        save=save,
-    )
-
-
-all_gather_op = _all_gather("all_gather", save=True)
-gather_params_op = _all_gather("gather_params", save=False)
+all_gather_op: Operator = _collective(
+    "all_gather(Tensor x, int size, str group) -> Tensor",
+    impl=lambda x, size, group: _wait(_c10d.all_gather_into_tensor(x.contiguous(), size, group)),
+    fake=lambda x, size, group: x.new_empty(x.shape[0] * size, *x.shape[1:]),
+    transpose="reduce_scatter",
+)
 
 reduce_scatter_op: Operator = _collective(
     "reduce_scatter(Tensor x, int size, str group) -> Tensor",
@@ -117,3 +106,60 @@ ppermute_op: Operator = _collective(
     alone=lambda: (0, 0, 1, group_alone()),
     vmap=elementwise,
 )
+
+# ---- parameters ------------------------------------------------------------------------------------
+#
+# Pieces of parameters are kept in one dtype, and travel and are computed with in another. Cotangents are
+# summed in a third. Casting and moving are one operator, so that a cotangent isn't rounded before its sum.
+
+_DTYPES = "ScalarType kept, ScalarType moved, ScalarType summed, int size, str group"
+
+
+def _gather(x: Any, kept: Any, moved: Any, summed: Any, size: int, group: str) -> torch.Tensor:
+    return _c10d.all_gather_into_tensor(x.to(moved).contiguous(), size, group)
+
+
+def _gather_fake(x: Any, kept: Any, moved: Any, summed: Any, size: int, group: str) -> torch.Tensor:
+    return x.new_empty(x.shape[0] * size, *x.shape[1:], dtype=moved)
+
+
+def _reduce(g: Any, kept: Any, moved: Any, summed: Any, size: int, group: str) -> torch.Tensor:
+    return _c10d.reduce_scatter_tensor(g.to(summed).contiguous(), "sum", size, group)
+
+
+def _reduce_fake(g: Any, kept: Any, moved: Any, summed: Any, size: int, group: str) -> torch.Tensor:
+    return g.new_empty(g.shape[0] // size, *g.shape[1:], dtype=summed)
+
+
+def _of_params(name: str, **others: Any) -> Operator:
+    dtypes = (torch.float64,) * 3
+    return _collective(
+        f"{name}(Tensor x, {_DTYPES}) -> Tensor",
+        alone=lambda: (*dtypes, 1, group_alone()),
+        save=False,
+        **others,
+    )
+
+
+gather_params_op = _of_params(
+    "gather_params",
+    impl=lambda *args: _wait(_gather(*args)),
+    fake=_gather_fake,
+    transpose="reduce_params",
+)
+
+reduce_params_op = _of_params(
+    "reduce_params",
+    impl=lambda x, kept, *rest: _wait(_reduce(x, kept, *rest)).to(kept),
+    fake=lambda x, kept, *rest: _reduce_fake(x, kept, *rest).to(kept),
+    transpose="gather_params",
+)
+
+# The same, only begun: :func:`arrived` waits, and nothing may read the result before. No derivative exists.
+begin_gather = kernel(f"begin_gather(Tensor x, {_DTYPES}) -> Tensor", impl=_gather, fake=_gather_fake)
+begin_reduce = kernel(f"begin_reduce(Tensor g, {_DTYPES}) -> Tensor", impl=_reduce, fake=_reduce_fake)
+
+
+def arrived(x: torch.Tensor) -> torch.Tensor:
+    """What was begun, when it is there."""
+    return x if isinstance(x, FakeTensor) else _wait(x)

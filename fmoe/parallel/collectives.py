@@ -12,6 +12,7 @@ import torch
 
 from ..errors import argument_error
 from ..ops.core.axes import Axes, Group, resolve
+from ..ops.core.dtypes import accumulator
 from .collective_ops import (
     all_gather_op,
     all_to_all_op,
@@ -110,7 +111,10 @@ def gather_params(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor:
     tensor([1., 1., 1.])
     """
     group, dim = resolve("gather_params", axis), _dimension("gather_params", "dim", x, dim)
-    return x if group.size == 1 else _joined(gather_params_op(x[None], group.size, group.name), dim)
+    if group.size == 1:
+        return x
+    dtypes = (x.dtype, x.dtype, accumulator(x.dtype))
+    return _joined(gather_params_op(x[None], *dtypes, group.size, group.name), dim)
 
 
 def reduce_scatter(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 With FSDP, a device holds a smaller piece of a parameter than it computes with. *Moves* lead from one to the
 other: gather a dimension along axes, or take this device's part of one. Inside :func:`fmoe.shard_map` a
-leaf carries its moves, as :class:`Placed`, and :func:`use` applies them where a layer computes. They are
-plain tuples, so that compilers see constants.
+leaf carries its moves, as :class:`~fmoe.parallel.buckets.Placed`, and :func:`use` applies them where a layer
+computes. They are plain tuples, so that compilers see constants.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
 from ..ops.core.axes import axis_names, axis_sizes
+from ..ops.core.dtypes import accumulator
+from ..ops.core.dynamo import remembered
 from ..params import P, init_params, is_spec
-from ..tree import dotted_names, node, static
+from ..tree import dotted_names
+from . import buckets
 from .boundary import dtensor_beneath, unwrapped
-from .collectives import axis_index, axis_size, gather_params
+from .buckets import Move, Placed
 from .spec import (
     as_dtensor,
     axes_by_dim,
@@ -31,7 +34,6 @@ from .spec import (
     spec_of,
 )
 
-Move = tuple[str, int, tuple[str, ...]]
 Moves = tuple[tuple[Move, ...], ...]
 
 
@@ -105,6 +107,7 @@ def moves(function: str, argument: str, tree: Any, have: Any, wanted: Any, mesh:
     return tuple(_moves(function, f"{argument}.{name}", old, new, mesh) for name, old, new in trios)
 
 
+@remembered
 def _moves(function: str, argument: str, have: P, wanted: P, mesh: DeviceMesh) -> tuple[Move, ...]:
     sizes = axis_sizes(mesh)
 
@@ -131,39 +134,36 @@ def _moves(function: str, argument: str, have: P, wanted: P, mesh: DeviceMesh) -
     return (*gathers, *cuts)
 
 
-@node
-class Placed:
-    """This device's piece of a parameter, and the moves to where it is computed with."""
+def placed(
+    tree: Any,
+    how: Moves | None = None,
+    dtypes: Sequence[torch.dtype | None] | None = None,
+    summed: torch.dtype | None = None,
+) -> Any:
+    """A tree whose leaves carry their moves, what to compute in, and what to sum their gradients in.
 
-    piece: torch.Tensor
-    moves: tuple[Move, ...] = static()
-
-
-def placed(tree: Any, how: Moves) -> Any:
-    """A tree whose leaves carry their moves. Those that stay where they are remain plain tensors."""
+    ``dtypes`` has one for each leaf, where ``None`` is the leaf's own. Gradients are summed in float32 or
+    wider, unless ``summed`` says otherwise. Leaves that stay as they are remain plain tensors.
+    """
     leaves, structure = optree.tree_flatten(tree)
-    carried = [Placed(leaf, steps) if steps else leaf for leaf, steps in zip(leaves, how)]
+    how, dtypes = how or ((),) * len(leaves), dtypes or (None,) * len(leaves)
+    carried = [
+        Placed(leaf, steps, to or leaf.dtype, summed or accumulator(leaf.dtype))
+        if steps or (to and to != leaf.dtype)
+        else leaf
+        for leaf, steps, to in zip(leaves, how, dtypes)
+    ]
     return optree.tree_unflatten(structure, carried)
 
 
 def use(tree: Any) -> Any:
-    """Tensors to compute with: what is :class:`Placed` is gathered and cut, and the rest stays as it is."""
-    return optree.tree_map(_used, tree, is_leaf=_is_placed)
+    """Tensors to compute with: what is :class:`Placed` is cast and moved, and the rest stays as it is.
+
+    What moves along the same axes in the same dtypes moves in one collective.
+    """
+    leaves, structure = optree.tree_flatten(tree, is_leaf=is_placed)
+    return optree.tree_unflatten(structure, buckets.use(leaves))
 
 
-def _is_placed(value: Any) -> bool:
+def is_placed(value: Any) -> bool:
     return isinstance(value, Placed)
-
-
-def _used(value: Any) -> Any:
-    return _moved(value.piece, value.moves) if isinstance(value, Placed) else value
-
-
-def _moved(x: torch.Tensor, steps: Sequence[Move]) -> torch.Tensor:
-    for step, dim, axes in steps:
-        if step == "gather":
-            x = gather_params(x, axes, dim=dim)
-        else:
-            size = x.shape[dim] // axis_size(axes)
-            x = x.narrow(dim, axis_index(axes) * size, size)
-    return x

@@ -86,18 +86,18 @@ def shard_map(
         leaves = check_tensors("shard_map", "args", args)
         specs = broadcast("shard_map", "in_specs", in_specs, args)
         _check_arguments(args, leaves, specs, mesh)
-        entered = [enter(leaf, mesh, spec) for leaf, spec in zip(leaves, specs)]
+        entered = enter(leaves, mesh, specs)
         with bound(binding):
             out = fn(*optree.tree_unflatten(optree.tree_structure(args), entered))
         values = check_tensors("shard_map", "fn(...)", out)
         specs = broadcast("shard_map", "out_specs", out_specs, out)
         _check_results(out, values, specs, mesh)
         if not torch.compiler.is_dynamo_compiling():
-            _check_captured(entered, values)
+            check_captured(entered, values)
             if check_replicated:
                 _check_replicated(out, values, specs, mesh)
         dtensor = not local_results and any(dtensor_beneath(leaf) for leaf in leaves)
-        left = [leave(value, mesh, spec, dtensor) for value, spec in zip(values, specs)]
+        left = leave(values, mesh, specs, dtensor)
         return optree.tree_unflatten(optree.tree_structure(out), left)
 
     return call
@@ -156,7 +156,7 @@ def _differs(value: torch.Tensor, group: Group) -> bool:
 # ---- captured tensors ------------------------------------------------------------------------------
 
 
-def _check_captured(entered: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+def check_captured(entered: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
     """Follow the results' graphs back: whatever doesn't come from the arguments was captured."""
     seen = {node for tensor in entered for _, node in _levels(tensor) if node is not None}
     waiting = []

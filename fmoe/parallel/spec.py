@@ -9,8 +9,9 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
+from ..ops.core import dtensors
 from ..ops.core.axes import axis_names, axis_sizes, describe, group_of, names_of
-from ..ops.core.dynamo import constant_to_dynamo
+from ..ops.core.dynamo import constant_to_dynamo, remembered
 from ..params import P, ParamSpec, is_spec
 from ..tree import dotted_names
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # it takes half a second to import
 Placements = tuple["Placement", ...]
 
 
+@remembered
 def axes_by_dim(spec: P) -> list[tuple[str, ...]]:
     """The axes that each dimension is cut along."""
     return [() if axes is None else names_of(axes) for axes in spec]
@@ -29,12 +31,14 @@ def named_axes(spec: P) -> set[str]:
     return {axis for axes in axes_by_dim(spec) for axis in axes}
 
 
+@remembered
 def unnamed_axes(spec: P, mesh: DeviceMesh) -> tuple[str, ...]:
     """The axes along which a value placed by ``spec`` is the same everywhere."""
     named = named_axes(spec)
     return tuple(axis for axis in axis_names(mesh) if axis not in named)
 
 
+@remembered
 def placements(spec: P, mesh: DeviceMesh) -> Placements:
     """A spec as DTensor placements.
 
@@ -57,11 +61,15 @@ def spec_of(tensor: "DTensor") -> P:
     >>> spec_of(distribute(torch.ones(4, 2), P("ep"), fmoe.make_mesh()))  # one device along ep: no axis
     P(None, None)
     """
+    return _spec_of(tensor.device_mesh, tensor.placements, tensor.dim())
+
+
+@remembered
+def _spec_of(mesh: DeviceMesh, placements: Placements, dim: int) -> P:
     from torch.distributed.tensor import Replicate, Shard
 
-    mesh = tensor.device_mesh
-    axes: list[tuple[str, ...]] = [()] * tensor.dim()
-    for axis, placement in zip(axis_names(mesh), tensor.placements):
+    axes: list[tuple[str, ...]] = [()] * dim
+    for axis, placement in zip(axis_names(mesh), placements):
         if axis_sizes(mesh)[axis] == 1 or placement == Replicate():
             continue
         if type(placement) is not Shard:
@@ -97,9 +105,7 @@ def distribute(tree: Any, specs: Any, mesh: DeviceMesh) -> Any:
 
 
 def as_dtensor(local: torch.Tensor, mesh: DeviceMesh, spec: P) -> "DTensor":
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(local, mesh, placements(spec, mesh), run_check=False)
+    return dtensors.as_dtensor(local, mesh, placements(spec, mesh))
 
 
 def local_piece(spec: P, shape: Sequence[int], mesh: DeviceMesh) -> tuple[slice, ...]:
@@ -128,6 +134,7 @@ def broadcast(function: str, argument: str, specs: Any, tree: Any) -> list[P]:
     return [spec for spec, sub in zip(leaves, subtrees) for _ in optree.tree_leaves(sub, none_is_leaf=True)]
 
 
+@remembered
 def known_axes(spec: P | ParamSpec, mesh: DeviceMesh) -> P:
     """A spec without the axes the mesh lacks."""
     spec = spec.partition if isinstance(spec, ParamSpec) else spec
@@ -193,6 +200,7 @@ def placement_problems(spec: P, tensor: "DTensor", mesh: DeviceMesh) -> tuple[st
 
 
 @constant_to_dynamo
+@remembered
 def _placement_problems(
     mesh: DeviceMesh, wanted: Placements, tensor_mesh: DeviceMesh, have: Placements
 ) -> tuple[str, ...]:

@@ -163,7 +163,7 @@ def plain_attention(args: Any, outs: Any) -> int:
 
 
 def plain_attention_backward(args: Any, outs: Any) -> int:
-    g, q, k, v, _, y, _ = args
+    g, q, k, v, *_, y, _ = args
     return 3 * _scores(q) + _wide(g, q, k, v, y)
 
 
@@ -176,6 +176,11 @@ def _attention_backward(args: Any, outs: Any) -> int:
     q = args[1]
     # The cotangent of q is summed in float32.
     return plain_attention_backward(args, outs) if q.dtype == torch.float64 else _wide(q)
+
+
+def _mask(q: torch.Tensor) -> int:
+    """Segments in float32 take the memory-efficient kernel, which wants a mask."""
+    return 4 * q.shape[0] * q.shape[1] ** 2 if q.dtype == torch.float32 else 0
 
 
 def _block(x: torch.Tensor, weight: torch.Tensor, block_bytes: int) -> int:
@@ -215,6 +220,21 @@ def _reduce_scatter(args: Any, outs: Any) -> int:
     return (_reduced(args) + _reduced(args) // args[1]) * low
 
 
+def _as(dtype: torch.dtype, x: torch.Tensor) -> int:
+    """Bytes of a tensor in another dtype."""
+    return x.numel() * dtype.itemsize
+
+
+def _gather_params(args: Any, outs: Any) -> int:
+    x, kept, moved = args[:3]
+    return _as(moved, x) * (kept != moved)
+
+
+def _reduce_params(args: Any, outs: Any) -> int:
+    x, kept, _, summed, size, _ = args
+    return _as(summed, x) * (x.dtype != summed) + _as(summed, x) // size * (kept != summed)
+
+
 WORKSPACES: dict[str, Callable[[Any, Any], int]] = {
     "fmoe::experts_up": _experts_up,
     "fmoe::experts_up_backward": _experts_up_backward,
@@ -222,9 +242,13 @@ WORKSPACES: dict[str, Callable[[Any, Any], int]] = {
     "fmoe::experts_down_backward": _experts_down_backward,
     "fmoe::attention": _attention,
     "fmoe::attention_backward": _attention_backward,
+    "fmoe::segment_attention": lambda args, outs: _attention(args, outs) + _mask(args[0]),
+    "fmoe::segment_attention_backward": lambda args, outs: _attention_backward(args, outs) + _mask(args[1]),
     "fmoe::cross_entropy_terms": _cross_entropy,
     "fmoe::cross_entropy_terms_backward": _cross_entropy_backward,
     "fmoe::exchange": _exchange,
+    "fmoe::gather_params": _gather_params,
+    "fmoe::reduce_params": _reduce_params,
     "fmoe::reduce_scatter": _reduce_scatter,
     "fmoe::send": lambda args, outs: _rows(args[0], args[1].shape[0]),
     "fmoe::send_back": lambda args, outs: _rows(args[0], args[1].shape[0]),
@@ -243,12 +267,20 @@ def _sent_rows(args: Any, rows: int, size: int, tensors: int) -> int:
     return _others(size, sum(_rows(t, rows) for t in args[:tensors]))
 
 
+def _gathered(args: Any, outs: Any) -> int:
+    """Bytes of pieces in the dtype that they are moved in."""
+    return (args[4] - 1) * _as(args[2], args[0])
+
+
 SENT: dict[str, Callable[[Any, Any], int]] = {
     "fmoe::psum": lambda args, outs: 2 * _others(int(args[1]), args[0].nbytes),
     "fmoe::all_gather": lambda args, outs: (args[1] - 1) * args[0].nbytes,
-    "fmoe::gather_params": lambda args, outs: (args[1] - 1) * args[0].nbytes,
+    "fmoe::gather_params": _gathered,
+    "fmoe::begin_gather": _gathered,
+    "fmoe::reduce_params": lambda args, outs: _others(args[4], _as(args[3], args[0])),
+    "fmoe::begin_reduce": lambda args, outs: _others(args[4], _as(args[3], args[0])),
     "fmoe::reduce_scatter": lambda args, outs: _others(args[1], _reduced(args)),
-    "fmoe::exchange": lambda args, outs: _sent_rows(args, outs[5].shape[0], args[4], 3) + 16 * (args[4] - 1),
+    "fmoe::exchange": lambda args, outs: _sent_rows(args, outs[5].shape[0], args[4], 3) + 24 * (args[4] - 1),
     "fmoe::send": lambda args, outs: _sent_rows(args, args[1].shape[0], int(args[5]), 1),
     "fmoe::send_back": lambda args, outs: _sent_rows(args, args[0].shape[0], int(args[4]), 1),
     "fmoe::send_both_back": lambda args, outs: _sent_rows(args, args[0].shape[0], int(args[5]), 2),

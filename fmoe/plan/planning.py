@@ -62,6 +62,7 @@ def plan(
     max_norm: float | None = 1.0,
     imbalance: float = 1.0,
     logits_bytes: int = LOGITS_BYTES,
+    segments: bool = False,
     device_type: str = "cuda",
 ) -> Plan:
     """Plan the memory and traffic of a training step on each device, without using any.
@@ -77,6 +78,7 @@ def plan(
     optimizer      its ``init`` and ``update`` run, too; ``None``: ``adamw()``
     max_norm       gradients are clipped to it; ``None``: they aren't
     imbalance      how many times its fair share of rows the busiest device along ``ep`` gets
+    segments       whether the loss gets ``segment_ids``
     device_type    ``"cuda"``: with its allocator's rounding, and what kernels hold while they run;
                    ``"cpu"``: tensors only
     -> Plan
@@ -121,7 +123,7 @@ def plan(
         rows = Rows(math.ceil(sent), math.ceil(sent * imbalance), math.ceil(pairs * imbalance))
     job = Job(
         config, here, batch, micro_batches, dtype, compute_dtype or dtype, per_layer, optimizer or adamw(),
-        max_norm, logits_bytes, rows, device_type == "cuda",
+        max_norm, logits_bytes, segments, rows, device_type == "cuda",
     )  # fmt: skip
     run = functools.cache(lambda *shape: dry_run_stage(job, *shape))
     stages, cuts = [], [round(i * config.num_layers / pp) for i in range(pp + 1)]

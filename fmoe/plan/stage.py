@@ -27,7 +27,7 @@ from .dry_run import CUBLAS, DryRun, Rows
 
 PARTS = ("parameters", "converted", "gradients", "optimizer", "activations", "workspace")
 _PURPOSE = dict.fromkeys(("exchange", "send", "send_back", "send_both_back"), "tokens")
-_PURPOSE |= dict.fromkeys(("gather_params", "reduce_scatter"), "parameters")
+_PURPOSE |= dict.fromkeys(("gather_params", "begin_gather", "reduce_params", "begin_reduce"), "parameters")
 
 
 class StagePlan(NamedTuple):
@@ -92,6 +92,7 @@ class Job(NamedTuple):
     optimizer: Optimizer
     max_norm: float | None
     logits_bytes: int
+    segments: bool
     rows: Rows | None
     on_cuda: bool
 
@@ -184,12 +185,14 @@ def _stage_loss(
     run.mark("entered")
     have = optree.tree_map(lambda spec: known_axes(spec, job.mesh), tree, is_leaf=is_spec)
     wanted = optree.tree_map(lambda spec: computing(spec.partition), tree, is_leaf=is_spec)
-    params = optree.tree_map(lambda leaf, spec: enter(leaf, job.mesh, spec), params, have)
+    leaves, structure = optree.tree_flatten(params)
+    params = structure.unflatten(enter(leaves, job.mesh, optree.tree_leaves(have)))
     params = placed(params, moves("plan", "params", params, have, wanted, job.mesh))
     x = tokens
     if not first:  # the output of the stage before
         x = torch.empty(*tokens.shape, job.config.dim, dtype=job.compute_dtype, requires_grad=True)
-    x, stats = stage_loss(params, x, tokens, job.config, job.per_layer, job.logits_bytes)
+    ids = torch.ones_like(tokens) if job.segments else None
+    x, stats = stage_loss(params, x, tokens, job.config, job.per_layer, job.logits_bytes, ids)
     value = x.sum()
     run.mark("forward")
     return value, stats

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import argument_error
+from ..models.vocabulary import IGNORED
 from .documents import EXCLUDED_FOLDERS, hold_out, python_stdlib, read_documents
 from .tokenizer import BYTES, Tokenizer
 
@@ -27,11 +28,39 @@ class Batch(NamedTuple):
     targets: torch.Tensor
 
 
+class PackedBatch(NamedTuple):
+    """A :class:`Batch` of packed documents, with the segment of each token: int64 ``(batch_size, seq_len)``.
+
+    >>> options = dict(batch_size=1, seq_len=5, seed=0)
+    >>> batch_at(0, torch.tensor([7, 8, 0, 9, 0, 5]), **options, separator=0, ignore_boundaries=True)
+    PackedBatch(tokens=tensor([[7, 8, 0, 9, 0]]), targets=tensor([[   8,    0, -100,    0, -100]]), \
+segment_ids=tensor([[1, 1, 1, 2, 2]]))
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    segment_ids: torch.Tensor
+
+
+def segment_ids(tokens: torch.Tensor, separator: int) -> torch.Tensor:
+    """The number of each token's document in its row, int64, from 1: ``decoder.loss`` takes these.
+
+    ``tokens`` is an integer tensor ``(..., L)``. A separator belongs to the document that it ends. A
+    separator that also occurs within documents, as the newline of bytes does, makes a segment of each line.
+
+    >>> segment_ids(torch.tensor([7, 8, 0, 9, 0, 5]), separator=0)
+    tensor([1, 1, 1, 2, 2, 3])
+    """
+    ends = (tokens == separator).long()
+    return 1 + ends.cumsum(-1) - ends
+
+
 def pack(documents: Iterable[bytes], tokenizer: Tokenizer = BYTES) -> torch.Tensor:
     """The tokens of all documents as one stream, with the tokenizer's separator between two.
 
     The stream is uint8 ``(N,)`` where the vocabulary allows it, else int32: one or four bytes a token.
-    Sequences are cut out of it wherever they fall, so none is padded.
+    Sequences are cut out of it wherever they fall, so none is padded. :func:`segment_ids` tells documents
+    apart again.
 
     Raises ``ValueError`` where there is no token.
 
@@ -143,13 +172,20 @@ def batch_at(
     seed: int,
     part: tuple[int, int] = (0, 1),
     device: str | torch.device | None = None,
-) -> Batch:
+    separator: int | None = None,
+    ignore_boundaries: bool = False,
+) -> Batch | PackedBatch:
     """The batch of one step: random windows of ``seq_len + 1`` tokens, chosen by ``(seed, step)`` alone.
 
     ``tokens`` is a one-dimensional integer tensor. With ``part=(i, n)`` only part ``i`` of ``n`` equal ones
     of the batch is read, as each device reads its own. The batch goes to ``device``, by default that of the
-    tokens. Raises ``ValueError`` where no window fits, for a part that isn't one of ``n``, and for a batch
-    without ``n`` equal parts.
+    tokens.
+
+    With a ``separator``, such as the tokenizer's, the batch has the :func:`segment_ids` of its windows. With
+    ``ignore_boundaries``, a target in the document after its token's is -100, which the loss leaves out.
+
+    Raises ``ValueError`` where no window fits, for a part that isn't one of ``n``, for a batch without ``n``
+    equal parts, and for boundaries to ignore without a separator.
 
     >>> batch_at(7, torch.arange(4), batch_size=1, seq_len=3, seed=0)
     Batch(tokens=tensor([[0, 1, 2]]), targets=tensor([[1, 2, 3]]))
@@ -165,15 +201,23 @@ def batch_at(
     if batch_size < 1 or batch_size % count:
         got, expected = f"{batch_size} sequences for {count} devices", "a positive multiple"
         raise argument_error("batch_at", "batch_size", got=got, expected=expected)
+    if ignore_boundaries and separator is None:
+        expected, remedy = "False without a separator", "Pass separator=tokenizer.separator."
+        raise argument_error("batch_at", "ignore_boundaries", got=True, expected=expected, remedy=remedy)
     digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest))
     starts = torch.randint(len(tokens) - seq_len, (batch_size,), generator=generator, device="cpu")
     mine = starts.chunk(count)[index]
     windows = tokens.unfold(0, seq_len + 1, 1)[mine.to(tokens.device)].long().to(device)
-    return Batch(windows[:, :-1], windows[:, 1:])
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    if separator is None:
+        return Batch(inputs, targets)
+    if ignore_boundaries:
+        targets = targets.masked_fill(inputs == separator, IGNORED)
+    return PackedBatch(inputs, targets, segment_ids(inputs, separator))
 
 
-def batches(tokens: torch.Tensor, *, start_step: int = 0, **cut: Any) -> Iterator[Batch]:
+def batches(tokens: torch.Tensor, *, start_step: int = 0, **cut: Any) -> Iterator[Batch | PackedBatch]:
     """All batches from ``start_step`` on, without end: :func:`batch_at` of each step, with its options.
 
     A batch does not depend on those before it, so to resume is to pass the step.

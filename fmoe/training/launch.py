@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from ..ops.core.axes import axis_sizes, group_of
 from ..parallel.mesh import make_mesh, num_processes
 from ..parallel.placement import token_axes
-from ..parallel.together import check_alike
+from ..parallel.together import check_alike, num_ranks, this_rank
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -171,8 +171,9 @@ def run(main: Callable[[], Any]) -> None:
     """Call a script's ``main``; an error its user can act on becomes one line and exit status 2.
 
     Such an error is one that fmoe raises by itself, or a file that can't be read or written. Any other error
-    keeps its traceback, and ``torchrun`` shows that of the process that failed first. In the end this leaves
-    the process group.
+    keeps its traceback, and ``torchrun`` shows that of the process that failed first. A process that another
+    one's error ends says so in one line, with the other's rank and error. In the end this leaves the process
+    group.
 
     >>> run(lambda: print("trained"))
     trained
@@ -186,10 +187,27 @@ def _without_traceback(main: Callable[[], Any]) -> None:
     try:
         main()
     except Exception as error:
-        if not _tells_the_user(error):
+        text, rank = str(error), f"rank {this_rank()}"
+        first = _first_failure(f"{rank}: {type(error).__name__}: {text}")
+        if _tells_the_user(error):
+            text = text if num_ranks() == 1 or text.startswith("on rank ") else f"on {rank}: {text}"
+        elif isinstance(error, RuntimeError) and not first.startswith(f"{rank}: "):
+            text = f"on {rank}, after that of {first} (here: {text.splitlines()[0]})"
+        else:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
+
+
+def _first_failure(mine: str) -> str:
+    """The failure of the rank that failed first, which may be ``mine``."""
+    if num_ranks() == 1:
+        return mine
+    store: Any = dist.distributed_c10d._get_default_store()
+    try:
+        return store.compare_set("fmoe: the first failure", "", mine).decode()
+    except RuntimeError:  # the rank that keeps the store is gone
+        return mine
 
 
 def _tells_the_user(error: Exception) -> bool:

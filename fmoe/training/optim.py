@@ -9,15 +9,17 @@ from typing import Any, NamedTuple, Protocol
 
 import optree
 import torch
-import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.adamw import adamw as torch_adamw
 
 from ..errors import argument_error
 from ..models.moe import moe_specs
+from ..ops.core.axes import axis_names, group_of
 from ..ops.core.dtensors import is_dtensor, local, map_local
 from ..ops.core.dtypes import accumulator
 from ..ops.core.memory import alone
 from ..ops.route import RouterParams
+from ..parallel.collective_ops import all_gather_op
 from ..params import leaf_mask, trained_mask
 from ..tree import check_tensors, dotted_names
 
@@ -297,8 +299,8 @@ def _layout(leaf: Any, dtype_of: DtypeOf) -> tuple[Any, ...]:
 def global_norm(grads: Any) -> torch.Tensor:
     """The Euclidean norm of all leaves as one vector: a float32 scalar, summed in float32 or wider.
 
-    Leaves may be DTensors. Those sharded alike share one collective, and the result is a plain tensor with
-    the same bits on every rank. Nothing waits for the device. No leaf is copied, except that the CPU's kernel
+    Leaves may be DTensors, those of a mesh share one collective, and the result is a plain tensor with the
+    same bits on every rank. Nothing waits for the device. No leaf is copied, except that the CPU's kernel
     copies dtypes narrower than float32, one leaf at a time.
 
     Raises ``ValueError`` for leaves that aren't tensors.
@@ -308,35 +310,48 @@ def global_norm(grads: Any) -> torch.Tensor:
     """
     leaves = check_tensors("global_norm", "grads", grads)
     device = leaves[0].device if leaves else None
-    norms: dict[Any, list[torch.Tensor]] = defaultdict(list)
+    # The norms of leaves that are cut along the same axes of a mesh.
+    norms: dict[Any, dict[tuple[int, ...], list[torch.Tensor]]] = defaultdict(lambda: defaultdict(list))
     for leaf in leaves:
-        piece, groups = _piece(leaf)
+        piece, mesh, cut = _piece(leaf)
         # Not torch._foreach_norm, which has neither vmap nor jvp.
         norm = torch.linalg.vector_norm(piece, dtype=accumulator(piece.dtype))
-        norms[groups].append(norm.to(device, torch.float32))
+        norms[mesh][cut].append(norm.to(device, torch.float32))
     total = torch.zeros((), device=device)
-    for groups, parts in norms.items():
-        part = torch.stack(parts).square().sum()
-        for group in groups:
-            # Gather, then sum in one order, so that the norm has the same bits on every rank.
-            gathered = [torch.empty_like(part) for _ in range(group.size())]
-            dist.all_gather(gathered, part, group=group)
-            part = torch.stack(gathered).sum()
-        total = total + part
+    for mesh, kinds in norms.items():
+        sums = torch.stack([torch.stack(parts).square().sum() for parts in kinds.values()])
+        if mesh is None or not any(kinds):
+            total = total + sums.sum()
+            continue
+        # Gather, then sum in one order, so that the norm has the same bits on every rank.
+        everyone = all_gather_op.raw(sums[None], mesh.size(), _group(mesh)).view(*mesh.shape, len(kinds))
+        for kind, cut in enumerate(kinds):  # of those that have the same, the first counts
+            total = (
+                total + everyone[(*(slice(None) if i in cut else 0 for i in range(mesh.ndim)), kind)].sum()
+            )
     return total.sqrt()
 
 
-def _piece(leaf: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...]]:
-    """This device's piece of a leaf, and the process groups over which the rest of it lies."""
+def _group(mesh: DeviceMesh) -> str:
+    """The name of the process group of all its devices."""
+    if not mesh.mesh_dim_names and mesh.ndim > 1:
+        expected = "a mesh with names, as init_device_mesh(..., mesh_dim_names=) gives them"
+        raise argument_error("global_norm", "grads", got=f"DTensors on {mesh}", expected=expected)
+    return group_of(mesh, axis_names(mesh)).name if mesh.mesh_dim_names else mesh.get_group().group_name
+
+
+def _piece(leaf: torch.Tensor) -> tuple[torch.Tensor, DeviceMesh | None, tuple[int, ...]]:
+    """This device's piece of a leaf, its mesh, and the mesh's dimensions over which the rest of it lies."""
     if not is_dtensor(leaf):
-        return leaf, ()
+        return leaf, None, ()
     from torch.distributed.tensor import Replicate
 
     summed = [Replicate() if p.is_partial() else p for p in leaf.placements]
     if summed != list(leaf.placements):
         leaf = leaf.redistribute(placements=summed)
-    groups = [leaf.device_mesh.get_group(i) for i, p in enumerate(summed) if not p.is_replicate()]
-    return local(leaf), tuple(groups)
+    mesh = leaf.device_mesh
+    cut = tuple(i for i, p in enumerate(summed) if not p.is_replicate() and mesh.size(i) > 1)
+    return local(leaf), mesh, cut
 
 
 def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:

@@ -6,6 +6,7 @@ import sys
 import optree
 import pytest
 import torch
+from helpers import quick
 from rich.console import Console
 
 import fmoe
@@ -168,6 +169,20 @@ def test_the_model_command_trains_on_text_with_balanced_experts_compiled(model_c
     assert result["planned"]["optimizer"] == sum(t.nbytes for t in optree.tree_leaves(state))
 
 
+@pytest.mark.parametrize("segments", quick([5], [1, 5]))
+def test_the_model_command_measures_segments(model_command, segments, monkeypatch):
+    seen, loss = [], decoder.loss
+    spy = lambda *args, **how: seen.append(how["segment_ids"]) or loss(*args, **how)  # noqa: E731
+    monkeypatch.setattr(decoder, "loss", spy)
+    result, shown = model_command("--segments", segments)
+    assert result["segments"] == segments and f"segments a row: {segments}" in " ".join(shown.split())
+    assert "attention" in result["shares"]
+    lengths = seen[0].unique(return_counts=True)[1] / 2  # of two rows
+    assert len(lengths) == segments and lengths.max() - lengths.min() <= 1
+    options = dict(batch_size=2, seq_len=32, device_type="cpu", segments=segments > 1)
+    assert result["planned_bytes"] == plan(decoder.preset("debug", layers=2), **options).peak
+
+
 def test_a_model_whose_loss_is_wrong_is_not_timed(monkeypatch):
     loss = decoder.loss
     monkeypatch.setattr(
@@ -211,6 +226,10 @@ def test_a_result_has_a_report_without_a_name(capsys):
         (
             "model --model debug --device cpu --steps 1",
             "bench_model: steps: got 1, expected an integer of at least 2",
+        ),
+        (
+            "model --model debug --device cpu --seq-len 16 --segments 17",
+            "bench_model: segments: got 17, expected 1 to seq_len=16, or None",
         ),
         ("layer --shape small --rounds 1", "bench_layer: rounds: got 1, expected an integer of at least 2"),
         (

@@ -12,7 +12,7 @@ import torch
 from helpers import ORACLE_TRANSFORMS, TRANSFORMS, Example, change, error, fresh_seed, quick
 from parity import MODELS, TINY, clear_tokens, small, their_model, their_tensors, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.func import grad, vmap
+from torch.func import grad, jacrev, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 import fmoe
@@ -21,6 +21,7 @@ from fmoe.models.decoder import one_layer, stage_loss
 from fmoe.models.gqa import GQA
 from fmoe.models.params import ModelParams
 from fmoe.models.rotary import Rotary, Yarn
+from fmoe.ops.balance import moe_stats
 from fmoe.ops.core.tape import plain_operators
 from fmoe.params import is_spec
 
@@ -164,6 +165,33 @@ SMALL = change(
     num_shared_experts=1,
     init_std=0.5,
 )
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "transform",
+    {
+        "grad": grad,
+        "grad of remat": grad,
+        "jacrev": jacrev,
+        "jvp": lambda f: lambda p, t: jvp(lambda p: f(p, t), (p,), (p,))[1],
+        "jvp(grad)": lambda f: lambda p, t: jvp(lambda p: grad(f)(p, t), (p,), (p,))[1],
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_derivatives_for_each_of_no_sequence_have_the_shapes_of_those_of_one(balance, transform):
+    name, of = transform
+    config = change(SMALL, balance_loss=balance)
+    how = {"per_layer": fmoe.remat} if name == "grad of remat" else {}
+    params = deepseek_v3.init(config, 0, dtype=torch.float64)
+    each = vmap(of(lambda p, t: deepseek_v3.loss(p, t, t, config, **how)[0]), (None, 0))
+    one, none = (each(params, torch.randint(9, (n, 2, 5))) for n in (1, 0))
+    assert optree.tree_map(lambda g: (0, *g.shape[1:]), one) == optree.tree_map(
+        lambda g: tuple(g.shape), none
+    )
+    assert optree.tree_map(lambda g: g.dtype, one) == optree.tree_map(lambda g: g.dtype, none)
+
+
 PER_LAYER = {
     "plain": lambda layer: layer,
     "remat": fmoe.remat,
@@ -226,8 +254,8 @@ def test_a_layer_with_remat_compiles_whole_and_once(backend, config):
 
     def loss(wrap):
         def call(p, x):
-            y, (stats,), _ = wrap(one_layer)(p, x, rope, config)
-            return y.pow(2).mean(), stats
+            y, (sums,), _ = wrap(one_layer)(p, x, rope, config)
+            return y.pow(2).mean(), moe_stats(sums)
 
         return fmoe.value_and_grad(call, (0, 1), has_aux=True)
 

@@ -1,6 +1,7 @@
 """``moe_forward`` with a function as its router, also one with parameters of its own."""
 
 import re
+import time
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from devices import bare_mesh
 from helpers import CONFIGS, ORACLE_TRANSFORMS, TRANSFORMS, Example, dot, error, random_layer, squared
 from torch.distributed.tensor import DTensor
+from workers import RankError
 
 import fmoe
 from fmoe.ops.reference import among_best, swiglu_reference
@@ -154,6 +156,8 @@ ERRORS = {
     "returns counts_E of shape (5,), torch.int64, expected (6,)": changed(
         counts_E=lambda x: torch.zeros(5, dtype=torch.int64)
     ),
+    "returns scores_TE = None, expected (7, 6)": changed(scores_TE=lambda x: None),
+    "returns expert_ids_TK = 3, expected (7, 1)": changed(expert_ids_TK=lambda x: 3),
     "returns scores_TE of shape (6, 7)": changed(scores_TE=lambda x: torch.ones(6, 7)),
 }
 
@@ -162,3 +166,51 @@ ERRORS = {
 def test_what_is_no_router_is_named(text, router):
     with pytest.raises(ValueError, match=re.escape("moe_forward: router: ") + ".*" + re.escape(text)):
         fmoe.moe_forward(two_layers(torch.float32), torch.randn(7, 6), router=router)
+
+
+# The second device's router, where the first's is ``top_1``, and what the second is told.
+UNLIKE = {
+    "got rows of shape (6,) and torch.float64 with 2 weights of torch.float64 after the experts": changed(
+        expert_ids_TK=lambda x: torch.zeros(5, 2, dtype=torch.int64),
+        weights_TK=lambda x: torch.ones(5, 2).double(),
+    ),
+    "with 1 weights of torch.float32 after the experts": changed(weights_TK=lambda x: torch.ones(5, 1)),
+    "with 1 weights of torch.float64 before the experts": changed(score_before_experts=lambda x: True),
+}
+
+
+def told_of_others(text):
+    """What this device is told if devices send rows that differ."""
+    mesh, x = bare_mesh("ep=2"), torch.randn(5, 6, dtype=torch.float64)
+    params, router = fmoe.shard_params(two_layers(), mesh), [top_1, UNLIKE[text]][mesh.get_rank()]
+    for _ in range(2):  # they go on together afterwards
+        with pytest.raises(ValueError, match="dispatch: x_TD, routing: got") as caught:
+            fmoe.moe_forward(params, x, mesh, router=router)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("text", UNLIKE)
+def test_rows_of_one_device_that_differ_are_an_error_on_all(pool, text):
+    first, second = pool.run(2, told_of_others, text)
+    assert "1 weights of torch.float64 after the experts, and others on the devices [1] of the axis" in first
+    assert f"{text}, and others on the devices [0] of the axis, expected alike on all." in second
+
+
+def broken_on_one():
+    """The second device's router raises, and the first waits for its tokens."""
+    mesh = bare_mesh("ep=2")
+    params, x = fmoe.shard_params(two_layers(), mesh), torch.randn(5, 6, dtype=torch.float64)
+    wrong = changed(scores_TE=lambda x: torch.ones(6, 7))
+    fmoe.moe_forward(params, x, mesh, router=wrong if mesh.get_rank() else top_1)
+
+
+@pytest.mark.slow
+def test_an_error_of_one_devices_router_ends_the_others_within_seconds(pool):
+    pool.run(2, torch.distributed.get_rank)  # by now the processes have started
+    began = time.monotonic()
+    with pytest.raises(
+        RankError, match=r"^rank 1: Traceback(.|\n)*ValueError: moe_forward: router: got"
+    ) as told:
+        pool.run(2, broken_on_one)
+    assert time.monotonic() - began < 15
+    assert "\nrank 0: " in str(told.value)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import optree
 import pytest
 import torch
 from helpers import change, error
 from parity import their_config
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fmoe.introspect import kept_bytes
 from fmoe.models.decoder import preset
@@ -17,6 +19,7 @@ from fmoe.models.rotary import Yarn
 from fmoe.ops.attention import causal_attention
 from fmoe.ops.core.tape import plain_operators
 from fmoe.ops.kernels import attention as kernels
+from fmoe.ops.segments import segments_of
 from fmoe.params import init_params, is_spec
 from fmoe.tree import dotted_names
 
@@ -137,6 +140,63 @@ def test_heads_of_queries_share_those_of_keys(dtype, heads):
     assert kept_bytes(lambda *qkv: causal_attention(*qkv, 0.3), q, k, v) == of_outputs
 
 
+# ---- segments --------------------------------------------------------------------------------------
+
+
+def some_segments(rows, length):
+    """Segments of random lengths, one of one position among them, and a row that is one."""
+    ids = (torch.rand(rows, length) < 0.1).long().cumsum(1) + 1
+    ids[0], ids[-1, -1] = 1, 99
+    return segments_of(ids)
+
+
+def one_by_one(q, k, v, segments, scale):
+    """Each segment alone."""
+    found, ends = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype), [*segments.offsets[1:].tolist()]
+    q, k, v, rows = (t.flatten(0, 1) for t in (q, k, v, found))
+    for start, end in zip([0, *ends], ends):
+        alone = (t[None, start:end] for t in (q, k, v))
+        rows[start:end] = causal_attention(*alone, scale)[0]
+    return found
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [(6, 3), (3, 3)], ids=str)
+@pytest.mark.parametrize("counted", [True, False])
+def test_segments_see_themselves_alone(dtype, heads, counted):
+    """Values and gradients on the kernel chosen for each dtype and device, against float64."""
+    (h, g), segments = heads, some_segments(3, 37)
+    q, k, v = (torch.randn(3, 37, n, w).to(dtype) for n, w in ((h, 24), (g, 24), (g, 16)))
+    cotangent, mine = torch.randn(3, 37, h, 16), segments
+    if not counted:
+        mine = segments._replace(offsets=segments.offsets[:0])
+    y, pull = torch.func.vjp(lambda *qkv: causal_attention(*qkv, 0.3, mine), q, k, v)
+    with plain_operators():
+        expected, expected_pull = torch.func.vjp(
+            lambda *qkv: one_by_one(*qkv, segments, 0.3), *(t.double() for t in (q, k, v))
+        )
+    assert (
+        error((y, pull(cotangent.to(dtype))), (expected, expected_pull(cotangent.double()))) < DTYPES[dtype]
+    )
+
+
+def test_every_example_of_a_batch_has_the_same_segments_or_its_own():
+    """The same ones stay counted."""
+    segments, counted = some_segments(2, 9), []
+    q = torch.randn(4, 2, 9, 3, 8, dtype=torch.float64)
+    expected = torch.stack([causal_attention(t, t, t, 1.0, segments) for t in q])
+    kernel = kernels.engine
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "engine", lambda *args: counted.append(args[-1]) or kernel(*args))
+        same = torch.vmap(lambda t: causal_attention(t, t, t, 1.0, segments))(q)
+        many = type(segments)(*(t.expand(4, *t.shape) for t in segments))
+        own = torch.vmap(lambda t, s: causal_attention(t, t, t, 1.0, s))(q, many)
+    assert error((same, own), (expected, expected)) < 1e-12
+    starts = [18 * i + t for i in range(4) for t in segments.offsets[:-1].tolist()]
+    assert [t.tolist() for t in counted] == [[*starts, 72], []]
+
+
 # ---- engines ---------------------------------------------------------------------------------------
 
 CPU = kernels.CPU["cpu"]
@@ -191,6 +251,91 @@ def test_an_engine_can_be_asked_for(monkeypatch):
     text = r"causal_attention: FMOE_ATTENTION: got 'cudnn', expected one of \['cpu', 'plain'\], which can do"
     with pytest.raises(ValueError, match=text):
         causal_attention(q, q, q, 1.0)
+
+
+@pytest.mark.parametrize("wrong", [None, "no segments"])
+def test_an_engine_must_prove_itself_with_segments(wrong, monkeypatch, caplog):
+    kernels.proven.cache_clear()
+    engine = CPU
+    if wrong:
+        engine = CPU._replace(forward=lambda *args: CPU.forward(*args[:4]))
+    monkeypatch.setitem(kernels.CUDA_SEGMENTS, "varlen", engine)
+    kind = "varlen", torch.device("cpu"), torch.bfloat16, 192, 128
+    assert kernels.proven(*kind, segmented=True) == (wrong is None)
+    if wrong:
+        assert "attention within segments by varlen on cpu" in caplog.records[0].getMessage()
+    kernels.proven.cache_clear()
+
+
+def test_rows_for_varlen_and_back():
+    """The kernel itself needs a GPU; its arguments and results are those of one long sequence."""
+    seen = {}
+
+    def forward(q, k, v, *how, scale):
+        seen["offsets"] = [t.tolist() for t in how[:2]]
+        assert how[2:] == (9, 9, 0.0, True, False)
+        shaped = (t.unflatten(0, (2, 9)).transpose(1, 2) for t in (q, k, v))
+        y, lse = kernels.forward(*shaped, scale, *where, by=kernels.PLAIN)
+        return y.transpose(1, 2).flatten(0, 1), lse.transpose(0, 1).flatten(1), None, None, None
+
+    def backward(g, q, k, v, y, lse, *how, scale):
+        assert how[2:6] == (9, 9, 0.0, True)
+        shaped = (t.unflatten(0, (2, 9)).transpose(1, 2) for t in (g, q, k, v, y))
+        g, q, k, v, y = shaped
+        lse = lse.unflatten(1, (2, 9)).transpose(0, 1)
+        grads = kernels.backward(g, q, k, v, scale, y, lse, *where, by=kernels.PLAIN)
+        return tuple(t.transpose(1, 2).flatten(0, 1) for t in grads)
+
+    segments = some_segments(2, 9)
+    fake = SimpleNamespace(_flash_attention_forward=forward, _flash_attention_backward=backward)
+    q, k, v, g = (torch.randn(2, n, 9, w) for n, w in ((6, 8), (3, 8), (3, 5), (6, 5)))
+    where = segments.first, segments.offsets
+    y, lse = kernels.forward(q, k, v, 0.4, *where, by=kernels.PLAIN)
+    expected = y, lse, *kernels.backward(g, q, k, v, 0.4, y, lse, *where, by=kernels.PLAIN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "aten", fake)
+        varlen = kernels.CUDA_SEGMENTS["varlen"]
+        y, lse = kernels.forward(q, k, v, 0.4, *where, by=varlen)
+        found = y, lse, *kernels.backward(g, q, k, v, 0.4, y, lse, *where, by=varlen)
+    assert error(found, expected) < 1e-5
+    assert seen["offsets"] == [segments.offsets.tolist()] * 2
+
+
+def test_the_signatures_that_varlen_calls():
+    """Without a GPU, at least fake tensors go through PyTorch's own operators."""
+    segments = some_segments(2, 9)
+    with FakeTensorMode():
+        q, k, v, g = (
+            torch.empty(2, n, 9, w, dtype=torch.bfloat16) for n, w in ((6, 8), (3, 8), (3, 5), (6, 5))
+        )
+        where = torch.empty(2, 9, dtype=torch.int64), torch.empty(segments.offsets.shape, dtype=torch.int32)
+        y, lse = kernels.forward(q, k, v, 0.4, *where, by=kernels.CUDA_SEGMENTS["varlen"])
+        grads = kernels.backward(g, q, k, v, 0.4, y, lse, *where, by=kernels.CUDA_SEGMENTS["varlen"])
+    assert [t.shape for t in (y, lse, *grads)] == [g.shape, g.shape[:3], q.shape, k.shape, v.shape]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["varlen", "efficient"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("heads", [(192, 128, 1), (128, 128, 2), (64, 64, 1)], ids=str)
+def test_every_engine_of_a_gpu_knows_segments(name, dtype, heads, monkeypatch):
+    (wide, narrow, times), device = heads, torch.ones(1, device="cuda").device
+    if not kernels.proven(name, device, dtype, wide, narrow, times > 1, True):
+        pytest.skip(f"{name} isn't used for {dtype} here")
+    monkeypatch.setenv("FMOE_ATTENTION", name)
+    with device:
+        segments = some_segments(3, 700)
+        q, k, v = (torch.randn(3, 700, n, w) for n, w in ((2 * times, wide), (2, wide), (2, narrow)))
+        g = torch.randn(3, 700, 2 * times, narrow)
+        y, pull = torch.func.vjp(
+            lambda *qkv: causal_attention(*qkv, 0.1, segments), *(t.to(dtype) for t in (q, k, v))
+        )
+        with plain_operators():
+            expected, expected_pull = torch.func.vjp(
+                lambda *qkv: causal_attention(*qkv, 0.1, segments), *(t.to(dtype).double() for t in (q, k, v))
+            )
+    assert error((y, pull(g.to(dtype))), (expected, expected_pull(g.double()))) < 2 * DTYPES[dtype]
 
 
 @pytest.mark.gpu

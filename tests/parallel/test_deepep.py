@@ -4,12 +4,15 @@ import contextlib
 import itertools
 
 import deep_ep_double
+import optree
 import pytest
 import torch
 from devices import bare_mesh
 from helpers import quick
 
+from fmoe.models.moe import COMPUTING, moe_layer
 from fmoe.parallel import deepep
+from fmoe.parallel.spec import known_axes
 from fmoe.testing import check_backend
 from fmoe.testing.backend import LAWS
 from fmoe.testing.samples import error
@@ -78,6 +81,28 @@ def with_and_without_overlap(kind):
             case = (case or case_of(s))._replace(setting=s)
             found.append((s.forward(*case.mine()), torch.func.grad(case.loss(), (0, 1))(*case.mine())))
     return error(*found)
+
+
+def with_padding(kind):
+    """How far the layer's output is from that without the padding, and what the padding gets."""
+    with opened("ep=2", kind) as (mesh, backend):
+        s = Setting(mesh, backend, torch.float32, 8, DIM, EXPERTS, TOP_K)
+        params, x = case_of(s).mine()
+        valid = torch.arange(len(x)) % 3 == 0
+        specs = optree.tree_map(lambda spec: known_axes(spec, mesh), COMPUTING._replace(shared_gate=()))
+        params, specs = (tree._replace(shared=()) for tree in (params, specs))
+
+        def layer(x, *valid):
+            return s.inside(lambda p, x: moe_layer(p, x, s.config, *valid)[0], specs)(params, x)
+
+        y, alone = layer(x, valid), layer(x[valid])
+        return error(y[valid], alone), y[~valid].abs().max().item()
+
+
+@pytest.mark.parametrize("kind", GENERATIONS)
+def test_padding_goes_to_no_expert(pool, kind):
+    for off, padding in pool.run(2, with_padding, kind):
+        assert off < 1e-5 and padding == 0
 
 
 @pytest.mark.parametrize("kind", GENERATIONS)

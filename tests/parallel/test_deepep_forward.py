@@ -82,8 +82,7 @@ def auto_choices():
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
-        like = lambda dtype, dim: torch.empty(0, dim, dtype=dtype)  # noqa: E731
-        choose = lambda dtype, dim=DIM: backends.choose("moe_forward", "auto", mesh, like(dtype, dim))["ep"]  # noqa: E731
+        choose = lambda dtype, dim=DIM: backends.choose("moe_forward", "auto", mesh, (dtype, dim))["ep"]  # noqa: E731
         kinds = [type(choose(torch.bfloat16)), type(choose(torch.float32)), type(choose(torch.bfloat16, 24))]
         deep_ep_double.install(1)
         del sys.modules["deep_ep"]

@@ -123,6 +123,12 @@ def check_training(pool, where, alone_on, steps=10, model="MLA"):
         assert steps < 10 or norm == pytest.approx(alone[1], rel=1e-6)
 
 
+@on(["ep=2"], ["ep=2", "dp=2", "tp=2", "dp=2,ep=2"])
+@pytest.mark.parametrize("model", quick(["GQA"], ["MLA", "GQA"]))
+def test_how_often_parameters_travel_changes_nothing(pool, where, model):
+    hold(pool, laws.how_often, where, model)
+
+
 @on(["dp=2", "tp=2"], [axes for axes in MESHES if axes != "ep=1"])
 def test_ten_steps_of_training_are_those_of_one_process(pool, where, losses_alone):
     check_training(pool, where, losses_alone)

@@ -66,8 +66,8 @@ def test_measured_bytes_are_what_the_routing_implies(pool, size, dtype, all_to_t
         own = len(going[me][me])
         there = lambda width, out=out, back=back, own=own: (out * width, back * width, own * width)  # noqa: E731
         here = lambda width, out=out, back=back, own=own: (back * width, out * width, own * width)  # noqa: E731
-        peers = 16 * (size - 1)
-        assert dispatched == {"sizes": (peers, peers, 16), "exchange": there(with_ids)}
+        peers = 24 * (size - 1)
+        assert dispatched == {"sizes": (peers, peers, 24), "exchange": there(with_ids)}
         assert combined == {"send_back": here(row)}
         assert backward == {"send": there(row), "send_both_back": here(with_weights)}
         assert everything == dispatched | combined | backward

@@ -79,6 +79,34 @@ def test_parts_are_those_of_a_real_step(config, dtype, compute, wrap):
     assert 0.7 * most < stage.peak <= 1.01 * most
 
 
+@pytest.mark.parametrize("wrap", [same, fmoe.remat], ids=["all kept", "remat"])
+def test_segments_are_planned(wrap):
+    """Beside what a step keeps without them: angles, where segments begin, which tokens are padding."""
+    ids = 1 + torch.arange(96).expand(4, 96) // 7
+    tokens = torch.randint(SMALL.vocab_size, (4, 96))
+    how = dict(batch_size=4, seq_len=96, per_layer=wrap, logits_bytes=2**20, device_type="cpu")
+    without, stage = (plan(SMALL, segments=s, **how).stages[0] for s in (False, True))
+    variables = optree.tree_map(lambda t: t.requires_grad_(), deepseek_v3.init(SMALL, 0))
+    loss = loss_of(SMALL, FLOAT32, wrap)
+    kept = kept_bytes(lambda p: loss(p, tokens, tokens, segment_ids=ids)[0], variables)
+    assert sum(stage.activations.values()) == pytest.approx(kept, rel=0.05)
+    assert sum(without.activations.values()) < sum(stage.activations.values())
+
+
+def test_segments_are_planned_in_every_stage():
+    how = dict(batch_size=8, seq_len=64, per_layer=fmoe.remat, segments=True)
+    assert len(plan(SMALL, "dp=2,ep=2,tp=2,pp=3", **how).stages) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_segments_in_float32_take_a_mask(dtype):
+    q = torch.empty(2, 64, 4, 8, dtype=dtype)
+    mask = 4 * 2 * 64 * 64 * (dtype == torch.float32)
+    for name, args in (("attention", (q, q, q)), ("attention_backward", (q, q, q, q, 1.0, q, q))):
+        plain, segments = (dry_run.WORKSPACES[f"fmoe::{kind}{name}"](args, ()) for kind in ("", "segment_"))
+        assert segments - plain == mask
+
+
 def test_clipping_takes_no_memory():
     how = dict(batch_size=4, seq_len=64, dtype=BFLOAT16, device_type="cpu")
     stage = plan(SMALL, **how).stages[0]

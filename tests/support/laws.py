@@ -30,7 +30,7 @@ from fmoe.parallel.backends import choose
 from fmoe.parallel.placement import token_axes
 from fmoe.testing import check_backend
 from fmoe.testing.samples import same_bits
-from fmoe.training import data, optim
+from fmoe.training import data, gradients, optim
 from fmoe.transforms import per_layer
 
 DIM = 8
@@ -270,6 +270,34 @@ def model(where: Where, name: str = "MLA") -> dict[str, float]:
         got = fmoe.value_and_grad(loss)(spread, *mine, **how)[1]
         found[f"gradient with remat {remat}"] = error(whole(got), expected)
     return found
+
+
+def how_often(where: Where, name: str = "MLA") -> dict[str, float]:
+    """Gradients of micro-batches, however often parameters travel, beside those of one process."""
+    mesh, found, config = where.mesh(), {}, MODELS[name]
+    place = group_of(mesh, token_axes(mesh))
+    params = deepseek_v3.init(config, 7, dtype=where.dtype)
+    spread = deepseek_v3.init(config, 7, dtype=where.dtype, mesh=mesh)
+    tokens, targets = (torch.randint(config.vocab_size, (3 * place.size, 9)) for _ in range(2))
+    targets[0], targets[1, 4:], targets[-1, :7] = -100, -100, -100
+    (value, stats), want = fmoe.value_and_grad(deepseek_v3.loss, has_aux=True)(
+        params, tokens, targets, config
+    )
+    for zero, parts, cut in ((1, 1, own), (1, 2, own), (2, 2, own), (3, 2, own), (1, 2, spread_over)):
+        step = gradients.of_model(config, mesh, micro_batches=parts, zero=zero, backend=where.backend)
+        (got, counted), grads = step(spread, cut(tokens, mesh), cut(targets, mesh))
+        same = zip(*map(optree.tree_leaves, (grads, spread)))
+        assert all(g.placements == p.placements and g.dtype == p.dtype for g, p in same)
+        kind = f"zero {zero} of {parts} parts"
+        found[f"value, {kind}"] = error(whole((got, counted.num_targets)), (value, stats.num_targets))
+        loads = [tuple(layer.tokens_per_expert for layer in s.layers) for s in (counted, stats)]
+        found[f"loads, {kind}"] = error(*map(whole, loads))
+        found[f"gradient, {kind}"] = error(whole(grads), want)
+    return found
+
+
+def spread_over(tensor: Any, mesh: Any) -> Any:
+    return distribute(tensor, P(token_axes(mesh)), mesh)
 
 
 def compiled_layers(where: Where, name: str = "MLA") -> dict[str, float]:

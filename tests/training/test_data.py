@@ -7,7 +7,16 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from fmoe.training.data import batch_at, batches, check_vocabulary, pack, read_streams, unigram_entropy
+from fmoe.training.data import (
+    Batch,
+    batch_at,
+    batches,
+    check_vocabulary,
+    pack,
+    read_streams,
+    segment_ids,
+    unigram_entropy,
+)
 from fmoe.training.documents import EXCLUDED_FOLDERS, hold_out, python_stdlib, read_documents
 from fmoe.training.tokenizer import Tokenizer
 
@@ -136,6 +145,37 @@ def test_a_part_that_is_none_of_the_batch_is_refused(part: tuple[int, int]) -> N
     for call in (batch_at, lambda step, tokens, **cut: batches(tokens, start_step=step, **cut)):
         with pytest.raises(ValueError, match=re.escape(expected)):
             call(0, torch.arange(100), batch_size=8, seq_len=3, seed=0, part=part)
+
+
+@hypothesis.given(
+    documents=st.lists(st.binary(max_size=6).filter(lambda text: b"\n" not in text), min_size=1, max_size=8),
+    seed=st.integers(0, 2**40),
+)
+def test_segments_of_a_window_are_its_documents(documents: list[bytes], seed: int) -> None:
+    stream = pack([*documents, b"the last one"])
+    cut = dict(batch_size=3, seq_len=9, seed=seed)
+    plain, packed = (batch_at(0, stream, **cut, **how) for how in ({}, {"separator": 10}))
+    assert type(plain) is Batch
+    assert torch.equal(packed.tokens, plain.tokens) and torch.equal(packed.targets, plain.targets)
+    ignoring = batch_at(0, stream, **cut, separator=10, ignore_boundaries=True)
+    for row, ids, targets in zip(plain.tokens, packed.segment_ids, ignoring.targets):
+        ends = [i for i, token in enumerate(row.tolist()) if token == 10]
+        by_hand = [1 + sum(end < i for end in ends) for i in range(9)]
+        assert ids.tolist() == by_hand and ids.dtype == torch.int64
+        assert [i for i, target in enumerate(targets.tolist()) if target == -100] == ends
+    kept = ignoring.targets != -100
+    assert torch.equal(ignoring.targets[kept], plain.targets[kept])
+
+
+def test_boundaries_are_ignored_only_where_a_separator_tells_them() -> None:
+    expected = (
+        "batch_at: ignore_boundaries: got True, expected False without a separator. "
+        "Pass separator=tokenizer.separator."
+    )
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        batches(torch.arange(9), batch_size=1, seq_len=3, seed=0, ignore_boundaries=True)
+    stream = torch.tensor([3, 0, 4, 0, 0, 5], dtype=torch.uint8)
+    assert segment_ids(stream, 0).tolist() == [1, 1, 2, 2, 3, 4]
 
 
 def test_streams_of_files_are_packed_documents(tmp_path):

@@ -1,5 +1,7 @@
 """How a script that trains joins others, and how it ends."""
 
+import contextlib
+import io
 import os
 from pathlib import Path
 
@@ -58,6 +60,35 @@ def exit_status():
 
 def test_an_error_of_one_rank_ends_all_without_traceback(pool):
     assert pool.run(2, exit_status) == [2, 2]
+
+
+def told_after(error):
+    """What a rank prints whose connection breaks after the second rank raised ``error``."""
+    rank, said = dist.get_rank(), io.StringIO()
+    dist.distributed_c10d._get_default_store().delete_key("fmoe: the first failure")
+    dist.barrier()
+
+    def main():
+        if rank == 1:
+            raise error
+        dist.barrier()
+        raise RuntimeError("Connection closed by peer\nas it were")
+
+    with contextlib.redirect_stderr(said), pytest.raises((SystemExit, type(error))) as ended:
+        launch.run(main)
+    if rank == 1:
+        dist.barrier()
+    lines = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
+    return getattr(ended.value, "code", None), lines
+
+
+def test_a_rank_that_another_ones_error_ends_names_it_in_one_line(pool):
+    text = "error: on rank 0, after that of rank 1: KeyError: 'mine' (here: Connection closed by peer)"
+    first, second, third = pool.run(3, told_after, KeyError("mine"))
+    assert (first, third) == ((2, [text]), (2, [text.replace("rank 0", "rank 2")]))
+    assert second == (None, [])  # its traceback is the interpreter's to print
+    _, (status, said) = pool.run(2, told_after, OSError("nothing there"))
+    assert (status, said) == (2, ["error: on rank 1: nothing there"])
 
 
 def test_the_process_group_is_left():

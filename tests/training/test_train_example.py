@@ -15,7 +15,7 @@ import pytest
 import tokenizers
 import torch
 
-from fmoe.models import deepseek_v3, huggingface
+from fmoe.models import decoder, deepseek_v3, huggingface
 from fmoe.training import checkpoint, data, gradients, launch
 from fmoe.training.metrics import read_metrics
 from fmoe.training.optim import adamw
@@ -117,6 +117,10 @@ def test_it_learns_repeatably_and_recomputation_changes_nothing(train):
         (["--temperature", "-1"], "--temperature: got -1, expected at least 0.0"),
         (["--max-norm", "0"], "clip_factor: max_norm: got 0.0, expected a positive number"),
         (["--eval-every", "9", "--held-out", "0"], "held_out: got 0.0, expected a share between 0 and 1"),
+        (
+            ["--segments"],
+            "--segments needs --tokenizer: among bytes, a separator is a newline like any other",
+        ),
         (["--init-from", "model", "--dim", "64"], "leave out --preset, --layers, --dim and --vocab-size"),
         (["--ep-backend", "pigeons"], "backend: got 'pigeons', expected one of"),
         (["--seq-len", "20000"], "seq_len"),
@@ -323,7 +327,7 @@ def test_micro_batches_dtypes_and_schedules(train):
     assert train(*exact, "--schedule", "stable")[:1] == losses[:1]
 
 
-def test_jsonl_through_a_tokenizer(train, tmp_path, capsys):
+def test_jsonl_through_a_tokenizer(train, tmp_path, capsys, monkeypatch):
     lines = [json.dumps({"body": text}) for text in SCRIPT.read_text().split("\n\n")]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     words = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -345,3 +349,13 @@ def test_jsonl_through_a_tokenizer(train, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "nats a token" in out
     assert "def main" in out
+    seen, loss = [], decoder.loss
+    spy = lambda *args, **how: seen.append((args, how["segment_ids"])) or loss(*args, **how)  # noqa: E731
+    monkeypatch.setattr(decoder, "loss", spy)
+    packed = [*options, "--vocab-size", "400", "--segments", "--micro-batches", "2", "--eval-every", "3"]
+    assert len(train(*packed, "--out", str(tmp_path / "packed"))) == 3
+    assert len(seen) > 6
+    for (_, tokens, targets), ids in seen:
+        assert torch.equal(ids, data.segment_ids(tokens, 0))
+        assert torch.equal(targets == -100, tokens == 0)
+    assert any(ids.max() > 1 for _, ids in seen)

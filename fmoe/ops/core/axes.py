@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ...errors import argument_error
-from .dynamo import constant_to_dynamo
+from .dynamo import constant_to_dynamo, remembered
 
 Axes = str | tuple[str, ...]
 
@@ -96,6 +96,7 @@ def axis_names(mesh: DeviceMesh) -> tuple[str, ...]:
     return mesh.mesh_dim_names or ()
 
 
+@remembered
 def axis_sizes(mesh: DeviceMesh) -> dict[str, int]:
     # Dynamo on torch 2.11 knows a mesh's ndim, size() and mesh_dim_names, but not its shape.
     return {name: mesh.size(i) for i, name in enumerate(axis_names(mesh))}

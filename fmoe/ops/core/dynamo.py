@@ -26,6 +26,22 @@ def _disabled(fn: F) -> F:
     return torch.compiler.disable(fn)
 
 
+def remembered(fn: F) -> F:
+    """``fn``, whose results for hashable arguments are kept. Dynamo warns of caches, and traces it anew."""
+    kept = functools.lru_cache(4096)(fn)
+
+    @functools.wraps(fn)
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return fn(*args)
+        try:
+            return kept(*args)
+        except TypeError:  # not hashable, or its own error
+            return fn(*args)
+
+    return call  # type: ignore[return-value]
+
+
 def constant_to_dynamo(fn: F) -> F:
     """As ``torch.compiler.assume_constant_result``: called while tracing, and its result baked in."""
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -139,13 +139,8 @@ def declare(
     >>> torch.func.grad(torch.func.grad(square))(torch.tensor(3.0))  # its rules follow from the reference
     tensor(2.)
     """
+    raw = kernel(schema, impl=impl, fake=fake)
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, without_autocast(impl), device)
-    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    raw = getattr(getattr(torch.ops, NAMESPACE), name).default
     by_hand = frozenset(n for n, rule in dict(vjp=vjp, jvp=jvp, vmap=vmap).items() if rule is not None)
     if reference is not None:
         derived = derive(reference, len(raw._schema.arguments))
@@ -157,6 +152,17 @@ def declare(
     op = Operator(raw, rules, by_hand, checkpoint, example, plain, dependent, residual_outputs)
     _REGISTRY[name] = op
     return op
+
+
+def kernel(schema: str, *, impl: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """The raw kernel alone, without rules: PyTorch's dispatcher knows it, and autograd doesn't see it."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, without_autocast(impl), device)
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 class _Others(NamedTuple):

@@ -19,11 +19,11 @@ _SAID: set[str] = set()
 
 
 def choose(
-    function: str, name: str, mesh: DeviceMesh | None, like: torch.Tensor | None = None
+    function: str, name: str, mesh: DeviceMesh | None, rows: tuple[torch.dtype | None, int] = (None, 0)
 ) -> dict[str, Transport]:
     """The backend along ``ep``, as :func:`fmoe.shard_map` takes it, for ``function``.
 
-    ``"auto"`` logs what it chose and why. ``like`` is a tensor of the rows' device, dtype and last dimension.
+    ``"auto"`` logs what it chose and why. ``rows`` are their dtype and last dimension.
     Raises ``ValueError`` if the wish can't be met.
     """
     if name not in NAMES:
@@ -39,8 +39,7 @@ def choose(
         got, expected = f"'local' with ep={group.size}", "a backend that moves tokens"
         raise argument_error(function, "backend", got=got, expected=expected, remedy="Use 'auto'.")
     if name == "auto":
-        dtype, dim = (None, 0) if like is None else (like.dtype, int(like.shape[-1]))
-        name, why = _best(group.name, mesh.device_type, dtype, dim)
+        name, why = _best(group.name, mesh.device_type, *rows)
         _say(f"backend {name} along ep={group.size}: {why}")
     if name == "deepep":
         return {"ep": DeepEP(group, deepep_buffers.kept(group.name))}

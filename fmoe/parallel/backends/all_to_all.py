@@ -8,10 +8,12 @@ The host waits once a layer, for the sizes. The plan keeps them in the host's me
 backwards.
 """
 
+import zlib
 from typing import Any, NamedTuple
 
 import torch
 
+from ...errors import argument_error
 from ...ops.bases import gather_kernel, random
 from ...ops.combine import COMBINE, weighted_sum_kernel
 from ...ops.core.axes import Group
@@ -56,10 +58,10 @@ class AllToAll(NamedTuple):
     def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Plan]:
         num_experts, (name, size, position) = routing.counts_E.shape[0], self.group
         check_experts_divide(num_experts, size)
-        x_SD, weights_SK, slot_R, row_SK, offsets_e, *sent = exchange.outputs(
-            x_TD, routing.weights_TK, routing.expert_ids_TK, num_experts, size, position, name
-        )
         score_before = routing.score_before_experts
+        x_SD, weights_SK, slot_R, row_SK, offsets_e, *sent = exchange.outputs(
+            x_TD, routing.weights_TK, routing.expert_ids_TK, num_experts, size, position, score_before, name
+        )
         return x_SD, Plan(weights_SK, slot_R, row_SK, offsets_e, Sent(*sent), score_before, self)
 
     def combine(self, y_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
@@ -93,8 +95,29 @@ def _as_bytes(t: torch.Tensor) -> torch.Tensor:
     return rows.as_strided(rows.shape, (rows.shape[1], 1)).view(torch.uint8)
 
 
+def _described(x: torch.Tensor, weights: torch.Tensor, before: bool) -> str:
+    when = "before" if before else "after"
+    weighed = f"{weights.shape[1]} weights of {weights.dtype} {when} the experts"
+    return f"rows of shape {tuple(x.shape[1:])} and {x.dtype} with {weighed}"
+
+
+def _check_alike(kinds: list[int], kind: int, described: str) -> None:
+    """Raise ``ValueError`` on every device, since each has heard from all, unless all send alike rows."""
+    if others := [device for device, theirs in enumerate(kinds) if theirs != kind]:
+        got = f"{described}, and others on the devices {others} of the axis"
+        remedy = "Give all devices the same router, dimension and dtypes."
+        raise argument_error("dispatch", "x_TD, routing", got=got, expected="alike on all", remedy=remedy)
+
+
 def _exchange_kernel(
-    x: Any, weights: Any, ids: torch.Tensor, num_experts: int, size: int, position: int, group: str
+    x: Any,
+    weights: Any,
+    ids: torch.Tensor,
+    num_experts: int,
+    size: int,
+    position: int,
+    before: bool,
+    group: str,
 ) -> Tensors:
     check_ids(ids, num_experts)
     held, (num_tokens, top_k) = num_experts // size, ids.shape
@@ -105,10 +128,12 @@ def _exchange_kernel(
     devices_Tn = torch.where(hit_Tn, torch.arange(size, device=ids.device), -1)
     slot_Q, copy_Tn, _ = layout_kernel(devices_Tn, size, num_tokens * min(size, top_k))
 
-    out_n2 = torch.stack([hit_Tn.sum(0), pairs_n], 1)
+    kind = zlib.crc32((described := _described(x, weights, before)).encode())
+    out_n3 = torch.stack([hit_Tn.sum(0), pairs_n, torch.full_like(pairs_n, kind)], 1)
     each = [1] * size
-    in_n2 = swap_rows(out_n2, each, each, group, "sizes")
-    sizes = torch.stack([out_n2, in_n2]).cpu()  # here the host waits
+    in_n3 = swap_rows(out_n3, each, each, group, "sizes")
+    sizes = torch.stack([out_n3, in_n3]).cpu()  # here the host waits
+    _check_alike(sizes[1, :, 2].tolist(), kind, described)
     splits = sizes[:, :, 0].contiguous()
     sent, received = splits.tolist()
     slot_Q = slot_Q[: sum(sent)].clone()
@@ -243,12 +268,22 @@ def _exchange_vjp(way: _Way, needs: Any, g_x: Any, g_weights: Any, *_: Any) -> t
 # x (T, D), weights (T, K), ids (T, K) -> their rows for the experts held here (S, D), (S, K). Then come how
 # these lie by expert, as in Plan, and how they were sent, as in Sent.
 exchange: Operator = declare(
-    "exchange(Tensor x, Tensor weights, Tensor ids, SymInt num_experts, int size, int position, str group) "
+    "exchange(Tensor x, Tensor weights, Tensor ids, SymInt num_experts, int size, int position, bool before, "
+    "str group) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     impl=_exchange_kernel,
     fake=_exchange_fake,
     checkpoint=DISPATCH,
-    example=lambda: (random(4, 3), random(4, 2), torch.rand(4, 3).argsort(1)[:, :2], 3, 1, 0, group_alone()),
+    example=lambda: (
+        random(4, 3),
+        random(4, 2),
+        torch.rand(4, 3).argsort(1)[:, :2],
+        3,
+        1,
+        0,
+        False,
+        group_alone(),
+    ),
     plain=_exchange_plain,
     residuals=_exchange_way,
     vjp=_exchange_vjp,
