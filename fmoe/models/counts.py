@@ -6,7 +6,7 @@ from ..params import is_spec
 from ..params import num_params as num_numbers
 from .config import DecoderConfig
 from .moe import MoEParams
-from .params import ModelParams, specs
+from .params import LayerParams, ModelParams, specs
 
 
 def num_params(config: DecoderConfig) -> tuple[int, int]:
@@ -45,7 +45,28 @@ def flops_per_token(config: DecoderConfig, seq_len: int) -> float:
     return 3.0 * (2 * _num_active(matrices, c) + attention * (seq_len + 1))
 
 
+def flops_of_parts(config: DecoderConfig, seq_len: int) -> list[float]:
+    """:func:`flops_per_token` of the embedding, of each layer, and of the norm and the head together.
+
+    >>> from fmoe.models.decoder import preset
+    >>> parts = flops_of_parts(preset("debug"), 1024)
+    >>> len(parts), sum(parts) == flops_per_token(preset("debug"), 1024)
+    (6, True)
+    """
+    c = config
+    tree = optree.tree_map(lambda s: () if len(s.shape) == 1 else s, specs(c), is_leaf=is_spec)
+    attention = c.attention.num_heads * sum(c.attention.widths) * (seq_len + 1)
+    layers = [num_numbers(layer) - _num_resting(layer, c) for layer in tree.layers]
+    head = num_numbers(tree.embedding if c.tied_head else tree.head)
+    return [0.0, *(3.0 * (2 * weights + attention) for weights in layers), 6.0 * head]
+
+
 def _num_active(tree: ModelParams, config: DecoderConfig) -> int:
-    experts = sum(num_numbers(layer.mlp.experts) for layer in tree.layers if isinstance(layer.mlp, MoEParams))
-    resting = experts - experts // config.num_experts * config.router.top_k
+    resting = sum(_num_resting(layer, config) for layer in tree.layers)
     return num_numbers(tree) - resting - (0 if config.tied_head else num_numbers(tree.embedding))
+
+
+def _num_resting(layer: LayerParams, config: DecoderConfig) -> int:
+    """Those of the experts that a token isn't routed to."""
+    experts = num_numbers(layer.mlp.experts) if isinstance(layer.mlp, MoEParams) else 0
+    return experts - experts // config.num_experts * config.router.top_k

@@ -5,7 +5,7 @@ experts along ``ep``. Heads, hidden dimensions and the vocabulary lie along ``tp
 gathered when used.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import optree
@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
 from ..ops.balance import MoEStats, balance_loss, moe_stats, stats_sums, update_expert_bias
-from ..ops.core.axes import axis_names, binding, present
+from ..ops.core.axes import axis_names, binding, describe, present
 from ..ops.core.derive import Tensors
 from ..ops.core.dtypes import accumulator
 from ..ops.cross_entropy import LOGITS_BYTES
@@ -22,6 +22,7 @@ from ..ops.experts import ExpertParams
 from ..ops.segments import Segments, segments_of
 from ..parallel.backends import choose
 from ..parallel.collectives import psum
+from ..parallel.mesh import is_pipeline, stage_mesh
 from ..parallel.placement import computing, init_on, placed, use
 from ..parallel.stack import stack
 from ..params import P, leaf_mask, partition_specs, trained_mask
@@ -30,13 +31,14 @@ from .config import DecoderConfig as DecoderConfig  # re-exported
 from .counts import flops_per_token as flops_per_token
 from .counts import num_params as num_params
 from .families import preset as preset
-from .moe import MoEParams, mlp_forward, moe_layer
+from .moe import mlp_forward, moe_layer
 from .norm import rms_norm
 from .on_mesh import on_mesh
 from .params import LayerParams as LayerParams
 from .params import ModelParams as ModelParams
 from .params import specs as specs
 from .rotary import Angles
+from .stages import Stages, check_stages
 from .vocabulary import IGNORED, embed, refuse_outside, summed_cross_entropy, within
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -73,17 +75,25 @@ def init(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
     mesh: DeviceMesh | None = None,
+    stages: Stages | None = None,
 ) -> ModelParams:
     """Random parameters: normal weights of deviation ``config.init_std``, norms of one, zero biases.
 
     With a mesh they are DTensors placed by :func:`specs`. Every device draws only its own pieces, and the
-    numbers are the same on every mesh. Raises ``ValueError`` listing what the mesh doesn't divide.
+    numbers are the same on every mesh. With ``pp``, ``()`` stands for what a rank doesn't hold. ``stages``
+    says what that is, as for :func:`fmoe.training.gradients.of_model`; by default a rank has one stage.
+
+    Raises ``ValueError`` listing what the mesh doesn't divide, and for stages that don't fit.
 
     >>> params = init(preset("debug"), 0)
     >>> len(params.layers), params.embedding.shape
     (4, torch.Size([256, 128]))
     """
-    return init_on("init", mesh, specs(config), seed, dtype=dtype, device=device)
+    tree = specs(config)
+    if mesh is not None and (stages is not None or is_pipeline(mesh)):
+        tree = check_stages("init", stages, config, mesh).of_rank(tree, mesh.get_local_rank("pp"))
+        mesh = stage_mesh("init", mesh)
+    return init_on("init", mesh, tree, seed, dtype=dtype, device=device)
 
 
 def forward(
@@ -213,12 +223,13 @@ def update_biases(params: ModelParams, stats: LossStats | Stats, rate: float) ->
     >>> update_biases(params, stats, 0.001).layers[1].mlp.router.bias_E.abs().max()
     tensor(0.0010)
     """
-    rest = iter(stats.layers if isinstance(stats, LossStats) else stats)
+    counts = stats.layers if isinstance(stats, LossStats) else stats
+    dense = len(params.layers) - len(counts)
     layers = tuple(
-        layer._replace(mlp=update_expert_bias(layer.mlp, next(rest).tokens_per_expert, rate))
-        if isinstance(layer.mlp, MoEParams)
+        layer._replace(mlp=update_expert_bias(layer.mlp, counts[i - dense].tokens_per_expert, rate))
+        if layer and i >= dense
         else layer
-        for layer in params.layers
+        for i, layer in enumerate(params.layers)
     )
     return params._replace(layers=layers)
 
@@ -249,19 +260,26 @@ def run_on(
     backend: str = "auto",
     dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
+    described: ModelParams | None = None,
 ) -> Any:
-    """``run(params, *inputs)`` on this device or each of a mesh, with params as :func:`use` takes them."""
+    """``run(params, *inputs)`` on this device or each of a mesh, with params as :func:`use` takes them.
+
+    ``described`` are the specs of params that are part of a model.
+    """
+    if mesh is not None and is_pipeline(mesh):
+        remedy = "Use fmoe.training.gradients.of_model, or loss_of_model without gradients."
+        raise argument_error(function, "mesh", got=describe(mesh), expected="pp=1", remedy=remedy)
     for name, value in {"dtype": dtype, "reduce_dtype": reduce_dtype}.items():
         if value is not None and not value.is_floating_point:
             raise argument_error(function, name, got=value, expected="a floating dtype, or None")
-    described = specs(config)
+    described = described or specs(config)
     trained = leaf_mask(function, "params", trained_mask(described), params)
     dtypes = [dtype if moves else None for moves in trained]
     if mesh is None:
         check_on_one_device(function, params.embedding)
         choose(function, backend, None)
         return run(placed(params, dtypes=dtypes), *inputs.values())
-    wanted = computing_specs(config)
+    wanted = computing_specs(described)
     check_params(function, params, described, wanted, mesh)
     check_heads(function, config.attention.num_kv_heads, mesh)
     return on_mesh(
@@ -273,15 +291,20 @@ def run_on(
         wanted=wanted,
         out_specs=out_specs,
         backend=backend,
-        rows=(dtype or params.embedding.dtype, config.dim),
+        rows=(computing_dtype(params, dtype), config.dim),
         dtypes=dtypes,
         summed=reduce_dtype,
     )
 
 
-def computing_specs(config: DecoderConfig) -> ModelParams:
-    """Where parameters are computed with: a tree of :class:`P`."""
-    return optree.tree_map(computing, partition_specs(specs(config)))
+def computing_specs(described: ModelParams) -> ModelParams:
+    """Where parameters of these specs are computed with: a tree of :class:`P`."""
+    return optree.tree_map(computing, partition_specs(described))
+
+
+def computing_dtype(params: ModelParams, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of hidden states."""
+    return dtype or optree.tree_leaves(params)[0].dtype
 
 
 # ---- on one device, inside shard_map ---------------------------------------------------------------
@@ -320,26 +343,79 @@ def stage_loss(
     A stage before the last has no targets. Its ``balance`` is a sum, to be added to the loss. Every stage
     takes the same ``segment_ids``.
     """
-    is_whole = not (x.is_floating_point() or isinstance(params.norm, tuple))
-    outside = torch.zeros((), dtype=torch.int64, device=x.device)
+    made = stage_sums(params, x, targets, config, per_layer, logits_bytes, segment_ids)
+    if isinstance(params.norm, tuple):
+        stats = _over_devices([], made.layers)[1]
+        return made.x, LossStats(x.new_zeros(()), stats, made.balance)
+    numbers, stats = _over_devices([*made[1:-1]], made.layers)
+    return loss_of_sums(made.total.dtype, numbers, stats)
+
+
+class StageSums(NamedTuple):
+    """What a stage computes, on this device alone, before any sum over devices or micro-batches.
+
+    ===============  ================================================================
+    ``x``            what the next stage takes; of the last stage its own
+    ``total``        the sum of cross entropies, of the last stage; else 0
+    ``balance``      what is added to it for uneven loads
+    ``num_targets``  of the last stage; else 0
+    ``outside``      ids outside the vocabulary: tokens of the first stage, targets of the last
+    ``below``        segment ids below zero, of the first stage
+    ``layers``       :func:`stats_sums` of each MoE layer
+    ===============  ================================================================
+
+    >>> config, tokens = preset("debug"), torch.randint(256, (2, 16))
+    >>> made = stage_sums(init(config, 0), tokens, tokens, config)
+    >>> made.num_targets, len(made.layers)
+    (tensor(32), 3)
+    """
+
+    x: torch.Tensor
+    total: torch.Tensor
+    balance: torch.Tensor
+    num_targets: torch.Tensor
+    outside: torch.Tensor
+    below: torch.Tensor
+    layers: list[torch.Tensor]
+
+
+def stage_sums(
+    params: ModelParams,
+    x: torch.Tensor,
+    targets: torch.Tensor,
+    config: DecoderConfig,
+    per_layer: Wrap = lambda layer: layer,
+    logits_bytes: int = LOGITS_BYTES,
+    segment_ids: torch.Tensor | None = None,
+) -> StageSums:
+    """:class:`StageSums` of a stage, or of the whole model. Every stage takes all targets and segment ids."""
+    first, last = not x.is_floating_point(), not isinstance(params.norm, tuple)
+    count = outside = torch.zeros((), dtype=torch.int64, device=x.device)
     segments, below = _segments("loss", segment_ids, x)
     if isinstance(segments, Segments):
         targets = torch.where(segments.valid, targets, IGNORED)
-    if is_whole and binding().mesh is not None:
-        x, of_tokens = within(x, config.vocab_size)
-        targets, of_targets = within(targets, config.vocab_size, also=IGNORED)
-        outside = of_tokens + of_targets
+    if binding().mesh is not None:
+        if first:
+            x, outside = within(x, config.vocab_size)
+        if last:
+            targets, of_targets = within(targets, config.vocab_size, also=IGNORED)
+            outside = outside + of_targets
     x, sums, uneven = hidden(params, x, config, per_layer, segments)
-    balance = x.new_zeros((), dtype=accumulator(x.dtype))
+    total = balance = x.new_zeros((), dtype=accumulator(x.dtype))
     if config.balance_loss:  # a sequence weighs as many as it has targets, as in the cross entropy
         weighed = (uneven * (targets != IGNORED).sum(-1)).sum(0, keepdim=True)
         balance = (config.balance_loss * weighed).squeeze(0)
-    if isinstance(params.norm, tuple):
-        return x, LossStats(x.new_zeros(()), _over_devices([], sums)[1], balance)
-    total, count = summed_cross_entropy(x, head(params), targets, logits_bytes=logits_bytes)
-    numbers, stats = _over_devices([total, balance, count, outside, below], sums)
+    if last:
+        total, count = summed_cross_entropy(x, head(params), targets, logits_bytes=logits_bytes)
+    return StageSums(x, total, balance, count, outside, below if first else torch.zeros_like(below), sums)
+
+
+def loss_of_sums(
+    dtype: torch.dtype, numbers: Sequence[torch.Tensor], stats: Stats
+) -> tuple[torch.Tensor, LossStats]:
+    """The mean of ``numbers`` (1,): those of :class:`StageSums`, summed over devices."""
     # Each with a dimension, since under vmap over no example PyTorch can't multiply or divide scalars.
-    total, balance, count, outside, below = (number.to(total.dtype) for number in numbers)
+    total, balance, count, outside, below = (number.to(dtype) for number in numbers)
     if binding().mesh is not None:
         refuse_outside(outside, below)
     total, balance = total / count.clamp_min(1), balance / count.clamp_min(1)
@@ -375,7 +451,7 @@ def hidden(
         x = embed(x, use(params.embedding))
     # One function for all layers, so that a wrapper such as a compiler sees only one.
     layer = per_layer(one_layer)
-    x, found = stack(layer, params.layers, x, table, config, segments)
+    x, found = stack(layer, [*filter(None, params.layers)], x, table, config, segments)
     sums = [counted for layers, _ in found for counted in layers]
     uneven = torch.zeros((x.shape[0],), dtype=accumulator(x.dtype), device=x.device)
     uneven = sum((balance for _, balances in found for balance in balances), uneven)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..errors import argument_error
+from ..ops.core.axes import axis_names, axis_sizes, describe
 from .together import check_alike
 
 AXES = ("pp", "dp", "ep", "tp")
@@ -41,9 +42,6 @@ def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -
     ('pp', 'dp', 'ep', 'tp')
     """
     shape = parse_axes("make_mesh", axes, sizes)
-    if shape[0] > 1:
-        remedy = "There are no pipelines yet; use dp, ep and tp."
-        raise argument_error("make_mesh", "axes", got=f"pp={shape[0]}", expected="pp=1", remedy=remedy)
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     world = num_processes()
     if math.prod(shape) != world:
@@ -66,11 +64,36 @@ def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -
         dist.init_process_group(backend, **alone)
     check_alike("make_mesh", {"axes": dict(zip(AXES, shape))})
     mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
-    many = [name for name, size in zip(AXES, shape) if size > 1]
+    _flatten(mesh)
+    return mesh
+
+
+def stage_mesh(function: str, mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh of this device's stage of a pipeline: without ``pp``, unless that has one rank.
+
+    All processes call it, since it makes process groups. Raises ``ValueError`` for a mesh of ``pp`` alone.
+    """
+    if not is_pipeline(mesh):
+        return mesh
+    rest = tuple(axis for axis in axis_names(mesh) if axis != "pp")
+    if not rest:
+        remedy = "Use fmoe.make_mesh, whose meshes have all axes."
+        raise argument_error(function, "mesh", got=describe(mesh), expected="another axis", remedy=remedy)
+    _flatten(mesh)
+    return mesh[rest]
+
+
+def is_pipeline(mesh: DeviceMesh | None) -> bool:
+    """Whether a mesh has several ranks along ``pp``."""
+    return mesh is not None and axis_sizes(mesh).get("pp", 1) > 1
+
+
+def _flatten(mesh: DeviceMesh) -> None:
+    """Make the process groups of several axes."""
+    many = tuple(name for name, size in axis_sizes(mesh).items() if size > 1)
     for count in range(2, len(many) + 1):
         for several in itertools.combinations(many, count):
             mesh[several]._flatten()  # DTensor uses it too: one collective for several axes
-    return mesh
 
 
 def take_gpu(rank: int, number: int) -> bool:

@@ -13,19 +13,23 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..errors import argument_error
 from ..models import decoder
 from ..models.config import DecoderConfig
-from ..models.params import ModelParams
+from ..models.stages import Stages
 from ..ops.balance import MoEStats, merge_stats
-from ..ops.core.dtensors import as_dtensor, is_dtensor, local, map_local
+from ..ops.core.dtensors import local, map_local
 from ..ops.core.dtypes import accumulator
-from ..parallel import buckets
-from ..parallel.boundary import collect, dtensor_beneath, unwrapped
-from ..parallel.placement import is_placed, use, where_placed
+from ..parallel.boundary import dtensor_beneath, unwrapped
+from ..parallel.mesh import is_pipeline
+from ..parallel.placement import use, where_placed
 from ..parallel.shard_map import shard_map
 from ..parallel.spec import spec_of
+from ..parallel.together import from_all
 from ..params import P, leaf_mask
+from ..pipeline.schedule import Schedule
 from ..transforms import value_and_grad
 from ..tree import check_tensors, dotted_names
+from . import pipelined
 from .optim import global_norm, trained_by_default
+from .zero import by_parts, collected, scattered
 
 NAMES_SHOWN = 8
 REMEDY = "Resume from the last checkpoint with a lower learning rate, a longer warm-up or other data."
@@ -106,6 +110,8 @@ def of_model(
     *,
     micro_batches: int = 1,
     zero: int = 3,
+    schedule: str | Schedule = "1f1b",
+    stages: Stages | None = None,
     **how: Any,
 ) -> Callable[..., Any]:
     """The value and gradient of :func:`fmoe.models.decoder.loss` for a training step.
@@ -113,6 +119,10 @@ def of_model(
     =============  ========================================================================
     micro_batches  into how many parts a batch is cut, as for :func:`accumulate`
     zero           how often, on a mesh, parameters are gathered and gradients summed over devices
+    schedule       on a mesh with ``pp``: the order of stages' computations, or the ``name`` of one, as for
+                   :func:`fmoe.pipeline.make_schedule`
+    stages         on a mesh with ``pp``: which layers a stage has; ``None``: as
+                   :func:`fmoe.models.stages.cut` makes them for the schedule
     how            what else the loss takes: ``dtype``, ``backend``, ``per_layer`` ...
     -> function    ``(params, tokens, targets, segment_ids=None)`` -> ``((loss, LossStats), gradients)``
     =============  ========================================================================
@@ -141,6 +151,9 @@ def of_model(
     """
     if zero not in (1, 2, 3):
         raise argument_error("of_model", "zero", got=zero, expected="1, 2 or 3")
+    if mesh is not None and is_pipeline(mesh):
+        setup = pipelined.set_up("of_model", config, mesh, micro_batches, schedule, stages, how)
+        return pipelined.value_and_grad_of(setup, zero)
     if zero == 3 or mesh is None:
 
         def loss(params: Any, tokens: Any, targets: Any, segment_ids: Any = None) -> Any:
@@ -166,55 +179,59 @@ def of_model(
                 seed = torch.full_like(value, share)
                 grads = torch.autograd.grad(value, variables, seed, materialize_grads=True)
                 found = structure.unflatten(grads)
-                return (value.detach(), stats), _scattered(params, found) if zero == 2 else found
+                return (value.detach(), stats), scattered(params, found) if zero == 2 else found
 
             of_batch = _accumulated(one, micro_batches, wide=True) if micro_batches > 1 else one
-            out, grads = of_batch(_by_parts(use, params), *batch)
-            return out, grads if zero == 2 else _scattered(params, grads)
+            out, grads = of_batch(by_parts(use, params), *batch)
+            return out, grads if zero == 2 else scattered(params, grads)
 
         def out_specs(where: P, have: Any) -> Any:
             return (P(), P()), have
 
-        have = where_placed(params, decoder.computing_specs(config), mesh)
+        have = where_placed(params, decoder.computing_specs(decoder.specs(config)), mesh)
         with torch.no_grad():
             out, grads = decoder.run_on(
                 "of_model", run, params, inputs, config, mesh, out_specs=out_specs, **how
             )
-            return out, _collected(params, grads, have, mesh)
+            return out, collected(params, grads, have, mesh)
 
     return call
 
 
-def _scattered(placed: Any, grads: Any) -> Any:
-    """Gradients of whole parameters, as they are placed, summed over devices in float32."""
+def loss_of_model(
+    config: DecoderConfig,
+    mesh: DeviceMesh | None = None,
+    *,
+    micro_batches: int = 1,
+    schedule: str | Schedule = "1f1b",
+    stages: Stages | None = None,
+    **how: Any,
+) -> Callable[..., Any]:
+    """:func:`fmoe.models.decoder.loss` as a function, on any mesh: with ``pp`` through the stages.
 
-    def part(placed: Any, grads: Any) -> Any:
-        leaves, structure = optree.tree_flatten(placed, is_leaf=is_placed)
-        cotangents = structure.flatten_up_to(grads)
-        return structure.unflatten(buckets.scatter(leaves, cotangents))
+    =============  ========================================================================
+    micro_batches  with ``pp``: into how many parts a batch is cut
+    how            as for :func:`of_model`, as are ``schedule`` and ``stages``
+    -> function    ``(params, tokens, targets, segment_ids=None)`` -> ``(loss, LossStats)``; with ``pp`` it
+                   has no derivative
+    =============  ========================================================================
 
-    return _by_parts(part, placed, grads)
+    Raises ``ValueError`` for what the loss refuses, and for a schedule or stages that don't fit the mesh.
 
+    >>> config, tokens = decoder.preset("debug"), torch.randint(256, (4, 16))
+    >>> loss, stats = loss_of_model(config)(decoder.init(config, 0), tokens, tokens)
+    >>> stats.num_targets
+    tensor(64.)
+    """
+    if mesh is not None and is_pipeline(mesh):
+        return pipelined.loss_of(
+            pipelined.set_up("loss_of_model", config, mesh, micro_batches, schedule, stages, how)
+        )
 
-def _collected(params: Any, grads: Any, specs: Any, mesh: DeviceMesh) -> Any:
-    """Gradients summed over the axes along which their parameters are whole, and placed like them."""
-    leaves, structure = optree.tree_flatten(params)
-    pieces = collect([local(g) for g in structure.flatten_up_to(grads)], mesh, optree.tree_leaves(specs))
-    pieces = [piece.to(leaf.dtype) for piece, leaf in zip(pieces, leaves)]
-    return structure.unflatten(
-        as_dtensor(piece, mesh, leaf.placements, leaf.shape, leaf.stride()) if is_dtensor(leaf) else piece
-        for piece, leaf in zip(pieces, leaves)
-    )
+    def loss(params: Any, tokens: Any, targets: Any, segment_ids: Any = None) -> Any:
+        return decoder.loss(params, tokens, targets, config, mesh, segment_ids=segment_ids, **how)
 
-
-def _by_parts(fn: Callable[..., Any], params: Any, *others: Any) -> Any:
-    """``fn`` of a model's parts in turn, so that no more than a layer is on its way at once."""
-
-    def each(tree: Any) -> list[Any]:
-        return [tree.embedding, *tree.layers, tree.norm, tree.head]
-
-    embedding, *layers, norm, head = (fn(*trees) for trees in zip(*map(each, (params, *others))))
-    return ModelParams(embedding, tuple(layers), norm, head)
+    return loss
 
 
 def computing_in(fn: Callable[..., Any], dtype: torch.dtype, *, keep: Any = None) -> Callable[..., Any]:
@@ -281,12 +298,15 @@ def _converted(leaf: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return convert(leaf)
 
 
-def check_finite(step: int, loss: float, grad_norm: float, grads: Any) -> None:
+def check_finite(
+    step: int, loss: float, grad_norm: float, grads: Any, mesh: DeviceMesh | None = None
+) -> None:
     """Raise ``FloatingPointError`` unless the loss and the gradients' norm are finite.
 
     The message names the step and every tensor whose gradient has no finite norm, from the last layer to
     the first, as the backward pass reached them. ``grads`` is read in that case only, so a healthy step does
-    not wait for the device. With DTensors every rank calls this and raises the same.
+    not wait for the device. With DTensors every rank calls this and raises the same; with ``pp``, give it the
+    ``mesh``.
 
     >>> grads = {"a": torch.tensor(1.0), "b": torch.tensor(torch.nan)}
     >>> check_finite(7, 0.5, torch.nan, grads)  # doctest: +ELLIPSIS
@@ -297,32 +317,37 @@ def check_finite(step: int, loss: float, grad_norm: float, grads: Any) -> None:
         return
     raise FloatingPointError(
         f"step {step}: the loss is {loss} and the norm of its gradient {grad_norm}. Not finite are the "
-        f"gradients of {_not_finite(grads)}, in the order in which the backward pass met them. {REMEDY}"
+        f"gradients of {_not_finite(grads, mesh)}, in the order in which the backward pass met them. {REMEDY}"
     )
 
 
-def check_params(step: int, params: Any) -> None:
+def check_params(step: int, params: Any, mesh: DeviceMesh | None = None) -> None:
     """Raise ``FloatingPointError`` unless all parameters are finite, as those must be that are saved.
 
-    It waits for the device. The message names the step and the tensors.
+    It waits for the device. The message names the step and the tensors. With ``pp``, give it the ``mesh``.
 
     >>> check_params(7, {"a": torch.tensor(1.0), "b": torch.tensor(torch.inf)})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     FloatingPointError: step 7: its update left parameters that are not finite: 1 of 2 tensors: b. ...
     """
-    if not global_norm(params).isfinite():
+    if not global_norm(params, mesh).isfinite():
+        found = _not_finite(params, mesh)
         raise FloatingPointError(
-            f"step {step}: its update left parameters that are not finite: {_not_finite(params)}. {REMEDY}"
+            f"step {step}: its update left parameters that are not finite: {found}. {REMEDY}"
         )
 
 
-def _not_finite(tree: Any) -> str:
+def _not_finite(tree: Any, mesh: DeviceMesh | None) -> str:
     """The tensors of a tree without a finite norm, the last first, in words."""
-    leaves = check_tensors("check_finite", "grads", tree)
-    bad = [name for name, leaf in zip(dotted_names(tree), leaves) if not global_norm(leaf).isfinite()][::-1]
+    leaves, paths = check_tensors("check_finite", "grads", tree), optree.tree_paths(tree)
+    finite = [bool(global_norm(leaf).isfinite()) for leaf in leaves]
+    listed = [*zip(paths, dotted_names(tree), finite)]
+    if mesh is not None and is_pipeline(mesh):  # all ranks along pp are here
+        listed = sorted({leaf for of_rank in from_all(listed, mesh.get_group("pp")) for leaf in of_rank})
+    bad = [name for _, name, finite in listed[::-1] if not finite]
     shown = ", ".join(bad[:NAMES_SHOWN]) or "none"
     rest = f" and {len(bad) - NAMES_SHOWN} more" if len(bad) > NAMES_SHOWN else ""
-    return f"{len(bad)} of {len(leaves)} tensors: {shown}{rest}"
+    return f"{len(bad)} of {len(listed)} tensors: {shown}{rest}"
 
 
 def _merged(shares: torch.Tensor, *parts: Any) -> Any:

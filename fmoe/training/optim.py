@@ -14,12 +14,15 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from ..errors import argument_error
 from ..models.moe import moe_specs
+from ..models.params import ModelParams
+from ..models.stages import counted_once
 from ..ops.core.axes import axis_names, group_of
 from ..ops.core.dtensors import is_dtensor, local, map_local
 from ..ops.core.dtypes import accumulator
 from ..ops.core.memory import alone
 from ..ops.route import RouterParams
 from ..parallel.collective_ops import all_gather_op
+from ..parallel.mesh import is_pipeline
 from ..params import leaf_mask, trained_mask
 from ..tree import check_tensors, dotted_names
 
@@ -296,18 +299,37 @@ def _layout(leaf: Any, dtype_of: DtypeOf) -> tuple[Any, ...]:
     return (*plain, leaf.placements, leaf.device_mesh) if is_dtensor(leaf) else plain
 
 
-def global_norm(grads: Any) -> torch.Tensor:
+def global_norm(grads: Any, mesh: DeviceMesh | None = None) -> torch.Tensor:
     """The Euclidean norm of all leaves as one vector: a float32 scalar, summed in float32 or wider.
 
     Leaves may be DTensors, those of a mesh share one collective, and the result is a plain tensor with the
     same bits on every rank. Nothing waits for the device. No leaf is copied, except that the CPU's kernel
     copies dtypes narrower than float32, one leaf at a time.
 
+    With ``pp``, give it the ``mesh``: then what the other ranks hold counts, too. A tied embedding, which two
+    ranks may hold, counts once.
+
     Raises ``ValueError`` for leaves that aren't tensors.
 
     >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])})
     tensor(5.)
     """
+    if mesh is None or not is_pipeline(mesh):
+        return _squared_norm(grads).sqrt()
+    mine = _squared_norm(optree.tree_map(_counted_once, grads, is_leaf=_is_model))
+    line = group_of(mesh, ("pp",))
+    return all_gather_op.raw(mine[None], line.size, line.name).sum().sqrt()  # in one order on every rank
+
+
+def _is_model(tree: Any) -> bool:
+    return isinstance(tree, ModelParams)
+
+
+def _counted_once(tree: Any) -> Any:
+    return counted_once(tree) if _is_model(tree) else tree
+
+
+def _squared_norm(grads: Any) -> torch.Tensor:
     leaves = check_tensors("global_norm", "grads", grads)
     device = leaves[0].device if leaves else None
     # The norms of leaves that are cut along the same axes of a mesh.
@@ -329,7 +351,7 @@ def global_norm(grads: Any) -> torch.Tensor:
             total = (
                 total + everyone[(*(slice(None) if i in cut else 0 for i in range(mesh.ndim)), kind)].sum()
             )
-    return total.sqrt()
+    return total
 
 
 def _group(mesh: DeviceMesh) -> str:
@@ -373,7 +395,9 @@ def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
     return torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
 
 
-def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, torch.Tensor]:
+def clip_by_global_norm(
+    grads: Any, max_norm: float, mesh: DeviceMesh | None = None
+) -> tuple[Any, torch.Tensor]:
     """Gradients times :func:`clip_factor`, in their dtype, and their :func:`global_norm` before that.
 
     If they go to an optimizer next, pass it the factor as ``scale``: that needs no copy and no time.
@@ -383,7 +407,7 @@ def clip_by_global_norm(grads: Any, max_norm: float) -> tuple[Any, torch.Tensor]
     >>> clip_by_global_norm([torch.tensor([3.0, 4.0])], 1.0)
     ([tensor([0.6000, 0.8000])], tensor(5.))
     """
-    norm = global_norm(grads)
+    norm = global_norm(grads, mesh)
     factor = clip_factor(norm, max_norm)
 
     def scaled(piece: torch.Tensor) -> torch.Tensor:

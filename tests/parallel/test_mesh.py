@@ -43,7 +43,6 @@ def test_the_axes_are_always_there_in_one_order():
         ),
         ("dp=1", {"dp": 1}, "got dp=1, dp=1, expected each of"),
         ("", {"ep": 1.5}, "got ep=1.5, expected each of"),
-        ("pp=2", {}, "got pp=2, expected pp=1. There are no pipelines yet; use dp, ep and tp."),
     ],
 )
 def test_bad_axes_are_named(args, sizes, text):

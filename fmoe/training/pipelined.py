@@ -1,0 +1,265 @@
+"""A step of a model in stages, on a mesh with ``pp``, for :mod:`fmoe.training.gradients`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optree
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..errors import argument_error
+from ..models import decoder
+from ..models.config import DecoderConfig
+from ..models.params import ModelParams, specs
+from ..models.stages import Stages, check_stages, cut
+from ..ops.balance import moe_stats
+from ..ops.core.axes import Group, axis_sizes, describe, group_of
+from ..ops.core.dtensors import is_dtensor
+from ..ops.core.dtypes import accumulator
+from ..parallel.collective_ops import psum_op
+from ..parallel.mesh import stage_mesh
+from ..parallel.placement import is_placed, token_axes, use, where_placed
+from ..parallel.together import check_alike, from_all, together
+from ..params import P
+from ..pipeline.run import Gradients, Line, Made, Stage, run, run_forwards
+from ..pipeline.schedule import Schedule, make_schedule
+from .zero import by_parts, collected, scattered
+
+NUMBERS = len(decoder.StageSums._fields) - 2  # all but the hidden states and the layers
+
+
+class Setup(NamedTuple):
+    """What all steps share: this rank along ``pp``, and the mesh of its stages' devices.
+
+    ``everywhere`` are the devices that tokens or stages lie on. ``on`` goes to ``run_on``, and ``each`` to a
+    stage.
+    """
+
+    function: str
+    config: DecoderConfig
+    rank: int
+    group: Any
+    mesh: DeviceMesh
+    everywhere: Group
+    schedule: Schedule
+    stages: Stages
+    on: dict[str, Any]
+    each: dict[str, Any]
+
+    @property
+    def described(self) -> ModelParams:
+        return self.stages.of_rank(specs(self.config), self.rank)
+
+
+def set_up(
+    function: str,
+    config: DecoderConfig,
+    mesh: DeviceMesh,
+    micro_batches: int,
+    schedule: str | Schedule,
+    stages: Stages | None,
+    how: dict[str, Any],
+) -> Setup:
+    """Check what was asked for. All ranks call it, and raise together."""
+    with together():
+        pp = axis_sizes(mesh)["pp"]
+        if isinstance(schedule, str):
+            schedule = make_schedule(schedule, pp=pp, micro_batches=micro_batches)
+        if (len(schedule.actions), schedule.micro_batches) != (pp, micro_batches):
+            got = f"one of {len(schedule.actions)} ranks and {schedule.micro_batches} micro-batches"
+            expected = f"{pp} ranks, as {describe(mesh)} has, and micro_batches={micro_batches}"
+            raise argument_error(function, "schedule", got=got, expected=expected)
+        if stages is None:
+            stages = cut(config, schedule.stage_to_rank)
+        stages = check_stages(function, stages, config, mesh)
+        if stages.ranks != schedule.stage_to_rank:
+            expected, remedy = f"{schedule.stage_to_rank}, as the schedule has", "Cut the model for it."
+            raise argument_error(function, "stages.ranks", got=stages.ranks, expected=expected, remedy=remedy)
+    actions = [" ".join(map(str, rank)) for rank in schedule.actions]
+    check_alike(function, {"schedule": actions, "stages": [list(ends) for ends in stages.layers]})
+    inner = stage_mesh(function, mesh)
+    group = mesh.get_group("pp")
+    from_all((), group)  # NCCL wants all of a group's ranks in its first call
+    of_stage = "per_layer", "logits_bytes"
+    each = {name: value for name, value in how.items() if name in of_stage}
+    on = {name: value for name, value in how.items() if name not in of_stage}
+    everywhere = group_of(mesh, ("pp", *token_axes(mesh)))
+    rank = mesh.get_local_rank("pp")
+    return Setup(function, config, rank, group, inner, everywhere, schedule, stages, on, each)
+
+
+def value_and_grad_of(setup: Setup, zero: int) -> Callable[..., Any]:
+    """The step that :func:`fmoe.training.gradients.of_model` promises, on one rank of a pipeline."""
+
+    def call(params: Any, tokens: Any, targets: Any, segment_ids: Any = None) -> Any:
+        def here(params: Any, *batch: torch.Tensor) -> Any:
+            return _differentiated(setup, zero, params, batch)
+
+        def out_specs(where: P, have: Any) -> Any:
+            return (P(), P()), have
+
+        have = where_placed(params, decoder.computing_specs(setup.described), setup.mesh)
+        out, grads = _on_mesh(setup, here, params, tokens, targets, segment_ids, out_specs)
+        return out, collected(params, grads, have, setup.mesh)
+
+    return call
+
+
+def loss_of(setup: Setup) -> Callable[..., Any]:
+    """The loss alone, by the forwards of a schedule."""
+
+    def call(params: Any, tokens: Any, targets: Any, segment_ids: Any = None) -> Any:
+        def here(params: Any, *batch: torch.Tensor) -> Any:
+            parts, line = _parts(setup, batch, params)
+            stages = {
+                s: Stage(_forward(setup, s, setup.stages.of_stage(params, s), parts), ())
+                for s in setup.schedule.stages(setup.rank)
+            }
+            return _known_to_all(setup, run_forwards(setup.schedule, line, stages), line.like)[0]
+
+        def out_specs(*_: Any) -> Any:
+            return P(), P()
+
+        return _on_mesh(setup, here, params, tokens, targets, segment_ids, out_specs)
+
+    return call
+
+
+def _on_mesh(
+    setup: Setup,
+    here: Callable[..., Any],
+    params: Any,
+    tokens: Any,
+    targets: Any,
+    segment_ids: Any,
+    out_specs: Callable[..., Any],
+) -> Any:
+    function, config = setup.function, setup.config
+    inputs = decoder.inputs_of(function, config, {"tokens": tokens, "targets": targets}, segment_ids)
+    for name, value in inputs.items():
+        if is_dtensor(value):
+            expected = "a plain tensor, this device's own sequences"
+            raise argument_error(function, name, got="a DTensor", expected=expected)
+    mine, theirs = ([part != () for part in _each(tree)] for tree in (setup.described, params))
+    if mine != theirs:
+        got = f"a tree that has {_held(theirs)}"
+        expected = f"{_held(mine)} on rank {setup.rank} along pp"
+        remedy = "Give decoder.init the stages of the schedule, as fmoe.models.stages.cut makes them."
+        raise argument_error(function, "params", got=got, expected=expected, remedy=remedy)
+    with torch.no_grad():
+        return decoder.run_on(
+            function, here, params, inputs, config, setup.mesh,
+            out_specs=out_specs, described=setup.described, **setup.on,
+        )  # fmt: skip
+
+
+def _each(tree: ModelParams) -> list[Any]:
+    return [tree.embedding, *tree.layers, tree.norm, tree.head]
+
+
+def _held(parts: list[bool]) -> str:
+    names = ["embedding", *(f"layers.{i}" for i in range(len(parts) - 3)), "norm", "head"]
+    return ", ".join(name for name, here in zip(names, parts) if here) or "nothing"
+
+
+# ---- on one device, inside shard_map ---------------------------------------------------------------
+
+
+def _parts(setup: Setup, batch: Any, params: Any) -> tuple[list[Any], Line]:
+    """The micro-batches, and what stages send for each."""
+    parts = [*zip(*(tensor.tensor_split(setup.schedule.micro_batches) for tensor in batch))]
+    shapes = [torch.Size([*part[0].shape, setup.config.dim]) for part in parts]
+    dtype = decoder.computing_dtype(params, setup.on.get("dtype"))
+    return parts, Line(setup.rank, setup.group, shapes, batch[0].new_empty(0, dtype=dtype))
+
+
+def _forward(setup: Setup, stage: int, params: ModelParams, parts: list[Any]) -> Any:
+    last = stage == len(setup.stages.ranks) - 1
+
+    def forward(m: int, x: torch.Tensor | None) -> Made:
+        tokens, targets, *ids = parts[m]
+        made = decoder.stage_sums(
+            params, tokens if x is None else x, targets, setup.config,
+            segment_ids=ids[0] if ids else None, **setup.each,
+        )  # fmt: skip
+        numbers = [number.detach().double() for number in made[1:-1]]
+        sums = torch.cat([torch.stack(numbers), *(counted.detach() for counted in made.layers)])
+        return Made(None if last else made.x, made.total + made.balance, sums)
+
+    return forward
+
+
+def _differentiated(setup: Setup, zero: int, params: Any, batch: Any) -> Any:
+    """``(loss, LossStats)``, and the gradients of this rank's pieces."""
+    whole = params if zero == 3 else by_parts(use, params)
+    leaves, structure = optree.tree_flatten(whole)
+    variables = [leaf.detach().requires_grad_() for leaf in leaves]
+    tree, numbers = structure.unflatten(variables), structure.unflatten(range(len(leaves)))
+    del whole, leaves
+    parts, line = _parts(setup, batch, params)
+    stages = {}
+    for s in setup.schedule.stages(setup.rank):
+        uses = optree.tree_leaves(setup.stages.of_stage(numbers, s))
+        forward = _forward(setup, s, setup.stages.of_stage(tree, s), parts)
+        stages[s] = Stage(forward, uses)
+        if zero == 2:
+            stages[s] = Stage(
+                forward, uses, _summed_over_devices(setup.stages.of_stage(params, s), variables, uses)
+            )
+    # Along tp all devices have the same value, and an equal share in it.
+    share = 1 / axis_sizes(setup.mesh).get("tp", 1)
+    ran = run(setup.schedule, line, stages, variables, seed=share)
+    out, divisor = _known_to_all(setup, ran.sums, line.like)
+    found = [
+        torch.zeros_like(variable) if gradient is None else gradient.div_(divisor)
+        for gradient, variable in zip(ran.gradients, variables)
+    ]
+    grads = optree.tree_structure(params, is_leaf=is_placed).unflatten(found)
+    if zero == 1:
+        grads = scattered(params, grads)
+    return out, _with_tied(setup, grads)
+
+
+def _summed_over_devices(params: Any, variables: Any, uses: Any) -> Callable[[Gradients], Gradients]:
+    """For ``zero=2``: gradients of whole parameters as those of this device's pieces."""
+    structure = optree.tree_structure(params, is_leaf=is_placed)
+
+    def reduce(found: Gradients) -> Gradients:
+        each = [torch.zeros_like(variables[i]) if g is None else g for i, g in zip(uses, found)]
+        return optree.tree_leaves(scattered(params, structure.unflatten(each)))
+
+    return reduce
+
+
+def _known_to_all(setup: Setup, sums: dict[int, torch.Tensor], like: torch.Tensor) -> Any:
+    """``(loss, LossStats)`` on every rank, and the number that summed gradients are divided by."""
+    c, width = setup.config, setup.config.num_experts + 2
+    dense, sparse = c.num_dense_layers, c.num_layers - c.num_dense_layers
+    table = like.new_zeros(NUMBERS + sparse * width, dtype=torch.float64)
+    for stage, found in sums.items():
+        table[:NUMBERS] += found[:NUMBERS]
+        start = NUMBERS + max(0, setup.stages.layers[stage][0] - dense) * width
+        table[start : start + len(found) - NUMBERS] = found[NUMBERS:]
+    table = psum_op.raw(table, setup.everywhere.name)
+    stats = tuple(moe_stats(row) for row in table[NUMBERS:].split(width))
+    numbers = table[:NUMBERS].split(1)
+    out = decoder.loss_of_sums(accumulator(like.dtype), numbers, stats)
+    return out, out[1].num_targets.clamp_min(1)
+
+
+def _with_tied(setup: Setup, grads: ModelParams) -> ModelParams:
+    """The ranks of the first and the last stage hold a tied embedding, and get the same sum of gradients."""
+    first, last = setup.stages.ranks[0], setup.stages.ranks[-1]
+    if not setup.config.tied_head or first == last or setup.rank not in (first, last):
+        return grads
+    mine = grads.embedding.contiguous()
+    theirs = torch.empty_like(mine)
+    peer = last if setup.rank == first else first
+    ops = [
+        dist.P2POp(op, t, group=setup.group, group_peer=peer)
+        for op, t in ((dist.isend, mine), (dist.irecv, theirs))
+    ]
+    for work in dist.batch_isend_irecv(ops):
+        work.wait()
+    return grads._replace(embedding=mine + theirs)
