@@ -242,7 +242,7 @@ def test_each_device_of_a_mesh_holds_and_sends_what_was_planned(pool, axes, zero
         assert held == (planned.parameters, planned.optimizer, planned.gradients)
         assert sent == planned.sent
         step = max(planned.peaks[phase] for phase in ("forward", "backward"))
-        assert step == pytest.approx(most, rel=0.02)
+        assert 0.9 * most < step <= 1.001 * most  # the thread of a collective may let go of its tensors late
 
 
 @pytest.mark.parametrize("wrap", [same, FULL], ids=["nothing recomputed", "all recomputed"])
