@@ -58,6 +58,7 @@ def plan(
     micro_batches: int = 1,
     dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
     zero: int = 3,
     per_layer: Callable[..., Any] = lambda layer: layer,
     optimizer: Optimizer | None = None,
@@ -75,6 +76,7 @@ def plan(
     batch_size     sequences per step, over all devices, of ``seq_len`` tokens each
     micro_batches  the parts in which a step's batch is computed
     dtype          of parameters; ``compute_dtype`` is that of the arithmetic, ``None`` for the same
+    reduce_dtype   what gradients are summed in over devices, as for ``decoder.loss``
     zero           1, 2 or 3, as for :func:`fmoe.training.gradients.of_model`
     per_layer      as for ``decoder.loss``, such as ``fmoe.remat``. Leave ``torch.compile`` out; it can
                    keep less than is planned
@@ -127,7 +129,7 @@ def plan(
         sent, pairs = tokens * copies, tokens * config.router.top_k
         rows = Rows(math.ceil(sent), math.ceil(sent * imbalance), math.ceil(pairs * imbalance))
     job = Job(
-        config, here, batch, micro_batches, dtype, compute_dtype or dtype, zero, per_layer,
+        config, here, batch, micro_batches, dtype, compute_dtype or dtype, reduce_dtype, zero, per_layer,
         optimizer or adamw(), max_norm, logits_bytes, segments, rows, device_type == "cuda",
     )  # fmt: skip
     run = functools.cache(lambda *shape: dry_run_stage(job, *shape))

@@ -89,6 +89,7 @@ class Job(NamedTuple):
     micro_batches: int
     dtype: torch.dtype
     compute_dtype: torch.dtype
+    reduce_dtype: torch.dtype | None
     zero: int
     per_layer: Callable[..., Any]
     optimizer: Optimizer
@@ -145,7 +146,8 @@ def _differentiated(
 
     def here(params: ModelParams) -> Any:
         leaves, structure = optree.tree_flatten(params)
-        return placed(structure.unflatten(enter(leaves, job.mesh, optree.tree_leaves(have))), how, dtypes)
+        pieces = structure.unflatten(enter(leaves, job.mesh, optree.tree_leaves(have)))
+        return placed(pieces, how, dtypes, job.reduce_dtype)
 
     def of_pieces(params: ModelParams, tokens: torch.Tensor) -> Any:
         return loss(here(params), tokens)
