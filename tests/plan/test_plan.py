@@ -322,6 +322,14 @@ def test_stages_of_a_pipeline_share_the_layers():
     assert "loss" in found.stages[2].activations and "loss" not in found.stages[0].activations
     one = plan(config, "pp=3,dp=2,ep=2", batch_size=4, seq_len=32, device_type="cpu").stages[1]
     assert sum(found.stages[1].activations.values()) == 2 * sum(one.activations.values())
+    assert found.stages[1].converted == 2 * one.converted > 0  # each holds those of its last layer
+
+
+def test_micro_batches_in_flight_share_parameters_that_are_gathered_once():
+    how = dict(seq_len=16, zero=1, compute_dtype=BFLOAT16, device_type="cpu")
+    four, one = (plan(SMALL, "pp=3,dp=2", batch_size=2 * n, micro_batches=n, **how).stages for n in (4, 1))
+    assert [s.in_flight for s in four] == [3, 2, 1]
+    assert [s.converted for s in four] == [s.converted for s in one]
 
 
 # ---- what kernels hold: the code that runs on CUDA, on CPU tensors ---------------------------------
