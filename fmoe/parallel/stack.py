@@ -158,7 +158,7 @@ class _Again:
     def pack(self, tensor: torch.Tensor) -> Any:
         j = self.places.get(tensor.untyped_storage()._cdata)
         if j is None or tensor.dtype != self.whole[j].dtype:
-            return tensor
+            return tensor.detach()  # undetached, an output would hold its own graph, which none would free
         return j, tensor.shape, tensor.stride(), tensor.storage_offset() - self.whole[j].storage_offset()
 
     def unpack(self, kept: Any) -> torch.Tensor:
