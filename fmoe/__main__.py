@@ -148,7 +148,8 @@ def plan(args: argparse.Namespace) -> None:
     optimizer = adamw(moments_dtype=dtypes.pop("moments_dtype"))
     found = plan_step(
         config, args.mesh, batch_size=args.batch_size, seq_len=args.seq_len, micro_batches=args.micro_batches,
-        per_layer=per_layer(args.remat), imbalance=args.imbalance, optimizer=optimizer, **dtypes,
+        zero=args.zero, per_layer=per_layer(args.remat), imbalance=args.imbalance, optimizer=optimizer,
+        **dtypes,
     )  # fmt: skip
     if args.json:
         stages = [{**stage._asdict(), "peak": stage.peak} for stage in found.stages]
@@ -203,6 +204,8 @@ def arguments() -> argparse.ArgumentParser:
     step_arguments(add)
     add("--mesh", default="", help='as "dp=2,ep=32,pp=8"')
     add("--micro-batches", type=int, default=1)
+    how_often = "parameters are gathered and gradients summed: 3 each micro-batch, 1 once a step, 2 between"
+    add("--zero", type=int, default=3, choices=(1, 2, 3), help=how_often)
     add("--imbalance", type=float, default=1.0, help="the busiest device's rows over the mean")
     add("--json", action="store_true")
     benches = commands.add_parser("bench", help="measure here").add_subparsers(dest="what", required=True)

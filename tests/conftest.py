@@ -1,4 +1,3 @@
-import functools
 import pathlib
 import sys
 import time
@@ -51,7 +50,10 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 def aot_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """``torch.compile`` without Inductor, which takes a minute and has a test of its own."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compiled = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **how: compiled(*args, **how | {"backend": "aot_eager"})
+    )
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ from ..models.config import DecoderConfig
 from ..plan import plan
 from ..training import data as text
 from ..training.documents import read_documents
-from ..training.gradients import computing_in
 from ..training.metrics import PEAK_FLOPS
 from ..training.optim import Optimizer, adamw, clip_factor, global_norm
 from ..transforms import per_layer, value_and_grad
@@ -90,13 +89,14 @@ def bench_model(
     ).stages[0]  # fmt: skip
     if not on_cuda:
         _check_memory(planned.peak)
-    how: dict[str, Any] = dict(config=config, per_layer=per_layer(remat, compiled=compiled))
+    wrap = per_layer(remat, compiled=compiled)
+    how: dict[str, Any] = dict(config=config, dtype=compute_dtype, per_layer=wrap)
 
     def loss(params: Any, tokens: Any, targets: Any, segment_ids: Any = None) -> Any:
         return decoder.loss(params, tokens, targets, segment_ids=segment_ids, **how)
 
     start = functools.partial(decoder.init, config, seed, dtype=dtype, device=device)
-    step = _training(computing_in(loss, compute_dtype), start(), optimizer)  # no other name for the params
+    step = _training(loss, start(), optimizer)  # no other name for the params
     batches = _batches(config, batch_size, seq_len, data, segments, device, seed)
     found = _measured(step, batches, steps, math.log(config.vocab_size), on_cuda, trace)
     name = torch.cuda.get_device_name() if on_cuda else "CPU"

@@ -26,6 +26,7 @@ from ..ops.core.axes import group_of
 from ..ops.core.derive import Tensors, replaced
 from ..ops.core.dtensors import as_dtensor, is_dtensor
 from ..ops.core.dtypes import accumulator
+from ..ops.core.function import zeros
 from ..params import P
 from .collective_ops import psum_op
 from .spec import Placements, placements, unnamed_axes
@@ -69,7 +70,13 @@ def _cross(
 ) -> Tensors:
     groups = [group_of(mesh, unnamed_axes(spec, mesh)) for spec in specs]
     ways = tuple((at, g.name, g.size, wrapped) for at, g, wrapped in zip(where, groups, dtensor))
-    return _apply(cls, mesh, ways, *tensors) if tensors else ()
+    found = [*tensors]
+    for kind in (True, False):  # apart, as jvp and vmap refuse DTensors, but not plain tensors beside them
+        some = [i for i, wrapped in enumerate(dtensor) if wrapped == kind]
+        if some:
+            crossed = _apply(cls, mesh, tuple(ways[i] for i in some), *(tensors[i] for i in some))
+            found = replaced(found, some, crossed)
+    return tuple(found)
 
 
 # Dynamo needs module-level Functions without a jvp. Their arguments are the mesh, the way of each tensor, and
@@ -81,6 +88,7 @@ class _Map(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
         ctx.mesh, ctx.ways = inputs[:2]
+        ctx.outputs = [(t.shape, t.dtype, t.device) for t in output]
         ctx.set_materialize_grads(False)
         constant = [t for t in output if not t.is_floating_point()]
         if constant:
@@ -188,7 +196,8 @@ def _with_rules(cls: Any) -> Any:
     def jvp(ctx: Any, *tangents: Any) -> Any:
         check_plain("jvp", ctx.ways)
         with _set_fwd_grad_enabled(True):  # otherwise a second tangent is silently lost
-            return tuple(_pull(cls, ctx, tangents[2:]))
+            moved = _pull(cls, ctx, tangents[2:])
+            return tuple(zeros(*like) if t is None else t for t, like in zip(moved, ctx.outputs))
 
     def vmap(info: Any, dims: tuple[Any, ...], mesh: Any, ways: Any, *tensors: torch.Tensor) -> Any:
         check_plain("vmap", ways)

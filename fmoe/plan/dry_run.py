@@ -19,6 +19,10 @@ from ..ops.cross_entropy import block_columns
 GRANULE = 512  # CUDA's allocator rounds sizes up to this
 CUBLAS = 2 * 32 * 2**20  # its workspace on Hopper, for both threads that launch: forward, backward
 
+GATHERS = {"fmoe::gather_params", "fmoe::begin_gather"}
+COPIES = {f"aten::{name}" for name in ("clone", "_to_copy", "cat", "constant_pad_nd")}
+COPIES_INTO = {"aten::copy_", "aten::_foreach_copy_"}  # their first argument
+
 
 class Rows(NamedTuple):
     """Rows of one dispatch along ``ep``: those that a device sends, receives, and has for its experts."""
@@ -32,7 +36,8 @@ class DryRun(TorchDispatchMode):
     """Follows every storage from its first tensor to its last, and counts the bytes that each operator sends.
 
     ``timeline`` has the number of each storage that came or went, and which of the two it did. ``marks`` are
-    places in it, by name, in order. Enter it inside a ``FakeTensorMode``.
+    places in it, by name, in order, and ``sent_at`` has the bytes sent until then. ``copies`` are storages of
+    nothing but ``params``, gathered, cast or laid out anew. Enter it inside a ``FakeTensorMode``.
     """
 
     def __init__(self, *, rows: Rows | None = None, on_cuda: bool = True) -> None:
@@ -43,6 +48,9 @@ class DryRun(TorchDispatchMode):
         self.timeline: list[tuple[int, bool]] = []
         self.marks: defaultdict[str, list[int]] = defaultdict(list)
         self.sent: Counter[str] = Counter()
+        self.sent_at: defaultdict[str, list[Counter[str]]] = defaultdict(list)
+        self.params: set[int] = set()
+        self.copies: set[int] = set()
         self._numbers: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -58,6 +66,9 @@ class DryRun(TorchDispatchMode):
         maker = self.maker[self.number(args[0])] if name == "aten::clone" else name
         for tensor in outputs:
             self.number(tensor, name if maker == "given" else maker)
+        into, source = (args[0], args[1]) if name in COPIES_INTO else (outputs, args)
+        if name in GATHERS or (name in COPIES | COPIES_INTO and self._are_params(source)):
+            self.copies |= self.numbers(into)
         held = WORKSPACES[name](args, outputs) if self.on_cuda and name in WORKSPACES else 0
         if held > 0:
             self.timeline.append((self._new(held, name), False))
@@ -67,6 +78,7 @@ class DryRun(TorchDispatchMode):
 
     def mark(self, name: str) -> None:
         self.marks[name].append(len(self.timeline))
+        self.sent_at[name].append(self.sent.copy())
 
     def number(self, tensor: torch.Tensor, maker: str = "given") -> int:
         """The number of a tensor's storage."""
@@ -79,6 +91,11 @@ class DryRun(TorchDispatchMode):
 
     def numbers(self, tree: Any) -> set[int]:
         return {self.number(t) for t in optree.tree_leaves(tree) if isinstance(t, torch.Tensor)}
+
+    def _are_params(self, tree: Any) -> bool:
+        """Whether a tree has tensors, and none but parameters and copies of them."""
+        found = self.numbers(tree)
+        return bool(found) and found <= self.params | self.copies
 
     def alive(self, at: int) -> set[int]:
         """The storages that exist at a place of the timeline."""

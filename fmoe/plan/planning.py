@@ -19,6 +19,7 @@ from ..ops.cross_entropy import LOGITS_BYTES
 from ..ops.route import topk
 from ..parallel.mesh import AXES, parse_axes
 from ..parallel.placement import token_axes
+from ..training.gradients import check_zero
 from ..training.optim import Optimizer, adamw
 from .dry_run import Rows
 from .stage import Job, StagePlan, check_divides, dry_run_stage
@@ -57,6 +58,8 @@ def plan(
     micro_batches: int = 1,
     dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
+    zero: int = 3,
     per_layer: Callable[..., Any] = lambda layer: layer,
     optimizer: Optimizer | None = None,
     max_norm: float | None = 1.0,
@@ -73,6 +76,8 @@ def plan(
     batch_size     sequences per step, over all devices, of ``seq_len`` tokens each
     micro_batches  the parts in which a step's batch is computed
     dtype          of parameters; ``compute_dtype`` is that of the arithmetic, ``None`` for the same
+    reduce_dtype   what gradients are summed in over devices, as for ``decoder.loss``
+    zero           1, 2 or 3, as for :func:`fmoe.training.gradients.of_model`
     per_layer      as for ``decoder.loss``, such as ``fmoe.remat``. Leave ``torch.compile`` out; it can
                    keep less than is planned
     optimizer      its ``init`` and ``update`` run, too; ``None``: ``adamw()``
@@ -84,7 +89,8 @@ def plan(
     -> Plan
     =============  =======================================================================
 
-    Raises ``ValueError`` for sizes below 1, for sizes that the mesh doesn't divide, and for other devices.
+    Raises ``ValueError`` for sizes below 1, for sizes that the mesh doesn't divide, for another ``zero``, and
+    for other devices.
 
     >>> from fmoe.models.decoder import num_params, preset
     >>> found = plan(preset("debug"), batch_size=4, seq_len=64, device_type="cpu")
@@ -95,6 +101,7 @@ def plan(
     for name, number in (("batch_size", batch_size), ("seq_len", seq_len), ("micro_batches", micro_batches)):
         if not isinstance(number, int) or number < 1:
             raise error(name, got=number, expected="an integer of at least 1")
+    check_zero("plan", zero)
     if not 1 <= imbalance < math.inf:
         expected, remedy = "a number of at least 1", "An even router has 1."
         raise error("imbalance", got=imbalance, expected=expected, remedy=remedy)
@@ -122,15 +129,17 @@ def plan(
         sent, pairs = tokens * copies, tokens * config.router.top_k
         rows = Rows(math.ceil(sent), math.ceil(sent * imbalance), math.ceil(pairs * imbalance))
     job = Job(
-        config, here, batch, micro_batches, dtype, compute_dtype or dtype, per_layer, optimizer or adamw(),
-        max_norm, logits_bytes, segments, rows, device_type == "cuda",
+        config, here, batch, micro_batches, dtype, compute_dtype or dtype, reduce_dtype, zero, per_layer,
+        optimizer or adamw(), max_norm, logits_bytes, segments, rows, device_type == "cuda",
     )  # fmt: skip
     run = functools.cache(lambda *shape: dry_run_stage(job, *shape))
     stages, cuts = [], [round(i * config.num_layers / pp) for i in range(pp + 1)]
     for i, (a, b) in enumerate(itertools.pairwise(cuts)):
         dense = max(0, min(b, config.num_dense_layers) - a)
         found = run(dense, b - a - dense, i == 0, i == pp - 1)._replace(layers=(a, b))
-        stages.append(_in_flight(found, min(micro_batches, pp - i)))  # as in a 1F1B schedule
+        # As in a 1F1B schedule. Parameters that are gathered once serve all micro-batches.
+        shared = zero < 3 and here.size() > 1
+        stages.append(_in_flight(found, min(micro_batches, pp - i), shared))
     return Plan(sizes, tokens * micro_batches, tuple(stages), rows, copies)
 
 
@@ -150,12 +159,14 @@ def copies_per_token(config: DecoderConfig, ep: int) -> float:
     return reached.sum().item() / SAMPLED_TOKENS
 
 
-def _in_flight(stage: StagePlan, count: int) -> StagePlan:
-    """The stage with ``count`` micro-batches between their forward and backward."""
-    more = (count - 1) * sum(stage.activations.values())
+def _in_flight(stage: StagePlan, count: int, shared: bool) -> StagePlan:
+    """The stage with ``count`` micro-batches between forward and backward; ``shared``: parameters' copies."""
+    more = {"activations": (count - 1) * sum(stage.activations.values())}
+    more["converted"] = 0 if shared else (count - 1) * stage.converted
     phases = {
-        phase: {**parts, "activations": parts["activations"] + more * (phase in ("forward", "backward"))}
+        phase: {part: n + more.get(part, 0) * (phase in ("forward", "backward")) for part, n in parts.items()}
         for phase, parts in stage.phases.items()
     }
     kept = {kind: count * n for kind, n in stage.activations.items()}
-    return stage._replace(activations=kept, in_flight=count, phases=phases)
+    converted = stage.converted + more["converted"]
+    return stage._replace(activations=kept, converted=converted, in_flight=count, phases=phases)

@@ -20,8 +20,9 @@ from ..parallel.boundary import enter
 from ..parallel.placement import computing, moves, placed, token_axes
 from ..parallel.spec import axes_by_dim, known_axes
 from ..params import is_spec
-from ..training.gradients import accumulate, computing_in
+from ..training.gradients import accumulate, of_placed
 from ..training.optim import Optimizer, clip_factor, global_norm
+from ..training.zero import collected
 from ..transforms import value_and_grad
 from .dry_run import CUBLAS, DryRun, Rows
 
@@ -36,7 +37,8 @@ class StagePlan(NamedTuple):
     ===============  ====================================================================
     ``layers``       first layer, and the one after the last
     ``parameters``   in the dtype they are kept in
-    ``converted``    copies of them in the dtype of the arithmetic
+    ``converted``    copies of them, gathered or cast, between forward and backward, of all micro-batches in
+                     flight; in ``phases`` all that exist
     ``gradients``    as the optimizer gets them; in ``phases`` also the sums of micro-batches
     ``optimizer``    its state
     ``activations``  between forward and backward, by kind of operator, of all micro-batches in flight
@@ -88,6 +90,8 @@ class Job(NamedTuple):
     micro_batches: int
     dtype: torch.dtype
     compute_dtype: torch.dtype
+    reduce_dtype: torch.dtype | None
+    zero: int
     per_layer: Callable[..., Any]
     optimizer: Optimizer
     max_norm: float | None
@@ -109,11 +113,12 @@ def dry_run_stage(job: Job, dense: int, sparse: int, first: bool, last: bool) ->
         tokens = torch.zeros(rows, job.batch[1], dtype=torch.int64)
         state = job.optimizer.init(params)
         owned = {"parameters": run.numbers(params), "optimizer": run.numbers(state)}
-        loss = computing_in(functools.partial(_stage_loss, job, tree, run, first), job.compute_dtype)
-        owned["gradients"] = set()
-        value_and_grads = accumulate(_watched(value_and_grad(loss, has_aux=True), run, owned), parts)
-        out, grads = value_and_grads(params, tokens)  # held as in a training loop
+        owned["gradients"], run.params = set(), owned["parameters"]
+        run.mark("started")
+        loss, watch = functools.partial(_stage_loss, run, job, first), functools.partial(_watched, run, owned)
+        out, grads = _differentiated(job, tree, loss, watch, params, tokens)  # held as in a training loop
         run.mark("differentiated")
+        owned["converted"] = {*run.copies}
         owned["gradients"] |= run.numbers(grads)
         scale = None if job.max_norm is None else clip_factor(global_norm(grads), job.max_norm)
         run.mark("clipped")
@@ -121,10 +126,42 @@ def dry_run_stage(job: Job, dense: int, sparse: int, first: bool, last: bool) ->
         job.optimizer.update(params, grads, state, 1e-3, scale=scale, donate=True)
         run.mark("done")
         del out
-    return _described(run, owned, gradients, job.micro_batches / parts)
+    return _described(run, owned, gradients, job.micro_batches - parts)
 
 
-def _watched(value_and_grads: Callable[..., Any], run: DryRun, owned: dict[str, set[int]]) -> Any:
+def _differentiated(
+    job: Job,
+    tree: ModelParams,
+    loss: Callable[..., Any],
+    watch: Callable[..., Any],
+    params: ModelParams,
+    tokens: torch.Tensor,
+) -> Any:
+    """The loss and its gradients, as :func:`fmoe.training.gradients.of_model` gives them."""
+    have = optree.tree_map(lambda spec: known_axes(spec, job.mesh), tree, is_leaf=is_spec)
+    wanted = optree.tree_map(lambda spec: computing(spec.partition), tree, is_leaf=is_spec)
+    how = moves("plan", "params", params, have, wanted, job.mesh)
+    flat = optree.tree_leaves(tree, is_leaf=is_spec)
+    dtypes = [job.compute_dtype if spec.trained else None for spec in flat]
+    parts = len(tokens) // job.batch[0]
+
+    def here(params: ModelParams) -> Any:
+        leaves, structure = optree.tree_flatten(params)
+        pieces = structure.unflatten(enter(leaves, job.mesh, optree.tree_leaves(have)))
+        return placed(pieces, how, dtypes, job.reduce_dtype)
+
+    def of_pieces(params: ModelParams, tokens: torch.Tensor) -> Any:
+        return loss(here(params), tokens)
+
+    if job.zero == 3 or job.mesh.size() == 1:
+        return accumulate(watch(value_and_grad(of_pieces, has_aux=True)), parts)(params, tokens)
+    with torch.no_grad():
+        value_and_grads = watch(value_and_grad(loss, has_aux=True))
+        out, grads = of_placed(value_and_grads, here(params), (tokens,), parts, job.zero)
+        return out, collected(params, grads, have, job.mesh)
+
+
+def _watched(run: DryRun, owned: dict[str, set[int]], value_and_grads: Callable[..., Any]) -> Any:
     """The function for a micro-batch, with marks before and after, and with its gradients noted as such."""
 
     def call(params: ModelParams, tokens: torch.Tensor) -> Any:
@@ -137,20 +174,19 @@ def _watched(value_and_grads: Callable[..., Any], run: DryRun, owned: dict[str, 
     return call
 
 
-def _described(run: DryRun, owned: dict[str, set[int]], gradients: int, steps: float) -> StagePlan:
+def _described(run: DryRun, owned: dict[str, set[int]], gradients: int, more: int) -> StagePlan:
+    """The plan of a run that ``more`` micro-batches would follow, which are like its last."""
     marks = run.marks
-    began, entered, forward = marks["began"], marks["entered"], marks["forward"]
+    began, forward = marks["began"], marks["forward"]
     for ended, resumed in zip(marks["ended"], began[1:]):  # gradients are summed in between
         owned["gradients"] |= run.alive(resumed) - run.alive(ended)
-    known = set().union(*owned.values())
-    owned |= {"converted": set(), "activations": set()}
-    for start, middle, end in zip(began, entered, forward):
-        before = run.alive(middle)
-        converted, kept = before - run.alive(start) - known, run.alive(end) - before
-        owned["converted"] |= converted
-        owned["activations"] |= kept - owned["gradients"]
+    owned["activations"] = set()
+    for start, end in zip(began, forward):
+        alive = run.alive(end)
+        kept = alive - run.alive(start) - owned["converted"] - owned["gradients"]
+        owned["activations"] |= kept
     spans = {
-        "forward": zip(began, forward),
+        "forward": zip(marks["started"] + began[1:], forward),
         "backward": zip(forward, began[1:] + marks["differentiated"]),
         "clip": zip(marks["differentiated"], marks["clipped"]),
         "update": zip(marks["clipped"], marks["done"]),
@@ -162,11 +198,13 @@ def _described(run: DryRun, owned: dict[str, set[int]], gradients: int, steps: f
         others = _by_kind(run, at - set().union(*owned.values())) | {"cuBLAS": CUBLAS * run.on_cuda}
         phases[phase], workspaces[phase] = {**parts, "workspace": sum(others.values())}, others
     sent: Counter[str] = Counter()
+    first, *second = run.sent_at["began"]
     for name, nbytes in run.sent.items():
         if nbytes:
-            sent[_PURPOSE.get(name.removeprefix("fmoe::"), "sums")] += round(nbytes * steps)
+            each = second[0][name] - first[name] if second else 0
+            sent[_PURPOSE.get(name.removeprefix("fmoe::"), "sums")] += nbytes + more * each
     return StagePlan(
-        (0, 0), run.size(owned["parameters"]), run.size(converted), gradients,
+        (0, 0), run.size(owned["parameters"]), run.size(alive & owned["converted"]), gradients,
         run.size(owned["optimizer"]), _by_kind(run, kept), 1, phases, workspaces, dict(sent),
     )  # fmt: skip
 
@@ -178,16 +216,8 @@ def _by_kind(run: DryRun, numbers: set[int]) -> dict[str, int]:
     return dict(found.most_common())
 
 
-def _stage_loss(
-    job: Job, tree: ModelParams, run: DryRun, first: bool, params: ModelParams, tokens: torch.Tensor
-) -> Any:
+def _stage_loss(run: DryRun, job: Job, first: bool, params: ModelParams, tokens: torch.Tensor) -> Any:
     """The model's loss on this device. Any tokens will do, also as targets."""
-    run.mark("entered")
-    have = optree.tree_map(lambda spec: known_axes(spec, job.mesh), tree, is_leaf=is_spec)
-    wanted = optree.tree_map(lambda spec: computing(spec.partition), tree, is_leaf=is_spec)
-    leaves, structure = optree.tree_flatten(params)
-    params = structure.unflatten(enter(leaves, job.mesh, optree.tree_leaves(have)))
-    params = placed(params, moves("plan", "params", params, have, wanted, job.mesh))
     x = tokens
     if not first:  # the output of the stage before
         x = torch.empty(*tokens.shape, job.config.dim, dtype=job.compute_dtype, requires_grad=True)

@@ -149,41 +149,29 @@ def of_model(
     >>> abs(loss - whole).item() < 1e-5
     True
     """
-    if zero not in (1, 2, 3):
-        raise argument_error("of_model", "zero", got=zero, expected="1, 2 or 3")
+    check_zero("of_model", zero)
     if mesh is not None and is_pipeline(mesh):
         setup = pipelined.set_up("of_model", config, mesh, micro_batches, schedule, stages, how)
         return pipelined.value_and_grad_of(setup, zero)
-    if zero == 3 or mesh is None:
+    if zero == 3 or mesh is None or mesh.size() == 1:
 
         def loss(params: Any, tokens: Any, targets: Any, segment_ids: Any = None) -> Any:
             return decoder.loss(params, tokens, targets, config, mesh, segment_ids=segment_ids, **how)
 
         return accumulate(value_and_grad(loss, has_aux=True), micro_batches)
     stage = {k: how.pop(k) for k in ("per_layer", "logits_bytes") if k in how}
-    share = 1 / mesh.size()  # each device has an equal share in a value that all have
+
+    def of_whole(params: Any, x: Any, targets: Any, segment_ids: Any = None) -> Any:
+        return decoder.stage_loss(params, x, targets, config, segment_ids=segment_ids, **stage)
+
+    value_and_grads = _of_share(of_whole, 1 / mesh.size())  # all devices have equal shares in the value
 
     def call(params: Any, tokens: Any, targets: Any, segment_ids: Any = None) -> Any:
         inputs = {"tokens": tokens, "targets": targets}
         inputs = decoder.inputs_of("of_model", config, inputs, segment_ids)
 
         def run(params: Any, *batch: torch.Tensor) -> Any:
-            def one(whole: Any, x: Any, targets: Any, segment_ids: Any = None) -> Any:
-                leaves, structure = optree.tree_flatten(whole)
-                variables = [leaf.detach().requires_grad_() for leaf in leaves]
-                with torch.enable_grad():
-                    tree = structure.unflatten(variables)
-                    value, stats = decoder.stage_loss(
-                        tree, x, targets, config, segment_ids=segment_ids, **stage
-                    )
-                seed = torch.full_like(value, share)
-                grads = torch.autograd.grad(value, variables, seed, materialize_grads=True)
-                found = structure.unflatten(grads)
-                return (value.detach(), stats), scattered(params, found) if zero == 2 else found
-
-            of_batch = _accumulated(one, micro_batches, wide=True) if micro_batches > 1 else one
-            out, grads = of_batch(by_parts(use, params), *batch)
-            return out, grads if zero == 2 else scattered(params, grads)
+            return of_placed(value_and_grads, params, batch, micro_batches, zero)
 
         def out_specs(where: P, have: Any) -> Any:
             return (P(), P()), have
@@ -194,6 +182,47 @@ def of_model(
                 "of_model", run, params, inputs, config, mesh, out_specs=out_specs, **how
             )
             return out, collected(params, grads, have, mesh)
+
+    return call
+
+
+def check_zero(function: str, zero: int) -> None:
+    if zero not in (1, 2, 3):
+        raise argument_error(function, "zero", got=repr(zero), expected="1, 2 or 3")
+
+
+def of_placed(
+    value_and_grad_fn: Callable[..., Any],
+    params: Any,
+    batch: tuple[torch.Tensor, ...],
+    micro_batches: int,
+    zero: int,
+) -> Any:
+    """A model's value and gradients on one device, with its placed params gathered once: ``zero`` 1 or 2.
+
+    ``value_and_grad_fn`` is of whole params and a micro-batch. The gradients are those of the pieces.
+    """
+
+    def one(whole: Any, *part: torch.Tensor) -> Any:
+        out, grads = value_and_grad_fn(whole, *part)
+        return out, scattered(params, grads) if zero == 2 else grads
+
+    of_batch = _accumulated(one, micro_batches, wide=True) if micro_batches > 1 else one
+    out, grads = of_batch(by_parts(use, params), *batch)
+    return out, grads if zero == 2 else scattered(params, grads)
+
+
+def _of_share(loss: Callable[..., Any], share: float) -> Callable[..., Any]:
+    """The value and gradient of ``loss`` with an auxiliary output, with a cotangent of ``share``."""
+
+    def call(params: Any, *batch: torch.Tensor) -> Any:
+        leaves, structure = optree.tree_flatten(params)
+        variables = [leaf.detach().requires_grad_() for leaf in leaves]
+        with torch.enable_grad():
+            value, stats = loss(structure.unflatten(variables), *batch)
+        seed = torch.full_like(value, share)
+        grads = torch.autograd.grad(value, variables, seed, materialize_grads=True)
+        return (value.detach(), stats), structure.unflatten(grads)
 
     return call
 

@@ -16,6 +16,7 @@ from fmoe.models import decoder
 from fmoe.parallel import buckets, distribute, psum
 from fmoe.parallel.placement import Placed, computing, moves, placed, use
 from fmoe.parallel.stack import stack
+from fmoe.plan import plan
 from fmoe.training.gradients import of_model
 from fmoe.transforms import per_layer
 
@@ -282,3 +283,11 @@ def collectives(axes, remat):
 def test_a_step_has_few_collectives(pool, axes, remat):
     for names in pool.run(2, collectives, axes, remat):
         assert len(names) <= 16, names  # and one for the gradient's norm
+
+
+def test_a_step_leaves_nothing_of_its_layers_in_memory():
+    """Also of what has no cotangent, such as scores that only statistics read."""
+    config = decoder.preset("debug", layers=3)
+    stage = plan(config, "dp=2", batch_size=2, seq_len=64, device_type="cpu").stages[0]
+    scores = 4 * 64 * config.num_experts
+    assert stage.phases["clip"]["activations"] < scores < stage.phases["forward"]["activations"]

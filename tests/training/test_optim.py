@@ -408,10 +408,15 @@ def test_gradients_in_bfloat16_are_scaled_in_float32() -> None:
     assert off(grads[0] / 3) > allowed < off(grads[0].double() * scale.bfloat16())
 
 
-def test_donated_gradients_are_not_copied() -> None:
+@pytest.mark.parametrize("of_one", [False, True])
+def test_donated_gradients_are_not_copied(of_one: bool) -> None:
+    """Nor are the parts of one flat tensor, as those are that travelled together."""
     optimizer, scale = adamw(), torch.tensor(0.5)
     params = [torch.randn(2**16), torch.randn(2**8, 2**8)]
     grads, state = copied(params), optimizer.init(params)
+    if of_one:
+        parts = torch.cat([g.flatten() for g in grads]).split(2**16)
+        grads = [part.view(p.shape) for part, p in zip(parts, params)]
 
     def bytes_of(donate: bool) -> int:
         return allocated_at_once(

@@ -77,7 +77,7 @@ def eager_function(op: Any) -> Any:
             with _rule(op, "jvp", rules.jvp), _set_fwd_grad_enabled(True):
                 kept = _restored(ctx.kept, [primal(t) for t in ctx.saved_tensors])
                 found = as_tuple(rules.jvp(kept, *tangents[:n]))[: op.num_values]
-                found = [_zeros(*like) if t is None else t for t, like in zip(found, ctx.outputs)]
+                found = [zeros(*like) if t is None else t for t, like in zip(found, ctx.outputs)]
         return few(_padded(tuple(found), op.num_outputs))
 
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -128,7 +128,7 @@ def _padded(found: Any, number: int) -> tuple[Any, ...]:
     return *found, *[None] * (number - len(found))
 
 
-def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+def zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
     """The tangent of an output that no tangent reaches: PyTorch takes ``None`` for integers only."""
     return torch.zeros(shape, dtype=dtype, device=device) if dtype.is_floating_point else None
 
