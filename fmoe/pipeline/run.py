@@ -17,9 +17,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from ..errors import argument_error
 from ..ops.core.dtypes import accumulator
 from .clock import Action, receiver
+from .halves import Gradients, Rest, input_gradient, weight_gradients
 from .schedule import Schedule
-
-Gradients = list[torch.Tensor | None]
 
 
 class Made(NamedTuple):
@@ -153,6 +152,14 @@ class _Kept(NamedTuple):
     value: torch.Tensor | None
 
 
+class _Roots(NamedTuple):
+    """Where a backward begins: the outputs that have a graph, and their cotangents; and the stage's input."""
+
+    outputs: list[GradientEdge]
+    cotangents: list[torch.Tensor]
+    x: torch.Tensor | None
+
+
 class _Step:
     """What one call holds."""
 
@@ -168,7 +175,7 @@ class _Step:
         self.records, self.seed = seed is not None, seed or 0.0
         self.stage_to_rank, self.last = schedule.stage_to_rank, len(schedule.stage_to_rank) - 1
         self.kept: dict[tuple[int, int], _Kept] = {}
-        self.halves: dict[tuple[int, int], Gradients] = {}
+        self.halves: dict[tuple[int, int], Rest | _Roots] = {}
         self.arrived: dict[tuple[int, str, int], tuple[torch.Tensor, list[Any]]] = {}
         self.leaving: dict[tuple[int, str, int], torch.Tensor] = {}
         self.sent: deque[tuple[Any, torch.Tensor]] = deque()  # held until they have gone
@@ -247,27 +254,42 @@ class _Step:
             made, value, sums = self.stages[stage].forward(m, x)
         if self.records:
             self.kept[stage, m] = _Kept(x, _edge(made), value)
-            self.peak = max(self.peak, len(self.kept))
+            self.peak = max(self.peak, len(self.kept) + len(self.halves))
         self.sums[stage] = self.sums[stage] + sums if stage in self.sums else sums
         if made is not None and stage < self.last:
             self.give(stage, "F", m, made.detach())
 
     def backward(self, stage: int, m: int) -> None:
-        self.add(stage, self.pulled(stage, m))
+        self.add(stage, self.pulled(stage, m, self.begun(stage, m)))
 
-    def pulled(self, stage: int, m: int) -> Gradients:
-        """The gradients of a stage's variables; that of its input goes to the stage before."""
+    def backward_input(self, stage: int, m: int) -> None:
+        roots = self.begun(stage, m)
+        outputs, cotangents, x = roots
+        if x is None:  # nobody waits for its gradient
+            self.halves[stage, m] = roots
+            return
+        g, self.halves[stage, m] = input_gradient(outputs, cotangents, x, self.used(stage))
+        self.give(stage, "B", m, torch.zeros_like(x) if g is None else g)
+
+    def backward_weight(self, stage: int, m: int) -> None:
+        half = self.halves.pop((stage, m))
+        if isinstance(half, Rest):
+            self.add(stage, weight_gradients(half, self.used(stage)))
+        else:
+            self.add(stage, self.pulled(stage, m, half))
+
+    def begun(self, stage: int, m: int) -> _Roots:
         x, made, value = self.kept.pop((stage, m))
-        uses = [self.variables[i] for i in self.stages[stage].uses]
-        outputs, cotangents = [], []
-        if stage < self.last:
-            cotangent = self.take(stage, "B", m)
-            if made is not None:
-                outputs, cotangents = [made], [cotangent]
-        if value is not None and value.requires_grad:
-            outputs.append(get_gradient_edge(value))
-            cotangents.append(torch.full_like(value, self.seed))
-        wanted = uses if x is None else [x, *uses]
+        pairs = [(made, self.take(stage, "B", m))] if stage < self.last else []
+        if value is not None:
+            pairs.append((_edge(value), torch.full_like(value, self.seed)))
+        found = [(edge, cotangent) for edge, cotangent in pairs if edge is not None]
+        return _Roots([edge for edge, _ in found], [cotangent for _, cotangent in found], x)
+
+    def pulled(self, stage: int, m: int, roots: _Roots) -> Gradients:
+        """The gradients of what a stage uses; that of its input goes to the stage before."""
+        outputs, cotangents, x = roots
+        wanted = [*([] if x is None else [x]), *self.used(stage)]
         found: Gradients = [None] * len(wanted)
         if outputs:
             found = [*torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True)]
@@ -275,6 +297,9 @@ class _Step:
             g, *found = found
             self.give(stage, "B", m, torch.zeros_like(x) if g is None else g)
         return found
+
+    def used(self, stage: int) -> list[torch.Tensor]:
+        return [self.variables[i] for i in self.stages[stage].uses]
 
     def add(self, stage: int, found: Gradients) -> None:
         for i, gradient in zip(self.stages[stage].uses, self.stages[stage].reduce(found)):
@@ -284,14 +309,6 @@ class _Step:
                 self.gradients[i] = gradient.to(accumulator(gradient.dtype), copy=True)
             else:
                 total.add_(gradient)
-
-    # ---- a backward in halves
-
-    def backward_input(self, stage: int, m: int) -> None:
-        self.halves[stage, m] = self.pulled(stage, m)
-
-    def backward_weight(self, stage: int, m: int) -> None:
-        self.add(stage, self.halves.pop((stage, m)))
 
 
 def _edge(tensor: torch.Tensor | None) -> GradientEdge | None:

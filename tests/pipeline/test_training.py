@@ -186,7 +186,7 @@ def peaks(pp: int, schedule: str) -> int:
     return found[0].peak
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+@pytest.mark.parametrize("schedule", KINDS)
 @pytest.mark.parametrize("pp", quick([2], [2, 4]))
 def test_residuals_are_held_for_as_many_forwards_as_the_schedule_says(
     pool: Any, pp: int, schedule: str

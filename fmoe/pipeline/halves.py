@@ -1,0 +1,160 @@
+"""A backward in two halves: the gradient of a stage's input now, and those of its weights later.
+
+The first half runs the nodes between outputs and input. On the way it notes what flows into nodes that
+weights flow into, too. The second half runs those nodes again, for their weights only. This costs nothing
+twice if a node computes only what is asked for, as PyTorch's own do, and operators declared ``by_need``. Any
+other node, such as that of a recomputed or compiled layer, gives its weights' gradients in the first half.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+Gradients = list[torch.Tensor | None]
+
+
+class Group(NamedTuple):
+    """Nodes that the same weights flow into, and what has flowed into each in the first half."""
+
+    nodes: list[Any]
+    given: list[Sequence[torch.Tensor | None]]
+    leaves: list[int]
+
+
+class Rest(NamedTuple):
+    """The second half: gradients that are known already, and the groups that aren't."""
+
+    found: Gradients
+    groups: list[Group]
+
+
+def input_gradient(
+    outputs: Sequence[GradientEdge],
+    cotangents: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    leaves: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor | None, Rest]:
+    """The gradient of ``x``, and what is left to do for the leaves. The graph's memory goes with that.
+
+    >>> x, w = torch.tensor(3.0, requires_grad=True), torch.tensor(5.0, requires_grad=True)
+    >>> g, rest = input_gradient([get_gradient_edge(x * w)], [torch.tensor(1.0)], x, [w])
+    >>> g, weight_gradients(rest, [w])
+    (tensor(5.), [tensor(3.)])
+    """
+    users = _users(outputs)
+    on_the_way, _ = _above(get_gradient_edge(x).node, users, ())
+    now, groups = _grouped([get_gradient_edge(leaf).node for leaf in leaves], users, on_the_way)
+    hooks = [
+        node.register_prehook(_keeper(group.given, i))
+        for group in groups
+        for i, node in enumerate(group.nodes)
+    ]
+    try:
+        wanted = [x, *(leaves[i] for i in now)]
+        g, *some = torch.autograd.grad(outputs, wanted, cotangents, retain_graph=True, allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found: Gradients = [None] * len(leaves)
+    for i, gradient in zip(now, some):
+        found[i] = gradient
+    return g, Rest(found, groups)
+
+
+def weight_gradients(rest: Rest, leaves: Sequence[torch.Tensor]) -> Gradients:
+    """The gradients of the leaves, in the order that :func:`input_gradient` got them in."""
+    found = [*rest.found]
+    for nodes, given, which in rest.groups:
+        edges = [
+            (GradientEdge(node, i), g)
+            for node, several in zip(nodes, given)
+            for i, g in enumerate(several)
+            if g is not None
+        ]
+        if not edges:
+            continue
+        # Where one node lies above another, what flows into the lower one is in what was noted there.
+        several = zip(nodes, given) if len(nodes) > 1 else ()
+        hooks = [node.register_prehook(lambda _, noted=noted: noted) for node, noted in several if noted]
+        try:
+            grads = torch.autograd.grad(
+                [edge for edge, _ in edges],
+                [leaves[i] for i in which],
+                [g for _, g in edges],
+                retain_graph=True,
+                allow_unused=True,
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for i, gradient in zip(which, grads):
+            found[i] = gradient
+    return found
+
+
+def _users(outputs: Sequence[GradientEdge]) -> Mapping[Any, list[Any]]:
+    """For each node of the graph, the nodes that lie directly above it."""
+    users: dict[Any, list[Any]] = defaultdict(list)
+    waiting = [*{edge.node for edge in outputs}]
+    seen = {*waiting}
+    while waiting:
+        node = waiting.pop()
+        for following, _ in node.next_functions:
+            if following is not None:
+                users[following].append(node)
+                if following not in seen:
+                    seen.add(following)
+                    waiting.append(following)
+    return users
+
+
+def _above(
+    start: Any, users: Mapping[Any, list[Any]], stop: Collection[Any]
+) -> tuple[set[Any], dict[Any, None]]:
+    """The nodes from ``start`` upwards, up to those in ``stop``, and which of these were met."""
+    found, met, waiting = {start}, dict[Any, None](), [start]
+    while waiting:
+        for user in users.get(waiting.pop(), ()):
+            if user in stop:
+                met[user] = None
+            elif user not in found:
+                found.add(user)
+                waiting.append(user)
+    return found, met
+
+
+def _grouped(
+    leaves: Sequence[Any], users: Mapping[Any, list[Any]], on_the_way: set[Any]
+) -> tuple[list[int], list[Group]]:
+    """Which leaves get their gradients now, and groups of the others: each node is in one."""
+    now: list[int] = []
+    owners: dict[Any, tuple[dict[Any, None], list[int]]] = {}
+    for i, leaf in enumerate(leaves):
+        _, met = _above(leaf, users, on_the_way)
+        if not all(map(_by_need, met)):
+            now.append(i)
+            continue
+        joined = met, [i]
+        for nodes, several in {id(owners[node]): owners[node] for node in met if node in owners}.values():
+            joined[0].update(nodes)
+            joined[1].extend(several)
+        owners |= dict.fromkeys(joined[0], joined)
+    each = {id(owner): owner for owner in owners.values()}.values()
+    return now, [Group([*nodes], [()] * len(nodes), sorted(several)) for nodes, several in each]
+
+
+def _by_need(node: Any) -> bool:
+    """Whether a node's backward computes nothing but what is asked for."""
+    written_here: Any = node
+    return not isinstance(node, BackwardCFunction) or getattr(written_here._forward_cls, "by_need", False)
+
+
+def _keeper(given: list[Any], i: int) -> Callable[[Any], None]:
+    def keep(grads: Any) -> None:
+        given[i] = grads
+
+    return keep

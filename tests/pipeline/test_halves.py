@@ -1,0 +1,143 @@
+"""A backward in two halves: exact on random graphs, nothing runs twice that needn't, and no memory stays."""
+
+import random
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from helpers import error, fresh_seed
+from torch.autograd.graph import get_gradient_edge
+
+import fmoe
+from fmoe.pipeline.clock import Action
+from fmoe.pipeline.halves import input_gradient, weight_gradients
+from fmoe.pipeline.run import Line, Made, Stage, run
+from fmoe.pipeline.schedule import from_computations
+
+
+class Opaque(torch.autograd.Function):
+    """A product whose backward computes everything, whatever is asked for."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        Opaque.calls += 1
+        x, w = ctx.saved_tensors
+        return g @ w.mT, x.mT @ g
+
+
+def random_graph(rng: random.Random, x: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Products, at several depths, with leaves that are used once, often or never, and with each other."""
+    values = [x]
+    for _ in range(rng.randint(3, 10)):
+        a, w = rng.choice(values), rng.choice(leaves)
+        kind = rng.choice(["mm", "opaque", "scaled", "sum", "remat", "leaves"])
+        if kind == "mm":
+            values.append((a @ w).tanh())
+        elif kind == "opaque":
+            values.append(Opaque.apply(a, w))
+        elif kind == "scaled":
+            values.append(a * (w * w).sum().sin())
+        elif kind == "sum":
+            values.append(a + rng.choice(values))
+        elif kind == "remat":
+            values.append(fmoe.remat(lambda a, w: (a @ w).sin())(a, w))
+        else:  # not on the way to x
+            values.append(a + (w @ rng.choice(leaves)).sum())
+    return [values[-1], rng.choice(values[1:]).sin().sum()]
+
+
+@pytest.mark.parametrize("attempt", range(30))
+def test_two_halves_of_a_random_graph_equal_the_whole(attempt: int) -> None:
+    rng = random.Random(fresh_seed())
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    leaves = [torch.randn(4, 4, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    outputs = random_graph(rng, x, leaves)
+    cotangents = [torch.randn_like(out) for out in outputs]
+    want = torch.autograd.grad(outputs, [x, *leaves], cotangents, retain_graph=True, allow_unused=True)
+    g, rest = input_gradient([get_gradient_edge(out) for out in outputs], cotangents, x, leaves)
+    found = [g, *weight_gradients(rest, leaves)]
+    for mine, theirs in zip(found, want):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or error(mine, theirs) < 1e-13
+
+
+def test_an_opaque_node_runs_once_and_a_product_only_for_what_is_asked() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    leaves = [torch.randn(4, 4, requires_grad=True) for _ in range(2)]
+    out = Opaque.apply(x @ leaves[0], leaves[1])
+    before = Opaque.calls
+    with torch.profiler.profile() as first:
+        _, rest = input_gradient([get_gradient_edge(out)], [torch.ones_like(out)], x, leaves)
+    with torch.profiler.profile() as second:
+        weight_gradients(rest, leaves)
+    assert Opaque.calls == before + 1
+    products = [sum(e.count for e in p.key_averages() if e.key == "aten::mm") for p in (first, second)]
+    assert products == [3, 1]  # two of the opaque node, and one of the other in each half
+
+
+def test_memory_goes_with_the_second_half() -> None:
+    kept = []
+
+    class Box:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor.detach()
+            kept.append(weakref.ref(self))
+
+    x = torch.randn(3, 4, requires_grad=True)
+    leaves = [torch.randn(4, 4, requires_grad=True) for _ in range(2)]
+    with torch.autograd.graph.saved_tensors_hooks(Box, lambda box: box.tensor):
+        out = [get_gradient_edge((x @ leaves[0]).tanh() @ leaves[1])]
+    _, rest = input_gradient(out, [torch.ones(3, 4)], x, leaves)
+    assert any(ref() for ref in kept)
+    weight_gradients(rest, leaves)
+    del rest, out
+    assert not any(ref() for ref in kept)
+
+
+@pytest.mark.parametrize("attempt", range(10))
+def test_any_schedule_of_one_rank_gives_the_gradients(attempt: int) -> None:
+    """Stages in any number, backwards whole or in halves, variables that several stages share."""
+    rng = random.Random(fresh_seed())
+    stages, micro_batches = rng.randint(1, 4), rng.randint(1, 4)
+    weights = [torch.randn(4, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    uses = [rng.sample(range(3), rng.randint(1, 3)) for _ in range(stages)]
+    inputs = torch.randn(micro_batches, 2, 4, dtype=torch.float64)
+
+    def forward_of(stage: int) -> Any:
+        def forward(m: int, x: Any) -> Made:
+            x = inputs[m] if x is None else x
+            for i in uses[stage]:
+                x = (x @ weights[i]).tanh()
+            value = x.square().sum() * (stage + 1)
+            return Made(x, value, value.detach()[None])
+
+        return forward
+
+    halves = [rng.random() < 0.5 for _ in range(stages)]
+    order = [Action(s, "F", m) for m in range(micro_batches) for s in range(stages)]
+    for m in range(micro_batches):
+        for s in reversed(range(stages)):
+            order += [Action(s, "I", m)] if halves[s] else [Action(s, "B", m)]
+    order += [Action(s, "W", m) for s in range(stages) if halves[s] for m in range(micro_batches)]
+    schedule = from_computations([order], [0] * stages)
+    line = Line(0, None, [torch.Size([2, 4])] * micro_batches, inputs.new_empty(0))
+    ran = run(schedule, line, {s: Stage(forward_of(s), uses[s]) for s in range(stages)}, weights)
+    total = torch.zeros((), dtype=torch.float64)
+    for m in range(micro_batches):
+        x = None
+        for s in range(stages):
+            x, value, _ = forward_of(s)(m, x)
+            total = total + value
+    assert error(sum(ran.sums.values())[0], total) < 1e-13
+    want = torch.autograd.grad(total, weights, allow_unused=True)
+    for mine, theirs in zip(ran.gradients, want):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or error(mine, theirs) < 1e-13
