@@ -1,6 +1,7 @@
 """Pipelines that train: the same losses, gradients and parameters as one process, for every schedule."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import optree
@@ -19,7 +20,7 @@ from fmoe.ops.core.axes import group_of
 from fmoe.parallel.placement import token_axes
 from fmoe.pipeline import in_flight, make_schedule
 from fmoe.pipeline.orders import KINDS
-from fmoe.training import gradients, optim, pipelined
+from fmoe.training import checkpoint, gradients, optim, pipelined
 from fmoe.transforms import per_layer
 from fmoe.tree import dotted_names
 
@@ -193,3 +194,84 @@ def test_residuals_are_held_for_as_many_forwards_as_the_schedule_says(
 ) -> None:
     expected = in_flight(make_schedule(schedule, pp=pp, micro_batches=8)).until_weight
     assert tuple(pool.run(pp, peaks, pp, schedule)) == expected
+
+
+OPTIMIZER = optim.adamw()
+
+
+def state_on(axes: str, schedule: str, seed: int) -> tuple[Any, Stages, Any]:
+    mesh = mesh_of(axes)
+    stages = stages_for(mesh, schedule, TIED, 4)
+    params = decoder.init(TIED, seed, dtype=torch.float64, mesh=mesh, stages=stages)
+    return mesh, stages, {"params": params, "optimizer": OPTIMIZER.init(params)}
+
+
+def alone_state(seed: int) -> Any:
+    params = decoder.init(TIED, seed, dtype=torch.float64)
+    return {"params": params, "optimizer": OPTIMIZER.init(params)}
+
+
+def three_steps(axes: str, schedule: str, seed: int, first: int, folder: Path) -> list[float]:
+    """On a mesh, from a checkpoint if there is one, with one in the end."""
+    mesh, stages, state = state_on(axes, schedule, seed if first == 0 else seed + 1)
+    if first:
+        state, step = checkpoint.load(checkpoint.latest(folder), state, mesh=mesh, donate=True)
+        assert step == first
+    step_of = gradients.of_model(TIED, mesh, micro_batches=4, schedule=schedule, stages=stages)
+    params, optimizer, losses = state["params"], state["optimizer"], []
+    for step in range(first, first + 3):
+        (loss, stats), grads = step_of(params, *own(batch(seed + step), mesh))
+        params, optimizer = OPTIMIZER.update(params, grads, optimizer, 1e-2)
+        params = decoder.update_biases(params, stats, 0.01)
+        losses.append(loss.item())
+    checkpoint.save(folder, first + 3, {"params": params, "optimizer": optimizer}, mesh=mesh)
+    return losses
+
+
+def three_steps_alone(state: Any, seed: int, first: int) -> tuple[Any, list[float]]:
+    params, optimizer, losses = state["params"], state["optimizer"], []
+    for step in range(first, first + 3):
+        (loss, stats), grads = one_process(TIED, params, batch(seed + step))
+        params, optimizer = OPTIMIZER.update(params, grads, optimizer, 1e-2)
+        params = decoder.update_biases(params, stats, 0.01)
+        losses.append(loss.item())
+    return {"params": params, "optimizer": optimizer}, losses
+
+
+TO = [("pp=2", "interleaved"), ("pp=4", "zbv"), ("pp=2,ep=2", "1f1b")]
+
+
+@pytest.mark.parametrize(("axes", "schedule"), quick(TO[:1], TO))
+def test_a_run_goes_on_from_a_pipeline_to_one_process_and_back(
+    pool: Any, tmp_path: Path, axes: str, schedule: str
+) -> None:
+    """Three steps on two ranks, three on one, three on a mesh again: as nine on one."""
+    seed, ranks = fresh_seed(), ranks_of(axes)
+    expected = []
+    state = alone_state(seed)
+    for first in (0, 3, 6):
+        state, losses = three_steps_alone(state, seed, first)
+        expected += losses
+    found = pool.run(2, three_steps, "pp=2", "1f1b", seed, 0, tmp_path)
+    loaded = checkpoint.load(checkpoint.latest(tmp_path), alone_state(seed + 1))
+    assert loaded.step == 3
+    went_on, middle = three_steps_alone(loaded.state, seed, 3)
+    checkpoint.save(tmp_path, 6, went_on)
+    back = pool.run(ranks, three_steps, axes, schedule, seed, 6, tmp_path)
+    for of_rank in back:
+        assert found[0] + middle + of_rank == pytest.approx(expected, abs=1e-9, rel=0)
+    final = checkpoint.load(checkpoint.latest(tmp_path), alone_state(seed + 1)).state
+    assert error(final["params"], state["params"]) < 1e-8
+
+
+def saved_without_its_mesh(folder: Path) -> str:
+    _, _, state = state_on("pp=2", "1f1b", 0)
+    with pytest.raises(ValueError, match="save: ") as caught:
+        checkpoint.save(folder, 1, state)
+    return str(caught.value)
+
+
+def test_a_part_of_a_model_is_no_checkpoint(pool: Any, tmp_path: Path) -> None:
+    for text in pool.run(2, saved_without_its_mesh, tmp_path):
+        assert "save: step, run, state: got on rank 1, beside rank 0: state is" in text
+    assert not [*tmp_path.iterdir()]

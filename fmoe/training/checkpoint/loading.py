@@ -10,6 +10,7 @@ import optree
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import DeviceMesh
 
 from ...errors import argument_error
 from ...ops.core.dtensors import map_local
@@ -18,7 +19,7 @@ from ...parallel.together import check_alike, differences, num_ranks, this_rank,
 from . import folder as folders
 from .lock import hold
 from .reader import PlainReader
-from .state import check_ranks, digest, dtypes_and_shapes, named, one_process_is_fine, reason
+from .state import check_ranks, described_along, digest, named, one_process_is_fine, reason
 
 _LOG = logging.getLogger("fmoe")
 
@@ -50,7 +51,12 @@ def latest(folder: str | Path) -> Path | None:
 
 
 def load(
-    path: str | Path, like: Any, *, run: Mapping[str, Any] | None = None, donate: bool = False
+    path: str | Path,
+    like: Any,
+    *,
+    run: Mapping[str, Any] | None = None,
+    donate: bool = False,
+    mesh: DeviceMesh | None = None,
 ) -> Loaded:
     """Read a state that :func:`save` wrote, with the structure, devices and placements of ``like``.
 
@@ -86,8 +92,10 @@ def load(
         description = folders.described(path)
         if damage := folders.damage(path):
             raise _damaged(path, damage)
-        _check_same(path, description, leaves, run)
-    check_alike("load", {"path": path.name, "like": digest(leaves)})
+    described = described_along("load", "like", leaves, mesh)
+    with together():
+        _check_same(path, description, described, run)
+    check_alike("load", {"path": path.name, "like": digest(described)})
     with together():
         # Every file is read by one rank, and by those that hold a part of it.
         if damage := folders.changed(path, sorted(description["files"])[this_rank() :: num_ranks()]):
@@ -117,6 +125,7 @@ def start(
     resume: bool,
     saves: bool = True,
     run: Mapping[str, Any] | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Loaded:
     """The state a run begins with: ``state``, or with ``resume`` that of the newest checkpoint, if any.
 
@@ -126,6 +135,7 @@ def start(
     resume     whether to go on from a checkpoint of the folder
     saves      whether the run will save: what that lacks is an error now, not at the first checkpoint
     run        compared with the ``run`` that was saved, unless ``None``
+    mesh       of a pipeline, as for :func:`load`
     -> Loaded  ``state`` and the number of steps made
     =========  ===================================================================================
 
@@ -155,7 +165,7 @@ def start(
     if resume and named:
         if newest and newest != named and this_rank() == 0:
             _LOG.warning(f"{named} is damaged; going on from {newest}")
-        return load(newest or named, state, run=run, donate=True)
+        return load(newest or named, state, run=run, donate=True, mesh=mesh)
     if newest:
         got = f"{newest} of an earlier run"
         remedy = "Resume, delete it, or choose another folder."
@@ -166,10 +176,10 @@ def start(
 def _check_same(
     path: Path,
     description: Mapping[str, Any],
-    leaves: Mapping[str, torch.Tensor],
+    described: Mapping[str, str],
     run: Mapping[str, Any] | None,
 ) -> None:
-    found = differences("state", description["leaves"], dtypes_and_shapes(leaves))
+    found = differences("state", description["leaves"], described)
     if run is not None:
         found = differences("run", description["run"], json.loads(json.dumps(run))) + found
     if found:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import DeviceMesh
 
 from ...errors import argument_error
 from ...parallel.together import check_alike, from_all, this_rank, together
 from . import folder as folders
-from .state import check_ranks, digest, dtypes_and_shapes, named, one_process_is_fine, reason
+from .state import check_ranks, described_along, digest, named, one_process_is_fine, reason
 
 
 def save(
@@ -22,6 +23,7 @@ def save(
     *,
     run: Mapping[str, Any] | None = None,
     keep: int | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Path:
     """Write ``folder/step-XXXXXXXX``. It exists only when all of it is on disk, which it is on return.
 
@@ -30,6 +32,7 @@ def save(
     state      a tree of tensors, DTensors among them: ``{"params": params, "optimizer": state}``
     run        JSON that a run that resumes must have in common, as ``{"model": {"dim": 128}}``
     keep       the number of newest checkpoints to keep; ``None``: all
+    mesh       of a pipeline, whose ranks along ``pp`` hold different leaves
     -> path    of the checkpoint
     =========  ===================================================================================
 
@@ -56,7 +59,8 @@ def save(
             raise argument_error(
                 "save", "keep", got=keep, expected="at least 1", remedy="Use None to keep all."
             )
-    check_alike("save", {"step": step, "run": run, "state": digest(leaves)})
+    described = described_along("save", "state", leaves, mesh)
+    check_alike("save", {"step": step, "run": run, "state": digest(described)})
     with together():
         if this_rank() == 0:
             folders.begin(target)
@@ -76,7 +80,7 @@ def save(
     with together():
         if this_rank() == 0:
             description = {"torch": torch.__version__, "step": step, "run": run}
-            description |= {"leaves": dtypes_and_shapes(leaves), "files": files}
+            description |= {"leaves": described, "files": files}
             folders.finish(unfinished, target, description)
             if keep is not None:
                 folders.remove_older(target, keep)

@@ -9,9 +9,11 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from ...errors import argument_error
-from ...parallel.together import num_ranks
+from ...parallel.mesh import is_pipeline
+from ...parallel.together import differences, from_all, num_ranks, together
 from ...tree import check_tensors, dotted_names
 
 
@@ -41,9 +43,30 @@ def dtypes_and_shapes(leaves: Mapping[str, torch.Tensor]) -> dict[str, str]:
     }
 
 
-def digest(leaves: Mapping[str, torch.Tensor]) -> str:
+def described_along(
+    function: str, argument: str, leaves: Mapping[str, torch.Tensor], mesh: DeviceMesh | None
+) -> dict[str, str]:
+    """The dtypes and shapes of a state's leaves; with ``pp``, of those that any rank along it holds.
+
+    Raises ``ValueError`` on all ranks where two describe a leaf differently.
+    """
+    found = dtypes_and_shapes(leaves)
+    if mesh is None or not is_pipeline(mesh):
+        return found
+    of_ranks = from_all(found, mesh.get_group("pp"))
+    with together():
+        for rank, theirs in enumerate(of_ranks):
+            both = {name: text for name, text in theirs.items() if name in found}
+            if wrong := differences(argument, {name: found[name] for name in both}, both):
+                got = f"on rank {rank} along pp, beside another: {'; '.join(wrong)}"
+                raise argument_error(function, argument, got=got, expected="the same on every rank")
+            found = theirs | found
+    return found
+
+
+def digest(described: Mapping[str, str]) -> str:
     """A few letters that differ if descriptions do."""
-    text = json.dumps(sorted(dtypes_and_shapes(leaves).items()))
+    text = json.dumps(sorted(described.items()))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
