@@ -2,6 +2,7 @@
 
     python examples/train_deepseek_v3.py
     torchrun --nproc-per-node 4 examples/train_deepseek_v3.py --mesh dp=2,ep=2
+    torchrun --nproc-per-node 4 examples/train_deepseek_v3.py --mesh pp=2,ep=2 --micro-batches 8
 
 With the defaults it takes about two minutes on two CPU cores. It leaves metrics in runs/debug, with pictures
 where matplotlib is installed and checkpoints where --save-every says so. With --resume the same command goes
@@ -17,8 +18,9 @@ import torch
 from rich.console import Console
 
 import fmoe
-from fmoe.models import decoder, huggingface
+from fmoe.models import decoder, huggingface, stages
 from fmoe.models.sampling import sample
+from fmoe.pipeline import make_schedule
 from fmoe.training import checkpoint, data, gradients, launch, metrics, optim, plot, schedules
 from fmoe.training.tokenizer import BYTES, load_tokenizer
 
@@ -47,6 +49,8 @@ def parse():
     add("--seed", type=int, default=0, help="of parameters, batches and samples")
     add("--mesh", default="", help='axes and sizes under torchrun, as "dp=2,ep=4"; experts lie along ep')
     add("--zero", type=int, choices=[1, 2, 3], default=3, help="how often parameters travel: ZeRO's stages")
+    add("--pp-schedule", default="1f1b", help="of stages along pp: 1f1b, interleaved, zero_bubble or zbv")
+    add("--stages-per-rank", type=positive, help="of --pp-schedule (default: 1 for 1f1b, else 2)")
     add("--ep-backend", default="auto", help="what carries tokens along ep: auto, all_to_all or deepep")
     launch.add_precision(parser)
     add("--remat", default="none", help="what layers recompute: none, full, default, or save:NAME,NAME")
@@ -78,11 +82,16 @@ def main():
     console = Console(quiet=not world.is_first, soft_wrap=True, highlight=False, markup=False)
     tokenizer, unit = (load_tokenizer(args.tokenizer), "token") if args.tokenizer else (BYTES, "byte")
     where = dict(dtype=precision.dtype, device=precision.device, mesh=world.mesh)
+    if args.sample and world.pp > 1:
+        raise SystemExit("error: --sample doesn't run on a mesh with pp: resume from a checkpoint without it")
+    sizes = dict(pp=world.pp, micro_batches=args.micro_batches, stages_per_rank=args.stages_per_rank)
+    schedule = make_schedule(args.pp_schedule, **sizes)
+    stages_of = partial(stages.cut, ranks=schedule.stage_to_rank, seq_len=args.seq_len)
     if args.init_from:
-        config, params = huggingface.load(args.init_from, **where)
+        config, params = huggingface.load(args.init_from, stages=stages_of, **where)
     else:
         config = decoder.preset(args.preset, layers=args.layers, dim=args.dim, vocab_size=args.vocab_size)
-        params = decoder.init(config, args.seed, **where)
+        params = decoder.init(config, args.seed, stages=stages_of(config), **where)
     data.check_vocabulary(tokenizer, config.vocab_size)
     share = args.held_out if args.eval_every else None
     text, test = data.read_streams(args.data, tokenizer, suffix=args.suffix, field=args.field, held_out=share)
@@ -94,7 +103,8 @@ def main():
     optimizer = optim.adamw(moments_dtype=precision.moments)
     run = {"model": asdict(config), "data": {**cut, "fingerprint": data.fingerprint(text)}}
     state = dict(params=params, optimizer=optimizer.init(params))
-    state, first = checkpoint.start(args.out, state, resume=args.resume, saves=args.save_every > 0, run=run)
+    saved = dict(run=run, mesh=world.mesh)
+    state, first = checkpoint.start(args.out, state, resume=args.resume, saves=args.save_every > 0, **saved)
     params, state = state["params"], state["optimizer"]
     (total, active), entropy = decoder.num_params(config), data.unigram_entropy(text)
     console.print(
@@ -104,11 +114,11 @@ def main():
 
     per_layer = fmoe.transforms.per_layer(args.remat, compiled=args.compile)
     how = dict(mesh=world.mesh, backend=args.ep_backend, per_layer=per_layer, dtype=precision.compute)
-    step_of = gradients.of_model(config, micro_batches=args.micro_batches, zero=args.zero, **how)
-
-    def loss_of(params, tokens, targets, segment_ids=None):
-        return decoder.loss(params, tokens, targets, config, segment_ids=segment_ids, **how)
-
+    how |= dict(micro_batches=args.micro_batches, schedule=schedule, stages=stages_of(config))
+    step_of, loss_of = (
+        gradients.of_model(config, zero=args.zero, **how),
+        gradients.loss_of_model(config, **how),
+    )
     rate_of = schedules.by_name(args.schedule, peak=args.learning_rate, total_steps=args.steps)
     tokens = args.batch_size * args.seq_len
     flops = tokens * decoder.flops_per_token(config, args.seq_len) / world.size
@@ -117,11 +127,11 @@ def main():
         for step, batch in zip(range(first, args.steps), batches_of(text, start_step=first)):
             began, done = time.perf_counter(), step + 1
             (value, stats), grads = step_of(params, *batch)
-            norm = optim.global_norm(grads)
+            norm = optim.global_norm(grads, world.mesh)
             scale = optim.clip_factor(norm, args.max_norm)
             params, state = optimizer.update(params, grads, state, rate_of(step), scale=scale, donate=True)
             params = decoder.update_biases(params, stats, args.bias_rate)
-            gradients.check_finite(step, value := value.item(), norm := norm.item(), grads)
+            gradients.check_finite(step, value := value.item(), norm := norm.item(), grads, world.mesh)
             del grads  # before the next step's are made
             counts = [layer.tokens_per_expert.tolist() for layer in stats.layers]
             seconds = time.perf_counter() - began
@@ -132,8 +142,8 @@ def main():
             file.write(now)
             view.update(now)
             if args.save_every and (done == args.steps or done % args.save_every == 0):
-                gradients.check_params(step, params)
-                checkpoint.save(args.out, done, dict(params=params, optimizer=state), run=run, keep=args.keep)
+                gradients.check_params(step, params, world.mesh)
+                checkpoint.save(args.out, done, dict(params=params, optimizer=state), keep=args.keep, **saved)
 
     if world.is_first:
         console.print(plot.report(file.path, reference={"unigram entropy": entropy}, unit=unit))

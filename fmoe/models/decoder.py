@@ -22,7 +22,7 @@ from ..ops.experts import ExpertParams
 from ..ops.segments import Segments, segments_of
 from ..parallel.backends import choose
 from ..parallel.collectives import psum
-from ..parallel.mesh import is_pipeline, stage_mesh
+from ..parallel.mesh import is_pipeline
 from ..parallel.placement import computing, init_on, placed, use
 from ..parallel.stack import stack
 from ..params import P, leaf_mask, partition_specs, trained_mask
@@ -38,7 +38,7 @@ from .params import LayerParams as LayerParams
 from .params import ModelParams as ModelParams
 from .params import specs as specs
 from .rotary import Angles
-from .stages import Stages, check_stages
+from .stages import Stages, held_on
 from .vocabulary import IGNORED, embed, refuse_outside, summed_cross_entropy, within
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -90,9 +90,8 @@ def init(
     (4, torch.Size([256, 128]))
     """
     tree = specs(config)
-    if mesh is not None and (stages is not None or is_pipeline(mesh)):
-        tree = check_stages("init", stages, config, mesh).of_rank(tree, mesh.get_local_rank("pp"))
-        mesh = stage_mesh("init", mesh)
+    if mesh is not None:
+        tree, mesh = held_on("init", config, mesh, stages)
     return init_on("init", mesh, tree, seed, dtype=dtype, device=device)
 
 

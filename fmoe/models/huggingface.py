@@ -28,6 +28,7 @@ from .params import ModelParams, specs
 from .published import export_config, import_config
 from .published_checks import EMBEDDING, HEAD, check_files, check_tied, head_of
 from .published_tensors import Leaf, Part, Piece, gathered, published_leaves, read_leaf
+from .stages import Stages, held_on
 
 try:
     from safetensors import SafetensorError, safe_open
@@ -47,6 +48,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     mesh: DeviceMesh | None = None,
+    stages: Callable[[DecoderConfig], Stages] | None = None,
 ) -> tuple[DecoderConfig, ModelParams]:
     """A model from a directory as published: ``config.json`` and safetensors.
 
@@ -56,6 +58,7 @@ def load(
     dtype       of the parameters but the selection biases; ``None``: that of the embedding
     device      ``None``: the mesh's, or PyTorch's default device
     mesh        place them on it by :func:`fmoe.models.decoder.specs`, as DTensors
+    stages      with ``pp``: makes what :func:`fmoe.models.decoder.init` takes
     -> config   the model that ``config.json`` describes
     -> params   for :func:`fmoe.models.decoder.forward`
     ==========  ===============================================================================
@@ -101,12 +104,16 @@ def load(
             pieces: list[Piece] = [()] * len(leaves)
             values = [read(leaf) for leaf in leaves]
         else:
-            placed, pieces = held_pieces("huggingface.load", tree, mesh)
+            tree, inner = held_on("huggingface.load", config, mesh, stages and stages(config))
+            here = {*dotted_names(tree, is_leaf=is_spec)}
+            leaves = [leaf for leaf in leaves if leaf.name in here]
+            placed, pieces = held_pieces("huggingface.load", tree, inner)
             held = zip(leaves, placed, pieces)
-            values = [as_dtensor(read(leaf, piece=piece), mesh, spec) for leaf, spec, piece in held]
+            values = [as_dtensor(read(leaf, piece=piece), inner, spec) for leaf, spec, piece in held]
         if config.tied_head and HEAD in files:
             with nullcontext() if mesh is None else together():
-                check_tied(path, read(head_of(leaves[0]), piece=pieces[0]), local(values[0]))
+                if tree.embedding != ():
+                    check_tied(path, read(head_of(leaves[0]), piece=pieces[0]), local(values[0]))
     return config, optree.tree_unflatten(optree.tree_structure(tree, is_leaf=is_spec), values)
 
 

@@ -4,7 +4,9 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
+from ..ops.core.axes import describe
 from ..ops.core.dtensors import is_dtensor
+from ..parallel.mesh import is_pipeline
 from ..parallel.spec import distribute
 from ..params import P
 from .decoder import DecoderConfig, ModelParams, forward
@@ -39,7 +41,7 @@ def sample(
 
     It keeps no keys and values. Each token costs a forward of the window, whose positions start at 0.
 
-    Raises ``ValueError`` for an empty prompt, and for options out of range.
+    Raises ``ValueError`` for an empty prompt, for options out of range, and on a mesh with ``pp``.
 
     >>> from fmoe.models.decoder import init, preset
     >>> config = preset("debug")
@@ -57,6 +59,9 @@ def sample(
     ):
         if not fits:
             raise argument_error("sample", name, got=value, expected=expected)
+    if mesh is not None and is_pipeline(mesh):
+        remedy = "Load a checkpoint of it on a mesh without pp, or on one device."
+        raise argument_error("sample", "mesh", got=describe(mesh), expected="pp=1", remedy=remedy)
     generator = seed_or_generator
     if not isinstance(generator, torch.Generator):
         generator = torch.Generator(prompt.device).manual_seed(generator)

@@ -9,9 +9,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
 from ..ops.core.axes import axis_sizes, describe
+from ..parallel.mesh import is_pipeline, stage_mesh
 from .config import DecoderConfig
 from .counts import flops_of_parts
-from .params import ModelParams
+from .params import ModelParams, specs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,3 +144,17 @@ def check_stages(function: str, stages: Stages | None, config: DecoderConfig, me
         expected = f"stages on each of {pp} ranks along pp, as {describe(mesh)} has"
         raise argument_error(function, "stages.ranks", got=stages.ranks, expected=expected)
     return stages
+
+
+def held_on(
+    function: str, config: DecoderConfig, mesh: DeviceMesh, stages: Stages | None = None
+) -> tuple[ModelParams, DeviceMesh]:
+    """The specs of what this device's rank along ``pp`` holds, and the mesh that they are placed on.
+
+    Raises ``ValueError`` as :func:`check_stages` does.
+    """
+    tree = specs(config)
+    if stages is not None or is_pipeline(mesh):
+        rank = mesh.get_local_rank("pp") if is_pipeline(mesh) else 0
+        tree = check_stages(function, stages, config, mesh).of_rank(tree, rank)
+    return tree, stage_mesh(function, mesh)

@@ -26,7 +26,7 @@ class World(NamedTuple):
     ========  ===========================================================================
     mesh      of all of them; ``None``: this process is the only one
     part      ``(i, n)``: this device reads part ``i`` of ``n`` of each batch; devices that
-              differ only along ``tp`` read the same part
+              differ only along ``pp`` and ``tp`` read the same part
     size      how many processes there are
     is_first  whether this is the one that prints and writes
     ========  ===========================================================================
@@ -42,6 +42,11 @@ class World(NamedTuple):
     @property
     def size(self) -> int:
         return 1 if self.mesh is None else self.mesh.size()
+
+    @property
+    def pp(self) -> int:
+        """The ranks along ``pp``."""
+        return 1 if self.mesh is None else axis_sizes(self.mesh).get("pp", 1)
 
     @property
     def is_first(self) -> bool:
@@ -187,7 +192,8 @@ def _without_traceback(main: Callable[[], Any]) -> None:
     try:
         main()
     except Exception as error:
-        text, rank = str(error), f"rank {this_rank()}"
+        # Notes say, for one, which stage and micro-batch of a pipeline it was.
+        text, rank = "\n".join([str(error), *getattr(error, "__notes__", ())]), f"rank {this_rank()}"
         first = _first_failure(f"{rank}: {type(error).__name__}: {text}")
         if _tells_the_user(error):
             text = text if num_ranks() == 1 or text.startswith("on rank ") else f"on {rank}: {text}"

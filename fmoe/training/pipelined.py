@@ -99,6 +99,7 @@ def value_and_grad_of(setup: Setup, zero: int) -> Callable[..., Any]:
         def out_specs(where: P, have: Any) -> Any:
             return (P(), P()), have
 
+        _check_held(setup, params)
         have = where_placed(params, decoder.computing_specs(setup.described), setup.mesh)
         out, grads = _on_mesh(setup, here, params, tokens, targets, segment_ids, out_specs)
         return out, collected(params, grads, have, setup.mesh)
@@ -121,6 +122,7 @@ def loss_of(setup: Setup) -> Callable[..., Any]:
         def out_specs(*_: Any) -> Any:
             return P(), P()
 
+        _check_held(setup, params)
         return _on_mesh(setup, here, params, tokens, targets, segment_ids, out_specs)
 
     return call
@@ -141,17 +143,21 @@ def _on_mesh(
         if is_dtensor(value):
             expected = "a plain tensor, this device's own sequences"
             raise argument_error(function, name, got="a DTensor", expected=expected)
-    mine, theirs = ([part != () for part in _each(tree)] for tree in (setup.described, params))
-    if mine != theirs:
-        got = f"a tree that has {_held(theirs)}"
-        expected = f"{_held(mine)} on rank {setup.rank} along pp"
-        remedy = "Give decoder.init the stages of the schedule, as fmoe.models.stages.cut makes them."
-        raise argument_error(function, "params", got=got, expected=expected, remedy=remedy)
     with torch.no_grad():
         return decoder.run_on(
             function, here, params, inputs, config, setup.mesh,
             out_specs=out_specs, described=setup.described, **setup.on,
         )  # fmt: skip
+
+
+def _check_held(setup: Setup, params: Any) -> None:
+    """Raise ``ValueError`` unless params are those of this rank's stages."""
+    mine, theirs = ([part != () for part in _each(tree)] for tree in (setup.described, params))
+    if mine != theirs:
+        got = f"a tree that has {_held(theirs)}"
+        expected = f"{_held(mine)} on rank {setup.rank} along pp"
+        remedy = "Give decoder.init the stages of the schedule, as fmoe.models.stages.cut makes them."
+        raise argument_error(setup.function, "params", got=got, expected=expected, remedy=remedy)
 
 
 def _each(tree: ModelParams) -> list[Any]:

@@ -1,6 +1,7 @@
 """Pipelines that train: the same losses, gradients and parameters as one process, for every schedule."""
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,15 @@ import optree
 import pytest
 import torch
 import torch.distributed as dist
-from devices import bare_mesh, sizes_of
+from devices import bare_mesh
 from helpers import change, error, fresh_seed, quick
-from laws import whole
+from laws import ranks_of, whole
 from parity import TINY
+from workers import RankError
 
 import fmoe
 from fmoe.models import decoder
+from fmoe.models.sampling import sample
 from fmoe.models.stages import Stages, cut
 from fmoe.ops.core.axes import group_of
 from fmoe.parallel.placement import token_axes
@@ -39,13 +42,6 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "uneven layers, default remat": (CONFIG, dict(uneven=True, per_layer=per_layer("default"))),
     "segments and padding": (CONFIG, dict(segments=True)),
 }
-
-
-def ranks_of(axes: str) -> int:
-    found = 1
-    for size in sizes_of(axes).values():
-        found *= size
-    return found
 
 
 def mesh_of(axes: str) -> Any:
@@ -275,3 +271,144 @@ def test_a_part_of_a_model_is_no_checkpoint(pool: Any, tmp_path: Path) -> None:
     for text in pool.run(2, saved_without_its_mesh, tmp_path):
         assert "save: step, run, state: got on rank 1, beside rank 0: state is" in text
     assert not [*tmp_path.iterdir()]
+
+
+def failing(kind: str) -> str:
+    """What each rank is told when a layer of one raises in a forward, or in a backward."""
+    mesh = mesh_of("pp=2")
+    calls = 0
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+            raise OverflowError("a failing backward")
+
+    def wrap(layer: Any) -> Any:
+        def call(params: Any, x: torch.Tensor, *rest: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if mesh.get_local_rank("pp") == 1 and calls == 6:  # the stage's second layer, third micro-batch
+                if kind == "forward":
+                    raise OverflowError("a failing layer")
+                x = Fails.apply(x)
+            return layer(params, x, *rest)
+
+        return call
+
+    config = dataclasses.replace(CONFIG, num_layers=4)
+    step_of = gradients.of_model(config, mesh, micro_batches=4, per_layer=wrap)
+    params = decoder.init(config, 0, mesh=mesh)
+    try:
+        step_of(params, *batch(0))
+    except OverflowError as error:
+        note = "; ".join(error.__notes__)
+        raise RuntimeError(f"{error} ({note})") from error
+    return "ended"
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_an_error_of_one_rank_ends_the_others_and_names_stage_and_micro_batch(pool: Any, kind: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(RankError) as caught:
+        pool.run(2, failing, kind)
+    assert time.monotonic() - began < 30
+    action = {"forward": "1F2", "backward": "1B2"}[kind]
+    assert f"rank 1 along pp, stage 1, micro-batch 2, at {action}" in str(caught.value)
+
+
+def refused() -> list[str]:
+    mesh, found = mesh_of("pp=2"), []
+    params = decoder.init(CONFIG, 0, mesh=mesh)
+    tokens, targets = batch(0)
+    two = Stages(((0, 4), (4, 9)), (0, 1))
+    many = make_schedule("interleaved", pp=2, micro_batches=4)
+    four = make_schedule("1f1b", pp=4, micro_batches=4)
+    spread = fmoe.parallel.distribute(tokens, fmoe.P(), mesh["dp",])
+    other = decoder.init(CONFIG, 0, mesh=mesh, stages=Stages(((0, 2), (2, 9)), (0, 1)))
+    step_of = gradients.of_model(CONFIG, mesh, micro_batches=4)
+    cases: list[Any] = [
+        lambda: decoder.loss(params, tokens, targets, CONFIG, mesh),
+        lambda: decoder.forward(params, tokens, CONFIG, mesh),
+        lambda: sample(params, tokens, CONFIG, num_tokens=1, seed_or_generator=0, mesh=mesh),
+        lambda: gradients.of_model(CONFIG, mesh, micro_batches=3, schedule=many),
+        lambda: gradients.of_model(CONFIG, mesh, micro_batches=4, schedule=four),
+        lambda: gradients.of_model(CONFIG, mesh, micro_batches=4, schedule=many, stages=two),
+        lambda: gradients.of_model(CONFIG, mesh, micro_batches=4, stages=Stages(((0, 4), (5, 9)), (0, 1))),
+        lambda: gradients.of_model(CONFIG, mesh, micro_batches=4, schedule="2f2b"),
+        lambda: step_of(other, tokens, targets),
+        lambda: step_of(params, spread, targets),
+        lambda: step_of(params, tokens[:, :3], targets),
+        lambda: decoder.init(CONFIG, 0, mesh=mesh, stages=Stages(((0, 9),), (0,))),
+        lambda: decoder.init(CONFIG, 0, mesh=bare_mesh("pp=2")),
+        lambda: cut(CONFIG, range(10)),
+        lambda: cut(CONFIG, range(2), costs=[1.0]),
+    ]
+    for case in cases:
+        with pytest.raises(ValueError, match=": got ") as caught:
+            case()
+        found.append(str(caught.value))
+    try:
+        step_of(params, tokens + CONFIG.vocab_size, targets)
+    except RuntimeError as error:
+        found.append(str(error))
+    return found
+
+
+REFUSED = [
+    "loss: mesh: got (pp=2, dp=1), expected pp=1. Use fmoe.training.gradients.of_model, or loss_of_model",
+    "forward: mesh: got (pp=2, dp=1), expected pp=1.",
+    "sample: mesh: got (pp=2, dp=1), expected pp=1. Load a checkpoint of it on a mesh without pp",
+    "of_model: schedule: got one of 2 ranks and 4 micro-batches, expected 2 ranks, as (pp=2, dp=1) has, and",
+    "of_model: schedule: got one of 4 ranks and 4 micro-batches, expected 2 ranks",
+    "of_model: stages.ranks: got (0, 1), expected (0, 1, 0, 1), as the schedule has. Cut the model for it.",
+    "of_model: stages: got Stages(layers=((0, 4), (5, 9)), ranks=(0, 1)), expected each of 9 layers once",
+    "make_schedule: name: got '2f2b', expected one of",
+    "of_model: params: got a tree that has ",
+    "of_model: tokens: got a DTensor, expected a plain tensor, this device's own sequences",
+    "of_model: targets: got targets of shape (16, 6), expected (16, 3), as tokens",
+    "init: stages.ranks: got (0,), expected stages on each of 2 ranks along pp, as (pp=2, dp=1) has",
+    "init: mesh: got (pp=2), expected another axis. Use fmoe.make_mesh, whose meshes have all axes.",
+    "cut: ranks: got 10 stages, expected 1 to 9, the number of layers",
+    "cut: costs: got [1.0], expected 11 of at least 0: of the embedding, 9 layers, and the head",
+    "vocabulary: tokens, targets: got an id outside of it, on this device or another",
+]
+
+
+def test_what_does_not_fit_is_refused_on_every_rank(pool: Any) -> None:
+    for found in pool.run(2, refused):
+        for text, expected in zip(found, REFUSED, strict=True):
+            assert text.startswith(expected)
+
+
+def norms_and_names() -> tuple[float, list[str]]:
+    mesh = mesh_of("pp=2")
+    params = decoder.init(TIED, 0, mesh=mesh)
+    bad = optree.tree_map(torch.clone, params)
+    for name, leaf in zip(dotted_names(bad), optree.tree_leaves(bad)):
+        if name in ("layers.1.mlp.router.weight_ED", "layers.8.attention.out"):
+            leaf.to_local()[-1, -1] = float("nan")
+    found = []
+    for check in (
+        lambda: gradients.check_params(3, bad, mesh),
+        lambda: gradients.check_finite(3, 1.0, float("nan"), bad, mesh),
+    ):
+        with pytest.raises(FloatingPointError) as caught:
+            check()
+        found.append(str(caught.value))
+    gradients.check_params(3, params, mesh)
+    return optim.global_norm({"a": params}, mesh).item(), found
+
+
+def test_norms_and_numbers_that_are_not_finite_are_those_of_all_ranks(pool: Any) -> None:
+    whole_norm = optim.global_norm(decoder.init(TIED, 0)).item()
+    number = len(optree.tree_leaves(decoder.init(TIED, 0)))
+    found = pool.run(2, norms_and_names)
+    assert len({norm for norm, _ in found}) == 1, "the same bits"
+    for norm, texts in found:
+        assert norm == pytest.approx(whole_norm, rel=1e-6)
+        for text in texts:
+            assert f"2 of {number} tensors: layers.8.attention.out, layers.1.mlp.router.weight_ED" in text

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -98,13 +99,48 @@ def test_ranks_with_every_option_train_as_one_process_does(pool, alone, tmp_path
     assert not any(others), "the first rank speaks for all"
 
 
+PIPELINES = {
+    "pp=2": ["--pp-schedule", "interleaved", "--stages-per-rank", "2"],
+    "pp=2,ep=2": ["--pp-schedule", "zbv", "--zero", "1", "--remat", "default"],
+}
+
+
+@pytest.mark.parametrize("mesh", quick(["pp=2"], PIPELINES))
+def test_a_pipeline_trains_as_one_process_does_and_its_run_goes_on_there(pool, tmp_path, mesh):
+    options = ["--layers", "4", "--dim", "32", "--micro-batches", "4", "--save-every", "3"]
+    run_here(*options, "--out", tmp_path / "alone")
+    pipeline = [*PIPELINES[mesh], *options, "--out", tmp_path / "run"]
+    said, *others = pool.run(ranks_of(mesh), run_here, *pipeline, "--mesh", mesh)
+    expected = losses(tmp_path / "alone")
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-6)  # norms to clip by are float32
+    held_out = [read_metrics(tmp_path / of / "metrics.jsonl")[2]["held_out_loss"] for of in ("alone", "run")]
+    assert held_out[1] == pytest.approx(held_out[0], rel=1e-6)
+    assert f"debug on {ranks_of(mesh)} devices ({mesh})" in said
+    assert not any(others), "the first rank speaks for all"
+    folder = shutil.copytree(tmp_path / "run", tmp_path / "on", ignore=shutil.ignore_patterns("*.lock", "*6"))
+    run_here(*options, "--out", folder, "--resume")
+    assert losses(folder) == pytest.approx(expected, rel=1e-6)
+
+
+def sampling(folder):
+    with pytest.raises(SystemExit) as caught:
+        run_here("--mesh", "pp=2", "--sample", "def ", "--out", folder)
+    return str(caught.value)
+
+
+def test_a_pipeline_does_not_sample(pool, tmp_path):
+    for text in pool.run(2, sampling, tmp_path):
+        assert text.startswith("error: --sample doesn't run on a mesh with pp")
+
+
 def test_published_weights_are_read_by_two_ranks(pool, tmp_path):
     config = deepseek_v3.preset("debug", layers=2)
     huggingface.save(tmp_path / "model", config, deepseek_v3.init(config, 5))
     options = ["--init-from", tmp_path / "model", "--out"]
     run_here(*options, tmp_path / "alone", steps=2)
-    pool.run(2, run_here, *options, tmp_path / "two", "--mesh", "ep=2", "--steps", 2)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), rel=1e-6)
+    for mesh in ("ep=2", "pp=2"):
+        pool.run(2, run_here, *options, tmp_path / mesh, "--mesh", mesh, "--steps", 2)
+        assert losses(tmp_path / mesh) == pytest.approx(losses(tmp_path / "alone"), rel=1e-6)
 
 
 @pytest.mark.parametrize("harm", quick(["die"], ["die", "raise"]))
