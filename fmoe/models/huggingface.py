@@ -141,8 +141,8 @@ def save(
 
     Parameters that are one tensor are written as two.
 
-    Raises ``ValueError`` listing all parameters that don't belong to ``config``, and for configurations that
-    transformers can't express.
+    Raises ``ValueError`` listing all parameters that don't belong to ``config``, for configurations that
+    transformers can't express, and for a part of a model.
 
     >>> import tempfile
     >>> from fmoe.models import decoder
@@ -154,6 +154,10 @@ def save(
     """
     _check_installed("save")
     path = Path(path)
+    if any(part == () for part in (params.embedding, *params.layers, params.norm)):
+        got, expected = "a part of a model, as a rank along pp holds", "a whole one"
+        remedy = "Load a checkpoint of it on a mesh without pp, or on one device."
+        raise argument_error("huggingface.save", "params", got=got, expected=expected, remedy=remedy)
     shared = any(is_dtensor(leaf) for leaf in optree.tree_leaves(params))
     step: Callable[[], AbstractContextManager[None]] = together if shared else nullcontext
     writes = not shared or this_rank() == 0

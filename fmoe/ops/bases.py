@@ -197,6 +197,7 @@ grouped_mm: Operator = declare(
     example=lambda: (random(5, 2), random(3, 2, 4), _offsets_example(5)),
     plain=lambda x, w, offsets: einsum(_members(offsets, x), x, w, "r e, r i, e i o -> r o"),
     vjp=_grouped_mm_vjp,
+    by_need=True,
     jvp=bilinear_jvp(lambda: grouped_mm),
     vmap=_grouped_mm_vmap,
 )
@@ -210,6 +211,7 @@ grouped_outer: Operator = declare(
     example=lambda: (random(5, 2), random(5, 3), _offsets_example(5)),
     plain=lambda x, y, offsets: einsum(_members(offsets, x), x, y, "r e, r i, r o -> e i o"),
     vjp=_grouped_outer_vjp,
+    by_need=True,
     jvp=bilinear_jvp(lambda: grouped_outer),
     vmap=_grouped_outer_vmap,
 )

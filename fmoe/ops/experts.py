@@ -185,18 +185,23 @@ def _up_kernel(x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> torch.Tenso
 
 
 def _up_backward_kernel(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> Tensors:
-    rows = Layout(*fields)
-    weights, slot, row, offsets, score_before = rows
-    g_h = g_h.flatten(1)
-    g_x_RD = grouped.mm(g_h, w_in.flatten(1, 2), offsets)
+    g_x, g_weights = _up_inputs_kernel(g_h, x, w_in, *fields)  # its large tensors go before the next ones
+    return g_x, _up_weight_kernel(g_h, x, w_in, *fields), g_weights
+
+
+def _up_inputs_kernel(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> Tensors:
+    weights, slot, row, offsets, score_before = Layout(*fields)
+    g_x_RD = grouped.mm(g_h.flatten(1), w_in.flatten(1, 2), offsets)
     if score_before:
         g_weights = weight_gradients_kernel(x, g_x_RD, weights, slot, row)
-        g_x = weighted_sum_kernel(g_x_RD, weights, slot, row)
-    else:
-        g_weights, g_x = torch.zeros_like(weights), weighted_sum_kernel(g_x_RD, None, slot, row)
-    del g_x_RD  # before the next large ones
-    x_RD = _expand(x, rows, scaled=score_before)
-    return g_x, grouped.outer(g_h, x_RD, offsets).unflatten(1, (2, -1)), g_weights
+        return weighted_sum_kernel(g_x_RD, weights, slot, row), g_weights
+    return weighted_sum_kernel(g_x_RD, None, slot, row), torch.zeros_like(weights)
+
+
+def _up_weight_kernel(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> torch.Tensor:
+    rows = Layout(*fields)
+    x_RD = _expand(x, rows, scaled=rows.score_before)
+    return grouped.outer(g_h.flatten(1), x_RD, rows.offsets_e).unflatten(1, (2, -1))
 
 
 def _down_kernel(h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> torch.Tensor:
@@ -209,18 +214,40 @@ def _down_kernel(h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> torch.Te
 def _down_backward_kernel(g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> Tensors:
     rows = Layout(*fields)
     g_RD = _expand(g, rows, scaled=False)
-    # The activation is computed a second time below: cheaper than to hold it beside g_h.
-    act = _activation(h, rows, scaled=not rows.score_before)
-    g_w_out = grouped.outer(g_RD, act, rows.offsets_e)
-    del act
+    g_w_out = _down_weight(g_RD, h, rows)
     g_act = grouped.mm(g_RD, w_out, rows.offsets_e)
     del g_RD
     g_h, g_weights = _activation_backward(g_act, h, rows, scaled=not rows.score_before)
     return g_h, g_w_out, g_weights
 
 
+def _down_inputs_kernel(g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> Tensors:
+    rows = Layout(*fields)
+    g_act = grouped.mm(_expand(g, rows, scaled=False), w_out, rows.offsets_e)
+    return _activation_backward(g_act, h, rows, scaled=not rows.score_before)
+
+
+def _down_weight_kernel(g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> torch.Tensor:
+    rows = Layout(*fields)
+    return _down_weight(_expand(g, rows, scaled=False), h, rows)
+
+
+def _down_weight(g_RD: torch.Tensor, h: torch.Tensor, rows: Layout) -> torch.Tensor:
+    # The activation is computed again for g_h: cheaper than to hold it beside that.
+    act = _activation(h, rows, scaled=not rows.score_before)
+    return grouped.outer(g_RD, act, rows.offsets_e)
+
+
 def _backward_fake(g: Any, rows: Any, weight: Any, weights: Any, *rest: Any) -> Tensors:
     return tuple(t.new_empty(t.shape) for t in (rows, weight, weights))
+
+
+def _inputs_fake(g: Any, rows: Any, weight: Any, weights: Any, *rest: Any) -> Tensors:
+    return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
+
+
+def _weight_fake(g: Any, rows: Any, weight: Any, *rest: Any) -> torch.Tensor:
+    return weight.new_empty(weight.shape)
 
 
 def _layout_example() -> tuple[Any, ...]:
@@ -238,6 +265,24 @@ experts_up_backward: Operator = declare(
     reference=pullback(_up_reference),
 )
 
+# Its halves, for a backward in two: all but the weight's cotangent, and that alone.
+experts_up_backward_inputs: Operator = declare(
+    f"experts_up_backward_inputs(Tensor g, Tensor x, Tensor w_in, {_LAYOUT}) -> (Tensor, Tensor)",
+    impl=_up_inputs_kernel,
+    fake=_inputs_fake,
+    checkpoint=EXPERTS,
+    example=experts_up_backward.example,
+    reference=lambda *args: pullback(_up_reference)(*args)[::2],
+)
+experts_up_backward_weight: Operator = declare(
+    f"experts_up_backward_weight(Tensor g, Tensor x, Tensor w_in, {_LAYOUT}) -> Tensor",
+    impl=_up_weight_kernel,
+    fake=_weight_fake,
+    checkpoint=EXPERTS,
+    example=experts_up_backward.example,
+    reference=lambda *args: pullback(_up_reference)(*args)[1],
+)
+
 # x (S, D), w_in (e, 2, F, D) -> (R, 2, F): the pre-activation of each row; undefined past the last offset.
 experts_up: Operator = declare(
     f"experts_up(Tensor x, Tensor w_in, {_LAYOUT}) -> Tensor",
@@ -245,7 +290,8 @@ experts_up: Operator = declare(
     fake=lambda x, w_in, weights, slot, *rest: x.new_empty(slot.shape[0], 2, w_in.shape[2]),
     checkpoint=EXPERTS,
     example=lambda: (random(4, 3), random(3, 2, 2, 3), *_layout_example()),
-    vjp=lambda inputs, needs, g: experts_up_backward(g, *inputs),
+    vjp=lambda inputs, needs, g: _by_need(_UP, inputs, needs, g),
+    by_need=True,
     reference=_up_reference,
 )
 
@@ -258,6 +304,24 @@ experts_down_backward: Operator = declare(
     reference=pullback(_down_reference),
 )
 
+# Its halves, for a backward in two: all but the weight's cotangent, and that alone.
+experts_down_backward_inputs: Operator = declare(
+    f"experts_down_backward_inputs(Tensor g, Tensor h, Tensor w_out, {_LAYOUT}) -> (Tensor, Tensor)",
+    impl=_down_inputs_kernel,
+    fake=_inputs_fake,
+    checkpoint=EXPERTS,
+    example=experts_down_backward.example,
+    reference=lambda *args: pullback(_down_reference)(*args)[::2],
+)
+experts_down_backward_weight: Operator = declare(
+    f"experts_down_backward_weight(Tensor g, Tensor h, Tensor w_out, {_LAYOUT}) -> Tensor",
+    impl=_down_weight_kernel,
+    fake=_weight_fake,
+    checkpoint=EXPERTS,
+    example=experts_down_backward.example,
+    reference=lambda *args: pullback(_down_reference)(*args)[1],
+)
+
 # h (R, 2, F), w_out (e, D, F) -> (S, D): activated, multiplied, weighted and summed per row.
 experts_down: Operator = declare(
     f"experts_down(Tensor h, Tensor w_out, {_LAYOUT}) -> Tensor",
@@ -265,6 +329,20 @@ experts_down: Operator = declare(
     fake=lambda h, w_out, weights, *rest: h.new_empty(weights.shape[0], w_out.shape[1]),
     checkpoint=EXPERTS,
     example=lambda: (random(8, 2, 2), random(3, 3, 2), *_layout_example()),
-    vjp=lambda inputs, needs, g: experts_down_backward(g, *inputs),
+    vjp=lambda inputs, needs, g: _by_need(_DOWN, inputs, needs, g),
+    by_need=True,
     reference=_down_reference,
 )
+
+_Backwards = tuple[Operator, Operator, Operator]
+_UP: _Backwards = (experts_up_backward, experts_up_backward_inputs, experts_up_backward_weight)
+_DOWN: _Backwards = (experts_down_backward, experts_down_backward_inputs, experts_down_backward_weight)
+
+
+def _by_need(backwards: _Backwards, inputs: Any, needs: Any, g: torch.Tensor) -> tuple[Any, ...]:
+    """The cotangents of the first three inputs, or of those that need one."""
+    whole, of_inputs, of_weight = backwards
+    if not needs[1]:
+        g_rows, g_weights = of_inputs(g, *inputs)
+        return g_rows, None, g_weights
+    return whole(g, *inputs) if needs[0] or needs[2] else (None, of_weight(g, *inputs))

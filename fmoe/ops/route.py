@@ -299,6 +299,7 @@ product: Operator = declare(
     example=lambda: (random(4, 3), random(3, 2), torch.float64),
     plain=_product_plain,
     vjp=_product_vjp,
+    by_need=True,
     jvp=bilinear_jvp(lambda: product),
     vmap=_product_vmap,
 )

@@ -166,6 +166,10 @@ def _experts_down_backward(args: Any, outs: Any) -> int:
     return h.shape[0] * max(hidden, dim - hidden) * h.element_size()
 
 
+def _experts_down_backward_weight(args: Any, outs: Any) -> int:
+    return _experts_down(args[1:], outs)  # activation, expanded cotangents
+
+
 def _wide(*tensors: torch.Tensor) -> int:
     """Bytes of float32 copies."""
     return sum(4 * t.numel() for t in tensors if t.element_size() < 4)
@@ -255,8 +259,12 @@ def _reduce_params(args: Any, outs: Any) -> int:
 WORKSPACES: dict[str, Callable[[Any, Any], int]] = {
     "fmoe::experts_up": _experts_up,
     "fmoe::experts_up_backward": _experts_up_backward,
+    "fmoe::experts_up_backward_inputs": _experts_up_backward,
+    "fmoe::experts_up_backward_weight": _experts_up_backward,
     "fmoe::experts_down": _experts_down,
     "fmoe::experts_down_backward": _experts_down_backward,
+    "fmoe::experts_down_backward_inputs": _experts_down_backward,
+    "fmoe::experts_down_backward_weight": _experts_down_backward_weight,
     "fmoe::attention": _attention,
     "fmoe::attention_backward": _attention_backward,
     "fmoe::segment_attention": lambda args, outs: _attention(args, outs) + _mask(args[0]),

@@ -4,12 +4,14 @@ import random
 import weakref
 from typing import Any
 
+import optree
 import pytest
 import torch
-from helpers import error, fresh_seed
+from helpers import CONFIGS, error, fresh_seed, random_layer
 from torch.autograd.graph import get_gradient_edge
 
 import fmoe
+from fmoe.introspect import raw_calls
 from fmoe.pipeline.clock import Action
 from fmoe.pipeline.halves import input_gradient, weight_gradients
 from fmoe.pipeline.run import Line, Made, Stage, run
@@ -141,3 +143,50 @@ def test_any_schedule_of_one_rank_gives_the_gradients(attempt: int) -> None:
     for mine, theirs in zip(ran.gradients, want):
         assert (mine is None) == (theirs is None)
         assert mine is None or error(mine, theirs) < 1e-13
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_each_product_of_experts_runs_once_in_two_halves(name: str) -> None:
+    """Beside the same products in one backward; recomputed layers have only a first half."""
+    config, params = CONFIGS[name], random_layer()
+    x = torch.randn(10, 6, dtype=torch.float64, requires_grad=True)
+    leaves, structure = optree.tree_flatten(optree.tree_map(lambda t: t.detach().requires_grad_(), params))
+    g = torch.randn(10, 6, dtype=torch.float64)
+
+    def graph(layer: Any) -> Any:
+        return get_gradient_edge(layer(structure.unflatten(leaves), x, router=config))
+
+    want = torch.autograd.grad(graph(fmoe.moe_forward), [x, *leaves], g, allow_unused=True)
+    halves = ("experts_up_backward", "experts_down_backward")
+    for layer, first, second in (
+        (fmoe.moe_forward, [0, 1, 0], [0, 0, 1]),
+        (fmoe.remat(fmoe.moe_forward), [1, 0, 0], [0, 0, 0]),
+    ):
+        made = graph(layer)
+        with raw_calls() as early:
+            g_x, rest = input_gradient([made], [g], x, leaves)
+        with raw_calls() as late:
+            found = [g_x, *weight_gradients(rest, leaves)]
+        for half in halves:
+            for counted, expected in ((early, first), (late, second)):
+                assert [counted.get(half + part, 0) for part in ("", "_inputs", "_weight")] == expected
+        for mine, theirs in zip(found, want):
+            if theirs is None:
+                assert mine is None or not mine.any()
+            else:
+                assert error(mine, theirs) < 1e-13
+
+
+@pytest.mark.parametrize("halves", [False, True])
+def test_low_precision_is_summed_in_float32(halves: bool) -> None:
+    w = torch.tensor(1.0, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.tensor([256.0] + [1.0] * 255, dtype=torch.bfloat16)
+
+    def forward(m: int, _: Any) -> Made:
+        return Made(None, w * x[m], torch.zeros(1))
+
+    kinds = "FIW" if halves else "FB"
+    schedule = from_computations([[Action(0, k, m) for m in range(256) for k in kinds]], [0])
+    ran = run(schedule, Line(0, None, [], x.new_empty(0)), {0: Stage(forward, [0])}, [w])
+    assert ran.gradients[0] == 511, "in bfloat16, 256 + 1 is 256"
+    assert ran.peak == 1

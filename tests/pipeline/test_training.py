@@ -16,7 +16,7 @@ from parity import TINY
 from workers import RankError
 
 import fmoe
-from fmoe.models import decoder
+from fmoe.models import decoder, huggingface
 from fmoe.models.sampling import sample
 from fmoe.models.stages import Stages, cut
 from fmoe.ops.core.axes import group_of
@@ -310,7 +310,7 @@ def failing(kind: str) -> str:
     return "ended"
 
 
-@pytest.mark.parametrize("kind", ["forward", "backward"])
+@pytest.mark.parametrize("kind", quick(["backward"], ["forward", "backward"]))
 def test_an_error_of_one_rank_ends_the_others_and_names_stage_and_micro_batch(pool: Any, kind: str) -> None:
     began = time.monotonic()
     with pytest.raises(RankError) as caught:
@@ -334,6 +334,7 @@ def refused() -> list[str]:
         lambda: decoder.loss(params, tokens, targets, CONFIG, mesh),
         lambda: decoder.forward(params, tokens, CONFIG, mesh),
         lambda: sample(params, tokens, CONFIG, num_tokens=1, seed_or_generator=0, mesh=mesh),
+        lambda: huggingface.save("nowhere", CONFIG, params),
         lambda: gradients.of_model(CONFIG, mesh, micro_batches=3, schedule=many),
         lambda: gradients.of_model(CONFIG, mesh, micro_batches=4, schedule=four),
         lambda: gradients.of_model(CONFIG, mesh, micro_batches=4, schedule=many, stages=two),
@@ -362,6 +363,7 @@ REFUSED = [
     "loss: mesh: got (pp=2, dp=1), expected pp=1. Use fmoe.training.gradients.of_model, or loss_of_model",
     "forward: mesh: got (pp=2, dp=1), expected pp=1.",
     "sample: mesh: got (pp=2, dp=1), expected pp=1. Load a checkpoint of it on a mesh without pp",
+    "huggingface.save: params: got a part of a model, as a rank along pp holds, expected a whole one. Load a",
     "of_model: schedule: got one of 2 ranks and 4 micro-batches, expected 2 ranks, as (pp=2, dp=1) has, and",
     "of_model: schedule: got one of 4 ranks and 4 micro-batches, expected 2 ranks",
     "of_model: stages.ranks: got (0, 1), expected (0, 1, 0, 1), as the schedule has. Cut the model for it.",

@@ -59,6 +59,7 @@ def eager_function(op: Any) -> Any:
         if rules.vjp is None and any(o.is_floating_point() for o in outputs):
             raise TypeError(f"{op.name}: declared without a vjp, yet it has a floating-point output.")
         ctx.num_kept = len(inputs) - n
+        ctx.where = [i for i, value in enumerate(inputs) if isinstance(value, torch.Tensor)]
         ctx.outputs = [(o.shape, o.dtype, o.device) for o in outputs[: op.num_values]]
         ctx.save_for_forward(*_keep(ctx, rules.residuals(inputs[:n], outputs), outputs, op.num_values))
 
@@ -68,7 +69,8 @@ def eager_function(op: Any) -> Any:
         if rules.vjp is not None and any(c is not None for c in cotangents):
             kept = _restored(ctx.kept, unwrap_dead_wrappers(ctx.saved_tensors))
             with _rule(op, "grad", rules.vjp):
-                found = rules.vjp(kept, ctx.needs_input_grad[:n], *cotangents)
+                needs = _asked_for(ctx) if op.by_need else ctx.needs_input_grad
+                found = rules.vjp(kept, needs[:n], *cotangents)
         return _padded(found, n + ctx.num_kept)
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -103,13 +105,32 @@ def eager_function(op: Any) -> Any:
                 out = tuple(o[:0] for o in out)
             return few(out), few((0,) * op.num_outputs)
 
-    return _make(op.name, forward, setup_context, backward, jvp=jvp, vmap=vmap)
+    function = _make(op.name, forward, setup_context, backward, jvp=jvp, vmap=vmap)
+    function.by_need = op.by_need
+    return function
 
 
 def _make(name: str, forward: Any, setup_context: Any, backward: Any, **more: Any) -> Any:
     methods = {"forward": forward, "setup_context": setup_context, "backward": backward, **more}
     title = "".join(word.capitalize() for word in name.split("_"))
     return type(title, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()})
+
+
+def _asked_for(ctx: Any) -> list[bool]:
+    """Which inputs want a cotangent in this run of the engine: not all that require a gradient need one."""
+    needs = [*ctx.needs_input_grad]
+    following = ctx.next_functions
+    if len(following) == len(ctx.where):  # one for each tensor
+        for i, (node, _) in zip(ctx.where, following):
+            needs[i] = needs[i] and (node is None or _runs(node))
+    return needs
+
+
+def _runs(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf whose gradient is asked for; of no other node the engine says so
+        return True
 
 
 @contextmanager

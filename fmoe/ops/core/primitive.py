@@ -57,6 +57,7 @@ class Operator:
     plain: Any
     dependent: Callable[..., Tensors]
     residual_outputs: int
+    by_need: bool = False
 
     def __post_init__(self) -> None:
         self.name = self.raw._schema.name.removeprefix(f"{NAMESPACE}::")
@@ -96,6 +97,7 @@ def declare(
     plain: Callable[..., Any] | None = None,
     dependent: Callable[..., Tensors] = lambda *inputs: (),
     residual_outputs: int = 0,
+    by_need: bool = False,
     residuals: Callable[[tuple[Any, ...], Tensors], tuple[Any, ...]] | None = None,
     vjp: Rule | None = None,
     jvp: Rule | None = None,
@@ -113,6 +115,8 @@ def declare(
     plain             the same function in plain PyTorch, the oracle; not needed with a ``reference``
     dependent         the example's last arguments where they follow from the others, as in a backward
     residual_outputs  how many trailing outputs exist for the backward only; callers don't see them
+    by_need           whether ``vjp`` computes nothing but what ``needs`` says: then the two halves of a
+                      pipeline's backward compute nothing twice
     residuals         ``(inputs, outputs)`` -> what the rules need, a tuple or ``NamedTuple`` of tensors,
                       statics and further tuples; nothing else is kept; default: the inputs
     vjp               ``(residuals, needs, *cotangents)`` -> cotangents of the inputs, or of the first of
@@ -149,7 +153,7 @@ def declare(
     if plain is None:
         raise TypeError(f"{name}: declared with neither a plain function nor a reference.")
     rules = Rules(vjp, jvp, vmap, residuals or (inputs_alone if vjp else _nothing))
-    op = Operator(raw, rules, by_hand, checkpoint, example, plain, dependent, residual_outputs)
+    op = Operator(raw, rules, by_hand, checkpoint, example, plain, dependent, residual_outputs, by_need)
     _REGISTRY[name] = op
     return op
 
@@ -205,6 +209,7 @@ def linear(
     moved = jvp or (lambda tangent, *others: _REGISTRY[name](tangent, *others))
     return declare(
         schema,
+        by_need=True,
         residuals=lambda inputs, outputs: _Others(inputs[0].shape, inputs[1:]),
         vjp=lambda kept, needs, g: transposed(g, kept.shape, *kept.others),
         jvp=lambda kept, tangent, *_: moved(tangent, *kept.others),
