@@ -99,7 +99,7 @@ def weight_gradients(rest: Rest, leaves: Sequence[torch.Tensor]) -> Gradients:
 def _users(outputs: Sequence[GradientEdge]) -> Mapping[Any, list[Any]]:
     """For each node of the graph, the nodes that lie directly above it."""
     users: dict[Any, list[Any]] = defaultdict(list)
-    waiting = [*{edge.node for edge in outputs}]
+    waiting = [*dict.fromkeys(edge.node for edge in outputs)]  # in one order on all devices
     seen = {*waiting}
     while waiting:
         node = waiting.pop()

@@ -193,7 +193,8 @@ def _without_traceback(main: Callable[[], Any]) -> None:
         main()
     except Exception as error:
         # Notes say, for one, which stage and micro-batch of a pipeline it was.
-        text, rank = "\n".join([str(error), *getattr(error, "__notes__", ())]), f"rank {this_rank()}"
+        text = str(error) + "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        rank = f"rank {this_rank()}"
         first = _first_failure(f"{rank}: {type(error).__name__}: {text}")
         if _tells_the_user(error):
             text = text if num_ranks() == 1 or text.startswith("on rank ") else f"on {rank}: {text}"

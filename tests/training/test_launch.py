@@ -27,10 +27,22 @@ def on_another_rank():
             raise FileNotFoundError("nothing there")
 
 
+def noted():
+    try:
+        fmoe.make_mesh("ep=two")
+    except ValueError as error:
+        error.add_note("pipeline: rank 1 along pp, stage 3, micro-batch 2, at 3F2")
+        raise
+
+
 @pytest.mark.parametrize(
     ("main", "text"),
     [
         (lambda: fmoe.make_mesh("ep=two"), "make_mesh: axes: got 'ep=two'"),
+        (
+            noted,
+            "make_mesh: axes: got 'ep=two', expected axes and sizes like \"dp=2,ep=4\". (pipeline: rank",
+        ),
         (
             lambda: Path("/nowhere/at/all").read_text(),
             "[Errno 2] No such file or directory: '/nowhere/at/all'",
