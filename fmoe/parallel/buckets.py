@@ -106,7 +106,10 @@ def scatter(leaves: Sequence[Any], cotangents: Sequence[torch.Tensor]) -> list[t
     """The transpose of :func:`use`, without a derivative of its own: cotangents of the pieces."""
     found: dict[int, Any] = {}
     mine = buckets_of(leaves)
-    sums = [begin_sum([cotangents[i] for i in bucket.where], bucket) for bucket in mine]
+    sums = [
+        begin_sum([cotangents[i] for i in bucket.where], bucket, leaves[bucket.where[0]].piece.device)
+        for bucket in mine
+    ]
     for bucket in mine:
         found |= zip(bucket.where, finish_sum(sums.pop(0), bucket))
     return [found[i] if i in found else _pulled(leaf, cotangents[i]) for i, leaf in enumerate(leaves)]
@@ -139,14 +142,15 @@ def finish(gathered: torch.Tensor, bucket: Bucket) -> list[torch.Tensor]:
     return list(unpacked(arrived(gathered), bucket))
 
 
-def begin_sum(cotangents: Iterable[torch.Tensor | None], bucket: Bucket) -> torch.Tensor | None:
-    """Begin to sum the cotangents of whole parameters; :func:`finish_sum` waits."""
-    cotangents = [*cotangents]
-    like = next((g for g in cotangents if g is not None), None)
-    if like is None:
-        return None
+def begin_sum(
+    cotangents: Iterable[torch.Tensor | None], bucket: Bucket, device: torch.device
+) -> torch.Tensor:
+    """Begin to sum the cotangents of whole parameters; :func:`finish_sum` waits.
+
+    Where this device has none, others may, so it sends zeros.
+    """
     _, _, summed, size, _ = bucket.statics
-    flat = like.new_zeros(size, sum(bucket.lengths), dtype=summed)
+    flat = torch.zeros(size, sum(bucket.lengths), dtype=summed, device=device)
     for row, g, dim, shape in zip(flat.split(bucket.lengths, 1), cotangents, bucket.dims, bucket.shapes):
         if g is not None:
             pieces = g.unflatten(dim, (size, shape[dim])).movedim(dim, 0)
@@ -154,10 +158,8 @@ def begin_sum(cotangents: Iterable[torch.Tensor | None], bucket: Bucket) -> torc
     return begin_reduce(flat, *bucket.statics)
 
 
-def finish_sum(sums: torch.Tensor | None, bucket: Bucket) -> list[torch.Tensor | None]:
+def finish_sum(sums: torch.Tensor, bucket: Bucket) -> list[torch.Tensor]:
     """The cotangents of the pieces."""
-    if sums is None:
-        return [None] * len(bucket.where)
     kept, *_ = bucket.statics
     flat = arrived(sums).to(kept)[0].split(bucket.lengths)
     return [row[: math.prod(shape)].view(shape) for row, shape in zip(flat, bucket.shapes)]

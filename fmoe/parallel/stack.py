@@ -54,7 +54,7 @@ def stack(
     if not _plain_autograd() or not any(leaf.moves for leaf in leaves if is_placed(leaf)):
         return _loop(layer, params, x, extra)
     call = _Call(layer, params, extra)
-    inputs = (x, *call.tensors)
+    inputs, call.tensors = (x, *call.tensors), []
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         out = _Stack.apply(call, *inputs)
     else:
@@ -314,9 +314,11 @@ def _backward(
             _land(call, sums_of, summing, found)
             summing, sums_of = [], i
             for bucket in call.buckets[i]:
-                summing.append(buckets.begin_sum([found[at + j] for j in bucket.where], bucket))
+                mine = [found[at + j] for j in bucket.where]
+                summing.append(buckets.begin_sum(mine, bucket, inputs[at].device))
                 for j in bucket.where:
                     found[at + j] = None
+                del mine
         _land(call, sums_of, summing, found)
     except BaseException:
         _wait([*coming, *summing])
@@ -349,8 +351,7 @@ def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def _wait(coming: Sequence[torch.Tensor | None]) -> None:
+def _wait(coming: Sequence[torch.Tensor]) -> None:
     """Nothing may be on its way when its tensor goes."""
     for x in coming:
-        if x is not None:
-            arrived(x)
+        arrived(x)

@@ -128,12 +128,16 @@ def on_the_way(remat, seed):
     def watched(layer_of, what, fn):
         @functools.wraps(fn)
         def call(*args):
-            events.append((what, layer_of[args[1].where, args[1].shapes]))
+            number = layer_of[args[1].where, args[1].shapes]
+            events.append((what, number))
             out = fn(*args)
-            for t in out if isinstance(out, list) else [out]:
-                if what in ("begin", "finish"):
-                    storage = t.untyped_storage()
-                    alive[storage._cdata] = layer_of[args[1].where, args[1].shapes]
+            if what == "begin":  # not its storage, which gloo's thread may hold for longer
+                alive["on its way"] = number
+            if what == "finish":
+                alive.pop("on its way")
+                for whole in out:
+                    storage = whole.untyped_storage()
+                    alive[storage._cdata] = number
                     weakref.finalize(storage, alive.pop, storage._cdata, None)
             return out
 
