@@ -282,8 +282,10 @@ def collectives(axes, remat):
     return [name for name in names if "alltoall" not in name]
 
 
-@pytest.mark.parametrize("axes", ["ep=2", "dp=2"])
-@pytest.mark.parametrize("remat", quick(["full"], ["none", "default", "full"]))
+@pytest.mark.parametrize(
+    ("axes", "remat"),
+    quick([("ep=2", "full")], itertools.product(["ep=2", "dp=2"], ["none", "default", "full"])),
+)
 def test_a_step_has_few_collectives(pool, axes, remat):
     for names in pool.run(2, collectives, axes, remat):
         assert len(names) <= 16, names  # and one for the gradient's norm
