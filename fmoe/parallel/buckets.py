@@ -25,7 +25,8 @@ Move = tuple[str, int, tuple[str, ...]]
 class Placed:
     """This device's piece of a parameter, the moves to where it is computed with, and in which dtype that is.
 
-    Its gradient is summed over devices in the dtype ``summed``, and then has that of the piece.
+    Its gradient is summed along the axes of its moves in the dtype ``summed``, and then has that of the
+    piece.
     """
 
     piece: torch.Tensor
@@ -48,7 +49,7 @@ class Bucket(NamedTuple):
 
 
 def buckets_of(leaves: Sequence[Any]) -> list[Bucket]:
-    """The buckets of what has one move, a gather. What moves otherwise moves alone."""
+    """The buckets of leaves whose only move is a gather. Other leaves move alone."""
     found: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Placed) and [step for step, *_ in leaf.moves] == ["gather"]:
@@ -85,10 +86,13 @@ def use(tree_leaves: Sequence[Any]) -> list[torch.Tensor]:
 def _alone(leaf: Any) -> torch.Tensor:
     if not isinstance(leaf, Placed):
         return leaf
-    x = leaf.piece.to(leaf.dtype)
-    for step, dim, axes in leaf.moves:
-        if step == "gather":
-            x = gather_params(x, axes, dim=dim)
+    x, gathers = leaf.piece, [i for i, (step, *_) in enumerate(leaf.moves) if step == "gather"]
+    if not gathers:
+        x = x.to(leaf.dtype)
+    for i, (step, dim, axes) in enumerate(leaf.moves):
+        if step == "gather":  # the last one casts, so that no cotangent is rounded before its last sum
+            to = leaf.dtype if i == gathers[-1] else x.dtype
+            x = gather_params(x, axes, dim=dim, dtype=to, reduce_dtype=leaf.summed)
         else:
             size = x.shape[dim] // axis_size(axes)
             x = x.narrow(dim, axis_index(axes) * size, size)
