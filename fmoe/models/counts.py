@@ -31,7 +31,8 @@ def flops_per_token(config: DecoderConfig, seq_len: int) -> float:
     In the forward, a weight of a matrix product costs a multiplication and an addition; in the backward,
     twice that. These weights are the active ones of :func:`num_params`, without norms and selection biases. A
     causal token attends to ``(seq_len + 1) / 2`` keys on average. In every head this takes one product of N
-    dimensions for the scores and one of V for the values.
+    dimensions for the scores and one of V for the values. Attention counts as over whole rows, also where
+    segments make it less.
 
     Source: PaLM, arXiv 2204.02311, appendix B, with exact causal attention.
 

@@ -141,10 +141,11 @@ def forward(
     inputs = inputs_of("forward", config, {"tokens": tokens}, segment_ids)
 
     def run(params: ModelParams, tokens: torch.Tensor, ids: torch.Tensor | None = None) -> Any:
+        layer = per_layer(one_layer)
         segments, below = _segments("forward", ids, tokens)
         on_mesh = binding().mesh is not None
         tokens, outside = within(tokens, config.vocab_size) if on_mesh else (tokens, tokens.new_zeros(()))
-        x, sums, _ = hidden(params, tokens, config, per_layer, segments)
+        x, sums, _ = hidden(params, tokens, config, layer, segments)
         wrong, stats = _over_devices([outside, below], sums)
         if on_mesh:
             refuse_outside(*wrong)
@@ -186,7 +187,8 @@ def loss(
     Parameters may be kept in another dtype than the ``dtype`` that is computed in: float32 beside bfloat16,
     say. They are cast before they are sent. Gradients come back in the dtype that the parameters are kept in.
     Over devices they are summed in ``reduce_dtype``: by default float32, or that of the parameters where it
-    is wider. Selection biases of routers stay as they are.
+    is wider. Those of parameters that are whole on each device are always summed in float32 or wider.
+    Selection biases of routers stay as they are.
 
     Raises ``ValueError`` for tokens, targets and segment ids of a wrong dtype, or of different shapes, and
     for segment ids below zero. On a mesh, all devices raise ``RuntimeError`` if one has an id outside the
@@ -390,6 +392,9 @@ def stage_sums(
     """:class:`StageSums` of a stage, or of the whole model. Every stage takes all targets and segment ids."""
     first, last = not x.is_floating_point(), not isinstance(params.norm, tuple)
     count = outside = torch.zeros((), dtype=torch.int64, device=x.device)
+    # One function for all layers, so that a wrapper such as a compiler sees only one. It comes before the
+    # segments, whose number they mark as dynamic if there is a compiler.
+    layer = per_layer(one_layer)
     segments, below = _segments("loss", segment_ids, x)
     if isinstance(segments, Segments):
         targets = torch.where(segments.valid, targets, IGNORED)
@@ -399,7 +404,7 @@ def stage_sums(
         if last:
             targets, of_targets = within(targets, config.vocab_size, also=IGNORED)
             outside = outside + of_targets
-    x, sums, uneven = hidden(params, x, config, per_layer, segments)
+    x, sums, uneven = hidden(params, x, config, layer, segments)
     total = balance = x.new_zeros((), dtype=accumulator(x.dtype))
     if config.balance_loss:  # a sequence weighs as many as it has targets, as in the cross entropy
         weighed = (uneven * (targets != IGNORED).sum(-1)).sum(0, keepdim=True)
@@ -435,7 +440,7 @@ def hidden(
     params: ModelParams,
     x: torch.Tensor,
     config: DecoderConfig,
-    per_layer: Wrap,
+    layer: Callable[..., Any],
     segments: Segments | tuple[()] = (),
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     """The last layer's output (B, L, D), normalised if there is a norm; :func:`stats_sums` of each MoE layer;
@@ -448,8 +453,6 @@ def hidden(
         table = table.at(torch.arange(x.shape[1], device=x.device) - segments.first)
     if not x.is_floating_point():
         x = embed(x, use(params.embedding))
-    # One function for all layers, so that a wrapper such as a compiler sees only one.
-    layer = per_layer(one_layer)
     x, found = stack(layer, [*filter(None, params.layers)], x, table, config, segments)
     sums = [counted for layers, _ in found for counted in layers]
     uneven = torch.zeros((x.shape[0],), dtype=accumulator(x.dtype), device=x.device)
@@ -475,7 +478,8 @@ def one_layer(
     """The layer's output, what it counted if it has experts, and with ``config.balance_loss`` that (B,)."""
     params, eps = use(params), config.norm_eps
     normed = rms_norm(x, params.attention_norm, eps)
-    x = x + config.attention.forward(params.attention, normed, table, eps, segments)
+    within_segments = (segments,) if isinstance(segments, Segments) else ()
+    x = x + config.attention.forward(params.attention, normed, table, eps, *within_segments)
     normed = rms_norm(x, params.mlp_norm, eps)
     if isinstance(params.mlp, ExpertParams):
         return x + psum(mlp_forward(params.mlp, normed), present("tp")), (), ()

@@ -176,8 +176,8 @@ def moe_forward(
                                their hidden dimension along ``tp``, and tokens along ``dp`` and ``ep``
     router                     how tokens choose experts: by a config, or by a function from
                                ``(params.router, x_TD)`` to a :class:`fmoe.Routing`
-    valid         (...)        bool, false for padding: tokens that go to no routed expert and aren't counted;
-                               placed as ``x`` is
+    valid         (...)        bool, false for padding: tokens that go to no routed expert and aren't counted,
+                               but must be finite; placed as ``x`` is
     backend                    carries tokens along ``ep``: ``"auto"``, ``"local"``, ``"all_to_all"`` or
                                ``"deepep"``
     -> y          (..., D)     dtype of ``x``; with ``return_stats``, ``(y, MoEStats)``, over all tokens

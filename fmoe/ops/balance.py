@@ -37,7 +37,7 @@ class MoEStats(NamedTuple):
 
 
 def stats_sums(routing: Routing) -> torch.Tensor:
-    """What devices add up for their :class:`MoEStats`: float64 (E + 2,), in which counts are exact.
+    """Sums from which devices make their :class:`MoEStats`: float64 (E + 2,), in which counts are exact.
 
     They are the tokens of each expert, the sum of the tokens' entropies, and how many these are. No gradient
     flows through them.
@@ -53,7 +53,7 @@ def stats_sums(routing: Routing) -> torch.Tensor:
 
 
 def moe_stats(sums: torch.Tensor) -> MoEStats:
-    """The statistics that :func:`stats_sums`, added up, say."""
+    """The statistics in the sums of :func:`stats_sums`."""
     *_, entropy, tokens = sums.unbind()
     return _of_counts(sums[:-2].long(), (entropy / tokens.clamp_min(1)).float())
 

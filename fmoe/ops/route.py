@@ -204,10 +204,9 @@ def without_padding(routing: Routing, valid_T: torch.Tensor) -> Routing:
             [-1, -1]]), tensor([1, 0, 1]))
     """
     ids_TK = torch.where(valid_T[:, None], routing.expert_ids_TK, -1)
-    weights_TK = torch.where(valid_T[:, None], routing.weights_TK, 0)
     pairs = ids_TK.flatten()  # a pair without an expert adds nothing, to whichever
     counts_E = torch.zeros_like(routing.counts_E).scatter_add(0, pairs.clamp_min(0), (pairs >= 0).to(pairs))
-    return replace(routing, expert_ids_TK=ids_TK, weights_TK=weights_TK, counts_E=counts_E, valid_T=valid_T)
+    return replace(routing, expert_ids_TK=ids_TK, counts_E=counts_E, valid_T=valid_T)
 
 
 def check_bias(function: str, argument: str, bias_E: torch.Tensor) -> None:

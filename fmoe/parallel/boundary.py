@@ -71,12 +71,23 @@ def _cross(
     groups = [group_of(mesh, unnamed_axes(spec, mesh)) for spec in specs]
     ways = tuple((at, g.name, g.size, wrapped) for at, g, wrapped in zip(where, groups, dtensor))
     found = [*tensors]
-    for kind in (True, False):  # apart, as jvp and vmap refuse DTensors, but not plain tensors beside them
-        some = [i for i, wrapped in enumerate(dtensor) if wrapped == kind]
-        if some:
-            crossed = _apply(cls, mesh, tuple(ways[i] for i in some), *(tensors[i] for i in some))
-            found = replaced(found, some, crossed)
+    # Apart: jvp and vmap refuse DTensors, and all outputs of a Function require a gradient if one does.
+    kinds = [(wrapped, _requires_grad(x)) for x, wrapped in zip(tensors, dtensor)]
+    for kind in dict.fromkeys(kinds):
+        some = [i for i, k in enumerate(kinds) if k == kind]
+        crossed = _apply(cls, mesh, tuple(ways[i] for i in some), *(tensors[i] for i in some))
+        found = replaced(found, some, crossed)
     return tuple(found)
+
+
+def _requires_grad(x: torch.Tensor) -> bool:
+    """Whether a tensor is differentiated at any level of ``torch.func``'s transforms."""
+    if not torch.compiler.is_dynamo_compiling():
+        while functorch.is_functorch_wrapped_tensor(x):
+            if x.requires_grad:
+                return True
+            x = functorch.get_unwrapped(x)
+    return x.requires_grad
 
 
 # Dynamo needs module-level Functions without a jvp. Their arguments are the mesh, the way of each tensor, and
@@ -110,7 +121,8 @@ class _Collect(_Map):
     @staticmethod
     def forward(*args: Any) -> Tensors:
         mesh, ways, tensors = _arguments(args)
-        return tuple(_as_global(x, mesh, way) for x, way in zip(_summed(tensors, ways), ways))
+        sums = _summed(tensors, [way[1:3] for way in ways])
+        return tuple(_as_global(x, mesh, way) for x, way in zip(sums, ways))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
@@ -150,15 +162,14 @@ def _as_global(x: torch.Tensor, mesh: DeviceMesh, way: Way) -> torch.Tensor:
 
 def collect(tensors: Sequence[torch.Tensor], mesh: DeviceMesh, specs: Sequence[P]) -> list[torch.Tensor]:
     """The sums of what devices hold along the axes that the specs don't name. It has no derivative."""
-    groups = [group_of(mesh, unnamed_axes(spec, mesh)) for spec in specs]
-    return _summed(tuple(tensors), [((), group.name, group.size, False) for group in groups])
+    return _summed(tensors, [group_of(mesh, unnamed_axes(spec, mesh))[:2] for spec in specs])
 
 
-def _summed(tensors: Tensors, ways: Sequence[Way]) -> list[torch.Tensor]:
-    """The sums over devices along the unnamed axes, in float32 or wider: those of one group in one sum."""
+def _summed(tensors: Sequence[torch.Tensor], groups: Sequence[tuple[str, int]]) -> list[torch.Tensor]:
+    """Sums over the devices of each tensor's group, in float32 or wider: those of one group in one."""
     found = [*tensors]
     together: dict[Any, list[int]] = {}
-    for i, (x, (_, group, size, _)) in enumerate(zip(tensors, ways)):
+    for i, (x, (group, size)) in enumerate(zip(tensors, groups)):
         if size > 1:
             wide = accumulator(x.dtype) if x.is_floating_point() else x.dtype
             together.setdefault((group, wide), []).append(i)
@@ -175,7 +186,7 @@ def _apply(cls: Any, *args: Any) -> Tensors:
 
 
 def _pull(cls: Any, ctx: Any, cotangents: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """What another map makes of the cotangents that there are, or tangents."""
+    """Another map, applied to those cotangents or tangents that aren't ``None``."""
     if not torch.compiler.is_dynamo_compiling():
         cotangents = unwrap_dead_wrappers(tuple(cotangents))
     where = [i for i, g in enumerate(cotangents) if g is not None]

@@ -25,7 +25,8 @@ Move = tuple[str, int, tuple[str, ...]]
 class Placed:
     """This device's piece of a parameter, the moves to where it is computed with, and in which dtype that is.
 
-    Its gradient is summed over devices in the dtype ``summed``, and then has that of the piece.
+    Its gradient is summed along the axes of its moves in the dtype ``summed``, and then has that of the
+    piece.
     """
 
     piece: torch.Tensor
@@ -48,7 +49,7 @@ class Bucket(NamedTuple):
 
 
 def buckets_of(leaves: Sequence[Any]) -> list[Bucket]:
-    """The buckets of what has one move, a gather. What moves otherwise moves alone."""
+    """The buckets of leaves whose only move is a gather. Other leaves move alone."""
     found: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Placed) and [step for step, *_ in leaf.moves] == ["gather"]:
@@ -85,10 +86,13 @@ def use(tree_leaves: Sequence[Any]) -> list[torch.Tensor]:
 def _alone(leaf: Any) -> torch.Tensor:
     if not isinstance(leaf, Placed):
         return leaf
-    x = leaf.piece.to(leaf.dtype)
-    for step, dim, axes in leaf.moves:
-        if step == "gather":
-            x = gather_params(x, axes, dim=dim)
+    x, gathers = leaf.piece, [i for i, (step, *_) in enumerate(leaf.moves) if step == "gather"]
+    if not gathers:
+        x = x.to(leaf.dtype)
+    for i, (step, dim, axes) in enumerate(leaf.moves):
+        if step == "gather":  # the last one casts, so that no cotangent is rounded before its last sum
+            to = leaf.dtype if i == gathers[-1] else x.dtype
+            x = gather_params(x, axes, dim=dim, dtype=to, reduce_dtype=leaf.summed)
         else:
             size = x.shape[dim] // axis_size(axes)
             x = x.narrow(dim, axis_index(axes) * size, size)
@@ -106,7 +110,10 @@ def scatter(leaves: Sequence[Any], cotangents: Sequence[torch.Tensor]) -> list[t
     """The transpose of :func:`use`, without a derivative of its own: cotangents of the pieces."""
     found: dict[int, Any] = {}
     mine = buckets_of(leaves)
-    sums = [begin_sum([cotangents[i] for i in bucket.where], bucket) for bucket in mine]
+    sums = [
+        begin_sum([cotangents[i] for i in bucket.where], bucket, leaves[bucket.where[0]].piece.device)
+        for bucket in mine
+    ]
     for bucket in mine:
         found |= zip(bucket.where, finish_sum(sums.pop(0), bucket))
     return [found[i] if i in found else _pulled(leaf, cotangents[i]) for i, leaf in enumerate(leaves)]
@@ -139,14 +146,15 @@ def finish(gathered: torch.Tensor, bucket: Bucket) -> list[torch.Tensor]:
     return list(unpacked(arrived(gathered), bucket))
 
 
-def begin_sum(cotangents: Iterable[torch.Tensor | None], bucket: Bucket) -> torch.Tensor | None:
-    """Begin to sum the cotangents of whole parameters; :func:`finish_sum` waits."""
-    cotangents = [*cotangents]
-    like = next((g for g in cotangents if g is not None), None)
-    if like is None:
-        return None
+def begin_sum(
+    cotangents: Iterable[torch.Tensor | None], bucket: Bucket, device: torch.device
+) -> torch.Tensor:
+    """Begin to sum the cotangents of whole parameters; :func:`finish_sum` waits.
+
+    Where this device has none, others may, so it sends zeros.
+    """
     _, _, summed, size, _ = bucket.statics
-    flat = like.new_zeros(size, sum(bucket.lengths), dtype=summed)
+    flat = torch.zeros(size, sum(bucket.lengths), dtype=summed, device=device)
     for row, g, dim, shape in zip(flat.split(bucket.lengths, 1), cotangents, bucket.dims, bucket.shapes):
         if g is not None:
             pieces = g.unflatten(dim, (size, shape[dim])).movedim(dim, 0)
@@ -154,10 +162,8 @@ def begin_sum(cotangents: Iterable[torch.Tensor | None], bucket: Bucket) -> torc
     return begin_reduce(flat, *bucket.statics)
 
 
-def finish_sum(sums: torch.Tensor | None, bucket: Bucket) -> list[torch.Tensor | None]:
+def finish_sum(sums: torch.Tensor, bucket: Bucket) -> list[torch.Tensor]:
     """The cotangents of the pieces."""
-    if sums is None:
-        return [None] * len(bucket.where)
     kept, *_ = bucket.statics
     flat = arrived(sums).to(kept)[0].split(bucket.lengths)
     return [row[: math.prod(shape)].view(shape) for row, shape in zip(flat, bucket.shapes)]

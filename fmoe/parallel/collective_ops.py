@@ -161,5 +161,5 @@ begin_reduce = kernel(f"begin_reduce(Tensor g, {_DTYPES}) -> Tensor", impl=_redu
 
 
 def arrived(x: torch.Tensor) -> torch.Tensor:
-    """What was begun, when it is there."""
+    """Wait for what was begun, and return it."""
     return x if isinstance(x, FakeTensor) else _wait(x)

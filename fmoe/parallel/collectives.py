@@ -99,8 +99,18 @@ def all_gather(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor:
     return x if group.size == 1 else _joined(all_gather_op(x[None], group.size, group.name), dim)
 
 
-def gather_params(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor:
+def gather_params(
+    x: torch.Tensor,
+    axis: Axes,
+    *,
+    dim: int = 0,
+    dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
     """:func:`all_gather` of a parameter, which ``fmoe.remat`` by default gathers again instead of keeping it.
+
+    It is cast to ``dtype`` on the way. Its cotangent is summed in ``reduce_dtype``, by default float32 or
+    wider, and then has the dtype of ``x``.
 
     >>> import fmoe
     >>> mesh, P = fmoe.make_mesh(), fmoe.P
@@ -112,8 +122,8 @@ def gather_params(x: torch.Tensor, axis: Axes, *, dim: int = 0) -> torch.Tensor:
     """
     group, dim = resolve("gather_params", axis), _dimension("gather_params", "dim", x, dim)
     if group.size == 1:
-        return x
-    dtypes = (x.dtype, x.dtype, accumulator(x.dtype))
+        return x if dtype is None else x.to(dtype)
+    dtypes = (x.dtype, dtype or x.dtype, reduce_dtype or accumulator(x.dtype))
     return _joined(gather_params_op(x[None], *dtypes, group.size, group.name), dim)
 
 

@@ -10,8 +10,10 @@ import torch
 from torch._C import _functorch as functorch
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
+from ..errors import argument_error
 from ..ops.core.derive import Tensors, pull, replaced
 from ..ops.core.modes import Modes, Rng
+from ..ops.core.refuse import refusing_combinations
 from ..ops.core.tape import current_tape
 from . import buckets
 from .buckets import Bucket, Placed
@@ -31,16 +33,20 @@ def stack(
     layer       ``(params, x, *extra)`` -> ``(x, *more)``; it computes with ``use(params)``
     params      those of each layer, whose leaves may be ``Placed``
     extra       pytrees, the same for all layers
-    -> x, more  the last ``x``, and of each layer the tuple ``more``
+    -> x, more  the last ``x``, and of each layer the tuple ``more``, pytrees of tensors
     ==========  =========================================================================
 
     While a layer computes, the parameters of the next are gathered; in the backward, those of the one before.
-    They are freed after use, so at most two layers' exist at once. A layer's gradients are summed over
+    They are freed after use, so at most two layers' exist at once. Copies that a layer makes of them, such as
+    casts under autocast, are its own. A layer's gradients are summed over
     devices while the next one's are computed. A layer decides itself what it keeps for its backward, as with
     :func:`fmoe.remat`. Gathered parameters aren't kept, but gathered again.
 
-    Beneath transforms, inside ``remat`` and under ``torch.compile`` it is the plain loop, and a layer gathers
-    what it uses. So are derivatives of its gradient.
+    Beneath transforms and saved-tensor hooks, inside ``remat`` and under ``torch.compile`` it is the plain
+    loop, and a layer gathers what it uses. So are derivatives of its gradient.
+
+    Raises ``ValueError`` for a layer that captures a differentiable tensor, or writes into one that its
+    backward needs. Raises ``TransformError`` for one that calls ``torch.func.vjp`` or ``grad`` itself.
 
     Source: FSDP, arXiv 2304.11277, section 3.3, as a function of layers.
 
@@ -54,7 +60,7 @@ def stack(
     if not _plain_autograd() or not any(leaf.moves for leaf in leaves if is_placed(leaf)):
         return _loop(layer, params, x, extra)
     call = _Call(layer, params, extra)
-    inputs = (x, *call.tensors)
+    inputs, call.tensors = (x, *call.tensors), []
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         out = _Stack.apply(call, *inputs)
     else:
@@ -65,7 +71,7 @@ def stack(
 def _loop(
     layer: Layer, params: Sequence[Any], x: torch.Tensor, extra: Sequence[Any]
 ) -> tuple[torch.Tensor, list[tuple[Any, ...]]]:
-    """In which each layer gathers what it uses."""
+    """The plain loop: each layer gathers what it uses."""
     found = []
     for tree in params:
         x, *more = layer(tree, x, *extra)
@@ -74,12 +80,13 @@ def _loop(
 
 
 def _plain_autograd() -> bool:
-    """Whether nothing differentiates but the engine, and nothing records."""
+    """Whether nothing differentiates but the engine, nothing records, and no hook sees saved tensors."""
     return not (
         torch.compiler.is_dynamo_compiling()
         or functorch.get_interpreter_stack()
         or current_tape()
         or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._autograd._top_saved_tensors_default_hooks(False)
     )
 
 
@@ -88,9 +95,9 @@ class _Call:
 
     def __init__(self, layer: Layer, params: Sequence[Any], extra: Any) -> None:
         leaves, structure = optree.tree_flatten(extra, none_is_leaf=True)
-        self.layer = layer
-        self.extra = structure, [None if _is_tensor(leaf) else (leaf,) for leaf in leaves]
-        self.tensors = [leaf for leaf in leaves if _is_tensor(leaf)]
+        where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        self.layer, self.tensors = layer, [leaves[i] for i in where]
+        self.extra = structure, replaced(leaves, where, [None] * len(where)), where
         self.ends = [len(self.tensors)]
         self.structures: list[Any] = []
         self.moves: list[list[Any]] = []  # how a leaf is made of its piece
@@ -118,8 +125,8 @@ class _Call:
             leaf if how is None or j in gathered else Placed(leaf, *how)
             for j, (leaf, how) in enumerate(zip(leaves, self.moves[i]))
         ]
-        (structure, statics), rest = self.extra, iter(extra)
-        args = structure.unflatten([next(rest) if s is None else s[0] for s in statics])
+        structure, others, where = self.extra
+        args = structure.unflatten(replaced(others, where, extra))
         x, *more = self.layer(self.structures[i].unflatten(placed), x, *args)
         found, self.results[i] = optree.tree_flatten(tuple(more))
         return [x, *found]
@@ -152,10 +159,6 @@ class _Call:
         return whole
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
-
-
 class _Again:
     """Takes gathered parameters out of what a graph keeps, and puts them back when they come again."""
 
@@ -166,12 +169,20 @@ class _Again:
     def pack(self, tensor: torch.Tensor) -> Any:
         j = self.places.get(tensor.untyped_storage()._cdata)
         if j is None or tensor.dtype != self.whole[j].dtype:
-            return tensor.detach()  # undetached, an output would hold its own graph, which none would free
+            # Undetached, an output would hold its own graph, which none would free. PyTorch looks at no
+            # version where there are hooks.
+            return tensor.detach(), tensor._version
         return j, tensor.shape, tensor.stride(), tensor.storage_offset() - self.whole[j].storage_offset()
 
     def unpack(self, kept: Any) -> torch.Tensor:
-        if isinstance(kept, torch.Tensor):
-            return kept
+        if len(kept) == 2:
+            tensor, version = kept
+            if tensor._version != version:
+                got = f"a layer that writes into a tensor of shape {tuple(tensor.shape)}"
+                expected = "none that its backward needs"
+                remedy = "Use the operation that isn't in place."
+                raise argument_error("stack", "layer", got=got, expected=expected, remedy=remedy)
+            return tensor
         j, shape, stride, offset = kept
         return self.whole[j].as_strided(shape, stride, self.whole[j].storage_offset() + offset)
 
@@ -234,7 +245,8 @@ def _recorded(
     with torch.enable_grad(), saved_tensors_hooks(again.pack, again.unpack) if again else nullcontext():
         token = torch.empty(0, requires_grad=True)
         values = _Given.apply(wanted, token, *(t.detach() for t in given))
-        out = call.run(i, values[0], values[1:start], values[start:], call.gathered[i])
+        with refusing_combinations("stack: layer"):
+            out = call.run(i, values[0], values[1:start], values[start:], call.gathered[i])
         check_captured(values, out)
     graphs.append(_Graph(_edges(values), _edges(out), again))
     if again:
@@ -314,9 +326,11 @@ def _backward(
             _land(call, sums_of, summing, found)
             summing, sums_of = [], i
             for bucket in call.buckets[i]:
-                summing.append(buckets.begin_sum([found[at + j] for j in bucket.where], bucket))
+                mine = [found[at + j] for j in bucket.where]
+                summing.append(buckets.begin_sum(mine, bucket, inputs[at].device))
                 for j in bucket.where:
                     found[at + j] = None
+                del mine
         _land(call, sums_of, summing, found)
     except BaseException:
         _wait([*coming, *summing])
@@ -349,8 +363,7 @@ def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def _wait(coming: Sequence[torch.Tensor | None]) -> None:
+def _wait(coming: Sequence[torch.Tensor]) -> None:
     """Nothing may be on its way when its tensor goes."""
     for x in coming:
-        if x is not None:
-            arrived(x)
+        arrived(x)

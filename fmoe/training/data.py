@@ -51,7 +51,7 @@ def segment_ids(tokens: torch.Tensor, separator: int) -> torch.Tensor:
     >>> segment_ids(torch.tensor([7, 8, 0, 9, 0, 5]), separator=0)
     tensor([1, 1, 1, 2, 2, 3])
     """
-    ends = (tokens == separator).long()
+    ends = (tokens.long() == separator).long()
     return 1 + ends.cumsum(-1) - ends
 
 

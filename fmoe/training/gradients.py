@@ -15,12 +15,12 @@ from ..models import decoder
 from ..models.config import DecoderConfig
 from ..models.stages import Stages
 from ..ops.balance import MoEStats, merge_stats
-from ..ops.core.dtensors import local, map_local
+from ..ops.core.dtensors import as_dtensor, is_dtensor, local, map_local
 from ..ops.core.dtypes import accumulator
 from ..parallel.boundary import dtensor_beneath, unwrapped
 from ..parallel.mesh import is_pipeline
 from ..parallel.placement import use, where_placed
-from ..parallel.shard_map import shard_map
+from ..parallel.shard_map import check_captured, shard_map
 from ..parallel.spec import spec_of
 from ..parallel.together import from_all
 from ..params import P, leaf_mask
@@ -78,7 +78,7 @@ def _accumulated(value_and_grad_fn: Callable[..., Any], num_micro_batches: int, 
         values, weights = [], []
         dtypes: list[torch.dtype] = []
         total: list[torch.Tensor] = []
-        for part in zip(*(tensor.tensor_split(num_micro_batches) for tensor in batch)):
+        for part in zip(*(_split(tensor, num_micro_batches) for tensor in batch)):
             value, grads = value_and_grad_fn(params, *part)
             values.append(value)
             weights.append(_weight(value, part[0]))
@@ -158,7 +158,12 @@ def of_model(
         def loss(params: Any, tokens: Any, targets: Any, segment_ids: Any = None) -> Any:
             return decoder.loss(params, tokens, targets, config, mesh, segment_ids=segment_ids, **how)
 
-        return accumulate(value_and_grad(loss, has_aux=True), micro_batches)
+        step = accumulate(value_and_grad(loss, has_aux=True), micro_batches)
+
+        def of_batch(params: Any, tokens: Any, targets: Any, segment_ids: Any = None) -> Any:
+            return step(params, tokens, targets, *(() if segment_ids is None else (segment_ids,)))
+
+        return of_batch
     stage = {k: how.pop(k) for k in ("per_layer", "logits_bytes") if k in how}
 
     def of_whole(params: Any, x: Any, targets: Any, segment_ids: Any = None) -> Any:
@@ -219,7 +224,9 @@ def _of_share(loss: Callable[..., Any], share: float) -> Callable[..., Any]:
         leaves, structure = optree.tree_flatten(params)
         variables = [leaf.detach().requires_grad_() for leaf in leaves]
         with torch.enable_grad():
-            value, stats = loss(structure.unflatten(variables), *batch)
+            given = [v.view_as(v) for v in variables]
+            value, stats = loss(structure.unflatten(given), *batch)
+        check_captured(given, [value])
         seed = torch.full_like(value, share)
         grads = torch.autograd.grad(value, variables, seed, materialize_grads=True)
         return (value.detach(), stats), structure.unflatten(grads)
@@ -290,6 +297,14 @@ def computing_in(fn: Callable[..., Any], dtype: torch.dtype, *, keep: Any = None
         return fn(optree.tree_unflatten(structure, converted), *args, **kwargs)
 
     return call
+
+
+def _split(tensor: torch.Tensor, parts: int) -> list[torch.Tensor]:
+    """Parts of a batch's rows, as equal as can be. Those of a DTensor stay where they are."""
+    pieces = local(tensor).tensor_split(parts)
+    if not is_dtensor(tensor):
+        return [*pieces]
+    return [as_dtensor(piece, tensor.device_mesh, tensor.placements) for piece in pieces]
 
 
 def _untrained(params: Any) -> Any:

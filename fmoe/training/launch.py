@@ -1,6 +1,7 @@
 """A script that trains: its options, the processes a launcher started, and how it ends."""
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -188,18 +189,22 @@ def run(main: Callable[[], Any]) -> None:
         dist.destroy_process_group()
 
 
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def _without_traceback(main: Callable[[], Any]) -> None:
     try:
         main()
     except Exception as error:
         # Notes say, for one, which stage and micro-batch of a pipeline it was.
-        text = str(error) + "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        rank = f"rank {this_rank()}"
-        first = _first_failure(f"{rank}: {type(error).__name__}: {text}")
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        text, rank = f"{error}{notes}", f"rank {this_rank()}"
+        first = _first_failure(f"{rank}: {_in_short(error)}{notes}")
         if _tells_the_user(error):
             text = text if num_ranks() == 1 or text.startswith("on rank ") else f"on {rank}: {text}"
         elif isinstance(error, RuntimeError) and not first.startswith(f"{rank}: "):
-            text = f"on {rank}, after that of {first} (here: {text.splitlines()[0]})"
+            text = f"on {rank}, after that of {first} (here: {_in_short(error)})"
         else:
             raise
         print(f"error: {text}", file=sys.stderr)
@@ -212,7 +217,8 @@ def _first_failure(mine: str) -> str:
         return mine
     store: Any = dist.distributed_c10d._get_default_store()
     try:
-        return store.compare_set("fmoe: the first failure", "", mine).decode()
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")  # one store may serve several
+        return store.compare_set(f"fmoe: the first failure {attempt}", "", mine).decode()
     except RuntimeError:  # the rank that keeps the store is gone
         return mine
 

@@ -20,6 +20,7 @@ from ..ops.core.dtypes import accumulator
 from ..parallel.collective_ops import psum_op
 from ..parallel.mesh import stage_mesh
 from ..parallel.placement import is_placed, token_axes, use, where_placed
+from ..parallel.shard_map import check_captured
 from ..parallel.together import check_alike, from_all, together
 from ..params import P
 from ..pipeline.run import Gradients, Line, Made, Stage, run, run_forwards
@@ -183,15 +184,21 @@ def _parts(setup: Setup, batch: Any, params: Any) -> tuple[list[Any], Line]:
 def _forward(setup: Setup, stage: int, params: ModelParams, parts: list[Any]) -> Any:
     last = stage == len(setup.stages.ranks) - 1
 
-    def forward(m: int, x: torch.Tensor | None) -> Made:
+    leaves, structure = optree.tree_flatten(params)
+
+    def forward(m: int, received: torch.Tensor | None) -> Made:
         tokens, targets, *ids = parts[m]
+        given = [leaf.view_as(leaf) for leaf in leaves]
+        x = tokens if received is None else received.view_as(received)
         made = decoder.stage_sums(
-            params, tokens if x is None else x, targets, setup.config,
+            structure.unflatten(given), x, targets, setup.config,
             segment_ids=ids[0] if ids else None, **setup.each,
         )  # fmt: skip
+        out, value = None if last else made.x, made.total + made.balance
+        check_captured([x, *given], [value] if out is None else [out, value])
         numbers = [number.detach().double() for number in made[1:-1]]
         sums = torch.cat([torch.stack(numbers), *(counted.detach() for counted in made.layers)])
-        return Made(None if last else made.x, made.total + made.balance, sums)
+        return Made(out, value, sums)
 
     return forward
 

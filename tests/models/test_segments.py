@@ -219,7 +219,7 @@ def test_a_layer_is_compiled_once_for_any_number_of_segments():
     counter = CompileCounterWithBackend("aot_eager")
     compiled = lambda layer: torch.compile(fmoe.remat(layer), fullgraph=True, backend=counter)  # noqa: E731
     params = a_model(config)
-    for rows in (PACKED, [[19], [3, 16], [18, -1], [19]], [[1] * 19] * 4):
+    for rows in (PACKED, [[1] * 19] * 4):
         ids = ids_of(rows)
         tokens, targets = numbers(config, 2, *ids.shape)
         how = dict(segment_ids=ids, per_layer=compiled)
@@ -228,6 +228,7 @@ def test_a_layer_is_compiled_once_for_any_number_of_segments():
     assert counter.frame_count == 2  # a dense layer and one with experts
 
 
+@pytest.mark.slow
 def test_a_whole_model_compiles_with_segments():
     torch._dynamo.reset()
     config, ids = dataclasses.replace(CONFIGS["GQA"], num_layers=2), ids_of(PACKED)
@@ -316,7 +317,7 @@ def spread(where, name):
     return found
 
 
-@pytest.mark.parametrize("axes", quick(["tp=2", "dp=2,ep=2"], ["dp=2", "ep=2", "tp=2", "dp=2,ep=2"]))
+@pytest.mark.parametrize("axes", quick(["ep=2,tp=2"], ["dp=2", "ep=2", "tp=2", "dp=2,ep=2", "ep=2,tp=2"]))
 @pytest.mark.parametrize("name", quick(["MLA"], ["MLA", "GQA"]))
 def test_segments_are_the_same_on_every_mesh(pool, axes, name):
     for found in pool.run(ranks_of(axes), spread, Where(axes), name):

@@ -10,7 +10,7 @@ import fmoe
 from fmoe import P
 from fmoe.models import decoder
 from fmoe.ops.core.axes import group_of
-from fmoe.parallel import distribute, gather_params
+from fmoe.parallel import distribute, gather_params, psum
 from fmoe.parallel.placement import moves, placed, token_axes, use
 from fmoe.training.gradients import of_model
 
@@ -60,6 +60,41 @@ def test_gradients_of_float32_parameters_arrive_unrounded(pool, place):
 def test_gradients_are_summed_in_another_dtype_on_request(pool):
     for found in pool.run(4, kept, P("dp"), torch.bfloat16, [256.0, 1.0, 1.0, 1.0]):
         assert 259.0 not in found
+
+
+def twice_gathered(scales, summed):
+    mesh = bare_mesh("dp=2,ep=2")
+    rank = mesh.get_local_rank("dp") * 2 + mesh.get_local_rank("ep")
+    w = distribute(torch.ones(2, 2), P("dp", "ep"), mesh)
+    how = moves("test", "w", w, P("dp", "ep"), P(), mesh)
+
+    def loss(w):
+        return (scales[rank] * use(placed(w, how, [torch.bfloat16], summed)).sum()).float()[None]
+
+    total = fmoe.shard_map(loss, mesh, in_specs=P("dp", "ep"), out_specs=P(("dp", "ep")))
+    return torch.func.grad(lambda w: total(w).sum())(w).full_tensor().flatten().tolist()
+
+
+def test_a_parameter_cut_twice_gets_an_unrounded_gradient(pool):
+    assert pool.run(4, twice_gathered, [256.0, 1.0, 1.0, 1.0], None) == [[259.0] * 4] * 4
+
+
+def data_beside_parameters():
+    """Only what was asked for is differentiated: data, frozen leaves and statistics are not."""
+    mesh, seen = bare_mesh("dp=2"), []
+
+    def loss(w, frozen, x):
+        seen.append([t.requires_grad for t in (w, frozen, x)])
+        return psum((w * frozen * x).sum(), "dp"), w.detach().sum()
+
+    fn = fmoe.shard_map(loss, mesh, in_specs=(P(), P(), P("dp")), out_specs=P())
+    w = torch.ones(3, requires_grad=True)
+    value, statistic = fn(w, torch.ones(3), torch.ones(3))
+    return seen[0], value.requires_grad, statistic.requires_grad
+
+
+def test_what_needs_no_gradient_gets_none(pool):
+    assert pool.run(2, data_beside_parameters) == [([True, False, False], True, False)] * 2
 
 
 def of_router(grads):

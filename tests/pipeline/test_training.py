@@ -320,6 +320,26 @@ def test_an_error_of_one_rank_ends_the_others_and_names_stage_and_micro_batch(po
     assert f"rank 1 along pp, stage 1, micro-batch 2, at {action}" in str(caught.value)
 
 
+def captured() -> str:
+    mesh = mesh_of("pp=2")
+    factor = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def wrap(layer: Any) -> Any:
+        return lambda params, x, *rest: layer(params, x * factor, *rest)
+
+    step_of = gradients.of_model(CONFIG, mesh, micro_batches=4, per_layer=wrap)
+    params = decoder.init(CONFIG, 0, dtype=torch.float64, mesh=mesh)
+    if mesh.get_local_rank("pp") == 0:  # the other would wait
+        with pytest.raises(ValueError, match="shard_map: ") as caught:
+            step_of(params, *batch(0))
+        return str(caught.value)
+    return ""
+
+
+def test_a_captured_tensor_would_get_no_gradient(pool: Any) -> None:
+    assert "shard_map" in pool.run(2, captured)[0]
+
+
 def refused() -> list[str]:
     mesh, found = mesh_of("pp=2"), []
     params = decoder.init(CONFIG, 0, mesh=mesh)

@@ -280,12 +280,14 @@ def how_often(where: Where, name: str = "MLA") -> dict[str, float]:
     spread = deepseek_v3.init(config, 7, dtype=where.dtype, mesh=mesh)
     tokens, targets = (torch.randint(config.vocab_size, (3 * place.size, 9)) for _ in range(2))
     targets[0], targets[1, 4:], targets[-1, :7] = -100, -100, -100
-    (value, stats), want = fmoe.value_and_grad(deepseek_v3.loss, has_aux=True)(
-        params, tokens, targets, config
-    )
-    for zero, parts, cut in ((1, 1, own), (1, 2, own), (2, 2, own), (3, 2, own), (1, 2, spread_over)):
+    ids = torch.tensor([[1] * 9, [1] * 4 + [2] * 5, [7] * 6 + [0] * 3]).repeat(place.size, 1)
+    alone = gradients.of_model(config, micro_batches=2)
+    (value, stats), want = alone(params, tokens, targets, segment_ids=ids)
+    calls = [(1, 1, own), (1, 2, own), (2, 2, own), (3, 2, own), (1, 2, spread_over), (3, 2, spread_over)]
+    for zero, parts, cut in calls:
         step = gradients.of_model(config, mesh, micro_batches=parts, zero=zero, backend=where.backend)
-        (got, counted), grads = step(spread, cut(tokens, mesh), cut(targets, mesh))
+        rows = {"segment_ids": cut(ids, mesh)}
+        (got, counted), grads = step(spread, cut(tokens, mesh), cut(targets, mesh), **rows)
         same = zip(*map(optree.tree_leaves, (grads, spread)))
         assert all(g.placements == p.placements and g.dtype == p.dtype for g, p in same)
         kind = f"zero {zero} of {parts} parts"

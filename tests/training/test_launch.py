@@ -95,7 +95,8 @@ def told_after(error):
 
 
 def test_a_rank_that_another_ones_error_ends_names_it_in_one_line(pool):
-    text = "error: on rank 0, after that of rank 1: KeyError: 'mine' (here: Connection closed by peer)"
+    here = "RuntimeError: Connection closed by peer"
+    text = f"error: on rank 0, after that of rank 1: KeyError: 'mine' (here: {here})"
     first, second, third = pool.run(3, told_after, KeyError("mine"))
     assert (first, third) == ((2, [text]), (2, [text.replace("rank 0", "rank 2")]))
     assert second == (None, [])  # its traceback is the interpreter's to print

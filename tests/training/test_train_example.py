@@ -355,7 +355,7 @@ def test_jsonl_through_a_tokenizer(train, tmp_path, capsys, monkeypatch):
     packed = [*options, "--vocab-size", "400", "--segments", "--micro-batches", "2", "--eval-every", "3"]
     assert len(train(*packed, "--out", str(tmp_path / "packed"))) == 3
     assert len(seen) > 6
-    for (_, tokens, targets), ids in seen:
+    for (_, tokens, targets, *_), ids in seen:
         assert torch.equal(ids, data.segment_ids(tokens, 0))
         assert torch.equal(targets == -100, tokens == 0)
     assert any(ids.max() > 1 for _, ids in seen)

@@ -43,9 +43,9 @@ _IMPOSSIBLE = {
         "cannot run under torch.autograd.forward_ad or torch.func.linearize. Use torch.func.jvp."
     ),
     "support saved tensor hooks": (
-        "got saved-tensor hooks (save_on_cpu, PyTorch's checkpoint) beneath a torch.func transform, expected "
-        "none, as PyTorch forbids them there. Differentiate with fmoe.value_and_grad or torch.autograd, or "
-        "use fmoe.remat instead of PyTorch's checkpoint."
+        "got saved-tensor hooks (save_on_cpu, PyTorch's checkpoint, or those of fmoe's stack of layers) "
+        "beneath a torch.func transform, expected none, as PyTorch forbids them there. Differentiate with "
+        "fmoe.value_and_grad or torch.autograd, or use fmoe.remat instead of PyTorch's checkpoint."
     ),
     "escaped from inside a function being vmapped": (
         "got a tensor of a torch.vmap that has ended, expected none. PyTorch's checkpoint can't run under "
