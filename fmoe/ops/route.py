@@ -116,7 +116,7 @@ class Routing:
     weights_TK     float32 or wider; differentiable
     counts_E       int64, tokens per expert, of this device's tokens
     scores_TE      every expert's score, for statistics and auxiliary losses; differentiable
-    valid_T        bool, false for padding, whose scores don't count (:func:`without_padding`);
+    valid_T        bool, false for padding, whose scores don't count (``without_padding``);
                    ``()`` where there is none
     =============  ========================================
 
