@@ -242,14 +242,6 @@ def _backward_fake(g: Any, rows: Any, weight: Any, weights: Any, *rest: Any) -> 
     return tuple(t.new_empty(t.shape) for t in (rows, weight, weights))
 
 
-def _inputs_fake(g: Any, rows: Any, weight: Any, weights: Any, *rest: Any) -> Tensors:
-    return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
-
-
-def _weight_fake(g: Any, rows: Any, weight: Any, *rest: Any) -> torch.Tensor:
-    return weight.new_empty(weight.shape)
-
-
 def _layout_example() -> tuple[Any, ...]:
     return *plan_example(), bool(torch.rand(()) < 0.5)
 
@@ -263,24 +255,6 @@ experts_up_backward: Operator = declare(
     checkpoint=EXPERTS,
     example=lambda: (random(8, 2, 2), random(4, 3), random(3, 2, 2, 3), *_layout_example()),
     reference=pullback(_up_reference),
-)
-
-# Its halves, for a backward in two: all but the weight's cotangent, and that alone.
-experts_up_backward_inputs: Operator = declare(
-    f"experts_up_backward_inputs(Tensor g, Tensor x, Tensor w_in, {_LAYOUT}) -> (Tensor, Tensor)",
-    impl=_up_inputs_kernel,
-    fake=_inputs_fake,
-    checkpoint=EXPERTS,
-    example=experts_up_backward.example,
-    reference=lambda *args: pullback(_up_reference)(*args)[::2],
-)
-experts_up_backward_weight: Operator = declare(
-    f"experts_up_backward_weight(Tensor g, Tensor x, Tensor w_in, {_LAYOUT}) -> Tensor",
-    impl=_up_weight_kernel,
-    fake=_weight_fake,
-    checkpoint=EXPERTS,
-    example=experts_up_backward.example,
-    reference=lambda *args: pullback(_up_reference)(*args)[1],
 )
 
 # x (S, D), w_in (e, 2, F, D) -> (R, 2, F): the pre-activation of each row; undefined past the last offset.
@@ -304,24 +278,6 @@ experts_down_backward: Operator = declare(
     reference=pullback(_down_reference),
 )
 
-# Its halves, for a backward in two: all but the weight's cotangent, and that alone.
-experts_down_backward_inputs: Operator = declare(
-    f"experts_down_backward_inputs(Tensor g, Tensor h, Tensor w_out, {_LAYOUT}) -> (Tensor, Tensor)",
-    impl=_down_inputs_kernel,
-    fake=_inputs_fake,
-    checkpoint=EXPERTS,
-    example=experts_down_backward.example,
-    reference=lambda *args: pullback(_down_reference)(*args)[::2],
-)
-experts_down_backward_weight: Operator = declare(
-    f"experts_down_backward_weight(Tensor g, Tensor h, Tensor w_out, {_LAYOUT}) -> Tensor",
-    impl=_down_weight_kernel,
-    fake=_weight_fake,
-    checkpoint=EXPERTS,
-    example=experts_down_backward.example,
-    reference=lambda *args: pullback(_down_reference)(*args)[1],
-)
-
 # h (R, 2, F), w_out (e, D, F) -> (S, D): activated, multiplied, weighted and summed per row.
 experts_down: Operator = declare(
     f"experts_down(Tensor h, Tensor w_out, {_LAYOUT}) -> Tensor",
@@ -335,8 +291,36 @@ experts_down: Operator = declare(
 )
 
 _Backwards = tuple[Operator, Operator, Operator]
-_UP: _Backwards = (experts_up_backward, experts_up_backward_inputs, experts_up_backward_weight)
-_DOWN: _Backwards = (experts_down_backward, experts_down_backward_inputs, experts_down_backward_weight)
+
+
+def _in_halves(whole: Operator, inputs: Any, weight: Any, reference: Any) -> _Backwards:
+    """A backward, and its halves: all but the weight's cotangent, and that alone."""
+    takes = str(whole.raw._schema).partition("(")[2].partition(")")[0]
+    how: Any = dict(checkpoint=EXPERTS, example=whole.example)
+    of_inputs = declare(
+        f"{whole.name}_inputs({takes}) -> (Tensor, Tensor)",
+        impl=inputs,
+        fake=lambda g, rows, weight, weights, *rest: (
+            rows.new_empty(rows.shape),
+            weights.new_empty(weights.shape),
+        ),
+        reference=lambda *args: pullback(reference)(*args)[::2],
+        **how,
+    )
+    of_weight = declare(
+        f"{whole.name}_weight({takes}) -> Tensor",
+        impl=weight,
+        fake=lambda g, rows, weight, *rest: weight.new_empty(weight.shape),
+        reference=lambda *args: pullback(reference)(*args)[1],
+        **how,
+    )
+    return whole, of_inputs, of_weight
+
+
+_UP: _Backwards = _in_halves(experts_up_backward, _up_inputs_kernel, _up_weight_kernel, _up_reference)
+_DOWN: _Backwards = _in_halves(
+    experts_down_backward, _down_inputs_kernel, _down_weight_kernel, _down_reference
+)
 
 
 def _by_need(backwards: _Backwards, inputs: Any, needs: Any, g: torch.Tensor) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ from ..parallel.together import check_alike, from_all, together
 from ..params import P
 from ..pipeline.run import Gradients, Line, Made, Stage, run, run_forwards
 from ..pipeline.schedule import Schedule, make_schedule
-from .zero import by_parts, collected, scattered
+from .zero import by_parts, collected, parts_of, scattered
 
 NUMBERS = len(decoder.StageSums._fields) - 2  # all but the hidden states and the layers
 
@@ -153,16 +153,12 @@ def _on_mesh(
 
 def _check_held(setup: Setup, params: Any) -> None:
     """Raise ``ValueError`` unless params are those of this rank's stages."""
-    mine, theirs = ([part != () for part in _each(tree)] for tree in (setup.described, params))
+    mine, theirs = ([part != () for part in parts_of(tree)] for tree in (setup.described, params))
     if mine != theirs:
         got = f"a tree that has {_held(theirs)}"
         expected = f"{_held(mine)} on rank {setup.rank} along pp"
         remedy = "Give decoder.init the stages of the schedule, as fmoe.models.stages.cut makes them."
         raise argument_error(setup.function, "params", got=got, expected=expected, remedy=remedy)
-
-
-def _each(tree: ModelParams) -> list[Any]:
-    return [tree.embedding, *tree.layers, tree.norm, tree.head]
 
 
 def _held(parts: list[bool]) -> str:

@@ -38,8 +38,9 @@ def collected(params: Any, grads: Any, specs: Any, mesh: DeviceMesh) -> Any:
 def by_parts(fn: Callable[..., Any], params: Any, *others: Any) -> Any:
     """``fn`` of a model's parts in turn, so that no more than a layer is on its way at once."""
 
-    def each(tree: Any) -> list[Any]:
-        return [tree.embedding, *tree.layers, tree.norm, tree.head]
-
-    embedding, *layers, norm, head = (fn(*trees) for trees in zip(*map(each, (params, *others))))
+    embedding, *layers, norm, head = (fn(*trees) for trees in zip(*map(parts_of, (params, *others))))
     return ModelParams(embedding, tuple(layers), norm, head)
+
+
+def parts_of(tree: ModelParams) -> list[Any]:
+    return [tree.embedding, *tree.layers, tree.norm, tree.head]

@@ -12,7 +12,7 @@ from fmoe.models import decoder
 from fmoe.ops.core.axes import group_of
 from fmoe.parallel import distribute, gather_params, psum
 from fmoe.parallel.placement import moves, placed, token_axes, use
-from fmoe.training.gradients import of_model
+from fmoe.training.gradients import computing_in, of_model
 
 
 def gradient(place, scales):
@@ -117,10 +117,13 @@ def model_error(axes, seed):
         found.append(
             of_router(of_model(config, mesh, zero=zero, dtype=torch.bfloat16)(spread, mine, mine)[1])
         )
+    outside = computing_in(lambda p, *b, **how: decoder.loss(p, *b, config, **how)[0], torch.bfloat16)
+    found.append(of_router(torch.func.grad(outside)(spread, mine, mine, mesh=mesh)))
     return [((got.full_tensor() - exact).norm() / exact.norm()).item() for got in found]
 
 
 @pytest.mark.parametrize("axes", quick(["dp=4"], ["dp=2", "dp=4"]))
 def test_the_error_of_a_models_gradient_does_not_grow_with_devices(pool, axes):
-    for found in pool.run(ranks_of(axes), model_error, axes, fresh_seed()):
+    for *found, outside in pool.run(ranks_of(axes), model_error, axes, fresh_seed()):
         assert max(found) < 1e-6, found
+        assert outside < 2**-9  # one rounding
