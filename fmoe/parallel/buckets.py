@@ -154,11 +154,17 @@ def begin_sum(
     Where this device has none, others may, so it sends zeros.
     """
     _, _, summed, size, _ = bucket.statics
-    flat = torch.zeros(size, sum(bucket.lengths), dtype=summed, device=device)
+    flat = torch.empty(size, sum(bucket.lengths), dtype=summed, device=device)
+    rows, all_pieces = [], []
     for row, g, dim, shape in zip(flat.split(bucket.lengths, 1), cotangents, bucket.dims, bucket.shapes):
-        if g is not None:
+        if g is None:
+            row.zero_()
+        else:
             pieces = g.unflatten(dim, (size, shape[dim])).movedim(dim, 0)
-            row[:, : math.prod(shape)].view(pieces.shape).copy_(pieces)
+            rows.append(row[:, : math.prod(shape)].view(pieces.shape))
+            all_pieces.append(pieces)
+    if rows:
+        torch._foreach_copy_(rows, all_pieces)
     return begin_reduce(flat, *bucket.statics)
 
 

@@ -1,7 +1,9 @@
 """Pipelines that train: the same losses, gradients and parameters as one process, for every schedule."""
 
 import dataclasses
+import gc
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +46,15 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def mesh_of(axes: str) -> Any:
-    return bare_mesh(axes if "," in axes else f"{axes},dp=1")
+def mesh_of(axes: str, device: str = "cpu") -> Any:
+    """Also makes new tensors lie on its device."""
+    torch.set_default_device(device)
+    return bare_mesh(axes if "," in axes else f"{axes},dp=1", device)
 
 
 def batch(seed: int, segments: bool = False) -> list[torch.Tensor]:
     """Of which the first rows count nearly all targets, and the last nearly none."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     tokens, targets = torch.randint(CONFIG.vocab_size, (2, ROWS, LENGTH), generator=g)
     drop = torch.rand(ROWS, LENGTH, generator=g) < torch.linspace(0, 0.95, ROWS)[:, None]
     ids = torch.randint(3, (ROWS, LENGTH), generator=g)
@@ -90,9 +94,9 @@ def stages_for(mesh: Any, schedule: str, config: Any, micro_batches: int, uneven
     return cut(config, made.stage_to_rank, costs=costs if uneven else None)
 
 
-def compared(axes: str, schedule: str, names: list[str]) -> dict[str, float]:
+def compared(axes: str, schedule: str, names: list[str], device: str = "cpu") -> dict[str, float]:
     """The largest errors of losses and gradients against one process, by variant."""
-    mesh, found = mesh_of(axes), {}
+    mesh, found = mesh_of(axes, device), {}
     for name in names:
         config, how = VARIANTS[name]
         how = {"micro_batches": 4, **how}
@@ -139,9 +143,9 @@ def test_losses_and_gradients_equal_those_of_one_process(
         assert max(found.values()) < 1e-9, found
 
 
-def trained(axes: str, schedule: str, steps: int) -> float:
-    """Ten steps with everything a training loop does."""
-    mesh, seed, config = mesh_of(axes), fresh_seed(), TIED
+def trained(axes: str, schedule: str, steps: int, config: Any = TIED, device: str = "cpu") -> float:
+    """Steps with everything a training loop does."""
+    mesh, seed = mesh_of(axes, device), fresh_seed()
     stages = stages_for(mesh, schedule, config, 4)
     step_of = gradients.of_model(config, mesh, micro_batches=4, schedule=schedule, stages=stages)
     optimizer = optim.adamw()
@@ -169,6 +173,50 @@ def trained(axes: str, schedule: str, steps: int) -> float:
 @pytest.mark.parametrize("axes", quick(["pp=2"], ["pp=2", "pp=2,ep=2"]))
 def test_ten_steps_equal_those_of_one_process(pool: Any, axes: str, schedule: str) -> None:
     assert max(pool.run(ranks_of(axes), trained, axes, schedule, 10)) < 1e-8
+
+
+ON_GPUS = [("pp=2", "zero_bubble"), ("pp=2", "zbv"), ("pp=4", "1f1b"), ("pp=2,ep=2", "interleaved")]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="ranks that send over NCCL")
+@pytest.mark.parametrize(("axes", "schedule"), ON_GPUS)
+def test_on_gpus_fifty_steps_equal_those_of_one_process(pool: Any, axes: str, schedule: str) -> None:
+    ranks, debug = ranks_of(axes), decoder.preset("debug")
+    for found in pool.run(ranks, compared, axes, schedule, ["zero 3", "zero 1, tied", "remat, tied"], "cuda", timeout=240):
+        assert max(found.values()) < 1e-9, found
+    assert max(pool.run(ranks, trained, axes, schedule, 50, debug, "cuda", timeout=240)) < 1e-7
+
+
+def poisoned(device: str) -> tuple[int, float]:
+    """Whatever memory of a sent tensor is given back is filled with NaN at once."""
+    filled = []
+
+    def poison(shape: torch.Size, dtype: torch.dtype) -> None:
+        filled.append(torch.full(shape, float("nan"), dtype=dtype, device=device))
+
+    def begin(operations: list[dist.P2POp]) -> Any:
+        works = send(operations)
+        for operation in operations:
+            if operation.op is dist.isend:
+                tensor = operation.tensor
+                weakref.finalize(tensor, poison, tensor.shape, tensor.dtype)
+        if device == "cuda":
+            torch.cuda._sleep(1_000_000)  # the next receive begins late
+        return works
+
+    send = dist.batch_isend_irecv
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "batch_isend_irecv", begin)
+        worst = max(compared("pp=2", "1f1b", ["zero 3"], device).values())
+        gc.collect()
+    return len(filled), worst
+
+
+@pytest.mark.parametrize("device", ["cpu", *["cuda"] * torch.cuda.is_available()])
+def test_memory_is_not_used_again_while_it_is_sent(pool: Any, device: str) -> None:
+    for number, worst in pool.run(2, poisoned, device):
+        assert number and worst < 1e-9
 
 
 def peaks(pp: int, schedule: str) -> int:
