@@ -52,6 +52,11 @@ def mesh_of(axes: str, device: str = "cpu") -> Any:
     return bare_mesh(axes if "," in axes else f"{axes},dp=1", device)
 
 
+def fitting(config: Any, mesh: Any) -> Any:
+    """As many layers as there can be stages on the mesh, and one more."""
+    return dataclasses.replace(config, num_layers=2 * mesh["pp"].size() + 1)
+
+
 def batch(seed: int, segments: bool = False) -> list[torch.Tensor]:
     """Of which the first rows count nearly all targets, and the last nearly none."""
     g = torch.Generator(torch.get_default_device()).manual_seed(seed)
@@ -99,6 +104,7 @@ def compared(axes: str, schedule: str, names: list[str], device: str = "cpu") ->
     mesh, found = mesh_of(axes, device), {}
     for name in names:
         config, how = VARIANTS[name]
+        config = fitting(config, mesh)
         how = {"micro_batches": 4, **how}
         segments, uneven = how.pop("segments", False), how.pop("uneven", False)
         stages = stages_for(mesh, schedule, config, how["micro_batches"], uneven)
@@ -143,9 +149,10 @@ def test_losses_and_gradients_equal_those_of_one_process(
         assert max(found.values()) < 1e-9, found
 
 
-def trained(axes: str, schedule: str, steps: int, config: Any = TIED, device: str = "cpu") -> float:
+def trained(axes: str, schedule: str, steps: int, config: Any = None, device: str = "cpu") -> float:
     """Steps with everything a training loop does."""
     mesh, seed = mesh_of(axes, device), fresh_seed()
+    config = config or fitting(TIED, mesh)
     stages = stages_for(mesh, schedule, config, 4)
     step_of = gradients.of_model(config, mesh, micro_batches=4, schedule=schedule, stages=stages)
     optimizer = optim.adamw()
@@ -182,8 +189,8 @@ ON_GPUS = [("pp=2", "zero_bubble"), ("pp=2", "zbv"), ("pp=4", "1f1b"), ("pp=2,ep
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="ranks that send over NCCL")
 @pytest.mark.parametrize(("axes", "schedule"), ON_GPUS)
 def test_on_gpus_fifty_steps_equal_those_of_one_process(pool: Any, axes: str, schedule: str) -> None:
-    ranks, debug = ranks_of(axes), decoder.preset("debug")
-    for found in pool.run(ranks, compared, axes, schedule, ["zero 3", "zero 1, tied", "remat, tied"], "cuda", timeout=240):
+    ranks, debug, names = ranks_of(axes), decoder.preset("debug"), ["zero 3", "zero 1, tied", "remat, tied"]
+    for found in pool.run(ranks, compared, axes, schedule, names, "cuda", timeout=240):
         assert max(found.values()) < 1e-9, found
     assert max(pool.run(ranks, trained, axes, schedule, 50, debug, "cuda", timeout=240)) < 1e-7
 
@@ -222,12 +229,13 @@ def test_memory_is_not_used_again_while_it_is_sent(pool: Any, device: str) -> No
 def peaks(pp: int, schedule: str) -> int:
     mesh, found = mesh_of(f"pp={pp}"), []
     made = make_schedule(schedule, pp=pp, micro_batches=8)
-    stages = cut(CONFIG, made.stage_to_rank)
+    config = fitting(CONFIG, mesh)
+    stages = cut(config, made.stage_to_rank)
     with pytest.MonkeyPatch.context() as patch:
         run = pipelined.run
         patch.setattr(pipelined, "run", lambda *a, **k: found.append(run(*a, **k)) or found[-1])
-        step_of = gradients.of_model(CONFIG, mesh, micro_batches=8, schedule=made)
-        step_of(decoder.init(CONFIG, 0, mesh=mesh, stages=stages), *batch(0))
+        step_of = gradients.of_model(config, mesh, micro_batches=8, schedule=made)
+        step_of(decoder.init(config, 0, mesh=mesh, stages=stages), *batch(0))
     return found[0].peak
 
 
@@ -375,8 +383,9 @@ def captured() -> str:
     def wrap(layer: Any) -> Any:
         return lambda params, x, *rest: layer(params, x * factor, *rest)
 
-    step_of = gradients.of_model(CONFIG, mesh, micro_batches=4, per_layer=wrap)
-    params = decoder.init(CONFIG, 0, dtype=torch.float64, mesh=mesh)
+    config = fitting(CONFIG, mesh)
+    step_of = gradients.of_model(config, mesh, micro_batches=4, per_layer=wrap)
+    params = decoder.init(config, 0, dtype=torch.float64, mesh=mesh)
     if mesh.get_local_rank("pp") == 0:  # the other would wait
         with pytest.raises(ValueError, match="shard_map: ") as caught:
             step_of(params, *batch(0))
