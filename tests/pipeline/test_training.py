@@ -15,7 +15,7 @@ from devices import bare_mesh
 from helpers import change, error, fresh_seed, quick
 from laws import ranks_of, whole
 from parity import TINY
-from workers import RankError
+from workers import Pool, RankError
 
 import fmoe
 from fmoe.models import decoder, huggingface
@@ -29,7 +29,7 @@ from fmoe.training import checkpoint, gradients, optim, pipelined
 from fmoe.transforms import per_layer
 from fmoe.tree import dotted_names
 
-CONFIG = change(TINY, num_layers=9, vocab_size=32, q_lora_rank=6, kv_lora_rank=8)
+CONFIG = change(TINY, num_layers=9, vocab_size=32, q_lora_rank=8, kv_lora_rank=8)
 TIED = dataclasses.replace(CONFIG, tied_head=True)
 ROWS, LENGTH = 16, 6
 
@@ -147,6 +147,19 @@ def test_losses_and_gradients_equal_those_of_one_process(
     names = [*VARIANTS] if slow else [*VARIANTS][:: 1 if axes == "pp=2" else 2]
     for found in pool.run(ranks_of(axes), compared, axes, schedule, names):
         assert max(found.values()) < 1e-9, found
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", KINDS)
+def test_pipelines_of_eight_processes_equal_one(schedule: str) -> None:
+    eight = Pool(8)
+    try:
+        names = ["zero 3", "zero 1, tied", "uneven layers, default remat"]
+        for found in eight.run(8, compared, "pp=2,dp=2,ep=2", schedule, names, timeout=300):
+            assert max(found.values()) < 1e-9, found
+    finally:
+        eight.stop(5)
 
 
 def trained(axes: str, schedule: str, steps: int, config: Any = None, device: str = "cpu") -> float:
