@@ -6,6 +6,7 @@ with warnings.catch_warnings():  # without numpy PyTorch warns once
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     import torch  # noqa: F401
 
+from .graphs import graphed
 from .models.moe import MoEParams, moe_forward, moe_init, shard_params
 from .ops.balance import MoEStats, update_expert_bias
 from .ops.combine import combine, reduce
@@ -33,6 +34,7 @@ __all__ = [
     "dispatch",
     "expand",
     "experts_grouped_mm",
+    "graphed",
     "make_mesh",
     "moe_forward",
     "moe_init",
