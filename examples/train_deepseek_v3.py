@@ -14,11 +14,10 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from fmoe.models import decoder, huggingface, stages
-from fmoe.models.sampling import sample
+from fmoe.models.sampling import sample_text
 from fmoe.training import checkpoint, data, gradients, launch, metrics, optim, options, plot, schedules
 
 
@@ -127,11 +126,10 @@ def main():
     if world.is_first:
         console.print(plot.report(file.path, reference={"unigram entropy": entropy}, unit=unit))
     if args.sample:
-        prompt = torch.tensor([[*tokenizer.encode(args.sample.encode())]], device=precision.device)
         how = dict(temperature=args.temperature, top_k=args.top_k, window=args.seq_len, mesh=world.mesh)
         how |= dict(num_tokens=args.sample_tokens, seed_or_generator=args.seed)
-        drawn = gradients.computing_in(sample, precision.compute)(params, prompt, config, **how)
-        console.print(tokenizer.decode(drawn[0].tolist()))
+        draw = gradients.computing_in(sample_text, precision.compute)
+        console.print(draw(params, args.sample, config, tokenizer, **how))
 
 
 if __name__ == "__main__":
