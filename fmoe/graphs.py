@@ -2,6 +2,7 @@
 
 import functools
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -96,9 +97,11 @@ def _first(
     graph = torch.cuda.CUDAGraph()
     try:
         # Other threads, such as NCCL's watchdog, may ask the device meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with warnings.catch_warnings(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # as after an error
             again = fn(*structure.unflatten(static))
     except (RuntimeError, ValueError) as error:
+        _end_capture()
         raise TransformError(_cannot(fn, error)) from error
     inputs = {i: local(leaf) for i, leaf in enumerate(static) if isinstance(leaf, torch.Tensor)}
     return out, _Captured(graph, inputs, again)
@@ -132,14 +135,23 @@ def _check_plain(leaves: Sequence[Any]) -> None:
         raise TransformError("graphed: no derivative goes through a graph. Differentiate inside of it.")
 
 
-def _cannot(fn: Callable[..., Any], error: Exception) -> str:
+def _end_capture() -> None:
+    """PyTorch's generator stays in a capture that failed, unless it gets another state."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())
+
+
+def _cannot(fn: Callable[..., Any], error: BaseException) -> str:
     """What stands in the way, and the innermost line outside PyTorch."""
+    while error.__context__:  # the end of a capture that failed raises another error
+        error = error.__context__
     root = str(torch.__path__[0])
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(root)]
     line = next((f for f in reversed(frames) if f.filename != __file__), frames[-1])
     reason = str(error).splitlines()[0]
     return (
         f"graphed: {getattr(fn, '__name__', fn)} can't be captured at {line.filename}:{line.lineno} "
-        f"({line.line}): {reason}. A graph can't ask the device for a value, as all_to_all and DeepEP do for "
-        "counts unless host_sync=False, nor use a CPU tensor or a generator of its own."
+        f"({line.line}): {reason.rstrip('.')}. A graph can't ask the device for a value, as all_to_all "
+        "and DeepEP do unless host_sync=False, and experts in float32 or float64. Nor can it use a CPU "
+        "tensor or a generator of its own."
     )

@@ -95,7 +95,8 @@ def gathered(tree: Any, mesh: Any) -> dict[str, torch.Tensor]:
 
 def stages_for(mesh: Any, schedule: str, config: Any, micro_batches: int, uneven: bool = False) -> Stages:
     made = make_schedule(schedule, pp=mesh["pp"].size(), micro_batches=micro_batches)
-    costs = torch.rand(config.num_layers + 2, generator=torch.Generator().manual_seed(1)).tolist()
+    drawn = torch.Generator("cpu").manual_seed(1)
+    costs = torch.rand(config.num_layers + 2, generator=drawn, device="cpu").tolist()
     return cut(config, made.stage_to_rank, costs=costs if uneven else None)
 
 
