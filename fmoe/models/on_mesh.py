@@ -1,14 +1,15 @@
 """A function of parameters and tokens, on a mesh: the one way from global values to a device's own."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..ops.core.axes import axis_names, binding, bound
-from ..parallel.backends import choose
-from ..parallel.boundary import dtensor_beneath
+from ..ops.core.axes import axis_names, axis_sizes, binding, bound
+from ..parallel.backends import Backend, choose
+from ..parallel.boundary import dtensor_beneath, unwrapped
 from ..parallel.placement import moves, placed, token_axes, where_placed
 from ..parallel.shard_map import shard_map
 from ..parallel.spec import named_axes
@@ -25,7 +26,7 @@ def on_mesh(
     *,
     wanted: Any,
     out_specs: Callable[[P, Any], Any],
-    backend: str,
+    backend: str | Backend,
     rows: tuple[torch.dtype, int],
     dtypes: Sequence[torch.dtype | None] | None = None,
     summed: torch.dtype | None = None,
@@ -44,6 +45,7 @@ def on_mesh(
         check_token_spec(function, name, value, spec)
         check_same(function, "placed by", name, spec, where[0])
     how = moves(function, "params", params, have, wanted, mesh)
+    plain = not dtensor_beneath(tokens[0])
     along = tuple(axis for axis in axis_names(mesh) if axis in named_axes(where[0]))
 
     def here(params: Any, *tokens: torch.Tensor) -> Any:
@@ -55,6 +57,15 @@ def on_mesh(
         mesh,
         in_specs=(have, *where),
         out_specs=out_specs(where[0], have),
-        backends=choose(function, backend, mesh, rows),
-        local_results=not dtensor_beneath(tokens[0]),
+        backends=choose(
+            function, backend, mesh, rows, None if plain else _most_tokens(tokens[0], where[0], mesh)
+        ),
+        local_results=plain,
     )(params, *tokens)
+
+
+def _most_tokens(x: torch.Tensor, where: P, mesh: DeviceMesh) -> int:
+    """How many tokens of ``x``, ids or vectors, a device has."""
+    shape = unwrapped(x).shape
+    tokens = math.prod(shape[:-1] if x.is_floating_point() else shape)
+    return tokens // math.prod(axis_sizes(mesh)[axis] for axis in named_axes(where))

@@ -1,6 +1,7 @@
 """The DeepEP backend keeps the laws, on a stand-in for DeepEP."""
 
 import contextlib
+import functools
 import itertools
 
 import deep_ep_double
@@ -9,7 +10,9 @@ import pytest
 import torch
 from devices import bare_mesh
 from helpers import quick
+from laws import ranks_of
 
+from fmoe import RouterConfig, combine, dispatch, expand, reduce, route
 from fmoe.models.moe import COMPUTING, moe_layer
 from fmoe.parallel import deepep
 from fmoe.parallel.spec import known_axes
@@ -51,15 +54,61 @@ def test_it_keeps_the_laws(pool, axes, kind):
     pool.run(int(axes[-1]), obey, axes, kind, torch.float32, MOST)
 
 
+NEVER_WAITS = {"host_sync": False}
+
+
+@pytest.mark.parametrize(
+    ("kind", "axes"),
+    quick(
+        [("buffer", "ep=2")],
+        itertools.product(GENERATIONS, ["ep=1", "ep=2", "ep=4", "dp=2,ep=2"]),
+    ),
+)
+def test_it_keeps_the_laws_where_the_host_never_waits(pool, kind, axes):
+    pool.run(ranks_of(axes), obey, axes, kind, torch.float32, MOST, NEVER_WAITS)
+
+
+def test_elastic_rows_that_did_not_come_reach_nothing(pool):
+    pool.run(2, obey, "ep=2", "elastic", torch.float32, ["oracle", "adjoint", "unused_rows"], NEVER_WAITS)
+
+
+def pairs_without_room(kind):
+    """The layer with room for too few pairs, and with enough: what had none, and how far it is off."""
+    found = []
+    for capacity in (0.5, 1.0):
+        with opened("ep=2", kind, host_sync=False, capacity=capacity) as (mesh, backend):
+            s = Setting(mesh, backend, torch.float32, 8, DIM, EXPERTS, TOP_K)
+            params, x = s.random_params(shared=False), s.rows(8)
+
+            def body(x, params=params):
+                routing = route(params.router, x, RouterConfig(top_k=TOP_K, force_balance=True))
+                x_SD, plan = dispatch(x, routing, axis="ep")
+                assert (plan.row_SK < len(plan.slot_R)).all() and plan.offsets_e[-1] <= len(plan.slot_R)
+                weights = routing.weights_TK.sum(1, keepdim=True)
+                return combine(reduce(expand(x_SD, plan), plan), plan), x * weights, plan.overflow[None]
+
+            y, want, overflow = s.inside(body)(x)
+            found.append((overflow.sum().item(), error(y, want)))
+    return found
+
+
+@pytest.mark.parametrize("kind", GENERATIONS)
+def test_pairs_without_room_are_counted(pool, kind):
+    for few, enough in pool.run(2, pairs_without_room, kind):
+        assert few[0] > 0 and few[1] > 1e-3
+        assert enough[0] == 0 and enough[1] < 1e-5
+
+
 @pytest.mark.parametrize("kind", quick(["buffer"], GENERATIONS))
 def test_it_keeps_the_laws_in_bfloat16(pool, kind):
     pool.run(2, obey, "ep=2", kind, torch.bfloat16, MOST)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", [{}, NEVER_WAITS])
 @pytest.mark.parametrize("kind", GENERATIONS)
-def test_it_compiles(pool, kind):
-    pool.run(2, obey, "ep=2", kind, torch.float32, ["compilation"])
+def test_it_compiles(pool, kind, how):
+    pool.run(2, obey, "ep=2", kind, torch.float32, ["compilation"], how)
 
 
 def test_it_keeps_the_laws_across_nodes(pool):
@@ -115,8 +164,8 @@ def test_it_keeps_the_laws_without_overlap(pool):
     pool.run(2, obey, "ep=2", "buffer", torch.float32, ["oracle", "plans"], {"overlap": False})
 
 
-def many_forwards(kind, number):
-    with opened("ep=2", kind) as (mesh, backend):
+def many_forwards(kind, number, **how):
+    with opened("ep=2", kind, **how) as (mesh, backend):
         check_backend(backend, mesh, dtype=torch.bfloat16, forwards=number, laws=["no_leak"], **SIZES)
 
 
@@ -126,3 +175,8 @@ def many_forwards(kind, number):
 )
 def test_many_forwards_leave_nothing_behind(pool, kind, number):
     pool.run(2, many_forwards, kind, number)
+
+
+@pytest.mark.parametrize("number", quick([30], [30, 1000]))
+def test_many_forwards_without_a_wait_leave_nothing_behind(pool, number):
+    pool.run(2, functools.partial(many_forwards, host_sync=False), "buffer", number)
