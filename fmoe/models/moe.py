@@ -272,7 +272,10 @@ def moe_layer(
         y_TD = join(combine_start(y_SD, plan), plan, _shared_experts(params, x_TD))
     else:
         y_TD = combine(y_SD, plan)
-    return psum(y_TD, present("tp")).reshape(x.shape), routing, plan.overflow
+    overflow = plan.overflow
+    if isinstance(overflow, torch.Tensor) and "ep" not in binding().tokens:
+        overflow = psum(overflow, present("ep"))  # all have the same tokens, but each its own experts
+    return psum(y_TD, present("tp")).reshape(x.shape), routing, overflow
 
 
 def _shared_experts(params: Any, x_TD: torch.Tensor) -> torch.Tensor:
