@@ -45,7 +45,6 @@ def on_mesh(
         check_token_spec(function, name, value, spec)
         check_same(function, "placed by", name, spec, where[0])
     how = moves(function, "params", params, have, wanted, mesh)
-    plain = not dtensor_beneath(tokens[0])
     along = tuple(axis for axis in axis_names(mesh) if axis in named_axes(where[0]))
 
     def here(params: Any, *tokens: torch.Tensor) -> Any:
@@ -57,15 +56,17 @@ def on_mesh(
         mesh,
         in_specs=(have, *where),
         out_specs=out_specs(where[0], have),
-        backends=choose(
-            function, backend, mesh, rows, None if plain else _most_tokens(tokens[0], where[0], mesh)
-        ),
-        local_results=plain,
+        backends=choose(function, backend, mesh, rows, _tokens_of_each(tokens[0], along, mesh)),
+        local_results=not dtensor_beneath(tokens[0]),
     )(params, *tokens)
 
 
-def _most_tokens(x: torch.Tensor, where: P, mesh: DeviceMesh) -> int:
-    """How many tokens of ``x``, ids or vectors, a device has."""
+def _tokens_of_each(x: torch.Tensor, along: tuple[str, ...], mesh: DeviceMesh) -> int | None:
+    """How many tokens of ``x``, ids or vectors, each device has, if it is a DTensor."""
+    if not dtensor_beneath(x):
+        return None
     shape = unwrapped(x).shape
     tokens = math.prod(shape[:-1] if x.is_floating_point() else shape)
-    return tokens // math.prod(axis_sizes(mesh)[axis] for axis in named_axes(where))
+    for axis in along:
+        tokens = tokens // axis_sizes(mesh)[axis]
+    return tokens

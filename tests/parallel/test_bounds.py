@@ -14,6 +14,7 @@ from devices import bare_mesh
 from helpers import CONFIGS, error, quick, random_layer
 from laws import Where, ranks_of
 from test_laws import MOST, check_training, hold, losses_alone  # noqa: F401  (a fixture)
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -21,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 import fmoe
-from fmoe.models import deepseek_v3
+from fmoe.models import decoder, deepseek_v3
 from fmoe.models.moe import moe_layer
 from fmoe.ops.balance import MORE_SUMS, stats_sums
 from fmoe.ops.core.axes import Binding, MeshOfSizes, bound, group_of
@@ -30,7 +31,7 @@ from fmoe.parallel import AllToAll, Backend, Bound, distribute
 from fmoe.parallel.backends import all_to_all, bounds, choose
 from fmoe.testing import check_backend
 from fmoe.testing.samples import same_bits
-from fmoe.training import gradients
+from fmoe.training import gradients, optim
 
 NEVER_WAITS = Backend("all_to_all", host_sync=False, max_tokens=40)
 
@@ -38,9 +39,9 @@ NEVER_WAITS = Backend("all_to_all", host_sync=False, max_tokens=40)
 # ---- the laws ------------------------------------------------------------------------------------------
 
 
-def obey(axes, names, tokens=8, **how):
+def obey(axes, names, tokens=8, capacity=None, **how):
     mesh = bare_mesh(axes)
-    backend = AllToAll(group_of(mesh, ("ep",)), Bound(tokens))
+    backend = AllToAll(group_of(mesh, ("ep",)), Bound(tokens, capacity))
     check_backend(backend, mesh, dtype=torch.float64, tokens=8, dim=16, laws=names, **how)
 
 
@@ -51,7 +52,34 @@ def test_it_keeps_the_laws(pool, axes):
 
 @pytest.mark.slow
 def test_it_compiles(pool):
-    pool.run(2, obey, "ep=2", ["compilation"], timeout=240)
+    pool.run(2, obey, "ep=2", ["compilation"], 8, 2.0, timeout=240)
+
+
+def compiled_of_dtensors(backend):
+    """How far compiled layers of several sizes are off, and how many were compiled."""
+    where = Where("ep=2", backend)
+    mesh, params, sizes = where.mesh(), where.layer(), (8, 12, 4)
+    layer, spread = where.forward(mesh, CONFIGS["sigmoid, groups"]), fmoe.shard_params(params, mesh)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled, found = torch.compile(layer, fullgraph=True, backend=counter), []
+    for rows in sizes:
+        x = distribute(torch.randn(rows, laws.DIM, dtype=torch.float64), fmoe.P("ep"), mesh)
+        found.append(error(compiled(spread, x), layer(spread, x)))
+    return max(found), counter.frame_count
+
+
+OF_DTENSORS = {
+    "bound": NEVER_WAITS,
+    "their own": NEVER_WAITS._replace(max_tokens=None),
+    "waits": "all_to_all",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OF_DTENSORS)
+def test_layers_of_dtensors_compile(pool, kind):
+    for off, graphs in pool.run(2, compiled_of_dtensors, OF_DTENSORS[kind], timeout=240):
+        assert off < 1e-12 and graphs == 2  # one for the first size, one for all others
 
 
 @pytest.mark.parametrize("forwards", quick([30], [30, 1000]))
@@ -409,7 +437,24 @@ def captured(axes, backend):
     return found
 
 
-ON_GPUS = [Backend("all_to_all", host_sync=False, max_tokens=64, capacity=c) for c in (None, 3.0)]
+def captured_model(capacity):
+    """Losses and gradients of a model's step as one graph, beside those of the exact step."""
+    torch.set_default_device("cuda")
+    mesh, config = bare_mesh("ep=2", "cuda"), decoder.preset("debug", layers=2)
+    params, found = decoder.init(config, 0, mesh=mesh), []
+    some = Backend("all_to_all", host_sync=False, capacity=capacity, max_tokens=2 * 64)
+    step_of = functools.partial(gradients.of_model, config, mesh, dtype=torch.bfloat16)
+    graph, exact = fmoe.graphed(step_of(backend=some)), step_of(backend="all_to_all")
+    for _ in range(4):
+        batch = torch.randint(256, (2, 2, 2, 64))[mesh.get_rank()].unbind()
+        (loss, stats), grads = graph(params, *batch)
+        (want, _), expected = exact(params, *batch)
+        apart = optim.global_norm(optree.tree_map(torch.sub, grads, expected)) / optim.global_norm(expected)
+        found.append((stats.overflow.item(), abs(loss - want).item(), apart.item()))
+    return found
+
+
+ON_GPUS = [Backend("all_to_all", host_sync=False, max_tokens=64, capacity=c) for c in (None, 1.9)]
 
 
 @on_gpus
@@ -423,3 +468,10 @@ def test_the_host_never_waits(pool, backend):
 def test_a_cuda_graph_holds_a_step(pool, backend):
     for found in pool.run(2, captured, "ep=2", backend):
         assert all(overflow == 0 and off < 2e-2 for overflow, off in found)
+
+
+@on_gpus
+@pytest.mark.parametrize("capacity", [None, 1.9])
+def test_a_cuda_graph_holds_a_models_step(pool, capacity):
+    for found in pool.run(2, captured_model, capacity, timeout=240):
+        assert all(overflow == 0 and off < 1e-2 and apart < 5e-2 for overflow, off, apart in found)

@@ -163,9 +163,9 @@ def _bounded_kernel(
         agree(process_group(group), f"{_described(x, weights, before)}, {copies} to each device")
     held, num_slots = num_experts // size, ids.shape[0] * size
     _, hit_Tn = _homes(ids, held, size)
-    place_Tn = hit_Tn.cumsum(0) - 1
-    fits_Tn, first_n = hit_Tn & (place_Tn < copies), torch.arange(size, device=ids.device) * copies
-    copy_Tn = torch.where(fits_Tn, place_Tn + first_n, -1)
+    place_Tn, enough = hit_Tn.cumsum(0) - 1, ids.shape[0] <= copies
+    fits_Tn = hit_Tn if enough else hit_Tn & (place_Tn < copies)
+    copy_Tn = torch.where(fits_Tn, place_Tn + torch.arange(size, device=ids.device) * copies, -1)
     # The inverse. One row more than there is room for takes what isn't sent.
     slot_Q, slots = ids.new_full((size * copies + 1,), -1), torch.arange(num_slots, device=ids.device)
     slot_Q.scatter_(0, torch.where(fits_Tn, copy_Tn, size * copies).flatten(), slots)
@@ -175,8 +175,9 @@ def _bounded_kernel(
     rows = gather_kernel(x, token_Q), gather_kernel(weights, token_Q), ids_Q
     each = [copies] * size
     x_SD, weights_SK, ids_SK = _exchange_rows(rows, each, each, group, "exchange_bounded")
-    slot_R, row_SK, offsets_e, too_many = laid_out(_held_here(ids_SK, position, held), held, pairs)
-    overflow = (hit_Tn & ~fits_Tn).sum() + too_many
+    slot_R, row_SK, offsets_e, overflow = laid_out(_held_here(ids_SK, position, held), held, pairs)
+    if not enough:
+        overflow = overflow + (hit_Tn & ~fits_Tn).sum()
     splits = torch.full((2, size), copies, device="cpu")
     return x_SD, weights_SK, slot_R, row_SK, offsets_e, slot_Q, copy_Tn, splits, overflow
 
@@ -191,7 +192,7 @@ def _homes(ids: torch.Tensor, held: int, size: int) -> tuple[torch.Tensor, torch
 def _held_here(ids_SK: torch.Tensor, position: int, held: int) -> torch.Tensor:
     """Ids among the experts held here, or -1."""
     local_SK = ids_SK - position * held
-    return torch.where((local_SK >= 0) & (local_SK < held) & (ids_SK >= 0), local_SK, -1)
+    return torch.where((local_SK >= 0) & (local_SK < held), local_SK, -1)
 
 
 def _exchange_fake(x: Any, weights: Any, ids: Any, num_experts: int, size: int, *group: Any) -> Tensors:
