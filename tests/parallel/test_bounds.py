@@ -23,8 +23,6 @@ from torch._subclasses.fake_tensor import (
 
 import fmoe
 from fmoe.models import decoder, deepseek_v3
-from fmoe.models.moe import moe_layer
-from fmoe.ops.balance import MORE_SUMS, stats_sums
 from fmoe.ops.core.axes import Binding, MeshOfSizes, bound, group_of
 from fmoe.ops.dispatch import layout
 from fmoe.parallel import AllToAll, Backend, Bound, distribute
@@ -131,27 +129,30 @@ def test_dtensors_say_how_many_tokens_there_are(pool):
 # ---- the host is never asked ---------------------------------------------------------------------------
 
 
-def on_fake_tensors(bound_of_dispatch):
-    """Forward and backward of a layer without values: numbers that only a device knows raise."""
-    mesh, config = MeshOfSizes({"ep": 4}), fmoe.RouterConfig(top_k=3)
+def training_step_on_fake_tensors(bound_of_dispatch):
+    """A model's gradient, clipping and update on one device of four, without values: reading one raises."""
+    mesh, config, optimizer = MeshOfSizes({"ep": 4}), laws.MODEL, optim.adamw()
     transport = AllToAll(group_of(mesh, ("ep",)), bound_of_dispatch)
-    params, x = Where("ep=4").layer(), torch.randn(6, laws.DIM, dtype=torch.float64)
-    params = params._replace(experts=optree.tree_map(lambda t: t[:2].clone(), params.experts))
+    params, tokens = deepseek_v3.init(config, 7), torch.zeros(2, 9, dtype=torch.int64)
+    held = config.num_experts // 4
     with FakeTensorMode() as fake, bound(Binding(mesh, (("ep", transport),), ("ep",))):
-        params, x = optree.tree_map(fake.from_tensor, (params, x))
+        params, tokens = optree.tree_map(fake.from_tensor, (params, tokens))
+        params = optree.tree_map(
+            lambda leaf, spec: leaf[:held].clone() if spec and spec[0] == ("ep",) else leaf,
+            params,
+            decoder.computing_specs(decoder.specs(config)),
+        )
+        loss = functools.partial(decoder.stage_loss, config=config)
+        (_, stats), grads = fmoe.value_and_grad(loss, has_aux=True)(params, tokens, tokens)
+        scale = optim.clip_factor(optim.global_norm(grads), 1.0)
+        optimizer.update(params, grads, optimizer.init(params), 1e-3, scale=scale, donate=True)
+        return stats.overflow
 
-        def loss(params, x):
-            y, routing, overflow = moe_layer(params, x, config)
-            return y.sum(), stats_sums(routing, overflow)
 
-        return fmoe.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
-
-
-def test_no_size_depends_on_the_routing():
-    (_, sums), grads = on_fake_tensors(Bound(6, 1.5))
-    assert sums.shape == (8 + MORE_SUMS,) and grads[1].shape == (6, laws.DIM)
+def test_a_training_step_asks_the_host_for_nothing():
+    assert training_step_on_fake_tensors(Bound(18, 1.5)).shape == ()
     with pytest.raises(DynamicOutputShapeException):
-        on_fake_tensors(None)
+        training_step_on_fake_tensors(None)
 
 
 def test_no_kernel_reads_what_is_on_the_device(monkeypatch):
