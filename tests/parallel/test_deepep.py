@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import types
 
 import deep_ep_double
 import optree
@@ -11,10 +12,15 @@ import torch
 from devices import bare_mesh
 from helpers import quick
 from laws import ranks_of
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fmoe import RouterConfig, combine, dispatch, expand, reduce, route
 from fmoe.models.moe import COMPUTING, moe_layer
+from fmoe.ops.dispatch import layout
 from fmoe.parallel import deepep
+from fmoe.parallel.backends import bounds
+from fmoe.parallel.backends.deepep import buffers as deepep_buffers
+from fmoe.parallel.backends.deepep import elastic, operators
 from fmoe.parallel.spec import known_axes
 from fmoe.testing import check_backend
 from fmoe.testing.backend import LAWS
@@ -70,6 +76,47 @@ def test_it_keeps_the_laws_where_the_host_never_waits(pool, kind, axes):
 
 def test_elastic_rows_that_did_not_come_reach_nothing(pool):
     pool.run(2, obey, "ep=2", "elastic", torch.float32, ["oracle", "adjoint", "unused_rows"], NEVER_WAITS)
+
+
+class Silent:
+    """Buffers of two devices that give tensors without values, as kernels do that are still running."""
+
+    def get_dispatch_layout(self, ids, num_experts):
+        return *torch.zeros(3, 2, dtype=torch.int32), torch.zeros(len(ids), 2, dtype=torch.bool), None
+
+    def dispatch(self, x, topk_idx=None, topk_weights=None, handle=None, **how):
+        rows, tokens = x.new_empty(16, x.shape[1]), len(x)
+        index = functools.partial(torch.zeros, dtype=torch.int32)
+        choices = [t if t is None else t.new_empty(16, t.shape[1]) for t in (topk_idx, topk_weights)]
+        if "num_max_tokens_per_rank" in how or hasattr(handle, "topk_idx"):
+            named = dict.fromkeys((*elastic._TENSORS, elastic._SORTED), index(2))
+            named |= dict(topk_idx=topk_idx, num_experts=8, num_max_tokens_per_rank=8, num_sms=4)
+            return rows, *choices, types.SimpleNamespace(**named), None
+        prefixes = index(2, 2), index(2, 10), index(2, 10)
+        made = *prefixes, index(16), torch.zeros(tokens, 2, dtype=torch.bool), index(tokens, 2)
+        return rows, *choices, [], made, None
+
+
+def silent(kind):
+    engine = object.__new__(deepep_buffers.ENGINES[kind])
+    vars(engine).update(buffer=Silent(), id_dtype=torch.int64, size=2, rank=1, within_node=True, num_sms=4)
+    vars(engine).update(configs=(None, None), make_handle=lambda **fields: types.SimpleNamespace(**fields))
+    return engine
+
+
+@pytest.mark.parametrize("kind", GENERATIONS)
+def test_no_number_on_the_device_is_read(monkeypatch, kind):
+    held = types.SimpleNamespace(group=None, ready=lambda *_: silent(kind))
+    monkeypatch.setattr(operators, "find", lambda name: held)
+    monkeypatch.setattr(operators, "agree", lambda *_: None)
+    monkeypatch.setattr(operators, "check_ids", lambda *_: None)  # looks at the CPU's tensors only
+    monkeypatch.setattr(bounds, "layout_kernel", layout.raw)  # the CPU's, unlike the GPU's, sorts by values
+    with FakeTensorMode():
+        x, weights, ids = torch.randn(5, DIM), torch.rand(5, 2), torch.zeros(5, 2, dtype=torch.int64)
+        x_SD, _, slot_R, *_, overflow = operators._bounded_kernel(x, weights, ids, 8, 2, 8, 9, "")
+        assert (len(x_SD), len(slot_R), overflow.shape) == (16, 9, ())
+        came = silent(kind).dispatch(x, weights, ids, 8, 8)
+        assert silent(kind).send(x, came.handle).shape == x_SD.shape
 
 
 def pairs_without_room(kind):
