@@ -1,17 +1,19 @@
 """``moe_forward`` over DeepEP: the buffer it keeps, what ``backend="auto"`` chooses, and why."""
 
+import dataclasses
 import itertools
 import logging
 import sys
 
 import deep_ep_double
 import deep_ep_wire
+import laws
 import optree
 import pytest
 import torch
 import torch.distributed as dist
 from devices import bare_mesh
-from helpers import error, random_layer
+from helpers import error, quick, random_layer
 from test_deepep import DIM
 
 import fmoe
@@ -77,6 +79,30 @@ def kept_without_a_wait(generation):
 @pytest.mark.parametrize("generation", [1, 2])
 def test_a_kept_buffer_without_a_wait(pool, generation):
     assert max(pool.run(2, kept_without_a_wait, generation)) < 2e-5
+
+
+WIDE = dataclasses.replace(laws.MODEL, dim=DIM, num_layers=2)
+
+
+def trained(backend):
+    """The losses of ten steps over DeepEP, which weighs in float32."""
+    deep_ep_double.install(1, payloads=(torch.bfloat16, torch.float64))
+    laws.MODELS["wide"] = WIDE
+    losses, _ = laws.train(laws.Where("ep=2", backend), name="wide")
+    deepep_buffers.free_kept()
+    return losses
+
+
+NEVER_WAITS = Backend("deepep", host_sync=False, max_tokens=4 * 9)
+KINDS = {"waits": Backend("deepep"), "never waits": NEVER_WAITS, "room": NEVER_WAITS._replace(capacity=1.9)}
+
+
+@pytest.mark.parametrize("kind", quick(["never waits"], KINDS))
+def test_ten_steps_of_training_are_those_of_one_process(pool, monkeypatch, kind):
+    monkeypatch.setitem(laws.MODELS, "wide", WIDE)
+    alone, _ = laws.train(None, name="wide")
+    for losses in pool.run(2, trained, KINDS[kind]):
+        assert losses == pytest.approx(alone, rel=1e-5)
 
 
 def tangents_of_routed_experts():
