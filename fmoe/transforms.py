@@ -5,6 +5,7 @@ module adds checkpointing that works inside them, which PyTorch lacks.
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,8 @@ from .ops.core.recompute import recomputing
 from .ops.core.refuse import refuse_transforms_inside_compile
 from .ops.core.tape import Policy, checkpoint_names
 from .tree import check_tensors, dotted_names
+
+_LOG = logging.getLogger("fmoe")
 
 # ---- policies ----------------------------------------------------------------------------------
 
@@ -267,7 +270,7 @@ def exact_on_overflow(fast: Callable[..., Any], exact: Callable[..., Any]) -> Ca
 
     No token is dropped. Either all had room, and the result is exact. Or some hadn't, and nobody sees the
     result. The host waits once, for one number. It is a sum over all devices, so that all go the same way.
-    Neither function may write into its arguments.
+    The logger ``fmoe`` says when a step is repeated. Neither function may write into its arguments.
 
     Raises ``ValueError`` for a result without :class:`fmoe.MoEStats`.
 
@@ -290,8 +293,10 @@ def exact_on_overflow(fast: Callable[..., Any], exact: Callable[..., Any]) -> Ca
             got, expected = f"one that returns {type(out).__name__}", "a result that has MoEStats"
             remedy = "Return the stats of moe_forward(return_stats=True), or of the model's loss."
             raise argument_error("exact_on_overflow", "fast", got=got, expected=expected, remedy=remedy)
-        if not torch.stack(found).any():
+        missing = int(torch.stack(found).sum())
+        if not missing:
             return out
+        _LOG.info("no room for %d rows and pairs of rows and experts: the step is done again", missing)
         del out, leaves  # before those of the exact function are made
         return exact(*args, **kwargs)
 

@@ -301,6 +301,17 @@ def test_a_models_step_without_room_is_repeated(pool, axes, micro_batches, zero)
     assert len(counted) == 1  # all devices know the same
 
 
+def test_a_repeated_step_is_logged(caplog):
+    stats = [fmoe.MoEStats(*torch.zeros(4), torch.tensor(n)) for n in (2, 3)]
+    step = fmoe.exact_on_overflow(lambda x: (x, {"a": stats}), lambda x: 2 * x)
+    with caplog.at_level("INFO", "fmoe"):
+        assert step(3) == 6
+        stats[:] = [part._replace(overflow=torch.tensor(0)) for part in stats]
+        assert step(3)[0] == 3
+    (said,) = caplog.messages
+    assert said.startswith("no room for 5 rows and pairs of rows and experts: the step is done again")
+
+
 def test_results_without_statistics_are_refused():
     step = fmoe.exact_on_overflow(torch.sin, torch.sin)
     with pytest.raises(
