@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+import fmoe
 from fmoe.models import decoder, huggingface, stages
 from fmoe.models.sampling import sample_text
 from fmoe.training import checkpoint, data, gradients, launch, metrics, optim, options, plot, schedules
@@ -97,6 +98,10 @@ def main():
     how = dict(**layout.how, dtype=precision.compute, stages=stages_of(config))
     step_of = gradients.of_model(config, zero=layout.zero, **how)
     loss_of = gradients.loss_of_model(config, **how)
+    if args.ep_capacity is not None:  # a step that had no room for all rows is done again, exactly
+        most = -(-args.batch_size // (world.part[1] * args.micro_batches)) * args.seq_len
+        how["backend"] = fmoe.parallel.Backend(args.ep_backend, False, args.ep_capacity, max_tokens=most)
+        step_of = fmoe.exact_on_overflow(gradients.of_model(config, zero=layout.zero, **how), step_of)
     rate_of = schedules.by_name(args.schedule, peak=args.learning_rate, total_steps=args.steps)
     tokens = args.batch_size * args.seq_len
     flops = tokens * decoder.flops_per_token(config, args.seq_len) / world.size

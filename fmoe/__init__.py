@@ -16,7 +16,7 @@ from .ops.route import RouterConfig, RouterParams, Routing, route
 from .parallel.mesh import make_mesh
 from .parallel.shard_map import shard_map
 from .params import P
-from .transforms import remat, save, save_everything, save_nothing, value_and_grad
+from .transforms import exact_on_overflow, remat, save, save_everything, save_nothing, value_and_grad
 
 __version__ = "0.1.0"
 
@@ -32,6 +32,7 @@ __all__ = [
     "align_rows",
     "combine",
     "dispatch",
+    "exact_on_overflow",
     "expand",
     "experts_grouped_mm",
     "graphed",

@@ -25,6 +25,7 @@ from .doctor import report as diagnosis
 from .introspect import Support, operator_support
 from .models import decoder
 from .models.families import PRESETS
+from .parallel import Backend
 from .parallel.together import this_rank
 from .plan import plan as plan_step
 from .plan import report as planned
@@ -149,7 +150,7 @@ def plan(args: argparse.Namespace) -> None:
     found = plan_step(
         config, args.mesh, batch_size=args.batch_size, seq_len=args.seq_len, micro_batches=args.micro_batches,
         zero=args.zero, per_layer=per_layer(args.remat), imbalance=args.imbalance, optimizer=optimizer,
-        **dtypes,
+        backend=Backend(host_sync=args.ep_capacity is None, capacity=args.ep_capacity), **dtypes,
     )  # fmt: skip
     if args.json:
         stages = [{**stage._asdict(), "peak": stage.peak} for stage in found.stages]
@@ -207,6 +208,7 @@ def arguments() -> argparse.ArgumentParser:
     how_often = "parameters are gathered and gradients summed: 3 each micro-batch, 1 once a step, 2 between"
     add("--zero", type=int, default=3, choices=(1, 2, 3), help=how_often)
     add("--imbalance", type=float, default=1.0, help="the busiest device's rows over the mean")
+    add("--ep-capacity", type=float, help="room for rows over the mean, where the host never asks for theirs")
     add("--json", action="store_true")
     benches = commands.add_parser("bench", help="measure here").add_subparsers(dest="what", required=True)
     model_arguments(command(benches, "model", model, "training steps of a model"))

@@ -125,6 +125,11 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     add("--pp-schedule", default="1f1b", help="of stages along pp: 1f1b, interleaved, zero_bubble or zbv")
     add("--stages-per-rank", type=at_least(1), help="of --pp-schedule (default: 1 for 1f1b, else 2)")
     add("--ep-backend", default="auto", help="what carries tokens along ep: auto, all_to_all or deepep")
+    add(
+        "--ep-capacity",
+        type=float,
+        help="ask nobody how many rows come; there is room for this times the mean",
+    )
     add("--remat", default="none", help="what layers recompute: none, full, default, or save:NAME,NAME")
     add("--compile", action="store_true", help="compile each layer with torch.compile")
 

@@ -123,6 +123,7 @@ def test_it_learns_repeatably_and_recomputation_changes_nothing(train):
         ),
         (["--init-from", "model", "--dim", "64"], "leave out --preset, --layers, --dim and --vocab-size"),
         (["--ep-backend", "pigeons"], "backend: got 'pigeons', expected one of"),
+        (["--ep-capacity", "0"], "backend: capacity: got 0.0, expected a number above 0"),
         (["--seq-len", "20000"], "seq_len"),
         (["--vocab-size", "200"], "check_vocabulary: ids: got token ids from 0 to 255, expected 0 to 199"),
         (["--eval-every", "9", "--held-out", "0.00001"], "hold_out: documents"),

@@ -99,6 +99,14 @@ def test_ranks_with_every_option_train_as_one_process_does(pool, alone, tmp_path
     assert not any(others), "the first rank speaks for all"
 
 
+def test_a_capacity_changes_no_loss(pool, alone, tmp_path):
+    """Steps without room for all rows are done again; those with room are the same."""
+    for capacity in ("0.3", "2"):
+        options = [*TWO_LAYERS, "--out", tmp_path / capacity, "--mesh", "ep=2", "--ep-capacity", capacity]
+        pool.run(2, run_here, *options)
+        assert losses(tmp_path / capacity) == pytest.approx(alone, rel=1e-6)
+
+
 PIPELINES = {
     "pp=2": ["--pp-schedule", "interleaved", "--stages-per-rank", "2"],
     "pp=2,ep=2": ["--pp-schedule", "zbv", "--zero", "1", "--remat", "default"],
