@@ -68,7 +68,7 @@ def main():
     where = dict(dtype=precision.dtype, device=precision.device, mesh=world.mesh)
     if args.sample and world.pp > 1:
         raise SystemExit("error: --sample doesn't run on a mesh with pp: resume from a checkpoint without it")
-    layout = options.Layout.of(args, world.mesh)
+    layout = options.Layout.of(args, world)
     stages_of = partial(stages.cut, ranks=layout.schedule.stage_to_rank, seq_len=args.seq_len)
     if args.init_from:
         config, params = huggingface.load(args.init_from, stages=stages_of, **where)
@@ -98,10 +98,9 @@ def main():
     how = dict(**layout.how, dtype=precision.compute, stages=stages_of(config))
     step_of = gradients.of_model(config, zero=layout.zero, **how)
     loss_of = gradients.loss_of_model(config, **how)
-    if args.ep_capacity is not None:  # a step that had no room for all rows is done again, exactly
-        most = -(-args.batch_size // (world.part[1] * args.micro_batches)) * args.seq_len
-        how["backend"] = fmoe.parallel.Backend(args.ep_backend, False, args.ep_capacity, max_tokens=most)
-        step_of = fmoe.exact_on_overflow(gradients.of_model(config, zero=layout.zero, **how), step_of)
+    if layout.bounded:  # a step that had no room for all rows is done again, exactly
+        fast = gradients.of_model(config, zero=layout.zero, **how | dict(backend=layout.bounded))
+        step_of = fmoe.exact_on_overflow(fast, step_of)
     rate_of = schedules.by_name(args.schedule, peak=args.learning_rate, total_steps=args.steps)
     tokens = args.batch_size * args.seq_len
     flops = tokens * decoder.flops_per_token(config, args.seq_len) / world.size

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from ..ops.core.axes import axis_sizes
+from ..parallel.backends import Backend
 from ..pipeline import Schedule, make_schedule
 from ..transforms import per_layer
+from .launch import World
 from .tokenizer import BYTES, Tokenizer, load_tokenizer
 
 
@@ -86,11 +87,12 @@ class Layout(NamedTuple):
     ``schedule``  of the stages along ``pp``
     ``how``       keyword arguments of :func:`fmoe.training.gradients.of_model`
     ``zero``      another one, which :func:`fmoe.training.gradients.loss_of_model` doesn't take
+    ``bounded``   the backend of ``--ep-capacity``, for :func:`fmoe.exact_on_overflow`; ``None``: none
     ============  ======================================================================
 
     >>> parser = Parser()
     >>> add_layout(parser)
-    >>> layout = Layout.of(parser.parse_args(["--micro-batches", "2"]), None)
+    >>> layout = Layout.of(parser.parse_args(["--micro-batches", "2"]), World(None, (0, 1)))
     >>> layout.schedule.stage_to_rank, layout.how["micro_batches"], layout.zero
     ((0,), 2, 3)
     """
@@ -98,16 +100,25 @@ class Layout(NamedTuple):
     schedule: Schedule
     how: dict[str, Any]
     zero: int
+    bounded: Backend | None
 
     @classmethod
-    def of(cls, args: argparse.Namespace, mesh: Any) -> "Layout":
-        """What was asked for on a mesh, or on one device. Raises ``ValueError`` for what doesn't fit."""
-        pp = 1 if mesh is None else axis_sizes(mesh).get("pp", 1)
-        sizes = dict(pp=pp, micro_batches=args.micro_batches, stages_per_rank=args.stages_per_rank)
+    def of(cls, args: argparse.Namespace, world: World) -> "Layout":
+        """What was asked for on these devices. Raises ``ValueError`` for what doesn't fit.
+
+        With ``--ep-capacity`` it also wants ``args.batch_size`` and ``args.seq_len``.
+        """
+        sizes = dict(pp=world.pp, micro_batches=args.micro_batches, stages_per_rank=args.stages_per_rank)
         schedule = make_schedule(args.pp_schedule, **sizes)
-        how = dict(mesh=mesh, backend=args.ep_backend, micro_batches=args.micro_batches, schedule=schedule)
+        how = dict(
+            mesh=world.mesh, backend=args.ep_backend, micro_batches=args.micro_batches, schedule=schedule
+        )
         how["per_layer"] = per_layer(args.remat, compiled=args.compile)
-        return cls(schedule, how, args.zero)
+        bounded = None
+        if args.ep_capacity is not None:
+            rows = -(-args.batch_size // (world.part[1] * args.micro_batches))
+            bounded = Backend(args.ep_backend, False, args.ep_capacity, max_tokens=rows * args.seq_len)
+        return cls(schedule, how, args.zero, bounded)
 
 
 def add_layout(parser: argparse.ArgumentParser) -> None:
@@ -125,11 +136,7 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     add("--pp-schedule", default="1f1b", help="of stages along pp: 1f1b, interleaved, zero_bubble or zbv")
     add("--stages-per-rank", type=at_least(1), help="of --pp-schedule (default: 1 for 1f1b, else 2)")
     add("--ep-backend", default="auto", help="what carries tokens along ep: auto, all_to_all or deepep")
-    add(
-        "--ep-capacity",
-        type=float,
-        help="ask nobody how many rows come; there is room for this times the mean",
-    )
+    add("--ep-capacity", type=float, help="room for this times the mean of rows; nobody asks how many come")
     add("--remat", default="none", help="what layers recompute: none, full, default, or save:NAME,NAME")
     add("--compile", action="store_true", help="compile each layer with torch.compile")
 
