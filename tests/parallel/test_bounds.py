@@ -107,6 +107,13 @@ def test_the_models_gradients_are_those_of_one_process(pool, axes):
     hold(pool, laws.model, Where(axes, NEVER_WAITS), "GQA", timeout=240)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("law", [laws.how_often, laws.compiled_layers])
+@pytest.mark.parametrize("capacity", [None, 2.0])
+def test_the_models_other_laws_hold(pool, law, capacity):
+    hold(pool, law, Where("ep=2", NEVER_WAITS._replace(capacity=capacity)), "GQA", timeout=240)
+
+
 @pytest.mark.parametrize("axes", quick(["ep=2"], MESHES))
 def test_ten_steps_of_training_are_those_of_one_process(pool, axes, losses_alone):  # noqa: F811
     check_training(pool, Where(axes, NEVER_WAITS), losses_alone)
