@@ -41,9 +41,7 @@ if __name__ == "__main__":
     mine, theirs = sys.argv[1:], []
     if "--" in mine:
         mine, theirs = mine[: mine.index("--")], mine[mine.index("--") + 1 :]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.Parser(description=__doc__)
     parser.add_argument("before", type=Path, help="another checkout")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
