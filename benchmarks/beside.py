@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from fmoe.training import options
 from fmoe.training.metrics import read_metrics
 
 HERE = Path(__file__).resolve().parents[1]
