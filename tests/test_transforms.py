@@ -653,15 +653,15 @@ def test_inductors_key_says_what_a_compiled_backward_may_write_into(monkeypatch)
         return make_boxed_func(graph.forward)
 
     monkeypatch.setattr(compile_fx, "compile_fx_inner", compile_nothing)
-    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)  # it may hold all of this
     leaves = [leaf.requires_grad_() for leaf in torch.randn(2, 3, 3, dtype=torch.float64).unbind()]
     expected = torch.autograd.grad(_sine(*leaves).sum(), leaves)
-    for retained in (False, True):
-        torch.compiler.reset()
-        for _ in range(2):  # a wrapper made anew compiles nothing anew
-            compiled = fmoe.transforms.per_layer(compiled=True)(_sine)
-            got = torch.autograd.grad(compiled(*leaves).sum(), leaves, retain_graph=retained)
-            assert error(got, expected) < 1e-12
+    with torch._functorch.config.patch(enable_autograd_cache=False):  # it may hold all of this
+        for retained in (False, True):
+            torch.compiler.reset()
+            for _ in range(2):  # a wrapper made anew compiles nothing anew
+                compiled = fmoe.transforms.per_layer(compiled=True)(_sine)
+                got = torch.autograd.grad(compiled(*leaves).sum(), leaves, retain_graph=retained)
+                assert error(got, expected) < 1e-12
     (once, donated), (again, none) = keys
     assert donated and not none
     assert once != again
