@@ -318,10 +318,10 @@ def _along(group: str) -> int:
     return math.prod(int(axis.partition("=")[2]) for axis in group.split(","))
 
 
-def axes_along(args: Any) -> tuple[str, ...]:
-    """The axes that a collective's group is along."""
+def axes_along(args: Any) -> str:
+    """The axes that a collective's group is along, as ``"dp,ep"``."""
     group = next(a for a in args if isinstance(a, str) and "=" in a)
-    return tuple(axis.partition("=")[0] for axis in group.split(","))
+    return ",".join(axis.partition("=")[0] for axis in group.split(","))
 
 
 def _sent_rows(args: Any, rows: int, size: int, tensors: int) -> int:

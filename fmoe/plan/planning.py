@@ -109,8 +109,7 @@ def plan(
     A kernel takes as long as its products at their rate, and the bytes that it reads and writes at the
     memory's. Kernels run one after another. Tokens and sums are exposed in full: nobody computes meanwhile.
     Parameters that ``stack`` gathers and sums ahead are exposed where they take longer than what is computed
-    meanwhile. All links are as slow as the slowest axis that a collective is along. The host is left out: it
-    is taken to be ahead of its device.
+    meanwhile. The host is left out: it is taken to be ahead of its device.
 
     Raises ``ValueError`` for sizes below 1, for sizes that the mesh doesn't divide, for another ``zero``, for
     a schedule or stages that don't fit the mesh, and for other devices.
@@ -185,7 +184,7 @@ def plan(
             for s in [made.stages(rank)[i]]
         }
         around = [spent(samples[first].around) for first in like]
-        seconds = of_pipeline(made, times, around, rates.sending(message(job), ("pp",)))
+        seconds = of_pipeline(made, times, around, rates.sending(message(job), "pp", "pipeline"))
         time = planned(ranks, *seconds, per_device, flops, rates.peak_flops)
     return Plan(sizes, tokens_per_device, ranks, rows, copies, made, time)
 

@@ -14,10 +14,26 @@ PRODUCTS = ("products", "experts", "attention", "attention_backward", "loss")
 
 
 class Link(NamedTuple):
-    """A device's link to others along an axis: bytes a second that it sends, and seconds until they begin."""
+    """A device's link to others along some axes.
+
+    ====================  ================================================================
+    ``bytes_per_second``  that a device sends, in a ring or to one other
+    ``latency``           seconds until they begin
+    ``all_to_all``        bytes a second of tokens, which go to all others at once; ``None``: the same
+    ====================  ================================================================
+
+    A ring crosses a node's border in one of its devices, so it can be much faster than an all-to-all.
+
+    >>> Link(2e11, all_to_all=5e10).of("tokens")
+    50000000000.0
+    """
 
     bytes_per_second: float
     latency: float = 0.0
+    all_to_all: float | None = None
+
+    def of(self, purpose: str) -> float:
+        return (purpose == "tokens" and self.all_to_all) or self.bytes_per_second
 
 
 class Rates(NamedTuple):
@@ -31,7 +47,8 @@ class Rates(NamedTuple):
     ``memory``       bytes a second that are read or written
     ``optimizer``    the same in a fused AdamW
     ``launch``       seconds that the shortest kernel takes
-    ``links``        along each axis of the mesh that has more than one device
+    ``links``        along each axis of the mesh that has more than one device, or along several, as
+                     ``"dp,ep"``; by default these are as slow as the slowest
     ``sources``      where rates are from, in words
     ===============  =====================================================================
 
@@ -59,9 +76,10 @@ class Rates(NamedTuple):
         products = work.flops / self.flops[work.rate] if work.flops else 0.0
         return max(self.launch, max(products, moved) + work.passed / self.memory)
 
-    def sending(self, nbytes: float, axes: tuple[str, ...]) -> float:
-        """The time of a collective in which each device sends so many bytes; the slowest link counts."""
-        return max(self.links[a].latency + nbytes / self.links[a].bytes_per_second for a in axes)
+    def sending(self, nbytes: float, along: str, purpose: str) -> float:
+        """The time in which each device sends so many bytes along one axis or several, as ``"dp,ep"``."""
+        found = [self.links[a] for a in ([along] if along in self.links else along.split(","))]
+        return max(link.latency + nbytes / link.of(purpose) for link in found)
 
 
 def read_rates(path: str | Path) -> Rates:
@@ -76,7 +94,7 @@ def read_rates(path: str | Path) -> Rates:
     ...     path = Path(folder, "mine.json")
     ...     size = path.write_text(json.dumps(rates))
     ...     read_rates(path).links["ep"]
-    Link(bytes_per_second=50000000000.0, latency=0.0)
+    Link(bytes_per_second=50000000000.0, latency=0.0, all_to_all=None)
     """
 
     def error(where: str, got: Any, expected: str) -> ValueError:
@@ -98,7 +116,7 @@ def read_rates(path: str | Path) -> Rates:
     if not isinstance(flops, dict) or missing(flops):
         raise error(f"{path}: flops", repr(flops), f"rates of {', '.join(PRODUCTS)}")
     wrong = not isinstance(links, dict) or not all(isinstance(link, dict) for link in links.values())
-    if wrong or {*links} - {*AXES}:
+    if wrong or {axis for along in links for axis in along.split(",")} - {*AXES}:
         raise error(f"{path}: links", repr(links), f"an object for each of some of the axes {AXES}")
     peak = found.get("peak_flops")
     return Rates(
@@ -107,11 +125,12 @@ def read_rates(path: str | Path) -> Rates:
         peak_flops=None if peak is None else number("peak_flops", peak),
         flops={name: number(f"flops.{name}", flops[name]) for name in PRODUCTS},
         links={
-            axis: Link(
-                number(f"links.{axis}.bytes_per_second", link.get("bytes_per_second")),
-                number(f"links.{axis}.latency", link.get("latency", 0.0), least=0.0),
+            along: Link(
+                number(f"links.{along}.bytes_per_second", link.get("bytes_per_second")),
+                number(f"links.{along}.latency", link.get("latency", 0.0), least=0.0),
+                number(f"links.{along}.all_to_all", link["all_to_all"]) if "all_to_all" in link else None,
             )
-            for axis, link in links.items()
+            for along, link in links.items()
         },
         sources={str(k): str(v) for k, v in dict(found.get("sources") or {}).items()},
         **{name: number(name, found.get(name)) for name in others},

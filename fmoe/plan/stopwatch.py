@@ -58,9 +58,9 @@ class Stopwatch:
         """An operator has run, which held ``workspace`` bytes."""
         sent = None
         if name in SENT:
-            axes, begun = axes_along(args), name in BEGUN
-            seconds = self.rates.sending(SENT[name](args, outputs), axes)
-            sent = Sent(seconds, ",".join(axes), PURPOSE.get(name, "sums"), begun)
+            along, purpose, begun = axes_along(args), PURPOSE.get(name, "sums"), name in BEGUN
+            seconds = self.rates.sending(SENT[name](args, outputs), along, purpose)
+            sent = Sent(seconds, along, purpose, begun)
             done = Work("memory", 0, 0 if begun else 2 * max(0, workspace))  # packed, and unpacked
         elif (done := work(name, func, args, outputs)) == NONE:
             return

@@ -174,6 +174,16 @@ def test_a_collective_along_two_axes_is_as_slow_as_the_slower():
     assert found.exposed["parameters"] > 0.5 * found.sent["parameters"] / 1e6
 
 
+def test_a_link_may_be_along_two_axes_and_slower_for_tokens():
+    links = {"dp": Link(2e3), "ep": Link(1e3, 0.5, all_to_all=1e2), "dp,ep": Link(4e3)}
+    rates = rates_of(links=links)
+    assert rates.sending(1e3, "ep", "parameters") == 1 + 0.5
+    assert rates.sending(1e3, "ep", "tokens") == 10 + 0.5
+    assert rates.sending(1e3, "dp,ep", "parameters") == 0.25
+    del links["dp,ep"]
+    assert rates.sending(1e3, "dp,ep", "parameters") == 1 + 0.5
+
+
 # ---- whole steps ---------------------------------------------------------------------------------
 
 
@@ -269,6 +279,10 @@ GOOD = dict(
         (dict(launch=None), "launch: got None, expected a finite number above 0"),
         (dict(peak_flops="fast"), "peak_flops: got 'fast', expected a finite number above 0"),
         (dict(links={"xp": {}}), "links: got {'xp': {}}, expected an object for each of some of the axes"),
+        (
+            dict(links={"dp,ep": {"bytes_per_second": 1, "all_to_all": -1}}),
+            "links.dp,ep.all_to_all: got -1, ",
+        ),
         (dict(links={"ep": {"latency": 1}}), "links.ep.bytes_per_second: got None, expected a finite"),
         ([], "got list, expected an object"),
     ],
