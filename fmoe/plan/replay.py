@@ -170,6 +170,11 @@ def _differentiated(
         return out, collected(params, grads, have, job.mesh)
 
 
+def _kept(memory: Memory) -> int:
+    """Bytes between forward and backward, without gradients that wait for a second half."""
+    return sum(n for (part, _), n in memory.items() if part in ("activations", "converted"))
+
+
 def replay(job: Job, schedule: Schedule, stages: Stages, rank: int, sample: Sample) -> RankPlan:
     """The plan of a rank whose stages are like those of ``sample``."""
     mine, nbytes = schedule.stages(rank), message(job)
@@ -210,7 +215,7 @@ def replay(job: Job, schedule: Schedule, stages: Stages, rank: int, sample: Samp
             held[stage, m] = effect.after
             live.update(effect.after)
         in_flight = max(in_flight, len(held))
-        most = max(most, sum(held.values(), Memory()), key=Counter.total)
+        most = max(most, sum(held.values(), Memory()), key=_kept)
         to = receiver(stage, "F" if kind == "F" else "I")
         if kind != "W" and 0 <= to < len(schedule.stage_to_rank):
             here = schedule.stage_to_rank[to] == rank

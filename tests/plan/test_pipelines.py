@@ -101,6 +101,7 @@ def test_a_recomputed_layer_s_gradients_are_held_between_the_halves_of_its_backw
     more = last_in_halves.phases["backward"]["gradients"] - last.phases["backward"]["gradients"]
     assert more == pytest.approx(last.gradients, rel=0.01)
     assert first_in_halves.phases["backward"]["gradients"] == first.phases["backward"]["gradients"]
+    assert sum(last_in_halves.activations.values()) >= sum(last.activations.values()) > 0
 
 
 def test_backwards_may_be_whole_for_some_micro_batches_and_in_halves_for_others():
