@@ -27,7 +27,7 @@ from .doctor import report as diagnosis
 from .introspect import Support, operator_support
 from .models import decoder
 from .models.families import PRESETS
-from .parallel.mesh import AXES, parse_axes
+from .parallel.mesh import AXES, make_mesh, parse_axes
 from .parallel.together import this_rank
 from .pipeline import Schedule, make_schedule
 from .pipeline.orders import KINDS
@@ -143,9 +143,11 @@ def model_arguments(add: Add) -> None:
 
 def rates(args: argparse.Namespace) -> None:
     _check_writable(args.out)
-    found = measure_rates(dtype=getattr(torch, args.dtype), device=args.device, seed=args.seed)
-    rates_report(found, console())
-    _write_json(found, args.out)
+    mesh = make_mesh(args.mesh, device_type=torch.device(args.device).type) if args.mesh else None
+    found = measure_rates(dtype=getattr(torch, args.dtype), device=args.device, mesh=mesh, seed=args.seed)
+    if this_rank() == 0:
+        rates_report(found, console())
+        _write_json(found, args.out)
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -249,6 +251,7 @@ def arguments() -> argparse.ArgumentParser:
     add = command(benches, "rates", rates, "this device's rates, for the time of plans")
     on_cuda = torch.cuda.is_available()
     add("--out", metavar="FILE", help="write them, for plan --rates")
+    add("--mesh", help="under torchrun: axes and sizes, whose links to measure, too")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if on_cuda else "float32")
     add("--device", default="cuda" if on_cuda else "cpu")
     add("--seed", type=int, help="fresh by default")

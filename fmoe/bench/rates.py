@@ -10,12 +10,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..ops.attention import attention, attention_backward
+from ..ops.core.axes import axis_sizes, group_of
 from ..ops.cross_entropy import LOGITS_BYTES, cross_entropy_terms, cross_entropy_terms_backward
 from ..ops.dispatch import dispatch
 from ..ops.experts import Layout, experts_down, experts_down_backward, experts_up, experts_up_backward
 from ..ops.route import RouterParams, route
+from ..parallel.collective_ops import all_gather_op, all_to_all_op
+from ..parallel.placement import token_axes
 from ..plan.rates import PRODUCTS, Rates
 from ..plan.work import Work, Works
 from ..training.metrics import PEAK_FLOPS
@@ -143,12 +147,17 @@ def _adamw(numbers: int, new: Any) -> Call:
 
 
 def measure_rates(
-    *, dtype: torch.dtype = torch.bfloat16, device: str = "cuda", seed: int | None = None
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    mesh: DeviceMesh | None = None,
+    seed: int | None = None,
 ) -> dict[str, Any]:
     """Measure this device's rates, at the sizes of DeepSeek-V3's models on CUDA and at small ones elsewhere.
 
     =======  =================================================================
     dtype    of parameters and arithmetic
+    mesh     whose links to measure, too, on all of its devices at once; ``None``: none
     -> dict  for JSON, as :func:`fmoe.plan.read_rates` takes it. ``measured`` has the time of each call, and
              the work that a plan counts for it
     =======  =================================================================
@@ -174,12 +183,51 @@ def measure_rates(
         measured.append(dict(name=name, seconds=seconds, **work))
     launch, host = _launch(device, on_cuda)
     name = torch.cuda.get_device_name() if on_cuda else "CPU"
+    links = measure_links(mesh, device) if mesh is not None else {}
     where = f"measured by bench rates on {name}, torch {torch.__version__}, seed {seed}"
     rates = fitted(measured)
     return dict(
         device=name, dtype=str(dtype).removeprefix("torch."), peak_flops=PEAK_FLOPS.get(name), **rates,
-        launch=launch, host=host, links={}, sources={"all but links": where}, measured=measured,
+        launch=launch, host=host, links=links, sources={"measured": where}, measured=measured,
     )  # fmt: skip
+
+
+def measure_links(mesh: DeviceMesh, device: str) -> dict[str, dict[str, float]]:
+    """The links along every axis of more than one device, and along all axes that tokens lie on."""
+    on_cuda = torch.device(device).type == "cuda"
+    along = [(axis,) for axis, size in axis_sizes(mesh).items() if size > 1]
+    tokens = tuple(axis for axis in token_axes(mesh) if (axis,) in along)
+    found = {}
+    for axes in [*along, *[tokens] * (len(tokens) > 1)]:
+        name, size, _ = group_of(mesh, axes)
+        sizes = size * (2**26 if on_cuda else 2**16), size
+        large, small = (torch.zeros(n, dtype=torch.uint8, device=device) for n in sizes)
+        latency, gather, swap = (
+            _synchronized(call, on_cuda)
+            for call in (
+                functools.partial(all_to_all_op.raw, small, size, name),
+                functools.partial(all_gather_op.raw, large, size, name),
+                functools.partial(all_to_all_op.raw, large, size, name),
+            )
+        )
+        found[",".join(axes)] = dict(
+            bytes_per_second=(size - 1) * len(large) / max(gather - latency, 0.1 * gather),
+            latency=latency,
+            all_to_all=len(large) * (size - 1) / size / max(swap - latency, 0.1 * swap),
+        )
+    return found
+
+
+def _synchronized(call: Call, on_cuda: bool) -> float:
+    """The median time of a call that all devices of a group make, and wait for."""
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        call()
+        if on_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
 
 
 def fitted(measured: list[dict[str, Any]]) -> dict[str, Any]:
@@ -263,3 +311,8 @@ def report(found: dict[str, Any], console: Console) -> None:
         f"TFLOP/s: {shown}. Memory {rates.memory / 1e9:,.0f} GB/s, "
         f"optimizer {rates.optimizer / 1e9:,.0f} GB/s, a launch {rates.launch * 1e6:.2f} us."
     )
+    for along, link in found["links"].items():
+        console.print(
+            f"Along {along}: {link['bytes_per_second'] / 1e9:,.1f} GB/s, to all at once "
+            f"{link['all_to_all'] / 1e9:,.1f} GB/s, after {link['latency'] * 1e6:,.0f} us."
+        )

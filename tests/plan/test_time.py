@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from devices import bare_mesh
 from helpers import change, fresh_seed
 from test_plan import EVERYWHERE, FULL, SMALL, same
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fmoe
 from fmoe.bench.rates import SMALL as SIZES
-from fmoe.bench.rates import cases, fitted, measure_rates
+from fmoe.bench.rates import cases, fitted, measure_links, measure_rates
 from fmoe.models import decoder
 from fmoe.models.counts import flops_per_token
 from fmoe.pipeline import bubble, make_schedule
@@ -264,6 +265,18 @@ def test_the_commands_measure_rates_and_plan_with_them(command, tmp_path):
     found = json.loads(command(*words, "--json"))
     assert found["time"]["seconds"] == pytest.approx(sum(found["ranks"][0]["seconds"].values()))
     assert f"{found['time']['tokens_per_second']:,.0f} tokens/s a device" in " ".join(command(*words).split())
+
+
+def measured_links():
+    return measure_links(bare_mesh("dp=2,ep=2"), "cpu")
+
+
+def test_links_are_measured_along_each_axis_and_along_those_of_tokens(pool):
+    for links in pool.run(4, measured_links):
+        assert [*links] == ["dp", "ep", "dp,ep"]
+        for link in links.values():
+            assert 0 < link["latency"] < 1
+            assert link["bytes_per_second"] > 2**16 and link["all_to_all"] > 2**16
 
 
 GOOD = dict(
