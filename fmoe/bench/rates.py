@@ -142,8 +142,9 @@ def _loss(sizes: tuple[int, int, int], backward: bool, new: Any) -> Call:
 
 def _adamw(numbers: int, new: Any) -> Call:
     params, grads = ([new(numbers // 8, 1) for _ in range(8)] for _ in range(2))
-    optimizer = adamw()
-    return functools.partial(optimizer.update, params, grads, optimizer.init(params), 1e-4, donate=True)
+    optimizer, scale = adamw(), torch.ones((), device=params[0].device)
+    how: Any = dict(scale=scale, donate=True)
+    return functools.partial(optimizer.update, params, grads, optimizer.init(params), 1e-4, **how)
 
 
 def measure_rates(

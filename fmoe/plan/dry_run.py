@@ -85,7 +85,7 @@ class DryRun(TorchDispatchMode):
         if held > 0:
             self.timeline.append((self._new(held, name), False))
         if self.watch:
-            self.watch.ran(name, func, args, outputs, held)
+            self.watch.ran(name, func, args, kwargs or {}, outputs, held)
         if name in SENT:
             self.totals["sent", PURPOSE.get(name, "sums")] += SENT[name](args, outputs)
         return out

@@ -54,7 +54,15 @@ class Stopwatch:
         self.compiled, self.kind = False, ""
         self._noted: list[Ran | Mark] = []
 
-    def ran(self, name: str, func: Any, args: Any, outputs: Sequence[torch.Tensor], workspace: int) -> None:
+    def ran(
+        self,
+        name: str,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        outputs: Sequence[torch.Tensor],
+        workspace: int,
+    ) -> None:
         """An operator has run, which held ``workspace`` bytes."""
         sent = None
         if name in SENT:
@@ -62,7 +70,7 @@ class Stopwatch:
             seconds = self.rates.sending(SENT[name](args, outputs), along, purpose)
             sent = Sent(seconds, along, purpose, begun)
             done = Work("memory", 0, 0 if begun else 2 * max(0, workspace))  # packed, and unpacked
-        elif (done := work(name, func, args, outputs)) == NONE:
+        elif (done := work(name, func, args, kwargs, outputs)) == NONE:
             return
         given = [t for t in optree.tree_leaves(args) if isinstance(t, torch.Tensor)]
         read, made = ({self.number(t): touched(t) for t in tensors} for tensors in (given, outputs))

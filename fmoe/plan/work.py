@@ -33,6 +33,7 @@ class Work(NamedTuple):
     fusible: bool = False
 
 
+ADAMW = "aten::_fused_adamw_"
 NONE = Work("memory", 0, 0)
 
 # Nothing is read or written by these, though PyTorch gives them memory of their own.
@@ -42,7 +43,7 @@ _EMPTY = {
 _READS_ROWS = {"aten::embedding", "fmoe::gather", "aten::gather", "aten::index_select"}
 
 
-def work(name: str, func: Any, args: Any, outputs: Sequence[torch.Tensor]) -> Work:
+def work(name: str, func: Any, args: Any, kwargs: Any, outputs: Sequence[torch.Tensor]) -> Work:
     """What an operator does, by its name, schema, arguments and tensors that it gave."""
     given = [t for t in optree.tree_leaves(args) if isinstance(t, torch.Tensor)]
     storages = {t.untyped_storage()._cdata for t in given}
@@ -58,11 +59,13 @@ def work(name: str, func: Any, args: Any, outputs: Sequence[torch.Tensor]) -> Wo
         return Work("memory", 0, read)
     if mutates:
         changed = [a for a, s in zip(args, func._schema.arguments) if s.alias_info and s.alias_info.is_write]
+        if name == ADAMW and kwargs.get("grad_scale") is None:
+            del changed[1]  # gradients, which it writes only where it scales them
         written += sum(touched(t) for t in optree.tree_leaves(changed) if isinstance(t, torch.Tensor))
     if name in PRODUCTS:
         rate, flops, passed = PRODUCTS[name](args, outputs)
         return Work(rate, flops, read + written, passed)
-    rate = "optimizer" if "fused_adam" in name else "memory"
+    rate = "optimizer" if name == ADAMW else "memory"
     return Work(rate, 0, read + written, fusible=not mutates and name.startswith("aten::"))
 
 
@@ -200,7 +203,7 @@ class Works(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         outputs = [t for t in optree.tree_leaves(out) if isinstance(t, torch.Tensor)]
-        self.noted.append(work(func.name().partition(".")[0], func, args, outputs))
+        self.noted.append(work(func.name().partition(".")[0], func, args, kwargs or {}, outputs))
         return out
 
     def at(self, rate: str) -> Work:

@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from devices import bare_mesh
-from helpers import change, fresh_seed
-from test_plan import EVERYWHERE, FULL, SMALL, same
+from helpers import change, fresh_seed, quick
+from test_plan import BFLOAT16, EVERYWHERE, FULL, SMALL, same
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,6 +25,7 @@ from fmoe.plan.dry_run import DryRun
 from fmoe.plan.rates import PRODUCTS
 from fmoe.plan.stopwatch import Stopwatch
 from fmoe.plan.work import Work, Works
+from fmoe.training import optim
 
 LINKS = {axis: Link(1e9) for axis in ("pp", "dp", "ep", "tp")}
 
@@ -62,6 +64,15 @@ def test_a_step_has_the_flops_of_the_model(config):
     backward = step.at("attention_backward").flops / forward.at("attention").flops
     assert backward == pytest.approx((3 * keys + 2 * values) / (keys + values))
     assert step.at("loss").flops == 4 * forward.at("loss").flops > 0
+
+
+@pytest.mark.parametrize(("scale", "times"), [(None, 7), (torch.ones(()), 8)], ids=["", "scaled"])
+def test_the_optimizer_reads_four_trees_and_writes_three_or_scaled_gradients_too(scale, times):
+    params, grads = [torch.randn(4096, 2)], [torch.randn(4096, 2)]
+    state = optim.adamw().init(params)
+    with Works() as works:
+        optim.adamw().update(params, grads, state, 1e-3, scale=scale, donate=True)
+    assert works.at("optimizer").moved == pytest.approx(times * grads[0].nbytes, rel=1e-3)
 
 
 def test_halves_of_the_experts_backward_do_its_products_once():
@@ -265,6 +276,29 @@ def test_the_commands_measure_rates_and_plan_with_them(command, tmp_path):
     found = json.loads(command(*words, "--json"))
     assert found["time"]["seconds"] == pytest.approx(sum(found["ranks"][0]["seconds"].values()))
     assert f"{found['time']['tokens_per_second']:,.0f} tokens/s a device" in " ".join(command(*words).split())
+
+
+RATES = Path(__file__).parents[2] / "benchmarks" / "rates"
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "wrap", "ms"),
+    quick([(4, same, 219.6)], [(4, same, 219.6), (8, same, 413.5), (4, FULL, 250.1)]),
+)
+def test_steps_of_an_h200_take_as_long_as_planned(batch_size, wrap, ms):
+    """Within a tenth of docs/planning.md. Whoever changes what is counted plans these again."""
+    how = dict(batch_size=batch_size, seq_len=4096, dtype=BFLOAT16, per_layer=wrap, compiled=True)
+    found = plan(decoder.preset("16B", layers=8), rates=read_rates(RATES / "h200.json"), **how)
+    assert found.time.seconds * 1e3 == pytest.approx(ms, rel=0.1)
+    assert 0.35 < found.time.mfu < 0.5
+
+
+def test_rates_of_many_devices_are_assumed_for_every_axis():
+    rates = read_rates(RATES / "h100-512.json")
+    assert {*rates.links} == {"dp", "ep", "pp", "dp,ep", "pp,dp,ep"}
+    assert {"flops", "memory", "links.ep.all_to_all"} <= {
+        k for keys in rates.sources for k in keys.split(", ")
+    }
 
 
 def measured_links():
