@@ -14,47 +14,33 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 import fmoe
 from fmoe.models import decoder, huggingface, stages
-from fmoe.models.sampling import sample
-from fmoe.pipeline import make_schedule
-from fmoe.training import checkpoint, data, gradients, launch, metrics, optim, plot, schedules
-from fmoe.training.tokenizer import BYTES, load_tokenizer
+from fmoe.models.sampling import sample_text
+from fmoe.training import checkpoint, data, gradients, launch, metrics, optim, options, plot, schedules
 
 
 def parse():
-    parser = launch.Parser(description=__doc__)
-    add, positive, rate = parser.add_argument, launch.at_least(1), launch.at_least(0.0)
+    parser = options.Parser(description=__doc__)
+    add, positive, rate = parser.add_argument, options.at_least(1), options.at_least(0.0)
     add("--preset", help="model configuration, such as 16B or 30B-A3B (default: debug)")
     add("--layers", type=int, help="how many of the preset's layers (default: all)")
     add("--dim", type=int, help="numbers in a token's vector (default: the preset's)")
     add("--vocab-size", type=int, help="tokens the model knows (default: the preset's)")
     add("--init-from", type=Path, metavar="DIR", help="start from published weights and their config.json")
-    add("--data", type=Path, nargs="+", help="files and folders (default: Python's standard library)")
-    add("--suffix", default=".py", help="of the files in folders; a .jsonl file has a document a line")
-    add("--field", default="text", help="of a JSONL line")
-    add("--tokenizer", type=Path, help="a tokenizer.json (default: a token is a byte)")
-    add("--segments", action="store_true", help="documents in a sequence don't see each other")
     add("--steps", type=positive, default=600, help="how many steps to train")
     add("--batch-size", type=positive, default=16, help="sequences a step")
-    add("--micro-batches", type=positive, default=1, help="parts a step's batch is computed in")
     add("--seq-len", type=positive, default=128, help="tokens a sequence")
     add("--schedule", choices=["cosine", "stable"], default="cosine", help="stable: decay in the last fifth")
     add("--learning-rate", type=float, default=3e-3, help="peak, after warm-up")
     add("--max-norm", type=float, default=1.0, help="gradients are clipped to this global norm; inf: never")
     add("--bias-rate", type=float, default=0.01, help="of balancing experts; DeepSeek-V3 had 0.001")
     add("--seed", type=int, default=0, help="of parameters, batches and samples")
-    add("--mesh", default="", help='axes and sizes under torchrun, as "dp=2,ep=4"; experts lie along ep')
-    add("--zero", type=int, choices=[1, 2, 3], default=3, help="how often parameters travel: ZeRO's stages")
-    add("--pp-schedule", default="1f1b", help="of stages along pp: 1f1b, interleaved, zero_bubble or zbv")
-    add("--stages-per-rank", type=positive, help="of --pp-schedule (default: 1 for 1f1b, else 2)")
-    add("--ep-backend", default="auto", help="what carries tokens along ep: auto, all_to_all or deepep")
-    launch.add_precision(parser)
-    add("--remat", default="none", help="what layers recompute: none, full, default, or save:NAME,NAME")
-    add("--compile", action="store_true", help="compile each layer with torch.compile")
+    options.add_text(parser)
+    options.add_layout(parser)
+    options.add_precision(parser)
     add("--eval-every", type=int, default=0, help="steps between evaluations on held-out text; 0: none")
     add("--held-out", type=float, default=0.05, help="with --eval-every: share of the text not trained on")
     add("--save-every", type=int, default=0, help="steps between checkpoints; 0: none")
@@ -68,8 +54,6 @@ def parse():
     args = parser.parse_args()
     if args.init_from and (args.preset or args.layers or args.dim or args.vocab_size):
         parser.error("--init-from has a configuration: leave out --preset, --layers, --dim and --vocab-size")
-    if args.segments and not args.tokenizer:
-        parser.error("--segments needs --tokenizer: among bytes, a separator is a newline like any other")
     args.preset = args.init_from.resolve().name if args.init_from else args.preset or "debug"
     args.out = args.out or Path("runs", args.preset)
     return args
@@ -77,16 +61,15 @@ def parse():
 
 def main():
     args = parse()
-    precision = launch.Precision.of(args)
+    precision = options.Precision.of(args)
     world = launch.join(args.mesh, device_type=precision.device.type, options=vars(args))
     console = Console(quiet=not world.is_first, soft_wrap=True, highlight=False, markup=False)
-    tokenizer, unit = (load_tokenizer(args.tokenizer), "token") if args.tokenizer else (BYTES, "byte")
+    tokenizer, unit = options.tokenizer_of(args)
     where = dict(dtype=precision.dtype, device=precision.device, mesh=world.mesh)
     if args.sample and world.pp > 1:
         raise SystemExit("error: --sample doesn't run on a mesh with pp: resume from a checkpoint without it")
-    sizes = dict(pp=world.pp, micro_batches=args.micro_batches, stages_per_rank=args.stages_per_rank)
-    schedule = make_schedule(args.pp_schedule, **sizes)
-    stages_of = partial(stages.cut, ranks=schedule.stage_to_rank, seq_len=args.seq_len)
+    layout = options.Layout.of(args, world)
+    stages_of = partial(stages.cut, ranks=layout.schedule.stage_to_rank, seq_len=args.seq_len)
     if args.init_from:
         config, params = huggingface.load(args.init_from, stages=stages_of, **where)
     else:
@@ -112,13 +95,12 @@ def main():
         f"step {first}; {len(text) / 1e6:.1f}M {unit}s of text, unigram entropy {entropy:.3f} nats a {unit}"
     )
 
-    per_layer = fmoe.transforms.per_layer(args.remat, compiled=args.compile)
-    how = dict(mesh=world.mesh, backend=args.ep_backend, per_layer=per_layer, dtype=precision.compute)
-    how |= dict(micro_batches=args.micro_batches, schedule=schedule, stages=stages_of(config))
-    step_of, loss_of = (
-        gradients.of_model(config, zero=args.zero, **how),
-        gradients.loss_of_model(config, **how),
-    )
+    how = dict(**layout.how, dtype=precision.compute, stages=stages_of(config))
+    step_of = gradients.of_model(config, zero=layout.zero, **how)
+    loss_of = gradients.loss_of_model(config, **how)
+    if layout.bounded:  # a step that had no room for all rows is done again, exactly
+        fast = gradients.of_model(config, zero=layout.zero, **how | dict(backend=layout.bounded))
+        step_of = fmoe.exact_on_overflow(fast, step_of)
     rate_of = schedules.by_name(args.schedule, peak=args.learning_rate, total_steps=args.steps)
     tokens = args.batch_size * args.seq_len
     flops = tokens * decoder.flops_per_token(config, args.seq_len) / world.size
@@ -148,11 +130,10 @@ def main():
     if world.is_first:
         console.print(plot.report(file.path, reference={"unigram entropy": entropy}, unit=unit))
     if args.sample:
-        prompt = torch.tensor([[*tokenizer.encode(args.sample.encode())]], device=precision.device)
-        options = dict(temperature=args.temperature, top_k=args.top_k, window=args.seq_len, mesh=world.mesh)
-        options |= dict(num_tokens=args.sample_tokens, seed_or_generator=args.seed)
-        drawn = gradients.computing_in(sample, precision.compute)(params, prompt, config, **options)
-        console.print(tokenizer.decode(drawn[0].tolist()))
+        how = dict(temperature=args.temperature, top_k=args.top_k, window=args.seq_len, mesh=world.mesh)
+        how |= dict(num_tokens=args.sample_tokens, seed_or_generator=args.seed)
+        draw = gradients.computing_in(sample_text, precision.compute)
+        console.print(draw(params, args.sample, config, tokenizer, **how))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ with warnings.catch_warnings():  # without numpy PyTorch warns once
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     import torch  # noqa: F401
 
+from .graphs import graphed
 from .models.moe import MoEParams, moe_forward, moe_init, shard_params
 from .ops.balance import MoEStats, update_expert_bias
 from .ops.combine import combine, reduce
@@ -15,7 +16,7 @@ from .ops.route import RouterConfig, RouterParams, Routing, route
 from .parallel.mesh import make_mesh
 from .parallel.shard_map import shard_map
 from .params import P
-from .transforms import remat, save, save_everything, save_nothing, value_and_grad
+from .transforms import exact_on_overflow, remat, save, save_everything, save_nothing, value_and_grad
 
 __version__ = "0.1.0"
 
@@ -31,8 +32,10 @@ __all__ = [
     "align_rows",
     "combine",
     "dispatch",
+    "exact_on_overflow",
     "expand",
     "experts_grouped_mm",
+    "graphed",
     "make_mesh",
     "moe_forward",
     "moe_init",

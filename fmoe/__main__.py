@@ -27,6 +27,7 @@ from .doctor import report as diagnosis
 from .introspect import Support, operator_support
 from .models import decoder
 from .models.families import PRESETS
+from .parallel import Backend
 from .parallel.mesh import AXES, make_mesh, parse_axes
 from .parallel.together import this_rank
 from .pipeline import Schedule, make_schedule
@@ -167,7 +168,7 @@ def plan(args: argparse.Namespace) -> None:
         config, args.mesh, batch_size=args.batch_size, seq_len=args.seq_len, micro_batches=args.micro_batches,
         zero=args.zero, per_layer=per_layer(args.remat), imbalance=args.imbalance, optimizer=optimizer,
         schedule=_schedule(args), rates=args.rates and read_rates(args.rates), compiled=args.compile,
-        **dtypes,
+        backend=Backend(host_sync=args.ep_capacity is None, capacity=args.ep_capacity), **dtypes,
     )  # fmt: skip
     if args.json:
         ranks = [{**rank._asdict(), "peak": rank.peak} for rank in found.ranks]
@@ -239,6 +240,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--pp-schedule", choices=KINDS, default="1f1b", help="of a mesh with pp")
     add("--stages-per-rank", type=int, help="default: 1 for 1f1b, else 2")
     add("--imbalance", type=float, default=1.0, help="the busiest device's rows over the mean")
+    add("--ep-capacity", type=float, help="room for rows over the mean, where the host never asks for theirs")
     add(
         "--rates",
         metavar="FILE",

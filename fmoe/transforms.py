@@ -5,6 +5,7 @@ module adds checkpointing that works inside them, which PyTorch lacks.
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +14,16 @@ import torch
 import torch.utils.checkpoint as torch_checkpoint
 
 from .errors import argument_error
+from .ops.balance import MoEStats
 from .ops.core.derive import replaced
+from .ops.core.dtensors import local
 from .ops.core.primitive import operators
 from .ops.core.recompute import recomputing
 from .ops.core.refuse import refuse_transforms_inside_compile
 from .ops.core.tape import Policy, checkpoint_names
 from .tree import check_tensors, dotted_names
+
+_LOG = logging.getLogger("fmoe")
 
 # ---- policies ----------------------------------------------------------------------------------
 
@@ -248,3 +253,51 @@ def _scalar(out: Any, has_aux: bool) -> torch.Tensor:
     expected = "(a scalar tensor, aux)" if has_aux else "a scalar tensor"
     remedy = "Sum or average it; return anything else as aux with has_aux=True."
     raise argument_error("value_and_grad", "fn", got=got, expected=expected, remedy=remedy)
+
+
+# ---- steps that are thrown away ------------------------------------------------------------------
+
+
+def exact_on_overflow(fast: Callable[..., Any], exact: Callable[..., Any]) -> Callable[..., Any]:
+    """``fast``, whose result is thrown away for that of ``exact`` where a bounded backend had no room.
+
+    ===========  ==========================================================================
+    fast         a function whose result has :class:`fmoe.MoEStats` somewhere in it, such as a step's value
+                 and gradient with a :class:`fmoe.parallel.Backend` that has a ``capacity``
+    exact        the same function with a backend that has room for everything
+    -> function  the same of the same arguments: never wrong, and rarely slower than ``fast``
+    ===========  ==========================================================================
+
+    No token is dropped. Either all had room, and the result is exact. Or some hadn't, and nobody sees the
+    result. The host waits once, for one number. It is a sum over all devices, so that all go the same way.
+    The logger ``fmoe`` says when a step is repeated. Neither function may write into its arguments.
+
+    Raises ``ValueError`` for a result without :class:`fmoe.MoEStats`.
+
+    >>> import fmoe
+    >>> params, x = fmoe.moe_init(0, dim=8, hidden_dim=16, num_experts=12), torch.randn(5, 8)
+    >>> mesh, some = fmoe.make_mesh("ep=1"), fmoe.parallel.Backend(host_sync=False, capacity=1.5)
+    >>> layer = functools.partial(fmoe.moe_forward, params, mesh=mesh, return_stats=True)
+    >>> fast, exact = (functools.partial(layer, backend=backend) for backend in (some, "all_to_all"))
+    >>> y, stats = exact_on_overflow(fast, exact)(x)
+    >>> y.shape, stats.overflow
+    (torch.Size([5, 8]), tensor(0))
+    """
+
+    @functools.wraps(fast)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        out = fast(*args, **kwargs)
+        leaves = optree.tree_leaves(out, is_leaf=lambda node: isinstance(node, MoEStats))
+        found = [local(leaf.overflow) for leaf in leaves if isinstance(leaf, MoEStats)]
+        if not found:
+            got, expected = f"one that returns {type(out).__name__}", "a result that has MoEStats"
+            remedy = "Return the stats of moe_forward(return_stats=True), or of the model's loss."
+            raise argument_error("exact_on_overflow", "fast", got=got, expected=expected, remedy=remedy)
+        missing = int(torch.stack(found).sum())
+        if not missing:
+            return out
+        _LOG.info("no room for %d rows and pairs of rows and experts: the step is done again", missing)
+        del out, leaves  # before those of the exact function are made
+        return exact(*args, **kwargs)
+
+    return call

@@ -20,7 +20,7 @@ from ..ops.core.dtypes import accumulator
 from ..ops.cross_entropy import LOGITS_BYTES
 from ..ops.experts import ExpertParams
 from ..ops.segments import Segments, segments_of
-from ..parallel.backends import choose
+from ..parallel.backends import Backend, choose
 from ..parallel.collectives import psum
 from ..parallel.mesh import is_pipeline
 from ..parallel.placement import computing, init_on, placed, use
@@ -67,6 +67,12 @@ class LossStats(NamedTuple):
     layers: Stats
     balance: torch.Tensor
 
+    @property
+    def overflow(self) -> torch.Tensor:
+        """The sum of all layers' ``overflow``: unless it is 0, nothing of this step counts."""
+        counts = [layer.overflow for layer in self.layers]
+        return torch.stack(counts).sum() if counts else torch.zeros_like(self.num_targets, dtype=torch.int64)
+
 
 def init(
     config: DecoderConfig,
@@ -102,7 +108,7 @@ def forward(
     mesh: DeviceMesh | None = None,
     *,
     segment_ids: torch.Tensor | None = None,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     dtype: torch.dtype | None = None,
     per_layer: Wrap = lambda layer: layer,
 ) -> tuple[torch.Tensor, Stats]:
@@ -169,7 +175,7 @@ def loss(
     mesh: DeviceMesh | None = None,
     *,
     segment_ids: torch.Tensor | None = None,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
     per_layer: Wrap = lambda layer: layer,
@@ -258,7 +264,7 @@ def run_on(
     mesh: DeviceMesh | None,
     *,
     out_specs: Callable[[P, Any], Any],
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
     described: ModelParams | None = None,
@@ -484,6 +490,6 @@ def one_layer(
     if isinstance(params.mlp, ExpertParams):
         return x + psum(mlp_forward(params.mlp, normed), present("tp")), (), ()
     valid = segments.valid if isinstance(segments, Segments) else ()
-    y, routing = moe_layer(params.mlp, normed, config.router, valid)
+    y, routing, overflow = moe_layer(params.mlp, normed, config.router, valid)
     balance = (balance_loss(routing, x.shape[0]),) if config.balance_loss else ()
-    return x + y, (stats_sums(routing),), balance
+    return x + y, (stats_sums(routing, overflow),), balance

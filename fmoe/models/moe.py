@@ -16,7 +16,7 @@ from ..ops.core.dynamo import rearrange
 from ..ops.dispatch import dispatch
 from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
 from ..ops.route import Router, RouterConfig, RouterParams, Routing, route, without_padding
-from ..parallel.backends import choose
+from ..parallel.backends import Backend, backend_of, choose
 from ..parallel.collectives import axis_size, psum
 from ..parallel.placement import computing, init_on, use
 from ..parallel.spec import distribute
@@ -139,7 +139,7 @@ def moe_forward(
     *,
     router: RouterConfig | Router = ...,
     valid: torch.Tensor | None = ...,
-    backend: str = ...,
+    backend: str | Backend = ...,
     return_stats: Literal[False] = ...,
 ) -> torch.Tensor: ...
 
@@ -152,7 +152,7 @@ def moe_forward(
     *,
     router: RouterConfig | Router = ...,
     valid: torch.Tensor | None = ...,
-    backend: str = ...,
+    backend: str | Backend = ...,
     return_stats: Literal[True],
 ) -> tuple[torch.Tensor, MoEStats]: ...
 
@@ -164,7 +164,7 @@ def moe_forward(
     *,
     router: RouterConfig | Router = RouterConfig(),  # noqa: B008  (frozen)
     valid: torch.Tensor | None = None,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     return_stats: bool = False,
 ) -> Any:
     """A mixture-of-experts layer. Every token goes through its top-k experts and the shared ones.
@@ -179,7 +179,8 @@ def moe_forward(
     valid         (...)        bool, false for padding: tokens that go to no routed expert and aren't counted,
                                but must be finite; placed as ``x`` is
     backend                    carries tokens along ``ep``: ``"auto"``, ``"local"``, ``"all_to_all"`` or
-                               ``"deepep"``
+                               ``"deepep"``; or a :class:`fmoe.parallel.Backend`, whose host needn't wait.
+                               With a ``capacity``, ``return_stats`` has to say whether it was enough
     -> y          (..., D)     dtype of ``x``; with ``return_stats``, ``(y, MoEStats)``, over all tokens
     ============  ===========  ===============================================================
 
@@ -219,12 +220,17 @@ def moe_forward(
     tensor(10)
     """
     check_layer(params, x, router, valid)
+    if backend_of("moe_forward", backend).capacity is not None and not return_stats:
+        got, expected = "False, with a capacity", "True: the stats say whether it was enough"
+        remedy = "Read stats.overflow, or leave capacity out."
+        raise argument_error("moe_forward", "return_stats", got=got, expected=expected, remedy=remedy)
 
     def layer(params: MoEParams, x: torch.Tensor, *valid: torch.Tensor) -> Any:
-        y, routing = moe_layer(use(params), x, router, *(v[..., 0] for v in valid))
+        y, routing, overflow = moe_layer(use(params), x, router, *(v[..., 0] for v in valid))
         if not return_stats:
             return y
-        return y, moe_stats(psum(stats_sums(routing), binding().tokens))  # of all tokens, wherever they lie
+        sums = stats_sums(routing, overflow)
+        return y, moe_stats(psum(sums, binding().tokens))  # of all tokens, wherever they lie
 
     inputs = {"x": x} if valid is None else {"x": x, "valid": valid[..., None]}  # of as many dimensions
     if mesh is None:
@@ -249,8 +255,8 @@ def moe_layer(
     x: torch.Tensor,
     router: RouterConfig | Router,
     valid: torch.Tensor | tuple[()] = (),
-) -> tuple[torch.Tensor, Routing]:
-    """The layer on this device's pieces, along ``ep`` and ``tp`` if bound. Also gives the routing."""
+) -> tuple[torch.Tensor, Routing, torch.Tensor | tuple[()]]:
+    """The layer on this device's pieces, along ``ep`` and ``tp`` if bound. Also the routing and overflow."""
     x_TD = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # vmap over no example can't infer a size
     if isinstance(router, RouterConfig):
         routing = route(params.router, x_TD, router)
@@ -266,7 +272,10 @@ def moe_layer(
         y_TD = join(combine_start(y_SD, plan), plan, _shared_experts(params, x_TD))
     else:
         y_TD = combine(y_SD, plan)
-    return psum(y_TD, present("tp")).reshape(x.shape), routing
+    overflow = plan.overflow
+    if isinstance(overflow, torch.Tensor) and "ep" not in binding().tokens:
+        overflow = psum(overflow, present("ep"))  # all have the same tokens, but each its own experts
+    return psum(y_TD, present("tp")).reshape(x.shape), routing, overflow
 
 
 def _shared_experts(params: Any, x_TD: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,15 @@
 """A function of parameters and tokens, on a mesh: the one way from global values to a device's own."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..ops.core.axes import axis_names, binding, bound
-from ..parallel.backends import choose
-from ..parallel.boundary import dtensor_beneath
+from ..ops.core.axes import axis_names, axis_sizes, binding, bound
+from ..parallel.backends import Backend, choose
+from ..parallel.boundary import dtensor_beneath, unwrapped
 from ..parallel.placement import moves, placed, token_axes, where_placed
 from ..parallel.shard_map import shard_map
 from ..parallel.spec import named_axes
@@ -25,7 +26,7 @@ def on_mesh(
     *,
     wanted: Any,
     out_specs: Callable[[P, Any], Any],
-    backend: str,
+    backend: str | Backend,
     rows: tuple[torch.dtype, int],
     dtypes: Sequence[torch.dtype | None] | None = None,
     summed: torch.dtype | None = None,
@@ -55,6 +56,17 @@ def on_mesh(
         mesh,
         in_specs=(have, *where),
         out_specs=out_specs(where[0], have),
-        backends=choose(function, backend, mesh, rows),
+        backends=choose(function, backend, mesh, rows, _tokens_of_each(tokens[0], along, mesh)),
         local_results=not dtensor_beneath(tokens[0]),
     )(params, *tokens)
+
+
+def _tokens_of_each(x: torch.Tensor, along: tuple[str, ...], mesh: DeviceMesh) -> int | None:
+    """How many tokens of ``x``, ids or vectors, each device has, if it is a DTensor."""
+    if not dtensor_beneath(x):
+        return None
+    shape = unwrapped(x).shape
+    tokens = math.prod(shape[:-1] if x.is_floating_point() else shape)
+    for axis in along:
+        tokens = tokens // axis_sizes(mesh)[axis]
+    return tokens

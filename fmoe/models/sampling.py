@@ -1,5 +1,8 @@
 """Text from a trained model, one token at a time."""
 
+from typing import Any
+
+import optree
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -81,3 +84,20 @@ def sample(
             chosen = torch.multinomial((last / temperature).softmax(-1), 1, generator=generator)
         text = torch.cat([text, chosen], 1)
     return text
+
+
+def sample_text(params: ModelParams, text: str, config: DecoderConfig, tokenizer: Any, **options: Any) -> str:
+    """A text, continued by the model: :func:`sample` of one prompt, with its ``options``.
+
+    ``tokenizer`` is a :class:`fmoe.training.tokenizer.Tokenizer`.
+
+    >>> from fmoe.models.decoder import init, preset
+    >>> from fmoe.training.tokenizer import BYTES
+    >>> config = preset("debug")
+    >>> found = sample_text(init(config, 0), "def ", config, BYTES, num_tokens=3, seed_or_generator=0)
+    >>> found.startswith("def ")
+    True
+    """
+    device = optree.tree_leaves(params)[0].device
+    prompt = torch.tensor([[*tokenizer.encode(text.encode())]], device=device)
+    return tokenizer.decode(sample(params, prompt, config, **options)[0].tolist())

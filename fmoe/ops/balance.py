@@ -20,6 +20,8 @@ class MoEStats(NamedTuple):
     overload           float32, the most loaded expert's tokens over the mean; 1 is perfect balance
     empty_experts      int64, experts without a token
     router_entropy     float32, nats, of the router's normalised scores, mean over tokens
+    overflow           int64, rows and pairs for which a backend with a ``capacity`` had no room; if there
+                       were any, no result counts: see :func:`fmoe.exact_on_overflow`
     =================  ========================================
 
     >>> import fmoe
@@ -34,13 +36,17 @@ class MoEStats(NamedTuple):
     overload: torch.Tensor
     empty_experts: torch.Tensor
     router_entropy: torch.Tensor
+    overflow: torch.Tensor
 
 
-def stats_sums(routing: Routing) -> torch.Tensor:
-    """Sums from which devices make their :class:`MoEStats`: float64 (E + 2,), in which counts are exact.
+MORE_SUMS = 3  # than there are experts, in stats_sums
 
-    They are the tokens of each expert, the sum of the tokens' entropies, and how many these are. No gradient
-    flows through them.
+
+def stats_sums(routing: Routing, overflow: torch.Tensor | tuple[()] = ()) -> torch.Tensor:
+    """Sums from which devices make their :class:`MoEStats`: float64 (E + 3,), in which counts are exact.
+
+    They are the tokens of each expert, the plan's overflow, the sum of the tokens' entropies, and how many
+    these are. No gradient flows through them.
     """
     scores = routing.scores_TE.detach().float()
     whole = scores.sum(-1, keepdim=True)
@@ -49,31 +55,35 @@ def stats_sums(routing: Routing) -> torch.Tensor:
     number = entropy.new_full((), entropy.shape[0])
     if isinstance(routing.valid_T, torch.Tensor):
         entropy, number = torch.where(routing.valid_T, entropy, 0), routing.valid_T.sum().to(entropy)
-    return torch.cat([routing.counts_E.double(), torch.stack([entropy.sum(), number]).double()])
+    over = overflow.reshape(1) if isinstance(overflow, torch.Tensor) else routing.counts_E.new_zeros(1)
+    counts = torch.cat([routing.counts_E, over])
+    return torch.cat([counts.double(), torch.stack([entropy.sum(), number]).double()])
 
 
 def moe_stats(sums: torch.Tensor) -> MoEStats:
     """The statistics in the sums of :func:`stats_sums`."""
-    *_, entropy, tokens = sums.unbind()
-    return _of_counts(sums[:-2].long(), (entropy / tokens.clamp_min(1)).float())
+    counts, (entropy, tokens) = sums[:-2].long(), sums[-2:].unbind()
+    return _of_counts(counts[:-1], (entropy / tokens.clamp_min(1)).float(), counts[-1])
 
 
 def merge_stats(parts: Sequence[MoEStats]) -> MoEStats:
     """The statistics of one layer over several batches together.
 
-    >>> parts = [_of_counts(torch.tensor(counts), torch.tensor(0.5)) for counts in ([3, 1], [0, 4])]
+    >>> rest = torch.tensor(0.5), torch.tensor(0)
+    >>> parts = [_of_counts(torch.tensor(counts), *rest) for counts in ([3, 1], [0, 4])]
     >>> merge_stats(parts)[:3]
     (tensor([3, 5]), tensor(1.2500), tensor(0))
     """
     counts = torch.stack([part.tokens_per_expert for part in parts])
     tokens = counts.sum(-1).float()  # times top-k, which cancels
     entropies = torch.stack([part.router_entropy for part in parts])
-    return _of_counts(counts.sum(0), (entropies * tokens).sum() / tokens.sum().clamp_min(1))
+    entropy = (entropies * tokens).sum() / tokens.sum().clamp_min(1)
+    return _of_counts(counts.sum(0), entropy, torch.stack([part.overflow for part in parts]).sum())
 
 
-def _of_counts(counts: torch.Tensor, router_entropy: torch.Tensor) -> MoEStats:
+def _of_counts(counts: torch.Tensor, router_entropy: torch.Tensor, overflow: torch.Tensor) -> MoEStats:
     mean = counts.float().mean().clamp_min(1e-20)
-    return MoEStats(counts, counts.max() / mean, (counts == 0).sum(), router_entropy)
+    return MoEStats(counts, counts.max() / mean, (counts == 0).sum(), router_entropy, overflow)
 
 
 def balance_loss(routing: Routing, num_sequences: int = 1) -> torch.Tensor:

@@ -32,6 +32,8 @@ class Plan:
     offsets_e   int32, where each expert's rows end, those that :func:`align_rows` adds included
     sent        tensors that the backend which moved the rows needs to move them back; () if none moved
     transport   that backend
+    overflow    int64, the rows and pairs of this device that a backend with a bound had no room for: if it
+                isn't 0 on all devices, no result counts; () for a backend without a bound
     ==========  ========================================
 
     >>> import fmoe
@@ -49,6 +51,7 @@ class Plan:
     sent: Any = ()
     score_before_experts: bool = static(default=False)
     transport: Any = static(default=None)
+    overflow: Any = ()
 
 
 def dispatch(
@@ -211,7 +214,7 @@ def layout_kernel(ids_SK: torch.Tensor, num_experts: int, num_rows: int) -> Tens
     return torch.where(here, order, -1)[:num_rows], row.view(ids_SK.shape), offsets
 
 
-def _layout_fake(ids: torch.Tensor, num_experts: int, num_rows: Any) -> Tensors:
+def layout_fake(ids: torch.Tensor, num_experts: int, num_rows: Any) -> Tensors:
     slot, row = (ids.new_empty(shape, dtype=torch.int64) for shape in ((num_rows,), ids.shape))
     return slot, row, ids.new_empty(num_experts, dtype=torch.int32)
 
@@ -220,7 +223,7 @@ def received_fake(x: Any, weights: Any, ids: Any, num_experts: int) -> Tensors:
     """The fake outputs of a dispatch that moves: rows, weights, and how these lie by expert."""
     num_received, num_rows = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
     rows, weights_SK, ids_SK = (t.new_empty(num_received, t.shape[1]) for t in (x, weights, ids))
-    return rows, weights_SK, *_layout_fake(ids_SK, num_experts, num_rows)
+    return rows, weights_SK, *layout_fake(ids_SK, num_experts, num_rows)
 
 
 def _layout_vmap(size: int, dims: Dims, ids: torch.Tensor, num_experts: int, num_rows: int) -> Tensors:
@@ -264,7 +267,7 @@ def plan_example() -> Tensors:
 layout: Operator = declare(
     "layout(Tensor expert_ids, SymInt num_experts, SymInt num_rows) -> (Tensor, Tensor, Tensor)",
     impl=layout_kernel,
-    fake=_layout_fake,
+    fake=layout_fake,
     checkpoint=DISPATCH,
     example=lambda: (ids_example(), 3, 8),
     plain=layout_plain,

@@ -1,8 +1,8 @@
 """Processes on this machine that run a function on every rank of a world, for notebooks and for tests.
 
-Starting a process takes seconds, so they stay. A world of ``n`` ranks is the first ``n`` of them, and is set
-up again only when ``n`` changes. Nothing can hang: processes that aren't done in time are killed, and the
-next call starts new ones.
+Importing PyTorch takes seconds, so on Linux one process does it, and the others are forked from that. They
+stay. A world of ``n`` ranks is the first ``n`` of them, and is set up again only when ``n`` changes. Nothing
+can hang: processes that aren't done in time are killed, and the next call starts new ones.
 """
 
 import multiprocessing
@@ -28,7 +28,9 @@ from ..errors import argument_error
 from .mesh import take_gpu
 
 START = 300.0  # seconds for all processes to start
+METHOD = "forkserver" if sys.platform == "linux" else "spawn"  # where others' libraries bear a fork
 GRACE = 3.0  # seconds left to the other ranks once one has failed
+IMPORTED = ["torch.distributed.tensor", __name__]  # before the fork; none of it starts a thread or uses a GPU
 
 
 class RankError(RuntimeError):
@@ -147,14 +149,15 @@ class Processes:
     def _start(self) -> None:
         if self._store is None:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context(METHOD)
+        context.set_forkserver_preload(IMPORTED)  # no matter to "spawn"
         resource_tracker.ensure_running()  # else the first process would start it, which unblocks signals
         # Processes inherit the mask, so only this process gets an interrupt. It then ends what is unfinished.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for rank in range(self.number):
                 here, there = context.Pipe()
-                args = rank, self.number, there, self._store.port
+                args = rank, self.number, there, self._store.port, {**os.environ}
                 process = context.Process(target=_serve, args=args, daemon=True)
                 process.start()
                 there.close()  # so that this process notices a death
@@ -227,8 +230,10 @@ def _pickled(value: Any) -> bytes:
 # ---- in the processes --------------------------------------------------------------------------
 
 
-def _serve(rank: int, number: int, pipe: Connection, port: int) -> None:
+def _serve(rank: int, number: int, pipe: Connection, port: int, environment: dict[str, str]) -> None:
     """Do jobs until this process's parent is gone."""
+    os.environ.clear()  # that of the first start
+    os.environ |= environment
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     torch.set_num_threads(1)
     backend = prepare(rank, number)

@@ -18,6 +18,8 @@ from ..models.stages import Stages
 from ..ops.core.axes import MeshOfSizes, axis_sizes, group_of
 from ..ops.cross_entropy import LOGITS_BYTES
 from ..ops.route import topk
+from ..parallel.backends import Backend, backend_of
+from ..parallel.backends.bounds import Bound
 from ..parallel.mesh import AXES, parse_axes
 from ..parallel.placement import token_axes
 from ..pipeline.schedule import Schedule
@@ -76,6 +78,7 @@ def plan(
     optimizer: Optimizer | None = None,
     max_norm: float | None = 1.0,
     imbalance: float = 1.0,
+    backend: str | Backend = "all_to_all",
     logits_bytes: int = LOGITS_BYTES,
     segments: bool = False,
     device_type: str = "cuda",
@@ -97,6 +100,7 @@ def plan(
     optimizer      its ``init`` and ``update`` run, too; ``None``: ``adamw()``
     max_norm       gradients are clipped to it; ``None``: they aren't
     imbalance      how many times its fair share of rows the busiest device along ``ep`` gets
+    backend        as for ``decoder.loss``; without ``host_sync`` rows are those that there is room for
     segments       whether the loss gets ``segment_ids``
     device_type    ``"cuda"``: with its allocator's rounding, and what kernels hold while they run;
                    ``"cpu"``: tensors only
@@ -126,6 +130,7 @@ def plan(
     check_zero("plan", zero)
     if rates:
         _check_rates(rates, compute_dtype or dtype)
+    bounded = backend_of("plan", backend)
     if not 1 <= imbalance < math.inf:
         expected, remedy = "a number of at least 1", "An even router has 1."
         raise error("imbalance", got=imbalance, expected=expected, remedy=remedy)
@@ -152,6 +157,10 @@ def plan(
     if sizes["ep"] > 1:
         sent, pairs = tokens * copies, tokens * config.router.top_k
         rows = Rows(math.ceil(sent), math.ceil(sent * imbalance), math.ceil(pairs * imbalance))
+        if not bounded.host_sync:
+            ep, bound = sizes["ep"], Bound(bounded.max_tokens or tokens, bounded.capacity)
+            room = bound.room(ep, config.router.top_k, config.num_experts // ep)
+            rows = Rows(ep * room.copies, ep * room.copies, room.pairs)
     job = Job(
         config, here, batch, micro_batches, dtype, compute_dtype or dtype, reduce_dtype, zero, per_layer,
         optimizer or adamw(), max_norm, logits_bytes, segments, rows, device_type == "cuda", rates, compiled,

@@ -1,14 +1,12 @@
-"""A script that trains: its options, the processes a launcher started, and how it ends."""
+"""A script that trains: the processes a launcher started, and how it ends."""
 
-import argparse
 import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -83,94 +81,6 @@ def join(
     check_alike("join", {"options": {name: str(value) for name, value in (options or {}).items()}})
     place = group_of(mesh, token_axes(mesh))
     return World(mesh, (place.position, place.size))
-
-
-class Parser(argparse.ArgumentParser):
-    """An ``ArgumentParser`` whose help shows defaults and keeps the description's lines.
-
-    Defaults of ``None``, ``""`` and ``False`` are left to the option's own text. A mistake ends the script
-    with one line, as :func:`run` does.
-
-    >>> parser = Parser(prog="train")
-    >>> _ = parser.add_argument("--steps", type=at_least(1), default=600, help="how many")
-    >>> "how many (default: 600)" in parser.format_help()
-    True
-    >>> parser.parse_args(["--steps", "0"])
-    Traceback (most recent call last):
-    SystemExit: error: argument --steps: got 0, expected at least 1
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{"formatter_class": _Help, **options})
-
-    def error(self, message: str) -> NoReturn:
-        raise SystemExit(f"error: {message}")
-
-
-class Precision(NamedTuple):
-    """Where a run computes and in which dtypes, from the options of :func:`add_precision`.
-
-    >>> parser = Parser()
-    >>> add_precision(parser)
-    >>> print(Precision.of(parser.parse_args(["--device", "cpu", "--dtype", "bfloat16"])))
-    on cpu, kept in bfloat16, moments in bfloat16, computing in bfloat16
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    moments: torch.dtype
-    compute: torch.dtype
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> "Precision":
-        """What was asked for. Float32 is computed in bfloat16 on CUDA, by default."""
-        device = torch.device(args.device)
-        mixed = device.type == "cuda" and args.dtype == "float32"
-        compute = args.compute_dtype or ("bfloat16" if mixed else args.dtype)
-        names = args.dtype, args.moments_dtype or args.dtype, compute
-        return cls(device, *(getattr(torch, name) for name in names))
-
-    def __str__(self) -> str:
-        dtype, moments, compute = (str(name).removeprefix("torch.") for name in self[1:])
-        return f"on {self.device}, kept in {dtype}, moments in {moments}, computing in {compute}"
-
-
-def add_precision(parser: argparse.ArgumentParser) -> None:
-    """Add ``--device``, ``--dtype``, ``--compute-dtype`` and ``--moments-dtype``, for :class:`Precision`.
-
-    >>> parser = Parser()
-    >>> add_precision(parser)
-    >>> parser.parse_args([]).dtype
-    'float32'
-    """
-    dtypes = dict(choices=["float32", "bfloat16", "float64"])
-    add: Callable[..., Any] = parser.add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
-    add("--dtype", **dtypes, default="float32", help="of parameters and gradients")
-    add("--compute-dtype", **dtypes, help="default: bfloat16 on CUDA with --dtype float32, else --dtype")
-    add("--moments-dtype", **dtypes, help="of the optimiser's moments (default: --dtype)")
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default in (None, "") or action.default is False
-        return action.help if silent else super()._get_help_string(action)
-
-
-def at_least(least: int | float) -> Callable[[str], int | float]:
-    """A ``type`` for an option: a number of the type of ``least`` that isn't below it.
-
-    >>> at_least(0.0)("1")
-    1.0
-    """
-
-    def number(text: str) -> int | float:
-        value = type(least)(text)
-        if not value >= least:
-            raise argparse.ArgumentTypeError(f"got {text}, expected at least {least}")
-        return value
-
-    return number
 
 
 def run(main: Callable[[], Any]) -> None:

@@ -61,7 +61,7 @@ class Update(Protocol):
         params: Any,
         grads: Any,
         state: Any,
-        learning_rate: float,
+        learning_rate: float | torch.Tensor,
         *,
         scale: torch.Tensor | None = None,
         donate: bool = False,
@@ -101,7 +101,7 @@ def adamw(
     moments_dtype  of both moments; ``None``: each parameter's own, float32 for float16 ones
     trained        a tree prefix of bools, as ``{"head": True, "body": False}``, or a function of the params
                    that gives one; ``None``: :func:`trained_by_default`
-    -> Optimizer   its ``update`` takes the learning rate, a float
+    -> Optimizer   its ``update`` takes the learning rate, a float or a float32 scalar tensor
     =============  ====================================================================================
 
     Params, grads and both moments are trees of one structure. Tensors of one leaf share shape, device and
@@ -187,7 +187,7 @@ class _AdamW(NamedTuple):
         params: Any,
         grads: Any,
         state: AdamWState,
-        learning_rate: float,
+        learning_rate: float | torch.Tensor,
         *,
         scale: torch.Tensor | None = None,
         donate: bool = False,

@@ -12,7 +12,7 @@ from ..models import decoder
 from ..models.config import DecoderConfig
 from ..models.params import ModelParams, specs
 from ..models.stages import Stages, check_stages, cut
-from ..ops.balance import moe_stats
+from ..ops.balance import MORE_SUMS, moe_stats
 from ..ops.core.axes import Group, axis_sizes, describe, group_of
 from ..ops.core.dtensors import is_dtensor
 from ..ops.core.dtypes import accumulator
@@ -255,7 +255,7 @@ def _summed_over_devices(params: Any, variables: Any, uses: Any) -> Callable[[Gr
 
 def _known_to_all(setup: Setup, sums: dict[int, torch.Tensor], like: torch.Tensor) -> Any:
     """``(loss, LossStats)`` on every rank, and the number that summed gradients are divided by."""
-    c, width = setup.config, setup.config.num_experts + 2
+    c, width = setup.config, setup.config.num_experts + MORE_SUMS
     dense, sparse = c.num_dense_layers, c.num_layers - c.num_dense_layers
     table = like.new_zeros(NUMBERS + sparse * width, dtype=torch.float64)
     for stage, found in sums.items():

@@ -244,8 +244,8 @@ def test_statistics_of_no_tokens_are_zeros():
     params = random_layer()
     x = torch.zeros(0, 6, dtype=torch.float64)
     stats = fmoe.moe_forward(params, x, return_stats=True, router=CONFIGS["sigmoid, groups"])[1]
-    none = torch.zeros(8, dtype=torch.int64)
-    assert error(stats, fmoe.MoEStats(none, torch.tensor(0.0), torch.tensor(8), torch.tensor(0.0))) == 0
+    none, zero = torch.zeros(8, dtype=torch.int64), torch.tensor(0.0)
+    assert error(stats, fmoe.MoEStats(none, zero, torch.tensor(8), zero, none[0])) == 0
 
 
 def test_selection_bias_gets_a_gradient_of_exactly_zero_and_no_weight():

@@ -1,6 +1,7 @@
 """What DeepEP can't do is said before it is tried, with what to do instead."""
 
 import contextlib
+import functools
 import socket
 import sys
 import types
@@ -13,7 +14,8 @@ from devices import bare_mesh
 from test_deepep import DIM, EXPERTS, opened
 
 from fmoe.errors import TransformError
-from fmoe.parallel import deepep
+from fmoe.parallel import AllToAll, Backend, Bound, deepep
+from fmoe.parallel.backends import choose
 from fmoe.parallel.backends.deepep import adapter
 from fmoe.parallel.backends.deepep import buffers as deepep_buffers
 from fmoe.testing.samples import routing_of
@@ -64,6 +66,8 @@ def refusals_of_setup():
     found["many experts"] = said(opens(line, num_experts=4096))
     found["choices"] = said(opens(line, top_k=33))
     found["kind"] = said(opens(line, kind="fast"))
+    found["capacity"] = said(opens(line, host_sync=False, capacity=-1.0))
+    found["capacity beside a wait"] = said(opens(line, capacity=2.0))
     with patched(adapter, "DEVICES", ("cuda",)):
         found["cpu"] = said(opens(line))
     with patched(adapter, "nccl_version", lambda: (2, 27, 3)):
@@ -84,6 +88,13 @@ def refusals_of_setup():
         found["nodes"] = said(opens(line, kind="buffer"))
     deep_ep_double.install(1)
     found["elastic with 1.x"] = said(opens(line, kind="elastic"))
+    with patched(adapter, "PEERS", 1):
+        found["across nodes"] = said(opens(line, kind="buffer", host_sync=False))
+        without = Backend("auto", host_sync=False, max_tokens=4)
+        chosen = choose("moe_forward", without, whole, (torch.bfloat16, DIM))["ep"]
+        assert chosen == AllToAll(chosen.group, Bound(4))  # as DeepEP's Buffer can't
+        kept = functools.partial(choose, "moe_forward", without._replace(name="deepep"), whole)
+        found["kept across nodes"] = said(kept)
     deepep_buffers._AGREED.clear()
     broken = deep_ep_double.Buffer.get_dispatch_config
     with patched(deep_ep_double.Buffer, "get_dispatch_config", staticmethod(lambda num_ranks: broken(6))):
@@ -103,6 +114,10 @@ REFUSALS_OF_SETUP = {
     "many experts": "num_experts: got 4096 experts for 2 devices",
     "choices": "top_k: got 33, expected at most 32.",
     "kind": "kind: got 'fast', expected one of ('buffer', 'elastic'), or None.",
+    "capacity": "capacity: got -1.0, expected a number above 0, or None for the worst case.",
+    "capacity beside a wait": "capacity: got 2.0, with host_sync, expected a capacity for host_sync=False",
+    "across nodes": "host_sync: got False, with a Buffer of 2, expected at most 1 devices of one node, or",
+    "kept across nodes": "host_sync: got False, with a Buffer of 2, expected at most 1 devices of one node",
     "cpu": 'line: got a mesh of cpu devices, expected one of CUDA devices. Use backend="all_to_all"',
     "nccl": "got NCCL 2.27.3, expected NCCL 2.30.4 or newer, for ElasticBuffer. Install it: pip install",
     "no path": "got RuntimeError: CUDA error: invalid resource handle, expected a group that its Buffer "
@@ -159,9 +174,8 @@ def test_other_versions_are_refused_by_what_they_lack(monkeypatch):
 
     made.Buffer = Old
     text = said(adapter.load)
-    assert (
-        "without Buffer.dispatch(topk_weights, num_tokens_per_rdma_rank), expected the interface of" in text
-    )
+    lacking = "topk_weights, num_tokens_per_rdma_rank, num_worst_tokens"
+    assert f"without Buffer.dispatch({lacking}), expected the interface of" in text
     monkeypatch.setitem(sys.modules, "deep_ep", types.ModuleType("deep_ep"))
     assert "Install a version between" in said(adapter.load)
 

@@ -1,21 +1,23 @@
 """``moe_forward`` over DeepEP: the buffer it keeps, what ``backend="auto"`` chooses, and why."""
 
+import dataclasses
 import itertools
 import logging
 import sys
 
 import deep_ep_double
 import deep_ep_wire
+import laws
 import optree
 import pytest
 import torch
 import torch.distributed as dist
 from devices import bare_mesh
-from helpers import error, random_layer
+from helpers import error, quick, random_layer
 from test_deepep import DIM
 
 import fmoe
-from fmoe.parallel import AllToAll, DeepEP, backends
+from fmoe.parallel import AllToAll, Backend, DeepEP, backends
 from fmoe.parallel.backends.deepep import adapter
 from fmoe.parallel.backends.deepep import buffers as deepep_buffers
 
@@ -51,6 +53,56 @@ def test_a_run_keeps_one_buffer_that_grows(pool, generation):
     for errors, same in pool.run(2, kept_buffers, generation, 2):
         assert max(errors) < 2e-5
         assert same == ([True, True, False] if generation == 1 else [True, False, False])
+
+
+def kept_without_a_wait(generation):
+    """The same where no host waits, and devices with different numbers of tokens ask nobody for the most."""
+    deep_ep_double.install(generation, payloads=(torch.bfloat16, torch.float32))
+    chosen, asked = adapter.choose_kind, dist.all_reduce
+    adapter.choose_kind = lambda module, size, kind: "buffer" if generation == 1 else "elastic"
+    mesh, results = bare_mesh("ep=2"), []
+    params = random_layer(DIM, 16, 8, 1, dtype=torch.float32, scale=4.0)
+    spread = fmoe.shard_params(params, mesh)
+    try:
+        dist.all_reduce = None
+        for max_tokens in (8, 5):
+            x = torch.randn(2, 5, DIM)[dist.get_rank(), : 5 - dist.get_rank()]
+            backend = Backend("deepep", host_sync=False, max_tokens=max_tokens)
+            y = fmoe.moe_forward(spread, x, mesh, router=CONFIG, backend=backend)
+            results.append(error(y, fmoe.moe_forward(params, x, router=CONFIG)))
+    finally:
+        adapter.choose_kind, dist.all_reduce = chosen, asked
+    deepep_buffers.free_kept()
+    return max(results)
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+def test_a_kept_buffer_without_a_wait(pool, generation):
+    assert max(pool.run(2, kept_without_a_wait, generation)) < 2e-5
+
+
+WIDE = dataclasses.replace(laws.MODEL, dim=DIM, num_layers=2)
+
+
+def trained(backend):
+    """The losses of ten steps over DeepEP, which weighs in float32."""
+    deep_ep_double.install(1, payloads=(torch.bfloat16, torch.float64))
+    laws.MODELS["wide"] = WIDE
+    losses, _ = laws.train(laws.Where("ep=2", backend), name="wide")
+    deepep_buffers.free_kept()
+    return losses
+
+
+NEVER_WAITS = Backend("deepep", host_sync=False, max_tokens=4 * 9)
+KINDS = {"waits": Backend("deepep"), "never waits": NEVER_WAITS, "room": NEVER_WAITS._replace(capacity=1.9)}
+
+
+@pytest.mark.parametrize("kind", quick(["never waits"], KINDS))
+def test_ten_steps_of_training_are_those_of_one_process(pool, monkeypatch, kind):
+    monkeypatch.setitem(laws.MODELS, "wide", WIDE)
+    alone, _ = laws.train(None, name="wide")
+    for losses in pool.run(2, trained, KINDS[kind]):
+        assert losses == pytest.approx(alone, rel=1e-5)
 
 
 def tangents_of_routed_experts():

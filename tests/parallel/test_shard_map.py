@@ -498,7 +498,8 @@ def compiled(backend, axes, calls):
         assert gradient_error(mesh, got, expected) < 1e-12
 
 
-@pytest.mark.parametrize("call", quick(["dtensors"], ["dtensors", "plain", "inside"]))
+@pytest.mark.slow  # the layer's own law is in test_laws.py
+@pytest.mark.parametrize("call", ["dtensors", "plain", "inside"])
 def test_compile_fullgraph(pool, call):
     pool.run(4, compiled, "aot_eager", "dp=2,ep=2", [call])
 

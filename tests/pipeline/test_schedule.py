@@ -59,9 +59,9 @@ def random_costs(rng, stages):
     return Costs(forward=costs(), input=costs(), weight=rng.uniform(0.1, 3))
 
 
-def random_schedule(rng):
+def random_schedule(rng, pp=None):
     """One of the four kinds or, for half of them, stages anywhere and any order that can be."""
-    pp, micro_batches = rng.randint(1, 5), rng.randint(1, 7)
+    pp, micro_batches = pp or rng.randint(1, 5), rng.randint(1, 7)
     if rng.random() < 0.5:
         name = rng.choice([*KINDS])
         most = {"1f1b": [1], "interleaved": [2, 3], "zero_bubble": [1, 2, 3], "zbv": [2]}

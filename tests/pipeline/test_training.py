@@ -15,7 +15,7 @@ from devices import bare_mesh
 from helpers import change, error, fresh_seed, quick
 from laws import ranks_of, whole
 from parity import TINY
-from workers import RankError
+from workers import Pool, RankError
 
 import fmoe
 from fmoe.models import decoder, huggingface
@@ -29,7 +29,7 @@ from fmoe.training import checkpoint, gradients, optim, pipelined
 from fmoe.transforms import per_layer
 from fmoe.tree import dotted_names
 
-CONFIG = change(TINY, num_layers=9, vocab_size=32, q_lora_rank=6, kv_lora_rank=8)
+CONFIG = change(TINY, num_layers=9, vocab_size=32, q_lora_rank=8, kv_lora_rank=8)
 TIED = dataclasses.replace(CONFIG, tied_head=True)
 ROWS, LENGTH = 16, 6
 
@@ -50,6 +50,11 @@ def mesh_of(axes: str, device: str = "cpu") -> Any:
     """Also makes new tensors lie on its device."""
     torch.set_default_device(device)
     return bare_mesh(axes if "," in axes else f"{axes},dp=1", device)
+
+
+def fitting(config: Any, mesh: Any) -> Any:
+    """As many layers as there can be stages on the mesh, and one more."""
+    return dataclasses.replace(config, num_layers=2 * mesh["pp"].size() + 1)
 
 
 def batch(seed: int, segments: bool = False) -> list[torch.Tensor]:
@@ -90,7 +95,8 @@ def gathered(tree: Any, mesh: Any) -> dict[str, torch.Tensor]:
 
 def stages_for(mesh: Any, schedule: str, config: Any, micro_batches: int, uneven: bool = False) -> Stages:
     made = make_schedule(schedule, pp=mesh["pp"].size(), micro_batches=micro_batches)
-    costs = torch.rand(config.num_layers + 2, generator=torch.Generator().manual_seed(1)).tolist()
+    drawn = torch.Generator("cpu").manual_seed(1)
+    costs = torch.rand(config.num_layers + 2, generator=drawn, device="cpu").tolist()
     return cut(config, made.stage_to_rank, costs=costs if uneven else None)
 
 
@@ -99,6 +105,7 @@ def compared(axes: str, schedule: str, names: list[str], device: str = "cpu") ->
     mesh, found = mesh_of(axes, device), {}
     for name in names:
         config, how = VARIANTS[name]
+        config = fitting(config, mesh)
         how = {"micro_batches": 4, **how}
         segments, uneven = how.pop("segments", False), how.pop("uneven", False)
         stages = stages_for(mesh, schedule, config, how["micro_batches"], uneven)
@@ -143,9 +150,23 @@ def test_losses_and_gradients_equal_those_of_one_process(
         assert max(found.values()) < 1e-9, found
 
 
-def trained(axes: str, schedule: str, steps: int, config: Any = TIED, device: str = "cpu") -> float:
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", KINDS)
+def test_pipelines_of_eight_processes_equal_one(schedule: str) -> None:
+    eight = Pool(8)
+    try:
+        names = ["zero 3", "zero 1, tied", "uneven layers, default remat"]
+        for found in eight.run(8, compared, "pp=2,dp=2,ep=2", schedule, names, timeout=300):
+            assert max(found.values()) < 1e-9, found
+    finally:
+        eight.stop(5)
+
+
+def trained(axes: str, schedule: str, steps: int, config: Any = None, device: str = "cpu") -> float:
     """Steps with everything a training loop does."""
     mesh, seed = mesh_of(axes, device), fresh_seed()
+    config = config or fitting(TIED, mesh)
     stages = stages_for(mesh, schedule, config, 4)
     step_of = gradients.of_model(config, mesh, micro_batches=4, schedule=schedule, stages=stages)
     optimizer = optim.adamw()
@@ -182,8 +203,8 @@ ON_GPUS = [("pp=2", "zero_bubble"), ("pp=2", "zbv"), ("pp=4", "1f1b"), ("pp=2,ep
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="ranks that send over NCCL")
 @pytest.mark.parametrize(("axes", "schedule"), ON_GPUS)
 def test_on_gpus_fifty_steps_equal_those_of_one_process(pool: Any, axes: str, schedule: str) -> None:
-    ranks, debug = ranks_of(axes), decoder.preset("debug")
-    for found in pool.run(ranks, compared, axes, schedule, ["zero 3", "zero 1, tied", "remat, tied"], "cuda", timeout=240):
+    ranks, debug, names = ranks_of(axes), decoder.preset("debug"), ["zero 3", "zero 1, tied", "remat, tied"]
+    for found in pool.run(ranks, compared, axes, schedule, names, "cuda", timeout=240):
         assert max(found.values()) < 1e-9, found
     assert max(pool.run(ranks, trained, axes, schedule, 50, debug, "cuda", timeout=240)) < 1e-7
 
@@ -222,12 +243,13 @@ def test_memory_is_not_used_again_while_it_is_sent(pool: Any, device: str) -> No
 def peaks(pp: int, schedule: str) -> int:
     mesh, found = mesh_of(f"pp={pp}"), []
     made = make_schedule(schedule, pp=pp, micro_batches=8)
-    stages = cut(CONFIG, made.stage_to_rank)
+    config = fitting(CONFIG, mesh)
+    stages = cut(config, made.stage_to_rank)
     with pytest.MonkeyPatch.context() as patch:
         run = pipelined.run
         patch.setattr(pipelined, "run", lambda *a, **k: found.append(run(*a, **k)) or found[-1])
-        step_of = gradients.of_model(CONFIG, mesh, micro_batches=8, schedule=made)
-        step_of(decoder.init(CONFIG, 0, mesh=mesh, stages=stages), *batch(0))
+        step_of = gradients.of_model(config, mesh, micro_batches=8, schedule=made)
+        step_of(decoder.init(config, 0, mesh=mesh, stages=stages), *batch(0))
     return found[0].peak
 
 
@@ -375,8 +397,9 @@ def captured() -> str:
     def wrap(layer: Any) -> Any:
         return lambda params, x, *rest: layer(params, x * factor, *rest)
 
-    step_of = gradients.of_model(CONFIG, mesh, micro_batches=4, per_layer=wrap)
-    params = decoder.init(CONFIG, 0, dtype=torch.float64, mesh=mesh)
+    config = fitting(CONFIG, mesh)
+    step_of = gradients.of_model(config, mesh, micro_batches=4, per_layer=wrap)
+    params = decoder.init(config, 0, dtype=torch.float64, mesh=mesh)
     if mesh.get_local_rank("pp") == 0:  # the other would wait
         with pytest.raises(ValueError, match="shard_map: ") as caught:
             step_of(params, *batch(0))

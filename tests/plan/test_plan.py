@@ -24,7 +24,7 @@ from fmoe.ops import attention, experts
 from fmoe.ops.core.axes import group_of
 from fmoe.ops.core.dtensors import local
 from fmoe.ops.cross_entropy import cross_entropy_terms, cross_entropy_terms_backward
-from fmoe.parallel import collective_ops
+from fmoe.parallel import Backend, collective_ops
 from fmoe.parallel.backends.wire import process_group
 from fmoe.parallel.placement import computing, token_axes
 from fmoe.params import is_spec
@@ -315,6 +315,20 @@ def test_an_uneven_router_is_planned_for_its_busiest_device():
     assert more >= moe_layers * pairs * 2 * hidden * 2  # twice the pre-activations
 
 
+def test_rows_of_a_backend_that_never_waits_are_those_there_is_room_for():
+    how = dict(batch_size=4, seq_len=64, dtype=BFLOAT16)
+    pairs, held = 64 * SMALL.router.top_k, SMALL.num_experts // 4
+    for capacity, most in ((1.5, 3 * pairs // 2), (None, 4 * 64 * min(SMALL.router.top_k, held))):
+        never_waits = Backend(host_sync=False, capacity=capacity)
+        found = plan(SMALL, "ep=4", backend=never_waits, **how)
+        copies = min(64, math.ceil(capacity * pairs / 4)) if capacity else 64
+        assert found.rows == (4 * copies, 4 * copies, most)
+    even = plan(SMALL, "ep=4", **how)
+    more = found.ranks[0].activations["experts"] - even.ranks[0].activations["experts"]
+    moe_layers = SMALL.num_layers - SMALL.num_dense_layers
+    assert more >= moe_layers * (found.rows.expanded - even.rows.expanded) * 2 * SMALL.moe_hidden_dim * 2
+
+
 def test_stages_of_a_pipeline_share_the_layers():
     config = dataclasses.replace(preset("debug"), num_layers=7)
     found = plan(config, "pp=3,dp=2,ep=2", batch_size=16, seq_len=32, micro_batches=4, device_type="cpu")
@@ -446,6 +460,11 @@ def test_what_cannot_be_planned_is_named(mesh, options, text):
         ({"micro_batches": 0}, "plan: micro_batches: got 0, expected an integer of at least 1"),
         ({"zero": 0}, "plan: zero: got 0, expected 1, 2 or 3"),
         ({"zero": "3"}, "plan: zero: got '3', expected 1, 2 or 3"),
+        ({"backend": "pigeons"}, "plan: backend: got 'pigeons', expected one of"),
+        (
+            {"backend": Backend(capacity=2.0)},
+            "plan: backend: got Backend(name='auto', host_sync=True, capacity=2",
+        ),
         ({"imbalance": 0}, "plan: imbalance: got 0, expected a number of at least 1"),
         ({"imbalance": -1}, "plan: imbalance: got -1, expected a number of at least 1"),
         ({"imbalance": float("nan")}, "plan: imbalance: got nan, expected a number of at least 1"),

@@ -23,6 +23,7 @@ from deep_ep_wire import (
     localised,
     summed,
     topk_idx_t,
+    with_room,
 )
 
 from fmoe.parallel.backends.deepep import adapter
@@ -121,12 +122,13 @@ class Buffer:
         wire = self.runtime
         if handle is not None:
             assert topk_idx is None and topk_weights is None
-            goes, prefix = self._unpacked(handle)[:2]
+            goes, prefix, source = self._unpacked(handle)
             host_assert(len(goes) == len(x), "is_token_in_rank.size(0) == x.size(0)")
-            received = self._from_prefix(prefix)
-            return torch.cat(wire.exchange([x[g] for g in goes.T], received)), *[None] * 4, EventOverlap()
+            came = torch.cat(wire.exchange([x[g] for g in goes.T], self._from_prefix(prefix)))
+            return with_room(came, len(source)), *[None] * 4, EventOverlap()
         assert num_tokens_per_rank is not None and num_tokens_per_expert is not None
         assert self.between_nodes == (num_tokens_per_rdma_rank is not None)
+        assert not (self.between_nodes and num_worst_tokens), "Internode dispatch does not support it"
         goes, num_experts = is_token_in_rank, len(num_tokens_per_expert)
         host_assert(goes.dtype == torch.bool and len(goes) == len(x), "is_token_in_rank.size(0) == x.size(0)")
         check_choices(topk_idx, topk_weights, len(x))
@@ -142,6 +144,9 @@ class Buffer:
         source = sent(torch.arange(len(x), dtype=torch.int32)[:, None])[:, 0]
         held = num_experts // self.group_size
         per_expert = torch.bincount(recv_ids[recv_ids >= 0], minlength=held).tolist()
+        if room := num_worst_tokens:
+            recv_x, recv_weights, source = (with_room(t, room) for t in (recv_x, recv_weights, source))
+            recv_ids, per_expert = with_room(recv_ids, room).masked_fill_(_past(recv_ids, room), -1), []
         made = self._packed(goes, matrix, source)
         return recv_x, recv_ids, recv_weights, per_expert, made, EventOverlap()
 
@@ -196,7 +201,7 @@ class Buffer:
         rows = [g.nonzero()[:, 0] for g in goes.T]
 
         def back(t: torch.Tensor) -> torch.Tensor:
-            pieces = wire.exchange(list(t.split(came)), [len(r) for r in rows])
+            pieces = wire.exchange(list(t[: sum(came)].split(came)), [len(r) for r in rows])
             return summed(pieces, rows, t, len(goes))
 
         out, weights = back(x), None
@@ -213,6 +218,10 @@ class Buffer:
             return out, weights, EventOverlap(wire.stream)
         wire.stream.wait(wire.stream.begun)
         return out, weights, EventOverlap()
+
+
+def _past(rows: torch.Tensor, room: int) -> torch.Tensor:
+    return torch.arange(room)[:, None] >= len(rows)
 
 
 def module(generation: int) -> types.ModuleType:

@@ -14,6 +14,7 @@ from deep_ep_wire import (
     localised,
     summed,
     topk_idx_t,
+    with_room,
 )
 
 
@@ -99,9 +100,11 @@ class ElasticBuffer:
         num_sms: int = 0,
         async_with_compute_stream: bool = False,
         handle: EPHandle | None = None,
+        do_cpu_sync: bool | None = None,
     ) -> tuple[Any, ...]:
         cached = handle is not None
-        max_tokens = handle.num_max_tokens_per_rank if cached else self.num_max_tokens_per_rank
+        max_tokens = num_max_tokens_per_rank or self.num_max_tokens_per_rank
+        max_tokens = handle.num_max_tokens_per_rank if cached else max_tokens
         wire = self._check(x, max_tokens, num_sms)
         host_assert(len(x) <= max_tokens, "num_tokens <= num_max_tokens_per_rank")
         if cached:
@@ -112,6 +115,7 @@ class ElasticBuffer:
             came = torch.cat(wire.exchange([x[g] for g in goes.T], _received(handle)))
             out = torch.empty_like(came)
             out[_arrival(handle)] = came
+            out = with_room(out, len(handle.recv_src_metadata))
             ids = torch.zeros(len(out), handle.topk_idx.shape[1], dtype=topk_idx_t)
             return out, ids, None, handle, EventOverlap()
         check_choices(topk_idx, topk_weights, len(x))
@@ -139,9 +143,15 @@ class ElasticBuffer:
             per_expert.tolist(), psum, torch.cat([torch.zeros(1), per_expert.cumsum(0)]).int()[1:],
             per_expert.int(), metadata, torch.zeros(topk_idx.shape, dtype=torch.int32), None, None,
         )  # fmt: skip
+        rows = sent(x)[order], recv_ids, sent(topk_weights)[order]
+        if do_cpu_sync is False:
+            *rows, made.recv_src_metadata = (
+                with_room(t, max_tokens * self.num_ranks) for t in (*rows, metadata)
+            )
+            made.num_recv_tokens, made.num_recv_tokens_per_expert_list = max_tokens * self.num_ranks, []
         if self.deterministic:
-            made.cached_recv_src_metadata_before_sort = metadata.clone()
-        return sent(x)[order], recv_ids, sent(topk_weights)[order], made, EventOverlap()
+            made.cached_recv_src_metadata_before_sort = made.recv_src_metadata.clone()
+        return *rows, made, EventOverlap()
 
     def combine(
         self,
@@ -187,4 +197,5 @@ def _received(handle: EPHandle) -> list[int]:
 
 def _arrival(handle: EPHandle) -> torch.Tensor:
     """Which row each is that came, in the order of its source."""
-    return handle.recv_src_metadata[:, 0].argsort()
+    came = handle.psum_num_recv_tokens_per_scaleup_rank[-1]
+    return handle.recv_src_metadata[:came, 0].argsort()

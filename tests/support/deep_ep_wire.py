@@ -116,6 +116,13 @@ def localised(ids: torch.Tensor, num_experts: int, size: int, rank: int) -> torc
     return torch.where((ids >= 0) & (local >= 0) & (local < held), local, -1)
 
 
+def with_room(rows: torch.Tensor, room: int) -> torch.Tensor:
+    """Rows in memory for ``room``, the rest of which holds whatever was there."""
+    host_assert(len(rows) <= room, "an illegal memory access was encountered")
+    garbage = torch.nan if rows.is_floating_point() else 2**20
+    return torch.cat([rows, rows.new_full((room - len(rows), *rows.shape[1:]), garbage)])
+
+
 def summed(
     pieces: list[torch.Tensor], rows: list[torch.Tensor], like: torch.Tensor, num: int
 ) -> torch.Tensor:

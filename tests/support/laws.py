@@ -25,7 +25,7 @@ from fmoe.models.gqa import GQA
 from fmoe.models.rotary import Rotary
 from fmoe.ops.core.axes import Group, group_of
 from fmoe.ops.reference import moe_reference
-from fmoe.parallel import distribute
+from fmoe.parallel import Backend, distribute
 from fmoe.parallel.backends import choose
 from fmoe.parallel.placement import token_axes
 from fmoe.testing import check_backend
@@ -41,12 +41,13 @@ class Where:
     """What a law is to hold on."""
 
     axes: str
-    backend: str = "all_to_all"
+    backend: str | Backend = "all_to_all"
     device: str = "cpu"
     dtype: torch.dtype = torch.float64
 
     def __str__(self) -> str:
-        return f"{self.device}-{self.backend}-{self.axes}"
+        name = self.backend if isinstance(self.backend, str) else self.backend.name
+        return f"{self.device}-{name}-{self.axes}"
 
     def mesh(self) -> Any:
         torch._dynamo.reset()

@@ -101,13 +101,16 @@ def test_merged_statistics_are_those_of_the_summed_counts(counts: list[list[int]
     entropies = torch.rand(len(counts))
     merged = merge_stats(
         [
-            fmoe.MoEStats(torch.tensor(row), torch.tensor(-1.0), torch.tensor(-1), entropy)
+            fmoe.MoEStats(
+                torch.tensor(row), torch.tensor(-1.0), torch.tensor(-1), entropy, torch.tensor(row[0])
+            )
             for row, entropy in zip(counts, entropies)
         ]
     )
     summed = [sum(column) for column in zip(*counts)]
     assert merged.tokens_per_expert.tolist() == summed
     assert merged.empty_experts.item() == summed.count(0)
+    assert merged.overflow.item() == summed[0]
     assert merged.overload.item() == pytest.approx(4 * max(summed) / max(sum(summed), 1e-9))
     tokens = torch.tensor(counts).sum(1).double()
     expected = (entropies * tokens).sum() / tokens.sum().clamp_min(1)

@@ -10,8 +10,9 @@ import torch.distributed as dist
 
 import fmoe
 from fmoe.parallel.together import together
-from fmoe.training import launch
-from fmoe.training.launch import World, at_least, join
+from fmoe.training import launch, options
+from fmoe.training.launch import World, join
+from fmoe.training.options import at_least
 
 
 def raising(error):
@@ -135,7 +136,7 @@ def test_alone_there_is_no_mesh_unless_one_is_asked_for():
 
 @pytest.mark.parametrize(("least", "text"), [(1, "0"), (0.0, "-1"), (0.0, "nan"), (1, "many")])
 def test_numbers_below_the_least_are_refused(least, text):
-    parser = launch.Parser()
+    parser = options.Parser()
     parser.add_argument("--n", type=at_least(least))
     with pytest.raises(SystemExit, match=r"^error: argument --n: (got|invalid number value)"):
         parser.parse_args([f"--n={text}"])

@@ -16,7 +16,7 @@ import tokenizers
 import torch
 
 from fmoe.models import decoder, deepseek_v3, huggingface
-from fmoe.training import checkpoint, data, gradients, launch
+from fmoe.training import checkpoint, data, gradients, launch, options
 from fmoe.training.metrics import read_metrics
 from fmoe.training.optim import adamw
 
@@ -74,7 +74,7 @@ def test_without_matplotlib_it_says_how_to_get_pictures(train, monkeypatch, caps
 
 
 @pytest.mark.parametrize(
-    ("options", "kinds"),
+    ("words", "kinds"),
     [
         ("--device cpu", "float32 float32 float32"),
         ("--device cuda", "float32 bfloat16 float32"),
@@ -83,9 +83,9 @@ def test_without_matplotlib_it_says_how_to_get_pictures(train, monkeypatch, caps
         ("--device cuda --compute-dtype float32 --moments-dtype bfloat16", "float32 float32 bfloat16"),
     ],
 )
-def test_on_a_gpu_float32_parameters_compute_in_bfloat16(module, monkeypatch, options, kinds):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options.split()])
-    precision = launch.Precision.of(module.parse())
+def test_on_a_gpu_float32_parameters_compute_in_bfloat16(module, monkeypatch, words, kinds):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words.split()])
+    precision = options.Precision.of(module.parse())
     assert [precision.dtype, precision.compute, precision.moments] == [
         getattr(torch, kind) for kind in kinds.split()
     ]
@@ -123,6 +123,7 @@ def test_it_learns_repeatably_and_recomputation_changes_nothing(train):
         ),
         (["--init-from", "model", "--dim", "64"], "leave out --preset, --layers, --dim and --vocab-size"),
         (["--ep-backend", "pigeons"], "backend: got 'pigeons', expected one of"),
+        (["--ep-capacity", "0"], "backend: capacity: got 0.0, expected a number above 0"),
         (["--seq-len", "20000"], "seq_len"),
         (["--vocab-size", "200"], "check_vocabulary: ids: got token ids from 0 to 255, expected 0 to 199"),
         (["--eval-every", "9", "--held-out", "0.00001"], "hold_out: documents"),
@@ -322,8 +323,8 @@ def test_micro_batches_dtypes_and_schedules(train):
     exact = [*TWO_LAYERS, "--dtype", "float64"]
     losses = train(*exact)
     assert train(*exact, "--micro-batches", "2") == pytest.approx(losses, rel=1e-9)
-    for options in (["--compute-dtype", "bfloat16"], ["--dtype", "bfloat16"]):
-        assert train(*TWO_LAYERS, *options) == pytest.approx(losses, rel=0.02)
+    for words in (["--compute-dtype", "bfloat16"], ["--dtype", "bfloat16"]):
+        assert train(*TWO_LAYERS, *words) == pytest.approx(losses, rel=0.02)
     assert train(*exact, "--schedule", "stable")[:1] == losses[:1]
 
 

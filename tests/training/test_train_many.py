@@ -99,6 +99,14 @@ def test_ranks_with_every_option_train_as_one_process_does(pool, alone, tmp_path
     assert not any(others), "the first rank speaks for all"
 
 
+def test_a_capacity_changes_no_loss(pool, alone, tmp_path):
+    """Steps without room for all rows are done again; those with room are the same."""
+    for capacity in ("0.3", "2"):
+        options = [*TWO_LAYERS, "--out", tmp_path / capacity, "--mesh", "ep=2", "--ep-capacity", capacity]
+        pool.run(2, run_here, *options)
+        assert losses(tmp_path / capacity) == pytest.approx(alone, rel=1e-6)
+
+
 PIPELINES = {
     "pp=2": ["--pp-schedule", "interleaved", "--stages-per-rank", "2"],
     "pp=2,ep=2": ["--pp-schedule", "zbv", "--zero", "1", "--remat", "default"],
@@ -143,12 +151,13 @@ def test_published_weights_are_read_by_two_ranks(pool, tmp_path):
         assert losses(tmp_path / mesh) == pytest.approx(losses(tmp_path / "alone"), rel=1e-6)
 
 
+@pytest.mark.parametrize("mesh", quick(["ep=2"], ["ep=2", "pp=2"]))
 @pytest.mark.parametrize("harm", quick(["die"], ["die", "raise"]))
-def test_a_rank_that_dies_or_raises_ends_the_launch_and_the_checkpoint_goes_on(alone, tmp_path, harm):
+def test_a_rank_that_dies_or_raises_ends_the_launch_and_the_checkpoint_goes_on(alone, tmp_path, harm, mesh):
     script = tmp_path / "hurt.py"
     script.write_text(HURT.replace("SCRIPT", repr(str(SCRIPT))))
     options = [*TWO_LAYERS, "--out", tmp_path / "run", "--save-every", "2", "--ep-backend", "all_to_all"]
-    done = run([*TORCHRUN, "2", script], *options, "--mesh", "ep=2", HARM=harm)
+    done = run([*TORCHRUN, "2", script], *options, "--mesh", mesh, HARM=harm)
     assert done.returncode != 0
     assert time.time() - (tmp_path / "run" / "step-00000002").stat().st_mtime < 60
     assert ("RuntimeError: rank 1 had enough" if harm == "raise" else "Signal 9 (SIGKILL)") in done.stderr

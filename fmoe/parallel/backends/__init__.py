@@ -1,6 +1,7 @@
 """Backends carry tokens to the devices that hold their experts, and back."""
 
 import logging
+from typing import NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -10,6 +11,7 @@ from ...ops.core.axes import axis_names, group_of
 from ...ops.core.dynamo import constant_to_dynamo
 from ...ops.transport import Transport
 from .all_to_all import AllToAll
+from .bounds import Bound, check_bound
 from .deepep import buffers as deepep_buffers
 from .deepep.transport import DeepEP
 
@@ -18,18 +20,64 @@ _LOG = logging.getLogger("fmoe")
 _SAID: set[str] = set()
 
 
+class Backend(NamedTuple):
+    """The backend along ``ep``, and whether the host waits for it: a value for ``backend=`` of any function.
+
+    ===========  ========================================================================
+    name         ``"auto"``, ``"local"``, ``"all_to_all"`` or ``"deepep"``, as one may pass it alone
+    host_sync    false: the host never asks how many rows come. There is room for a number that is known
+                 before, so a CUDA graph can hold a step
+    ===========  ========================================================================
+
+    The others are for ``host_sync=False``:
+
+    ===========  ========================================================================
+    capacity     room for this many times what an even router needs. ``MoEStats.overflow`` counts what had
+                 none, and :func:`fmoe.exact_on_overflow` repeats such a step. ``None``: for the worst case
+    max_tokens   the most tokens that any device dispatches at once, which only DTensors say themselves
+    ===========  ========================================================================
+
+    >>> import fmoe
+    >>> params, x = fmoe.moe_init(0, dim=8, hidden_dim=16, num_experts=12), torch.randn(5, 8)
+    >>> mesh, never_waits = fmoe.make_mesh("ep=1"), Backend("all_to_all", host_sync=False, max_tokens=5)
+    >>> fmoe.moe_forward(params, x, mesh, backend=never_waits).shape
+    torch.Size([5, 8])
+    """
+
+    name: str = "auto"
+    host_sync: bool = True
+    capacity: float | None = None
+    max_tokens: int | None = None
+
+
+def backend_of(function: str, backend: str | Backend) -> Backend:
+    """A backend, by name or as it is. Raises ``ValueError`` for what can't be one."""
+    found = backend if isinstance(backend, Backend) else Backend(backend)
+    if found.name not in NAMES:
+        raise argument_error(
+            function, "backend", got=repr(found.name), expected=f"one of {NAMES}", remedy="Use 'auto'."
+        )
+    if found.host_sync and (found.capacity, found.max_tokens) != (None, None):
+        got, expected = f"{found}", "a capacity and max_tokens for host_sync=False only"
+        remedy = "Leave them out: there is room for whatever the host hears of."
+        raise argument_error(function, "backend", got=got, expected=expected, remedy=remedy)
+    check_bound(f"{function}: backend", found.max_tokens, found.capacity)
+    return found
+
+
 def choose(
-    function: str, name: str, mesh: DeviceMesh | None, rows: tuple[torch.dtype | None, int] = (None, 0)
+    function: str,
+    backend: str | Backend,
+    mesh: DeviceMesh | None,
+    rows: tuple[torch.dtype | None, int] = (None, 0),
+    max_tokens: int | None = None,
 ) -> dict[str, Transport]:
     """The backend along ``ep``, as :func:`fmoe.shard_map` takes it, for ``function``.
 
-    ``"auto"`` logs what it chose and why. ``rows`` are their dtype and last dimension.
-    Raises ``ValueError`` if the wish can't be met.
+    ``"auto"`` logs what it chose and why. ``rows`` are their dtype and last dimension, and ``max_tokens`` the
+    most of a device, if the tokens say it. Raises ``ValueError`` if the wish can't be met.
     """
-    if name not in NAMES:
-        raise argument_error(
-            function, "backend", got=repr(name), expected=f"one of {NAMES}", remedy="Use 'auto'."
-        )
+    name, host_sync, capacity, most = backend_of(function, backend)
     if mesh is None or "ep" not in axis_names(mesh):
         return {}
     group = group_of(mesh, ("ep",))
@@ -38,17 +86,26 @@ def choose(
     if name == "local":
         got, expected = f"'local' with ep={group.size}", "a backend that moves tokens"
         raise argument_error(function, "backend", got=got, expected=expected, remedy="Use 'auto'.")
+    bound, most = None, max_tokens if most is None else most
+    if not host_sync:
+        if most is None:
+            expected = "the most tokens of any device, which plain tokens don't say"
+            remedy = "Pass Backend(..., max_tokens=), the same on all devices."
+            raise argument_error(function, "backend.max_tokens", got="None", expected=expected, remedy=remedy)
+        bound = Bound(most, capacity)
     if name == "auto":
-        name, why = _best(group.name, mesh.device_type, *rows)
+        name, why = _best(group.name, mesh.device_type, *rows, host_sync)
         _say(f"backend {name} along ep={group.size}: {why}")
     if name == "deepep":
-        return {"ep": DeepEP(group, deepep_buffers.kept(group.name))}
-    return {"ep": AllToAll(group)}
+        return {"ep": DeepEP(group, deepep_buffers.kept(group.name, host_sync), bound)}
+    return {"ep": AllToAll(group, bound)}
 
 
 @constant_to_dynamo  # devices talk to each other, which Dynamo needn't see
-def _best(group: str, device_type: str, dtype: torch.dtype | None, dim: int) -> tuple[str, str]:
-    reason, can = deepep_buffers.supports(group, device_type, dtype, dim)
+def _best(
+    group: str, device_type: str, dtype: torch.dtype | None, dim: int, host_sync: bool
+) -> tuple[str, str]:
+    reason, can = deepep_buffers.supports(group, device_type, dtype, dim, host_sync)
     return ("deepep", reason) if can else ("all_to_all", f"by torch.distributed; not DeepEP, as {reason}")
 
 

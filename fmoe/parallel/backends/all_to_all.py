@@ -5,7 +5,8 @@ message. The sum over these experts comes back as one row. Letters beyond those 
 along the axis, Q copies this device sends, S those it receives.
 
 The host waits once a layer, for the sizes. The plan keeps them in the host's memory for combine and both
-backwards.
+backwards. With a :class:`~fmoe.parallel.Bound` it never waits: every device sends the same number of rows to
+each, some of them empty.
 """
 
 import zlib
@@ -13,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...errors import argument_error
 from ...ops.bases import gather_kernel, random
 from ...ops.combine import COMBINE, weighted_sum_kernel
 from ...ops.core.axes import Group
@@ -21,11 +21,12 @@ from ...ops.core.batches import wider_rows
 from ...ops.core.derive import Tensors
 from ...ops.core.primitive import Operator, declare, linear
 from ...ops.core.refuse import ALL_MOVE
-from ...ops.dispatch import DISPATCH, Plan, check_ids, layout_kernel, layout_plain, received_fake
+from ...ops.dispatch import DISPATCH, Plan, check_ids, layout_fake, layout_kernel, layout_plain, received_fake
 from ...ops.route import Routing
 from ...ops.transport import check_experts_divide, set_default
 from ..collectives import group_alone
-from .wire import swap_rows
+from .bounds import Bound, agree, check_alike, laid_out
+from .wire import process_group, swap_rows
 
 
 class Sent(NamedTuple):
@@ -36,6 +37,8 @@ class Sent(NamedTuple):
     copy_Tn           the copy of every such pair, or -1
     splits    (2, n)  rows sent to and received from each device, in the host's memory
     ========  ======  ================================================================
+
+    A slot of -1 is an empty row, which only a dispatch with a bound sends.
     """
 
     slot_Q: torch.Tensor
@@ -46,23 +49,30 @@ class Sent(NamedTuple):
 class AllToAll(NamedTuple):
     """The all-to-all backend on the devices of one group: a :class:`~fmoe.ops.transport.Transport`.
 
-    :func:`fmoe.dispatch` makes one where an axis has no other backend.
+    :func:`fmoe.dispatch` makes one where an axis has no other backend. With a ``bound`` no host waits.
 
     >>> backend = AllToAll(Group(group_alone(), 1, 0))  # for fmoe.shard_map(..., backends={"ep": backend})
-    >>> backend.group.size
-    1
+    >>> backend.group.size, backend.bound is None
+    (1, True)
     """
 
     group: Group
+    bound: Bound | None = None
 
     def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Plan]:
         num_experts, (name, size, position) = routing.counts_E.shape[0], self.group
         check_experts_divide(num_experts, size)
-        score_before = routing.score_before_experts
-        x_SD, weights_SK, slot_R, row_SK, offsets_e, *sent = exchange.outputs(
-            x_TD, routing.weights_TK, routing.expert_ids_TK, num_experts, size, position, score_before, name
-        )
-        return x_SD, Plan(weights_SK, slot_R, row_SK, offsets_e, Sent(*sent), score_before, self)
+        tokens = x_TD, routing.weights_TK, routing.expert_ids_TK
+        before = routing.score_before_experts
+        if self.bound is None:
+            rows = exchange.outputs(*tokens, num_experts, size, position, before, name)
+        else:
+            self.bound.check(x_TD.shape[0])
+            room = self.bound.room(size, routing.expert_ids_TK.shape[1], num_experts // size)
+            rows = exchange_bounded.outputs(*tokens, num_experts, size, position, before, *room, name)
+        x_SD, weights_SK, slot_R, row_SK, offsets_e, slot_Q, copy_Tn, splits, *overflow = rows
+        sent = Sent(slot_Q, copy_Tn, splits)
+        return x_SD, Plan(weights_SK, slot_R, row_SK, offsets_e, sent, before, self, *overflow)
 
     def combine(self, y_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
         return send_back(y_SD, *plan.sent, self.group.name)
@@ -101,14 +111,6 @@ def _described(x: torch.Tensor, weights: torch.Tensor, before: bool) -> str:
     return f"rows of shape {tuple(x.shape[1:])} and {x.dtype} with {weighed}"
 
 
-def _check_alike(kinds: list[int], kind: int, described: str) -> None:
-    """Raise ``ValueError`` on every device, since each has heard from all, unless all send alike rows."""
-    if others := [device for device, theirs in enumerate(kinds) if theirs != kind]:
-        got = f"{described}, and others on the devices {others} of the axis"
-        remedy = "Give all devices the same router, dimension and dtypes."
-        raise argument_error("dispatch", "x_TD, routing", got=got, expected="alike on all", remedy=remedy)
-
-
 def _exchange_kernel(
     x: Any,
     weights: Any,
@@ -121,10 +123,9 @@ def _exchange_kernel(
 ) -> Tensors:
     check_ids(ids, num_experts)
     held, (num_tokens, top_k) = num_experts // size, ids.shape
-    home_TK = torch.where(ids < 0, size, torch.div(ids, held, rounding_mode="floor"))
+    home_TK, hit_Tn = _homes(ids, held, size)
     every = home_TK.flatten()  # not by bincount, which waits for the device
     pairs_n = ids.new_zeros(size + 1).scatter_add_(0, every, torch.ones_like(every))[:size]
-    hit_Tn = ids.new_zeros(num_tokens, size + 1, dtype=torch.bool).scatter_(1, home_TK, True)[:, :size]
     devices_Tn = torch.where(hit_Tn, torch.arange(size, device=ids.device), -1)
     slot_Q, copy_Tn, _ = layout_kernel(devices_Tn, size, num_tokens * min(size, top_k))
 
@@ -133,17 +134,65 @@ def _exchange_kernel(
     each = [1] * size
     in_n3 = swap_rows(out_n3, each, each, group, "sizes")
     sizes = torch.stack([out_n3, in_n3]).cpu()  # here the host waits
-    _check_alike(sizes[1, :, 2].tolist(), kind, described)
+    check_alike(sizes[1, :, 2].tolist(), kind, described)
     splits = sizes[:, :, 0].contiguous()
     sent, received = splits.tolist()
     slot_Q = slot_Q[: sum(sent)].clone()
     token_Q = torch.div(slot_Q, size, rounding_mode="floor")
     rows = tuple(gather_kernel(t, token_Q) for t in (x, weights, ids))
     x_SD, weights_SK, ids_SK = _exchange_rows(rows, received, sent, group, "exchange")
-    local_SK = ids_SK - position * held
-    local_SK = torch.where((local_SK >= 0) & (local_SK < held) & (ids_SK >= 0), local_SK, -1)
+    local_SK = _held_here(ids_SK, position, held)
     slot_R, row_SK, offsets_e = layout_kernel(local_SK, held, int(sizes[1, :, 1].sum()))
     return x_SD, weights_SK, slot_R, row_SK, offsets_e, slot_Q, copy_Tn, splits
+
+
+def _bounded_kernel(
+    x: Any,
+    weights: Any,
+    ids: torch.Tensor,
+    num_experts: int,
+    size: int,
+    position: int,
+    before: bool,
+    copies: int,
+    pairs: int,
+    group: str,
+) -> Tensors:
+    check_ids(ids, num_experts)
+    if size > 1:
+        agree(process_group(group), f"{_described(x, weights, before)}, {copies} to each device")
+    held, num_slots = num_experts // size, ids.shape[0] * size
+    _, hit_Tn = _homes(ids, held, size)
+    place_Tn, enough = hit_Tn.cumsum(0) - 1, ids.shape[0] <= copies
+    fits_Tn = hit_Tn if enough else hit_Tn & (place_Tn < copies)
+    copy_Tn = torch.where(fits_Tn, place_Tn + torch.arange(size, device=ids.device) * copies, -1)
+    # The inverse. One row more than there is room for takes what isn't sent.
+    slot_Q, slots = ids.new_full((size * copies + 1,), -1), torch.arange(num_slots, device=ids.device)
+    slot_Q.scatter_(0, torch.where(fits_Tn, copy_Tn, size * copies).flatten(), slots)
+    slot_Q = slot_Q[:-1].clone()
+    token_Q = torch.div(slot_Q, size, rounding_mode="floor")
+    ids_Q = gather_kernel(ids + 1, token_Q) - 1  # -1 in empty rows
+    rows = gather_kernel(x, token_Q), gather_kernel(weights, token_Q), ids_Q
+    each = [copies] * size
+    x_SD, weights_SK, ids_SK = _exchange_rows(rows, each, each, group, "exchange_bounded")
+    slot_R, row_SK, offsets_e, overflow = laid_out(_held_here(ids_SK, position, held), held, pairs)
+    if not enough:
+        overflow = overflow + (hit_Tn & ~fits_Tn).sum()
+    splits = torch.full((2, size), copies, device="cpu")
+    return x_SD, weights_SK, slot_R, row_SK, offsets_e, slot_Q, copy_Tn, splits, overflow
+
+
+def _homes(ids: torch.Tensor, held: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The device of every pair, ``size`` for none, and whether a token goes to a device (T, n)."""
+    home_TK = torch.where(ids < 0, size, torch.div(ids, held, rounding_mode="floor"))
+    hit_Tn = ids.new_zeros(ids.shape[0], size + 1, dtype=torch.bool).scatter_(1, home_TK, True)
+    return home_TK, hit_Tn[:, :size]
+
+
+def _held_here(ids_SK: torch.Tensor, position: int, held: int) -> torch.Tensor:
+    """Ids among the experts held here, or -1."""
+    local_SK = ids_SK - position * held
+    return torch.where((local_SK >= 0) & (local_SK < held), local_SK, -1)
 
 
 def _exchange_fake(x: Any, weights: Any, ids: Any, num_experts: int, size: int, *group: Any) -> Tensors:
@@ -152,6 +201,22 @@ def _exchange_fake(x: Any, weights: Any, ids: Any, num_experts: int, size: int, 
         ids.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64),
         ids.new_empty(ids.shape[0], size, dtype=torch.int64),
         torch.empty(2, size, dtype=torch.int64, device="cpu"),
+    )
+
+
+def _bounded_fake(
+    x: Any, weights: Any, ids: Any, num_experts: int, size: int, position: int, before: bool, *room: Any
+) -> Tensors:
+    copies, pairs, _ = room
+    x_SD, weights_SK, ids_SK = (t.new_empty(size * copies, t.shape[1]) for t in (x, weights, ids))
+    return (
+        x_SD,
+        weights_SK,
+        *layout_fake(ids_SK, num_experts // size, pairs),
+        ids.new_empty(size * copies),
+        ids.new_empty(ids.shape[0], size),
+        torch.empty(2, size, dtype=torch.int64, device="cpu"),
+        ids.new_empty(()),
     )
 
 
@@ -256,7 +321,7 @@ def _exchange_plain(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, *
 
 
 def _exchange_way(inputs: tuple[Any, ...], outputs: Tensors) -> _Way:
-    return _Way(Sent(*outputs[5:]), outputs[0].shape[0], inputs[-1])
+    return _Way(Sent(*outputs[5:8]), outputs[0].shape[0], inputs[-1])
 
 
 def _exchange_vjp(way: _Way, needs: Any, g_x: Any, g_weights: Any, *_: Any) -> tuple[Any, ...]:
@@ -285,6 +350,46 @@ exchange: Operator = declare(
         group_alone(),
     ),
     plain=_exchange_plain,
+    residuals=_exchange_way,
+    vjp=_exchange_vjp,
+    jvp=lambda way, t_x, t_weights, *_: (way.there(t_x), way.there(t_weights)),
+    vmap=ALL_MOVE,
+)
+
+
+def _bounded_plain(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, *statics: Any) -> Tensors:
+    """As above, where there is room for a row more."""
+    num_experts, pairs = statics[0], statics[5]
+    x, weights, ids = (
+        torch.nn.functional.pad(t, (0, 0, 0, 1), value=v) for t, v in zip((x, weights, ids), (0, 0, -1))
+    )
+    slot, row, offsets = layout_plain(ids, num_experts, pairs)
+    order = torch.arange(5)
+    splits = torch.tensor([[5], [5]], device="cpu")
+    return (
+        x,
+        weights,
+        slot,
+        row,
+        offsets,
+        torch.where(order < 4, order, -1),
+        order[:4, None],
+        splits,
+        ids.new_zeros(()),
+    )
+
+
+# The same with room for ``copies`` rows from each device to each, and for ``pairs`` rows by expert. Last
+# comes how many of both had no room here.
+exchange_bounded: Operator = declare(
+    "exchange_bounded(Tensor x, Tensor weights, Tensor ids, SymInt num_experts, int size, int position, "
+    "bool before, SymInt copies, SymInt pairs, str group) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    impl=_bounded_kernel,
+    fake=_bounded_fake,
+    checkpoint=DISPATCH,
+    example=lambda: (*exchange.example()[:-1], 5, 10, group_alone()),
+    plain=_bounded_plain,
     residuals=_exchange_way,
     vjp=_exchange_vjp,
     jvp=lambda way, t_x, t_weights, *_: (way.there(t_x), way.there(t_weights)),

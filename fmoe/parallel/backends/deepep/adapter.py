@@ -2,8 +2,9 @@
 
 An *engine* is a communication buffer of one group, and moves rows through it:
 
-``dispatch(x, weights, ids, num_experts)``  tokens to the devices that hold their experts ->
-                                            :class:`Arrived`
+``dispatch(x, weights, ids, num_experts,    tokens to the devices that hold their experts ->
+max_tokens)``                               :class:`Arrived`. With ``max_tokens``, as many rows as would come
+                                            if every device sent so many here, and no wait of the host
 ``send(x, handle)``                         other rows the same way
 ``combine(y, handle, weights, wait)``       rows back, summed, and with them their weights;
                                             without ``wait`` the current stream goes on meanwhile
@@ -13,8 +14,9 @@ An *engine* is a communication buffer of one group, and moves rows through it:
 ``rows(size)``                              the multiple that a row's length must be in a group of
                                             this size, and the most it may be
 
-A handle says how rows were sent. It has tensors, the first with a row per token, and a few numbers. Users
-install DeepEP themselves, since it is built against their CUDA. This file follows v1.2.1 and 2.1.0.
+A handle says how rows were sent. It has tensors, the first with a row per token, and a few numbers. With
+``max_tokens``, rows that didn't come are zeros, and their ids -1. Users install DeepEP themselves, since it
+is built against their CUDA. This file follows v1.2.1 and 2.1.0.
 """
 
 import functools
@@ -27,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ....errors import argument_error
+from ....ops.bases import gather_kernel
 
 # The limits of DeepEP's kernels.
 DEVICES = ("cuda",)
@@ -57,12 +60,15 @@ class Handle(NamedTuple):
 
 
 class Arrived(NamedTuple):
-    """Rows for the experts held here, with weights and ids. An id of -1 is an expert elsewhere."""
+    """Rows for the experts held here, with weights and ids. An id of -1 is an expert elsewhere.
+
+    ``num_pairs`` are the ids of experts held here, if the host knows.
+    """
 
     x_SD: torch.Tensor
     weights_SK: torch.Tensor
     ids_SK: torch.Tensor
-    num_pairs: int
+    num_pairs: int | None
     handle: Handle
 
 
@@ -112,12 +118,13 @@ def _not_loaded(error: Exception) -> ValueError:
 
 _CALLED = {
     "Buffer.__init__": "num_nvl_bytes num_rdma_bytes explicitly_destroy",
-    "Buffer.dispatch": "handle topk_idx topk_weights num_tokens_per_rdma_rank config",
+    "Buffer.dispatch": "handle topk_idx topk_weights num_tokens_per_rdma_rank num_worst_tokens config",
     "Buffer.combine": "topk_weights config async_finish",
     "Buffer.get_dispatch_layout": "topk_idx num_experts",
     "Buffer.get_dispatch_config": "num_ranks",
     "ElasticBuffer.__init__": "num_max_tokens_per_rank hidden num_topk deterministic explicitly_destroy",
-    "ElasticBuffer.dispatch": "topk_idx topk_weights num_experts num_sms handle",
+    "ElasticBuffer.dispatch": "topk_idx topk_weights num_experts num_max_tokens_per_rank num_sms handle "
+    "do_cpu_sync",
     "ElasticBuffer.combine": "topk_weights num_sms async_with_compute_stream",
 }
 
@@ -202,6 +209,12 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def emptied(rows: torch.Tensor, came: torch.Tensor, value: int = 0) -> torch.Tensor:
+    """Rows of which the first ``came`` (a number on the device) hold anything; ``value`` in the others."""
+    past = torch.arange(rows.shape[0], device=rows.device) >= came
+    return rows.masked_fill_(past[:, None], value)
+
+
 def payload_dim(sizes: Sizes) -> int:
     """The length of a sent row: a token, or the weights of its choices as bytes."""
     return max(sizes.dim, round_up(2 * sizes.top_k, WEIGHTS_DIM))
@@ -244,15 +257,25 @@ class Alone(Engine):
 
     id_dtype = torch.int64
 
-    def dispatch(self, x: Any, weights: Any, ids: Any, num_experts: int) -> Arrived:
-        stays = (ids >= 0).any(1)
-        token = stays.nonzero()[:, 0]
-        row_T1 = torch.where(stays, stays.cumsum(0) - 1, -1)[:, None]
-        handle = Handle((row_T1, token))
-        return Arrived(x[token], weights[token], ids[token], int((ids >= 0).sum()), handle)
+    def dispatch(self, x: Any, weights: Any, ids: Any, num_experts: int, max_tokens: int = 0) -> Arrived:
+        stays, num_pairs = (ids >= 0).any(1), None
+        if max_tokens:  # every token has the row of its place
+            row = torch.where(stays, torch.arange(len(stays), device=ids.device), -1)
+            token = torch.nn.functional.pad(row, (0, max_tokens - len(row)), value=-1)
+        else:
+            row, token = torch.where(stays, stays.cumsum(0) - 1, -1), stays.nonzero()[:, 0]
+            num_pairs = int((ids >= 0).sum())
+        x, weights, ids = (
+            gather_kernel(x, token),
+            gather_kernel(weights, token),
+            gather_kernel(ids + 1, token) - 1,
+        )
+        return Arrived(x, weights, ids, num_pairs, Handle((row[:, None], token)))
 
     def send(self, x: torch.Tensor, handle: Handle) -> torch.Tensor:
-        return x[handle.tensors[1]]
+        token = handle.tensors[1]
+        assert token is not None
+        return gather_kernel(x, token)
 
     def combine(self, y: Any, handle: Handle, weights: Any = None, wait: bool = True) -> tuple[Any, Any]:
         weights = None if weights is None else self.combine_weights(weights, handle)
@@ -262,6 +285,6 @@ class Alone(Engine):
         return self.send(weights, handle)
 
     def combine_weights(self, weights: torch.Tensor, handle: Handle) -> torch.Tensor:
-        row_T1, token = handle.tensors
-        assert row_T1 is not None and token is not None
-        return weights.new_zeros(row_T1.shape[0], weights.shape[1]).index_copy_(0, token, weights)
+        row_T1 = handle.tensors[0]
+        assert row_T1 is not None
+        return gather_kernel(weights, row_T1[:, 0])

@@ -51,22 +51,27 @@ class Held:
         if torch.cuda.is_available():
             self.device = torch.device("cuda", torch.cuda.current_device())
 
-    def ready(self, x: torch.Tensor, ids: torch.Tensor, num_experts: int) -> Any:
-        """The engine for this dispatch. Raises ``ValueError`` for what it can't take."""
-        wanted = Sizes(x.shape[0], x.shape[1], ids.shape[1], num_experts)
+    def ready(self, x: torch.Tensor, ids: torch.Tensor, num_experts: int, max_tokens: int = 0) -> Any:
+        """The engine for this dispatch. Raises ``ValueError`` for what it can't take.
+
+        ``max_tokens`` are the most that any device dispatches, if all know that; else 0.
+        """
+        wanted = Sizes(max_tokens or x.shape[0], x.shape[1], ids.shape[1], num_experts)
         check_rows(x)
         if self.grows:
-            self._grow(wanted, x.device)
+            self._grow(wanted, x.device, max_tokens > 0)
         self._check(x, wanted)
         return self.engine
 
-    def _grow(self, wanted: Sizes, device: torch.device) -> None:
+    def _grow(self, wanted: Sizes, device: torch.device, alike: bool) -> None:
         """Make a larger buffer if needed. Devices may differ only in tokens, which ElasticBuffer counts."""
         tokens, elastic = wanted.tokens, self.kind == "elastic"
-        if elastic:
+        if elastic and not alike:
             most = torch.tensor([tokens], device=device)
             dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
-            tokens = 1 << max(0, int(most) - 1).bit_length()
+            tokens = int(most)
+        if elastic:
+            tokens = 1 << max(0, tokens - 1).bit_length()
         grown = Sizes(*map(max, self.sizes, wanted._replace(tokens=tokens)))
         if self.engine is None or grown[1:] != self.sizes[1:] or (elastic and grown != self.sizes):
             self.make(grown)
@@ -106,7 +111,7 @@ def check_rows(x: torch.Tensor) -> None:
 
 
 class _HeldAlone(Held):
-    def ready(self, x: torch.Tensor, ids: torch.Tensor, num_experts: int) -> Any:
+    def ready(self, x: torch.Tensor, ids: torch.Tensor, num_experts: int, max_tokens: int = 0) -> Any:
         return self.engine
 
 
@@ -169,12 +174,24 @@ def _agreement(group: Any, kind: str | None) -> tuple[str, Any]:
     return kinds[0], module
 
 
-def supports(group_name: str, device_type: str, dtype: Any, dim: int) -> tuple[str, bool]:
+def check_waits(kind: str, size: int) -> None:
+    """Raise ``ValueError`` for a kind of buffer whose host has to wait."""
+    if kind == "buffer" and size > adapter.PEERS:
+        expected = f"at most {adapter.PEERS} devices of one node, or ElasticBuffer"
+        remedy = 'Pass kind="elastic" (2.x), leave host_sync out, or use "all_to_all".'
+        raise refuse("host_sync", got=f"False, with a Buffer of {size}", expected=expected, remedy=remedy)
+
+
+def supports(
+    group_name: str, device_type: str, dtype: Any, dim: int, host_sync: bool = True
+) -> tuple[str, bool]:
     """Why DeepEP can or can't serve a group and, if their dtype is known, its rows; and whether it can."""
     if device_type not in adapter.DEVICES:
         return f"the mesh is of {device_type} devices", False
     try:
         kind, module = agree(process_group(group_name), None)
+        if not host_sync:
+            check_waits(kind, process_group(group_name).size())
     except ValueError as error:
         return str(error), False
     align, most = ENGINES[kind].rows(process_group(group_name).size())
@@ -184,7 +201,9 @@ def supports(group_name: str, device_type: str, dtype: Any, dim: int) -> tuple[s
 
 
 @contextmanager
-def opened(line: DeviceMesh, sizes: Sizes, kind: str | None, overlap: bool) -> Iterator[tuple[Group, str]]:
+def opened(
+    line: DeviceMesh, sizes: Sizes, kind: str | None, overlap: bool, host_sync: bool = True
+) -> Iterator[tuple[Group, str]]:
     """A buffer of these sizes for the devices of a one-dimensional mesh, freed at the end."""
     group = _group(line)
     check(sizes, kind, group, line.device_type)
@@ -193,6 +212,8 @@ def opened(line: DeviceMesh, sizes: Sizes, kind: str | None, overlap: bool) -> I
         return
     name = f"deepep {next(_SERIAL)}"
     held = Held(process_group(group.name), kind, overlap=overlap)
+    if not host_sync:
+        check_waits(agree(held.group, kind)[0], group.size)
     held.make(sizes)
     _BUFFERS[name] = held
     try:
@@ -234,7 +255,7 @@ def check(sizes: Sizes, kind: str | None, group: Group, device_type: str) -> Non
 
 
 @constant_to_dynamo  # also found while Dynamo traces
-def kept(group_name: str) -> str:
+def kept(group_name: str, host_sync: bool = True) -> str:
     """The name of the buffer that ``moe_forward`` keeps for a group. Made on first use, freed at exit."""
     name = f"deepep kept for {group_name}"
     group = process_group(group_name)
@@ -244,6 +265,8 @@ def kept(group_name: str) -> str:
     if name not in _BUFFERS:
         kind, _ = agree(group, None)
         _BUFFERS[name] = Held(group, kind, grows=True)
+    if not host_sync:
+        check_waits(_BUFFERS[name].kind, group.size())
     return name
 
 

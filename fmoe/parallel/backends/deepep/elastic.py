@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .adapter import Arrived, Engine, Handle, Sizes, payload_dim
+from .adapter import Arrived, Engine, Handle, Sizes, emptied, payload_dim
 
 # The tensors of an EPHandle. The first has a row per token.
 _TENSORS = (
@@ -39,18 +39,29 @@ class Elastic(Engine):
         # Combine must use as many SMs as the dispatch did.
         self.num_sms = self.buffer.get_theoretical_num_sms(sizes.num_experts, sizes.top_k)
 
-    def dispatch(self, x: Any, weights: Any, ids: Any, num_experts: int) -> Arrived:
+    def dispatch(self, x: Any, weights: Any, ids: Any, num_experts: int, max_tokens: int = 0) -> Arrived:
+        bound = dict(num_max_tokens_per_rank=max_tokens, do_cpu_sync=False) if max_tokens else {}
         x, ids, weights, handle, _ = self.buffer.dispatch(
-            x, topk_idx=ids, topk_weights=weights, num_experts=num_experts, num_sms=self.num_sms
+            x, topk_idx=ids, topk_weights=weights, num_experts=num_experts, num_sms=self.num_sms, **bound
         )
         tensors = (*(getattr(handle, name) for name in _TENSORS), getattr(handle, _SORTED))
         numbers = handle.num_experts, handle.num_max_tokens_per_rank, handle.num_sms
-        pairs = sum(handle.num_recv_tokens_per_expert_list)
-        return Arrived(x, weights, ids, pairs, Handle(tensors, numbers))
+        if not max_tokens:
+            pairs = sum(handle.num_recv_tokens_per_expert_list)
+            return Arrived(x, weights, ids, pairs, Handle(tensors, numbers))
+        made = Handle(tensors, (*numbers, max_tokens))
+        came = self._came(made)
+        return Arrived(emptied(x, came), weights, emptied(ids, came, -1), None, made)
+
+    def _came(self, handle: Handle) -> torch.Tensor:
+        """How many rows came, on the device."""
+        ends = handle.tensors[1]
+        assert ends is not None
+        return ends[-1]
 
     def _handle(self, handle: Handle) -> Any:
         named: dict[str, Any] = dict(zip(_TENSORS, handle.tensors))
-        num_experts, max_tokens, num_sms = handle.numbers
+        num_experts, max_tokens, num_sms = handle.numbers[:3]
         made = self.make_handle(
             do_expand=False,
             num_experts=num_experts,
@@ -66,10 +77,11 @@ class Elastic(Engine):
         return made
 
     def send(self, x: torch.Tensor, handle: Handle) -> torch.Tensor:
-        return self.buffer.dispatch(x, handle=self._handle(handle), num_sms=handle.numbers[-1])[0]
+        rows = self.buffer.dispatch(x, handle=self._handle(handle), num_sms=handle.numbers[2])[0]
+        return emptied(rows, self._came(handle)) if len(handle.numbers) > 3 else rows
 
     def combine(self, y: Any, handle: Handle, weights: Any = None, wait: bool = True) -> tuple[Any, Any]:
-        made, num_sms = self._handle(handle), handle.numbers[-1]
+        made, num_sms = self._handle(handle), handle.numbers[2]
         y, weights, event = self.buffer.combine(
             y, made, topk_weights=weights, num_sms=num_sms, async_with_compute_stream=not wait
         )

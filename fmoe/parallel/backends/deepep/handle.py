@@ -51,7 +51,8 @@ def sent_fake(like: torch.Tensor, num_tokens: Any, dynamic: Any) -> Tensors:
     )
 
 
-def sent_example(num_tokens: int = 4) -> Tensors:
-    """A plan's ``sent`` in a group of one device, where every token stays."""
+def sent_example(num_tokens: int = 4, room: int = 0) -> Tensors:
+    """A plan's ``sent`` in a group of one device, where every token stays; ``room`` for more rows."""
     row = torch.arange(num_tokens)
-    return pack(Handle((row[:, None], row)))
+    token = torch.nn.functional.pad(row, (0, max(0, room - num_tokens)), value=-1)
+    return pack(Handle((row[:, None], token)))

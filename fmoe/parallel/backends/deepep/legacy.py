@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from . import adapter
-from .adapter import Arrived, Engine, Handle, Sizes, payload_dim
+from .adapter import Arrived, Engine, Handle, Sizes, emptied, payload_dim
 
 
 class Legacy(Engine):
@@ -18,7 +18,8 @@ class Legacy(Engine):
         return 256, 7936 if size <= adapter.PEERS else None
 
     def __init__(self, module: Any, group: Any, sizes: Sizes) -> None:
-        self.within_node = group.size() <= adapter.PEERS
+        self.size, self.rank = group.size(), group.rank()
+        self.within_node = self.size <= adapter.PEERS
         self.id_dtype = getattr(module, "topk_idx_t", torch.int64)
         makers = module.Buffer.get_dispatch_config, module.Buffer.get_combine_config
         self.configs = [make(group.size()) for make in makers]
@@ -29,7 +30,7 @@ class Legacy(Engine):
         far = max((c.get_rdma_buffer_size_hint(row, group.size()) for c in across), default=0)
         self.buffer = module.Buffer(group, near, far, explicitly_destroy=True)
 
-    def dispatch(self, x: Any, weights: Any, ids: Any, num_experts: int) -> Arrived:
+    def dispatch(self, x: Any, weights: Any, ids: Any, num_experts: int, max_tokens: int = 0) -> Arrived:
         to_rank, to_node, to_expert, goes, _ = self.buffer.get_dispatch_layout(ids, num_experts)
         x, ids, weights, counts, handle, _ = self.buffer.dispatch(
             x,
@@ -39,18 +40,29 @@ class Legacy(Engine):
             num_tokens_per_rdma_rank=to_node,
             num_tokens_per_expert=to_expert,
             is_token_in_rank=goes,
+            num_worst_tokens=self.size * max_tokens,
             config=self.configs[0],
         )
         first = 4 if self.within_node else 0  # the place of is_token_in_rank
         tensors = (handle[first], *handle[:first], *handle[first + 1 :])
-        return Arrived(x, weights, ids, sum(counts), Handle(tensors))
+        if not max_tokens:
+            return Arrived(x, weights, ids, sum(counts), Handle(tensors))
+        made = Handle(tensors, (max_tokens,))
+        return Arrived(emptied(x, self._came(made)), weights, ids, None, made)
+
+    def _came(self, handle: Handle) -> torch.Tensor:
+        """How many rows came, on the device."""
+        prefix = handle.tensors[1]  # rows from the first i devices to each
+        assert prefix is not None
+        return prefix[-1, self.rank]
 
     def _handle(self, handle: Handle) -> tuple[Any, ...]:
         goes, *rest = handle.tensors
         return (*rest[:4], goes, *rest[4:]) if self.within_node else (goes, *rest)
 
     def send(self, x: torch.Tensor, handle: Handle) -> torch.Tensor:
-        return self.buffer.dispatch(x, handle=self._handle(handle), config=self.configs[0])[0]
+        rows = self.buffer.dispatch(x, handle=self._handle(handle), config=self.configs[0])[0]
+        return emptied(rows, self._came(handle)) if handle.numbers else rows
 
     def combine(self, y: Any, handle: Handle, weights: Any = None, wait: bool = True) -> tuple[Any, Any]:
         y, weights, event = self.buffer.combine(

@@ -11,7 +11,8 @@ from ....ops.core.derive import Tensors
 from ....ops.core.primitive import Operator, declare, linear
 from ....ops.core.refuse import ALL_MOVE
 from ....ops.core.tape import checkpoint
-from ....ops.dispatch import DISPATCH, check_ids, layout_kernel, layout_plain, received_fake
+from ....ops.dispatch import DISPATCH, check_ids, layout_fake, layout_kernel, layout_plain, received_fake
+from ..bounds import agree, laid_out
 from .buffers import alone, find
 from .handle import PARTS, SENT, pack, sent_example, sent_fake, unpack
 
@@ -30,6 +31,33 @@ def _dispatch_kernel(x: Any, weights: Any, ids: Any, num_experts: int, size: int
     slot_R, row_SK, offsets_e = layout_kernel(local_SK, num_experts // size, came.num_pairs)
     weights_SK = came.weights_SK.masked_fill(local_SK < 0, 0)  # ElasticBuffer sends all of them
     return came.x_SD, weights_SK, slot_R, row_SK, offsets_e, *pack(came.handle)
+
+
+def _bounded_kernel(
+    x: Any, weights: Any, ids: Any, num_experts: int, size: int, max_tokens: int, pairs: int, buffer: str
+) -> Tensors:
+    check_ids(ids, num_experts)
+    held = find(buffer)
+    if size > 1:  # DeepEP would write beyond the rows of a device that has room for fewer
+        agree(
+            held.group, f"rows of {tuple(x.shape[1:])}, {ids.shape[1]} weights, at most {max_tokens} tokens"
+        )
+    engine = held.ready(x, ids, num_experts, max_tokens)
+    ids = ids.to(engine.id_dtype).contiguous()
+    came = engine.dispatch(x.contiguous(), weights.contiguous(), ids, num_experts, max_tokens)
+    local_SK = came.ids_SK.to(torch.int64)
+    slot_R, row_SK, offsets_e, overflow = laid_out(local_SK, num_experts // size, pairs)
+    weights_SK = came.weights_SK.masked_fill(local_SK < 0, 0)
+    return came.x_SD, weights_SK, slot_R, row_SK, offsets_e, *pack(came.handle), overflow
+
+
+def _bounded_fake(
+    x: Any, weights: Any, ids: Any, num_experts: int, size: int, max_tokens: Any, pairs: Any, buffer: str
+) -> Tensors:
+    x_SD, weights_SK, ids_SK = (t.new_empty(size * max_tokens, t.shape[1]) for t in (x, weights, ids))
+    sent = sent_fake(x, ids.shape[0], torch.library.get_ctx().new_dynamic_size)
+    laid = layout_fake(ids_SK, num_experts // size, pairs)
+    return x_SD, weights_SK, *laid, *sent, ids.new_empty((), dtype=torch.int64)
 
 
 def _dispatch_fake(x: Any, weights: Any, ids: Any, num_experts: int, size: int, buffer: str) -> Tensors:
@@ -198,7 +226,7 @@ def _dispatch_plain(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, *
 
 
 def _dispatch_way(inputs: tuple[Any, ...], outputs: Tensors) -> _Way:
-    x_SD, _, _, row_SK, _, *sent = outputs
+    x_SD, _, _, row_SK, _, *sent = outputs[: 5 + PARTS + 1]
     return _Way(row_SK, tuple(sent), x_SD.shape[0], inputs[-1])
 
 
@@ -212,6 +240,32 @@ deepep_dispatch: Operator = declare(
     checkpoint=DISPATCH,
     example=lambda: (random(4, 3), random(4, 2), torch.rand(4, 3).argsort(1)[:, :2], 3, 1, alone()),
     plain=_dispatch_plain,
+    residuals=_dispatch_way,
+    vjp=lambda way, needs, g_x, g_weights, *_: way.back(g_x, g_weights),
+    jvp=lambda way, t_x, t_weights, *_: way.there(t_x, t_weights),
+    vmap=ALL_MOVE,
+)
+
+
+def _bounded_plain(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, *statics: Any) -> Tensors:
+    """As above, where there is room for a token more."""
+    pairs = statics[3]
+    padded = (torch.nn.functional.pad(t, (0, 0, 0, 1), value=v) for t, v in ((x, 0), (weights, 0), (ids, -1)))
+    x, weights, ids = padded
+    slot, row, offsets = layout_plain(ids, statics[0], pairs)
+    return x, torch.where(ids < 0, 0, weights), slot, row, offsets, *sent_example(4, 5), ids.new_zeros(())
+
+
+# The same with room for ``max_tokens`` rows from each device, and for ``pairs`` rows by expert. Last comes
+# how many pairs had no room here.
+deepep_dispatch_bounded: Operator = declare(
+    "deepep_dispatch_bounded(Tensor x, Tensor weights, Tensor ids, SymInt num_experts, int size, "
+    f"SymInt max_tokens, SymInt pairs, str buffer) -> ({', '.join(['Tensor'] * (PARTS + 7))})",
+    impl=_bounded_kernel,
+    fake=_bounded_fake,
+    checkpoint=DISPATCH,
+    example=lambda: (*deepep_dispatch.example()[:-1], 5, 10, alone()),
+    plain=_bounded_plain,
     residuals=_dispatch_way,
     vjp=lambda way, needs, g_x, g_weights, *_: way.back(g_x, g_weights),
     jvp=lambda way, t_x, t_weights, *_: way.there(t_x, t_weights),

@@ -3,12 +3,13 @@
 A token goes once to every device that holds one of its experts. The sum over these experts comes back as one
 row, and combine sums the rows of all devices.
 
-The host waits once a layer, in dispatch, for the number of rows to come. This is DeepEP's own wait.
+The host waits once a layer, in dispatch, for the number of rows to come. This is DeepEP's own wait. With a
+:class:`~fmoe.parallel.Bound` there is none: rows of the worst case come, some of them empty.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,15 +18,16 @@ from ....ops.core.axes import Group
 from ....ops.dispatch import Plan
 from ....ops.route import Routing
 from ....ops.transport import InFlight, check_experts_divide
-from .adapter import Sizes
+from ..bounds import Bound, check_bound
+from .adapter import Sizes, refuse
 from .buffers import opened
-from .operators import deepep_combine, deepep_dispatch, deepep_join
+from .operators import deepep_combine, deepep_dispatch, deepep_dispatch_bounded, deepep_join
 
 
 class DeepEP(NamedTuple):
     """The DeepEP backend, from :func:`deepep`: the devices of one group, and the name of their buffer.
 
-    It is an :class:`~fmoe.ops.transport.Overlapping` transport.
+    With a ``bound`` no host waits. It is an :class:`~fmoe.ops.transport.Overlapping` transport.
 
     >>> import fmoe
     >>> sizes = dict(max_tokens_per_rank=64, dim=256, top_k=2, num_experts=8)
@@ -36,16 +38,27 @@ class DeepEP(NamedTuple):
 
     group: Group
     buffer: str
+    bound: Bound | None = None
 
     def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Plan]:
         num_experts, size = routing.counts_E.shape[0], self.group.size
         check_experts_divide(num_experts, size)
         weights_TK = routing.weights_TK if size == 1 else routing.weights_TK.float()
-        x_SD, weights_SK, slot_R, row_SK, offsets_e, *sent = deepep_dispatch.outputs(
-            x_TD, weights_TK, routing.expert_ids_TK, num_experts, size, self.buffer
-        )
-        score_before = routing.score_before_experts
-        return x_SD, Plan(weights_SK, slot_R, row_SK, offsets_e, tuple(sent), score_before, self)
+        tokens = x_TD, weights_TK, routing.expert_ids_TK
+        rows: Any
+        overflow: Any = ()
+        if self.bound is None:
+            rows = deepep_dispatch.outputs(*tokens, num_experts, size, self.buffer)
+        else:
+            self.bound.check(x_TD.shape[0])
+            most, top_k = self.bound.max_tokens, routing.expert_ids_TK.shape[1]
+            pairs = self.bound.room(size, top_k, num_experts // size).pairs
+            *rows, overflow = deepep_dispatch_bounded.outputs(
+                *tokens, num_experts, size, most, pairs, self.buffer
+            )
+        x_SD, weights_SK, slot_R, row_SK, offsets_e, *sent = rows
+        before = routing.score_before_experts
+        return x_SD, Plan(weights_SK, slot_R, row_SK, offsets_e, tuple(sent), before, self, overflow)
 
     def combine(self, y_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
         return deepep_combine(y_SD, True, self.buffer, *plan.sent)
@@ -67,6 +80,8 @@ def deepep(
     num_experts: int,
     kind: str | None = None,
     overlap: bool = True,
+    host_sync: bool = True,
+    capacity: float | None = None,
 ) -> Iterator[DeepEP]:
     """The DeepEP backend for the devices of ``line``, with a buffer that is freed at the end.
 
@@ -78,6 +93,10 @@ def deepep(
     kind                 ``"buffer"`` or ``"elastic"`` (DeepEP 2.x); ``None``: ``Buffer`` within a node,
                          ``ElasticBuffer`` across nodes where DeepEP has it
     overlap              leave combine in flight while shared experts compute, with the same numbers
+    host_sync            false: the host never waits for the number of rows that come, as there is room for
+                         ``max_tokens_per_rank`` from every device; within a node, or ``"elastic"``
+    capacity             without ``host_sync``: room for this many times the pairs of rows and experts that an
+                         even router sends here. What had none is in ``plan.overflow``. ``None``: for all
     -> backend           for ``fmoe.shard_map(..., backends={"ep": backend})``. Call the layer, and its
                          backward, inside the ``with``
     ===================  ================================================================
@@ -94,5 +113,9 @@ def deepep(
     1
     """
     sizes = Sizes(max_tokens_per_rank, dim, top_k, num_experts)
-    with opened(line, sizes, kind, overlap) as (group, name):
-        yield DeepEP(group, name)
+    check_bound("deepep", None, capacity)
+    if host_sync and capacity is not None:
+        got, expected = f"{capacity}, with host_sync", "a capacity for host_sync=False only"
+        raise refuse("capacity", got=got, expected=expected)
+    with opened(line, sizes, kind, overlap, host_sync) as (group, name):
+        yield DeepEP(group, name, None if host_sync else Bound(max_tokens_per_rank, capacity))

@@ -1,0 +1,197 @@
+"""Options of a script that trains, in groups, and what they stand for."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+
+from ..parallel.backends import Backend
+from ..pipeline import Schedule, make_schedule
+from ..transforms import per_layer
+from .launch import World
+from .tokenizer import BYTES, Tokenizer, load_tokenizer
+
+
+class Parser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` whose help shows defaults and keeps the description's lines.
+
+    Defaults of ``None``, ``""`` and ``False`` are left to the option's own text. A mistake ends the script
+    with one line, as :func:`fmoe.training.launch.run` does.
+
+    >>> parser = Parser(prog="train")
+    >>> _ = parser.add_argument("--steps", type=at_least(1), default=600, help="how many")
+    >>> "how many (default: 600)" in parser.format_help()
+    True
+    >>> parser.parse_args(["--steps", "0"])
+    Traceback (most recent call last):
+    SystemExit: error: argument --steps: got 0, expected at least 1
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": _Help, **options})
+
+    def error(self, message: str) -> NoReturn:
+        raise SystemExit(f"error: {message}")
+
+
+class Precision(NamedTuple):
+    """Where a run computes and in which dtypes, from the options of :func:`add_precision`.
+
+    >>> parser = Parser()
+    >>> add_precision(parser)
+    >>> print(Precision.of(parser.parse_args(["--device", "cpu", "--dtype", "bfloat16"])))
+    on cpu, kept in bfloat16, moments in bfloat16, computing in bfloat16
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    moments: torch.dtype
+    compute: torch.dtype
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Precision":
+        """What was asked for. Float32 is computed in bfloat16 on CUDA, by default."""
+        device = torch.device(args.device)
+        mixed = device.type == "cuda" and args.dtype == "float32"
+        compute = args.compute_dtype or ("bfloat16" if mixed else args.dtype)
+        names = args.dtype, args.moments_dtype or args.dtype, compute
+        return cls(device, *(getattr(torch, name) for name in names))
+
+    def __str__(self) -> str:
+        dtype, moments, compute = (str(name).removeprefix("torch.") for name in self[1:])
+        return f"on {self.device}, kept in {dtype}, moments in {moments}, computing in {compute}"
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device``, ``--dtype``, ``--compute-dtype`` and ``--moments-dtype``, for :class:`Precision`.
+
+    >>> parser = Parser()
+    >>> add_precision(parser)
+    >>> parser.parse_args([]).dtype
+    'float32'
+    """
+    dtypes = dict(choices=["float32", "bfloat16", "float64"])
+    add: Callable[..., Any] = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    add("--dtype", **dtypes, default="float32", help="of parameters and gradients")
+    add("--compute-dtype", **dtypes, help="default: bfloat16 on CUDA with --dtype float32, else --dtype")
+    add("--moments-dtype", **dtypes, help="of the optimiser's moments (default: --dtype)")
+
+
+class Layout(NamedTuple):
+    """How a step's work lies on devices and in time, from the options of :func:`add_layout`.
+
+    ============  ======================================================================
+    ``schedule``  of the stages along ``pp``
+    ``how``       keyword arguments of :func:`fmoe.training.gradients.of_model`
+    ``zero``      another one, which :func:`fmoe.training.gradients.loss_of_model` doesn't take
+    ``bounded``   the backend of ``--ep-capacity``, for :func:`fmoe.exact_on_overflow`; ``None``: none
+    ============  ======================================================================
+
+    >>> parser = Parser()
+    >>> add_layout(parser)
+    >>> layout = Layout.of(parser.parse_args(["--micro-batches", "2"]), World(None, (0, 1)))
+    >>> layout.schedule.stage_to_rank, layout.how["micro_batches"], layout.zero
+    ((0,), 2, 3)
+    """
+
+    schedule: Schedule
+    how: dict[str, Any]
+    zero: int
+    bounded: Backend | None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, world: World) -> "Layout":
+        """What was asked for on these devices. Raises ``ValueError`` for what doesn't fit.
+
+        With ``--ep-capacity`` it also wants ``args.batch_size`` and ``args.seq_len``.
+        """
+        sizes = dict(pp=world.pp, micro_batches=args.micro_batches, stages_per_rank=args.stages_per_rank)
+        schedule = make_schedule(args.pp_schedule, **sizes)
+        how = dict(
+            mesh=world.mesh, backend=args.ep_backend, micro_batches=args.micro_batches, schedule=schedule
+        )
+        how["per_layer"] = per_layer(args.remat, compiled=args.compile)
+        bounded = None
+        if args.ep_capacity is not None:
+            rows = -(-args.batch_size // (world.part[1] * args.micro_batches))
+            bounded = Backend(args.ep_backend, False, args.ep_capacity, max_tokens=rows * args.seq_len)
+        return cls(schedule, how, args.zero, bounded)
+
+
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    """Add ``--mesh``, and the options of micro-batches, pipelines, ZeRO, backends, remat and compiling.
+
+    >>> parser = Parser()
+    >>> add_layout(parser)
+    >>> parser.parse_args([]).pp_schedule
+    '1f1b'
+    """
+    add: Callable[..., Any] = parser.add_argument
+    add("--mesh", default="", help='axes and sizes under torchrun, as "dp=2,ep=4"; experts lie along ep')
+    add("--micro-batches", type=at_least(1), default=1, help="parts a step's batch is computed in")
+    add("--zero", type=int, choices=[1, 2, 3], default=3, help="how often parameters travel: ZeRO's stages")
+    add("--pp-schedule", default="1f1b", help="of stages along pp: 1f1b, interleaved, zero_bubble or zbv")
+    add("--stages-per-rank", type=at_least(1), help="of --pp-schedule (default: 1 for 1f1b, else 2)")
+    add("--ep-backend", default="auto", help="what carries tokens along ep: auto, all_to_all or deepep")
+    add("--ep-capacity", type=float, help="room for this times the mean of rows; nobody asks how many come")
+    add("--remat", default="none", help="what layers recompute: none, full, default, or save:NAME,NAME")
+    add("--compile", action="store_true", help="compile each layer with torch.compile")
+
+
+def add_text(parser: argparse.ArgumentParser) -> None:
+    """Add ``--data``, ``--suffix``, ``--field``, ``--tokenizer`` and ``--segments``.
+
+    >>> parser = Parser()
+    >>> add_text(parser)
+    >>> parser.parse_args(["--data", "books"]).data
+    [PosixPath('books')]
+    """
+    add: Callable[..., Any] = parser.add_argument
+    add("--data", type=Path, nargs="+", help="files and folders (default: Python's standard library)")
+    add("--suffix", default=".py", help="of the files in folders; a .jsonl file has a document a line")
+    add("--field", default="text", help="of a JSONL line")
+    add("--tokenizer", type=Path, help="a tokenizer.json (default: a token is a byte)")
+    add("--segments", action="store_true", help="documents in a sequence don't see each other")
+
+
+def tokenizer_of(args: argparse.Namespace) -> tuple[Tokenizer, str]:
+    """The tokenizer of :func:`add_text`'s options, and the word for what it makes of text.
+
+    Raises ``SystemExit`` for ``--segments`` of bytes.
+
+    >>> parser = Parser()
+    >>> add_text(parser)
+    >>> tokenizer_of(parser.parse_args([]))[1]
+    'byte'
+    """
+    if args.tokenizer:
+        return load_tokenizer(args.tokenizer), "token"
+    if args.segments:
+        reason = "among bytes, a separator is a newline like any other"
+        raise SystemExit(f"error: --segments needs --tokenizer: {reason}")
+    return BYTES, "byte"
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default in (None, "") or action.default is False
+        return action.help if silent else super()._get_help_string(action)
+
+
+def at_least(least: int | float) -> Callable[[str], int | float]:
+    """A ``type`` for an option: a number of the type of ``least`` that isn't below it.
+
+    >>> at_least(0.0)("1")
+    1.0
+    """
+
+    def number(text: str) -> int | float:
+        value = type(least)(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"got {text}, expected at least {least}")
+        return value
+
+    return number
