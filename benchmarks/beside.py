@@ -6,7 +6,6 @@
 What stands after ``--`` are options of ``examples/train_deepseek_v3.py`` that both know.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -14,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from fmoe.training import options
 from fmoe.training.metrics import read_metrics
 
 HERE = Path(__file__).resolve().parents[1]
@@ -23,7 +23,13 @@ WARM_UP = 10
 def speed(tree: Path, processes: int, options: list[str]) -> float:
     """Tokens a second: the median of the steps after the first few."""
     with tempfile.TemporaryDirectory() as folder:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+        ]
         paths = [str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         command = [*torchrun, "examples/train_deepseek_v3.py", "--out", folder, *options]
@@ -33,10 +39,10 @@ def speed(tree: Path, processes: int, options: list[str]) -> float:
 
 
 if __name__ == "__main__":
-    mine, options = sys.argv[1:], []
+    mine, theirs = sys.argv[1:], []
     if "--" in mine:
-        mine, options = mine[: mine.index("--")], mine[mine.index("--") + 1 :]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        mine, theirs = mine[: mine.index("--")], mine[mine.index("--") + 1 :]
+    parser = options.Parser(description=__doc__)
     parser.add_argument("before", type=Path, help="another checkout")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
@@ -45,7 +51,9 @@ if __name__ == "__main__":
     found: dict[str, list[float]] = {name: [] for name in trees}
     for _ in range(args.rounds):
         for name, tree in trees.items():
-            found[name].append(speed(tree, args.processes, options))
+            found[name].append(speed(tree, args.processes, theirs))
     for name, several in found.items():
-        print(f"{name:6s} {statistics.median(several):10,.0f} tokens/s, of", *(f"{one:,.0f}" for one in several))
+        print(
+            f"{name:6s} {statistics.median(several):10,.0f} tokens/s, of", *(f"{one:,.0f}" for one in several)
+        )
     print(f"now / before: {statistics.median(found['now']) / statistics.median(found['before']):.2f}")

@@ -10,7 +10,18 @@ import pytest
 import fmoe
 
 ROOT = pathlib.Path(fmoe.__file__).parent
-ORDER = ["errors", "tree", "params", "ops", "transforms", "parallel", "extend", "models", "pipeline"]
+ORDER = [
+    "errors",
+    "tree",
+    "params",
+    "ops",
+    "graphs",
+    "transforms",
+    "parallel",
+    "extend",
+    "models",
+    "pipeline",
+]
 ORDER += ["training", "introspect", "plan", "bench", "testing", "doctor", "__main__"]
 OPTIONAL = {
     "cloudpickle",
