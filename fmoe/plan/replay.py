@@ -66,7 +66,7 @@ class _Sampled(Step):
 
     dry: DryRun
     owned: Owned
-    noted: "_Noted"
+    noted: _Noted
 
     def compute(self, action: Action) -> None:
         start = self.dry.mark("computes")
