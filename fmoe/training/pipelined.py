@@ -94,6 +94,12 @@ def chosen(
         expected = f"{pp} ranks, as {describe(mesh)} has, and micro_batches={micro_batches}"
         raise argument_error(function, "schedule", got=got, expected=expected)
     if stages is None:
+        if (number := len(schedule.stage_to_rank)) > config.num_layers:
+            expected = f"at most {config.num_layers}, one for each layer"
+            remedy = "Have fewer ranks along pp, or fewer stages a rank."
+            raise argument_error(
+                function, "schedule", got=f"{number} stages", expected=expected, remedy=remedy
+            )
         stages = cut(config, schedule.stage_to_rank)
     stages = check_stages(function, stages, config, mesh)
     if stages.ranks != schedule.stage_to_rank:

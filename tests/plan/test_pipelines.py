@@ -122,6 +122,10 @@ def test_backwards_may_be_whole_for_some_micro_batches_and_in_halves_for_others(
     [
         ({"schedule": "gpipe"}, "make_schedule: name: got 'gpipe', expected one of '1f1b'"),
         (
+            {"schedule": make_schedule("interleaved", pp=2, micro_batches=2, stages_per_rank=3)},
+            "plan: schedule: got 6 stages, expected at most 5, one for each layer. Have fewer ranks along pp",
+        ),
+        (
             {"schedule": make_schedule("1f1b", pp=3, micro_batches=2)},
             "plan: schedule: got one of 3 ranks and",
         ),
