@@ -27,10 +27,10 @@ from ..training.gradients import check_zero
 from ..training.optim import Optimizer, adamw
 from ..training.pipelined import chosen
 from .dry_run import Rows
-from .rank import Job, RankPlan, check_divides, plan_alone, spent
+from .rank import Job, RankPlan, check_divides, plan_alone
 from .rates import Rates
-from .replay import message, replay, sample
-from .time import Time, of_pipeline, planned
+from .replay import plan_in_stages
+from .time import Time, planned
 
 SAMPLED_TOKENS = 8192
 
@@ -165,57 +165,33 @@ def plan(
         config, here, batch, micro_batches, dtype, compute_dtype or dtype, reduce_dtype, zero, per_layer,
         optimizer or adamw(), max_norm, logits_bytes, segments, rows, device_type == "cuda", rates, compiled,
     )  # fmt: skip
-    tokens_per_device = tokens * micro_batches
-    needed = {axis for axis, size in sizes.items() if size > 1}
-    if rates and (without := sorted(needed - {*rates.links})):
-        got, remedy = (
-            f"no link along {', '.join(without)}",
-            "Add it to the file of rates, measured or assumed.",
-        )
-        raise error("rates.links", got=got, expected="one for each axis of the mesh", remedy=remedy)
-    flops, per_device = flops_per_token(config, seq_len), batch_size * seq_len / math.prod(sizes.values())
-    if pp == 1:
-        alone = plan_alone(job)
-        time = rates and planned((alone,), alone.busy, 0.0, per_device, flops, rates.peak_flops)
-        return Plan(sizes, tokens_per_device, (alone,), rows, copies, time=time)
+    _check_links(rates, sizes)
     whole: Any = MeshOfSizes(sizes)
-    made, cuts = chosen("plan", config, whole, micro_batches, schedule, stages)
-    everywhere = group_of(whole, ("pp", *token_axes(here)))
-    like = _first_alike(config, made, cuts)
-    samples = {rank: sample(job, made, cuts, rank, everywhere) for rank in sorted({*like})}
-    ranks = tuple(replay(job, made, cuts, rank, samples[first]) for rank, first in enumerate(like))
+    made: Schedule | None = None
+    if pp == 1:
+        ranks: tuple[RankPlan, ...] = (plan_alone(job),)
+        seconds, waits = ranks[0].busy, 0.0
+    else:
+        made, cuts = chosen("plan", config, whole, micro_batches, schedule, stages)
+        ranks, seconds, waits = plan_in_stages(job, made, cuts, group_of(whole, ("pp", *token_axes(here))))
     time = None
     if rates:
-        times: dict[tuple[int, str], float] = {
-            (s, kind): spent(effects[-1].totals)
-            for rank, first in enumerate(like)
-            for (i, kind), effects in samples[first].effects.items()
-            for s in [made.stages(rank)[i]]
-        }
-        around = [spent(samples[first].around) for first in like]
-        seconds = of_pipeline(made, times, around, rates.sending(message(job), "pp", "pipeline"))
-        time = planned(ranks, *seconds, per_device, flops, rates.peak_flops)
-    return Plan(sizes, tokens_per_device, ranks, rows, copies, made, time)
+        tokens_each, flops = batch_size * seq_len / whole.size(), flops_per_token(config, seq_len)
+        time = planned(ranks, seconds, waits, tokens_each, flops, rates.peak_flops)
+    return Plan(sizes, tokens * micro_batches, ranks, rows, copies, made, time)
+
+
+def _check_links(rates: Rates | None, sizes: Mapping[str, int]) -> None:
+    if rates and (without := [axis for axis, size in sizes.items() if size > 1 and axis not in rates.links]):
+        got, expected = f"no link along {', '.join(without)}", "one for each axis of the mesh"
+        remedy = "Add it to the file of rates, measured or assumed."
+        raise argument_error("plan", "rates.links", got=got, expected=expected, remedy=remedy)
 
 
 def _check_rates(rates: Rates, dtype: torch.dtype) -> None:
     if rates.dtype != str(dtype).removeprefix("torch."):
         expected, remedy = f"those of {dtype}, which it computes in", "Measure them with --dtype."
         raise argument_error("plan", "rates", got=f"rates of {rates.dtype}", expected=expected, remedy=remedy)
-
-
-def _first_alike(config: DecoderConfig, schedule: Schedule, stages: Stages) -> list[int]:
-    """For each rank, the first one whose stages have the same kinds of layers."""
-
-    def kinds(rank: int) -> Any:
-        last = len(stages.ranks) - 1
-        ends = [(s == 0, s == last, *stages.layers[s]) for s in schedule.stages(rank)]
-        return [
-            (first, last, max(0, min(b, config.num_dense_layers) - a), b - a) for first, last, a, b in ends
-        ]
-
-    found = [*map(kinds, range(len(schedule.actions)))]
-    return [*map(found.index, found)]
 
 
 def copies_per_token(config: DecoderConfig, ep: int) -> float:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..models.config import DecoderConfig
 from ..models.params import ModelParams, specs
 from ..models.stages import Stages
 from ..ops.core.axes import Group
@@ -22,7 +23,8 @@ from ..training import pipelined
 from ..training.pipelined import Setup
 from ..training.zero import collected
 from .dry_run import DryRun, Mark, Totals
-from .rank import Job, Memory, Owned, RankPlan, Stepped, described, on_its_devices, step
+from .rank import Job, Memory, Owned, RankPlan, Stepped, described, on_its_devices, spent, step
+from .time import of_pipeline
 
 
 class Effect(NamedTuple):
@@ -86,6 +88,44 @@ class _Sampled(Step):
         before = self.dry.numbers(self.gradients)
         super().add(stage, found)
         self.noted.sums[stage] |= self.dry.numbers(self.gradients) - before
+
+
+def plan_in_stages(
+    job: Job, schedule: Schedule, stages: Stages, everywhere: Group
+) -> tuple[tuple[RankPlan, ...], float, float]:
+    """The plans of all ranks and, with rates, a step's seconds and those that sending adds between stages.
+
+    ``everywhere`` are the devices that tokens or stages lie on.
+    """
+    like = _first_alike(job.config, schedule, stages)
+    samples = {rank: sample(job, schedule, stages, rank, everywhere) for rank in sorted({*like})}
+    ranks = tuple(replay(job, schedule, stages, rank, samples[first]) for rank, first in enumerate(like))
+    if not job.rates:
+        return ranks, 0.0, 0.0
+    times: dict[tuple[int, str], float] = {
+        (schedule.stages(rank)[i], kind): spent(effects[-1].totals)
+        for rank, first in enumerate(like)
+        for (i, kind), effects in samples[first].effects.items()
+    }
+    around = [spent(samples[first].around) for first in like]
+    transfer = job.rates.sending(message(job), "pp", "pipeline")
+    return ranks, *of_pipeline(schedule, times, around, transfer)
+
+
+def _first_alike(config: DecoderConfig, schedule: Schedule, stages: Stages) -> list[int]:
+    """For each rank, the first one whose stages have the same kinds of layers and of computations."""
+
+    def kinds(rank: int) -> Any:
+        found = []
+        for s in schedule.stages(rank):
+            a, b = stages.layers[s]
+            dense = max(0, min(b, config.num_dense_layers) - a)
+            computed = {action.kind for action in schedule.computations(rank) if action.stage == s}
+            found.append((s == 0, s == len(stages.ranks) - 1, dense, b - a, computed))
+        return found
+
+    found = [*map(kinds, range(len(schedule.actions)))]
+    return [*map(found.index, found)]
 
 
 def message(job: Job) -> int:

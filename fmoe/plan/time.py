@@ -50,7 +50,7 @@ def of_pipeline(
     around: Sequence[float],
     transfer: float,
 ) -> tuple[float, float]:
-    """Seconds of a step, and how many of these stages' results are on their way while nobody computes.
+    """Seconds of a step, and by how many of these it is longer than if stages' results came at once.
 
     ``times`` are of stages' computations, ``around`` of what each rank does before and after all of its own,
     and ``transfer`` that in which a stage's result goes to another rank.

@@ -112,6 +112,11 @@ def test_backwards_may_be_whole_for_some_micro_batches_and_in_halves_for_others(
     mixed = from_computations([order(0), order(1)], (0, 1))
     how = dict(batch_size=8, seq_len=64, micro_batches=4, device_type="cpu")
     found, alone = (plan(LAYERS, "pp=2", schedule=s, **how) for s in (mixed, "1f1b"))
+    unlike = [
+        [Action(s, kind, m) for m in range(4) for kind in kinds] for s, kinds in enumerate(("FB", "FIW") * 2)
+    ]
+    mixed_by_rank = from_computations(unlike, range(4))
+    assert {r.in_flight for r in plan(LAYERS, "pp=4", schedule=mixed_by_rank, **how).ranks} == {1}
     for a, b in zip(found.ranks, alone.ranks):
         assert a.in_flight == 1
         assert (a.parameters, a.gradients, a.sent) == (b.parameters, b.gradients, b.sent)

@@ -348,7 +348,7 @@ def test_rates_must_fit_the_plan(tmp_path):
     how = dict(batch_size=2, seq_len=32)
     with error("plan: rates: got rates of bfloat16, expected those of torch.float32"):
         plan(SMALL, rates=rates_of("bfloat16"), **how)
-    with error("plan: rates.links: got no link along dp, pp, expected one for each axis of the mesh"):
+    with error("plan: rates.links: got no link along pp, dp, expected one for each axis of the mesh"):
         plan(SMALL, "dp=2,pp=2", rates=rates_of(links={}), **how)
     with error("No such file"):
         read_rates(tmp_path / "nothing.json")
