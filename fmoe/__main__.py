@@ -18,6 +18,8 @@ from .bench.layers import ROUTINGS, SHAPES, Shape
 from .bench.measure import bench_layer, report
 from .bench.model import bench_model
 from .bench.model import report as model_report
+from .bench.rates import measure_rates
+from .bench.rates import report as rates_report
 from .bench.tune import report as tuning
 from .bench.tune import tune
 from .doctor import diagnose, self_test
@@ -26,8 +28,12 @@ from .introspect import Support, operator_support
 from .models import decoder
 from .models.families import PRESETS
 from .parallel import Backend
+from .parallel.mesh import AXES, make_mesh, parse_axes
 from .parallel.together import this_rank
+from .pipeline import Schedule, make_schedule
+from .pipeline.orders import KINDS
 from .plan import plan as plan_step
+from .plan import read_rates
 from .plan import report as planned
 from .training import plot
 from .training.optim import adamw
@@ -114,7 +120,8 @@ def model(args: argparse.Namespace) -> None:
     result = bench_model(
         decoder.preset(args.model, layers=args.layers), batch_size=args.batch_size, seq_len=args.seq_len,
         steps=args.steps, remat=args.remat, compiled=args.compile, balanced=args.balanced, data=args.data,
-        segments=args.segments, device=args.device, trace=args.trace, seed=args.seed, **_dtypes(args),
+        segments=args.segments, device=args.device, trace=args.trace, seed=args.seed,
+        rates=args.rates and read_rates(args.rates), **_dtypes(args),
     )  # fmt: skip
     result["model"] = args.model
     model_report(result, console(), args.model)
@@ -132,6 +139,16 @@ def model_arguments(add: Add) -> None:
     add("--seed", type=int, help="fresh by default")
     add("--trace", metavar="FILE", help="a profile of one step, for a browser")
     add("--json", metavar="FILE", help="write what was measured")
+    add("--rates", metavar="FILE", help="as bench rates writes it: show the planned time, too")
+
+
+def rates(args: argparse.Namespace) -> None:
+    _check_writable(args.out)
+    mesh = make_mesh(args.mesh, device_type=torch.device(args.device).type) if args.mesh else None
+    found = measure_rates(dtype=getattr(torch, args.dtype), device=args.device, mesh=mesh, seed=args.seed)
+    if this_rank() == 0:
+        rates_report(found, console())
+        _write_json(found, args.out)
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -150,14 +167,27 @@ def plan(args: argparse.Namespace) -> None:
     found = plan_step(
         config, args.mesh, batch_size=args.batch_size, seq_len=args.seq_len, micro_batches=args.micro_batches,
         zero=args.zero, per_layer=per_layer(args.remat), imbalance=args.imbalance, optimizer=optimizer,
+        schedule=_schedule(args), rates=args.rates and read_rates(args.rates), compiled=args.compile,
         backend=Backend(host_sync=args.ep_capacity is None, capacity=args.ep_capacity), **dtypes,
     )  # fmt: skip
     if args.json:
-        stages = [{**stage._asdict(), "peak": stage.peak} for stage in found.stages]
-        print(json.dumps({**found._asdict(), "stages": stages, "peak": found.peak}, indent=1))
+        ranks = [{**rank._asdict(), "peak": rank.peak} for rank in found.ranks]
+        schedule = found.schedule and found.schedule.name
+        time = found.time and found.time._asdict()
+        others = dict(ranks=ranks, schedule=schedule, time=time, peak=found.peak)
+        print(json.dumps(found._asdict() | others, indent=1))
         return
     title = f"{args.model}, {config.num_layers} layers, {args.mesh or 'one device'}, remat {args.remat}"
     planned(found, console(), title)
+
+
+def _schedule(args: argparse.Namespace) -> str | Schedule:
+    """As the example makes it: by the name alone it would have the usual number of stages."""
+    pp = parse_axes("plan", args.mesh, {})[AXES.index("pp")]
+    if pp == 1:
+        return args.pp_schedule
+    sizes = dict(micro_batches=args.micro_batches, stages_per_rank=args.stages_per_rank)
+    return make_schedule(args.pp_schedule, pp=pp, **sizes)
 
 
 def step_arguments(add: Add) -> None:
@@ -207,11 +237,26 @@ def arguments() -> argparse.ArgumentParser:
     add("--micro-batches", type=int, default=1)
     how_often = "parameters are gathered and gradients summed: 3 each micro-batch, 1 once a step, 2 between"
     add("--zero", type=int, default=3, choices=(1, 2, 3), help=how_often)
+    add("--pp-schedule", choices=KINDS, default="1f1b", help="of a mesh with pp")
+    add("--stages-per-rank", type=int, help="default: 1 for 1f1b, else 2")
     add("--imbalance", type=float, default=1.0, help="the busiest device's rows over the mean")
     add("--ep-capacity", type=float, help="room for rows over the mean, where the host never asks for theirs")
+    add(
+        "--rates",
+        metavar="FILE",
+        help="of devices and links, as bench rates writes it: for the time",
+    )
+    add("--compile", action="store_true", help="the time where each layer is compiled")
     add("--json", action="store_true")
     benches = commands.add_parser("bench", help="measure here").add_subparsers(dest="what", required=True)
     model_arguments(command(benches, "model", model, "training steps of a model"))
+    add = command(benches, "rates", rates, "this device's rates, for the time of plans")
+    on_cuda = torch.cuda.is_available()
+    add("--out", metavar="FILE", help="write them, for plan --rates")
+    add("--mesh", help="under torchrun: axes and sizes, whose links to measure, too")
+    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if on_cuda else "float32")
+    add("--device", default="cuda" if on_cuda else "cpu")
+    add("--seed", type=int, help="fresh by default")
     add = command(benches, "layer", bench, "one MoE layer, beside plain PyTorch and installed peers")
     layer_arguments(add)
     add("--routing", nargs="+", choices=ROUTINGS, default=["random"])

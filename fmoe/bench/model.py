@@ -18,7 +18,7 @@ from torch.profiler import record_function
 from ..errors import argument_error
 from ..models import decoder
 from ..models.config import DecoderConfig
-from ..plan import plan
+from ..plan import Rates, plan
 from ..training import data as text
 from ..training.documents import read_documents
 from ..training.metrics import PEAK_FLOPS
@@ -51,6 +51,7 @@ def bench_model(
     device: str = "cuda",
     trace: str | None = None,
     seed: int | None = None,
+    rates: Rates | None = None,
 ) -> dict[str, Any]:
     """Train for a few steps on one device and measure them.
 
@@ -61,6 +62,7 @@ def bench_model(
     data       a file of text, read as bytes; ``None``: random tokens
     segments   as many segments a row, about equally long; ``None``: no segment ids
     trace      where to write a profile of one step
+    rates      this device's, to plan the time with; ``None``: the time isn't planned
     -> dict    for JSON: ms, bytes, FLOP/s, shares of a step's time
     =========  ===============================================================
 
@@ -82,11 +84,12 @@ def bench_model(
     config = dataclasses.replace(config, router=dataclasses.replace(config.router, force_balance=balanced))
     compute_dtype, moments_dtype = compute_dtype or dtype, moments_dtype or dtype
     optimizer, on_cuda = adamw(moments_dtype=moments_dtype), torch.device(device).type == "cuda"
-    planned = plan(
+    whole = plan(
         config, batch_size=batch_size, seq_len=seq_len, dtype=dtype, compute_dtype=compute_dtype,
         per_layer=per_layer(remat), optimizer=optimizer, device_type=torch.device(device).type,
-        segments=(segments or 1) > 1,
-    ).stages[0]  # fmt: skip
+        segments=(segments or 1) > 1, rates=rates, compiled=compiled,
+    )  # fmt: skip
+    (planned,) = whole.ranks
     if not on_cuda:
         _check_memory(planned.peak)
     wrap = per_layer(remat, compiled=compiled)
@@ -116,6 +119,8 @@ def bench_model(
         mfu=rate * 1e12 / vendors if vendors else None, matmul_tflops=matmul, mfu_of_matmul=rate / matmul,
         planned_bytes=planned.peak, planned=planned._asdict(),
         planned_over_peak=planned.peak / peak if peak else None,
+        planned_ms=whole.time and whole.time.seconds * 1e3,
+        planned_over_ms=whole.time and whole.time.seconds * 1e3 / found["ms"],
     )  # fmt: skip
 
 
@@ -251,13 +256,17 @@ def report(result: dict[str, Any], console: Console, title: str = "a model") -> 
         "peak memory GiB": _or_dash(r["peak_bytes"] and r["peak_bytes"] / 2**30, ".2f"),
         "planned GiB (planned / peak)": f"{r['planned_bytes'] / 2**30:.2f} "
         f"({_or_dash(r['planned_over_peak'], '.3f')})",
+        "planned ms (planned / measured)": f"{_or_dash(r['planned_ms'], '.2f')} "
+        f"({_or_dash(r['planned_over_ms'], '.3f')})",
         "loss, first and last": f"{r['first_loss']:.3f}, {r['last_loss']:.3f}",
     }
-    table, times = Table("a training step", ""), Table("of its time", "")
+    planned = r["planned"]["seconds"]
+    table, times = Table("a training step", ""), Table("of its time", "", *["planned ms"] * bool(planned))
     for row in rows.items():
         table.add_row(*row)
     for kind, share in r["shares"].items():
-        times.add_row(kind, f"{share:.1%}")
+        ms = planned.get(kind, 0.0) * 1e3
+        times.add_row(kind, f"{share:.1%}", *[f"{ms:.2f}"] * bool(planned))
     console.print(table)
     console.print(times)
 

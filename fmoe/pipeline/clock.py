@@ -1,4 +1,4 @@
-"""A simulated clock: when each computation of a pipeline begins and ends, if sending takes no time."""
+"""A simulated clock: when each computation of a pipeline begins and ends."""
 
 import heapq
 import math
@@ -46,11 +46,12 @@ class Action(NamedTuple):
 class Costs:
     """Times that a stage takes for a micro-batch: one number for all stages, or a tuple of one for each.
 
-    ===========  ===========================================================================
-    ``forward``  of a forward, ``F``
-    ``input``    of the gradients of inputs, ``I``; those of the first stage are needed by nobody
-    ``weight``   of the gradients of weights, ``W``; a whole backward takes ``input + weight``
-    ===========  ===========================================================================
+    ============  ==========================================================================
+    ``forward``   of a forward, ``F``
+    ``input``     of the gradients of inputs, ``I``; those of the first stage are needed by nobody
+    ``weight``    of the gradients of weights, ``W``; a whole backward takes ``input + weight``
+    ``transfer``  a number: from where a computation ends to where its result is on another rank
+    ============  ==========================================================================
 
     >>> Costs(weight=(0.5, 2.0)).of(Action(1, "B", 0))
     3.0
@@ -59,6 +60,7 @@ class Costs:
     forward: float | tuple[float, ...] = 1.0
     input: float | tuple[float, ...] = 1.0
     weight: float | tuple[float, ...] = 1.0
+    transfer: float = 0.0
 
     def of(self, action: Action) -> float:
         """The time of a computation."""
@@ -77,6 +79,9 @@ def check_costs(function: str, costs: Costs, num_stages: int) -> None:
         if not all(isinstance(time, int | float) and 0 <= time < math.inf for time in each):
             expected = "a finite time of at least 0, or a tuple of one for each stage"
             raise argument_error(function, f"costs.{name}", got=repr(parts[name]), expected=expected)
+    if isinstance(costs.transfer, bool | tuple) or not 0 <= costs.transfer < math.inf:
+        expected = "a finite time of at least 0"
+        raise argument_error(function, "costs.transfer", got=repr(costs.transfer), expected=expected)
     if not any(map(any, times.values())):
         raise argument_error(function, "costs", got="only zeros", expected="a time above 0")
 
@@ -148,6 +153,7 @@ def run_clock(
     ranks, last = [_Rank(deque(order)) for order in orders], len(stage_to_rank) - 1
     ends, arrived = dict[Key, float](), set[Key]()
     running: list[tuple[float, int, Timed]] = []
+    coming: list[tuple[float, int]] = []  # when something arrives, and on which rank
     moments, ended, now, awake = [], list[Timed](), 0.0, {*range(len(ranks))}
     while True:
         began = []
@@ -156,23 +162,31 @@ def run_clock(
             if rank.busy:
                 continue
             inputs = needs(rank.queue[0], last) if rank.queue else []
-            ready = bool(rank.queue) and arrived.issuperset(inputs)
-            at = max((ends.get(key, math.inf) for key in inputs), default=now if rank.queue else math.inf)
+            there = [
+                ends.get(key, math.inf) + costs.transfer * (stage_to_rank[key[0]] != number) for key in inputs
+            ]
+            at = max(there, default=now if rank.queue else math.inf)
+            ready = bool(rank.queue) and arrived.issuperset(inputs) and at <= now
             if action := rank.choose(ready, at - now, costs, fill):
                 rank.begin(action, fill)
                 began.append(Timed(action, number, now, now + costs.of(action)))
                 ends[result(action)] = began[-1].end
                 heapq.heappush(running, (began[-1].end, number, began[-1]))
         moments.append(Moment(ended, began))
-        if not running:
+        if not running and not coming:
             return moments
-        now, ended = running[0][0], []
+        now, ended = min(heap[0][0] for heap in (running, coming) if heap), []
         while running and running[0][0] == now:
             ended.append(heapq.heappop(running)[-1])
             ranks[ended[-1].rank].busy = False
         arrived.update(result(done.action) for done in ended)  # not sooner, even if it took no time
-        following = {stage for done in ended if 0 <= (stage := receiver(*done.action[:2])) <= last}
-        awake = {done.rank for done in ended} | {stage_to_rank[stage] for stage in following}
+        awake = {done.rank for done in ended}
+        for done in ended:
+            if 0 <= (stage := receiver(*done.action[:2])) <= last:
+                late = costs.transfer * (stage_to_rank[stage] != done.rank)
+                heapq.heappush(coming, (done.end + late, stage_to_rank[stage]))
+        while coming and coming[0][0] == now:
+            awake.add(heapq.heappop(coming)[1])
 
 
 def result(action: Action) -> Key:

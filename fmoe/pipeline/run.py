@@ -16,6 +16,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..errors import argument_error
 from ..ops.core.dtypes import accumulator
+from ..ops.core.primitive import kernel
+from ..parallel.backends.wire import process_group
 from .clock import Action, receiver
 from .halves import Gradients, Rest, input_gradient, weight_gradients
 from .schedule import Schedule
@@ -126,7 +128,7 @@ def run(
     >>> found.sums, found.gradients
     ({0: tensor([27.])}, [tensor(18.)])
     """
-    return _Step(schedule, line, stages, variables, seed).run(schedule.actions[line.rank])
+    return Step(schedule, line, stages, variables, seed).run(schedule.actions[line.rank])
 
 
 def forwards(schedule: Schedule, rank: int) -> tuple[Action, ...]:
@@ -141,7 +143,7 @@ def forwards(schedule: Schedule, rank: int) -> tuple[Action, ...]:
 
 def run_forwards(schedule: Schedule, line: Line, stages: Mapping[int, Stage]) -> dict[int, torch.Tensor]:
     """The ``sums`` of :func:`run`, without gradients."""
-    return _Step(schedule, line, stages).run(forwards(schedule, line.rank)).sums
+    return Step(schedule, line, stages).run(forwards(schedule, line.rank)).sums
 
 
 class _Kept(NamedTuple):
@@ -160,7 +162,7 @@ class _Roots(NamedTuple):
     x: torch.Tensor | None
 
 
-class _Step:
+class Step:
     """What one call holds."""
 
     def __init__(
@@ -184,13 +186,12 @@ class _Step:
         self.peak = 0
 
     def run(self, actions: Iterable[Action]) -> Ran:
-        compute = {"F": self.forward, "B": self.backward, "I": self.backward_input, "W": self.backward_weight}
         for _, several in groupby(actions, key=_moment):
             listed = [*several]
             with _named(self.line.rank, listed):
                 if listed[0].batch is None:
                     for action in listed:
-                        compute[action.kind](action.stage, action.micro_batch)
+                        self.compute(action)
                 else:
                     self.transfer(listed)
         while self.sent:
@@ -245,6 +246,10 @@ class _Step:
             self.leaving[stage, kind, m] = tensor.contiguous()
 
     # ---- computations
+
+    def compute(self, action: Action) -> None:
+        of = {"F": self.forward, "B": self.backward, "I": self.backward_input, "W": self.backward_weight}
+        of[action.kind](action.stage, action.micro_batch)
 
     def forward(self, stage: int, m: int) -> None:
         x = self.take(stage, "F", m) if stage else None
@@ -309,6 +314,22 @@ class _Step:
                 self.gradients[i] = gradient.to(accumulator(gradient.dtype), copy=True)
             else:
                 total.add_(gradient)
+
+
+def _swap(x: torch.Tensor, peer: int, group: str) -> torch.Tensor:
+    line, theirs = process_group(group), torch.empty_like(x)
+    both = (dist.isend, x), (dist.irecv, theirs)
+    for work in dist.batch_isend_irecv([dist.P2POp(op, t, group=line, group_peer=peer) for op, t in both]):
+        work.wait()
+    return theirs
+
+
+# What a peer of the group has, for what this rank has. Both call it.
+swap = kernel(
+    "swap(Tensor x, int peer, str group) -> Tensor",
+    impl=_swap,
+    fake=lambda x, peer, group: x.new_empty(x.shape),
+)
 
 
 def _edge(tensor: torch.Tensor | None) -> GradientEdge | None:

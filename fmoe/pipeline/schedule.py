@@ -154,7 +154,7 @@ def from_computations(
 
 
 def timeline(schedule: Schedule, costs: Costs = UNIT) -> tuple[tuple[Timed, ...], ...]:
-    """For each rank, when its computations begin and end, if sends and receives take no time.
+    """For each rank, when its computations begin and end.
 
     Raises ``ValueError`` for costs that aren't times of the schedule's stages, and for a schedule whose ranks
     wait for each other.

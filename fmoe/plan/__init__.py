@@ -1,7 +1,9 @@
-"""Plans: what a training step will hold and send, before anything runs (``python -m fmoe plan``)."""
+"""Plans: what a training step will hold, send and take, before anything runs (``python -m fmoe plan``)."""
 
 from .planning import Plan, copies_per_token, plan
-from .stage import StagePlan
+from .rank import RankPlan
+from .rates import Link, Rates, read_rates
 from .table import report
+from .time import Time
 
-__all__ = ["Plan", "StagePlan", "copies_per_token", "plan", "report"]
+__all__ = ["Link", "Plan", "RankPlan", "Rates", "Time", "copies_per_token", "plan", "read_rates", "report"]

@@ -4,6 +4,7 @@ The library's own functions run, so what they keep, free and send follows from t
 what a kernel on CUDA holds while it runs.
 """
 
+import math
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -32,12 +33,23 @@ class Rows(NamedTuple):
     expanded: int
 
 
+Totals = Counter[tuple[str, str]]
+
+
+class Mark(NamedTuple):
+    """A place of a dry run's timeline, and what was counted until then."""
+
+    at: int
+    totals: Totals
+
+
 class DryRun(TorchDispatchMode):
     """Follows every storage from its first tensor to its last, and counts the bytes that each operator sends.
 
-    ``timeline`` has the number of each storage that came or went, and which of the two it did. ``marks`` are
-    places in it, by name, in order, and ``sent_at`` has the bytes sent until then. ``copies`` are storages of
-    nothing but ``params``, gathered, cast or laid out anew. Enter it inside a ``FakeTensorMode``.
+    ``timeline`` has the number of each storage that came or went, and which of the two it did. ``totals``
+    has, by purpose, the bytes ``"sent"``, and what ``watch`` counts. ``marks`` are places, by name, in order.
+    ``copies`` are storages of nothing but ``params``, gathered, cast or laid out anew. Enter it inside a
+    ``FakeTensorMode``.
     """
 
     def __init__(self, *, rows: Rows | None = None, on_cuda: bool = True) -> None:
@@ -46,11 +58,11 @@ class DryRun(TorchDispatchMode):
         self.bytes_of: list[int] = []
         self.maker: list[str] = []
         self.timeline: list[tuple[int, bool]] = []
-        self.marks: defaultdict[str, list[int]] = defaultdict(list)
-        self.sent: Counter[str] = Counter()
-        self.sent_at: defaultdict[str, list[Counter[str]]] = defaultdict(list)
+        self.totals: Totals = Counter()
+        self.marks: defaultdict[str, list[Mark]] = defaultdict(list)
         self.params: set[int] = set()
         self.copies: set[int] = set()
+        self.watch: Any = None  # a Stopwatch
         self._numbers: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -72,13 +84,17 @@ class DryRun(TorchDispatchMode):
         held = WORKSPACES[name](args, outputs) if self.on_cuda and name in WORKSPACES else 0
         if held > 0:
             self.timeline.append((self._new(held, name), False))
+        if self.watch:
+            self.watch.ran(name, func, args, kwargs or {}, outputs, held)
         if name in SENT:
-            self.sent[name] += SENT[name](args, outputs)
+            self.totals["sent", PURPOSE.get(name, "sums")] += SENT[name](args, outputs)
         return out
 
-    def mark(self, name: str) -> None:
-        self.marks[name].append(len(self.timeline))
-        self.sent_at[name].append(self.sent.copy())
+    def mark(self, name: str) -> Mark:
+        self.marks[name].append(mark := Mark(len(self.timeline), self.totals.copy()))
+        if self.watch:
+            self.watch.mark(mark)
+        return mark
 
     def number(self, tensor: torch.Tensor, maker: str = "given") -> int:
         """The number of a tensor's storage."""
@@ -96,6 +112,10 @@ class DryRun(TorchDispatchMode):
         """Whether a tree has tensors, and none but parameters and copies of them."""
         found = self.numbers(tree)
         return bool(found) and found <= self.params | self.copies
+
+    def since(self, start: Mark, stop: Mark) -> Totals:
+        """What was counted between two places."""
+        return stop.totals - start.totals
 
     def alive(self, at: int) -> set[int]:
         """The storages that exist at a place of the timeline."""
@@ -284,8 +304,24 @@ WORKSPACES: dict[str, Callable[[Any, Any], int]] = {
 # ---- bytes that a device sends: rings for collectives; tokens go evenly to all other devices --------------
 
 
+PURPOSE = dict.fromkeys((f"fmoe::{n}" for n in ("exchange", "send", "send_back", "send_both_back")), "tokens")
+PURPOSE |= dict.fromkeys((*GATHERS, "fmoe::reduce_params", "fmoe::begin_reduce"), "parameters")
+PURPOSE["fmoe::swap"] = "pipeline"
+
+
 def _others(size: int, nbytes: int) -> int:
     return nbytes * (size - 1) // size
+
+
+def _along(group: str) -> int:
+    """The size of a group that :class:`MeshOfSizes` named."""
+    return math.prod(int(axis.partition("=")[2]) for axis in group.split(","))
+
+
+def axes_along(args: Any) -> str:
+    """The axes that a collective's group is along, as ``"dp,ep"``."""
+    group = next(a for a in args if isinstance(a, str) and "=" in a)
+    return ",".join(axis.partition("=")[0] for axis in group.split(","))
 
 
 def _sent_rows(args: Any, rows: int, size: int, tensors: int) -> int:
@@ -298,7 +334,7 @@ def _gathered(args: Any, outs: Any) -> int:
 
 
 SENT: dict[str, Callable[[Any, Any], int]] = {
-    "fmoe::psum": lambda args, outs: 2 * _others(int(args[1]), args[0].nbytes),
+    "fmoe::psum": lambda args, outs: 2 * _others(_along(args[1]), args[0].nbytes),
     "fmoe::all_gather": lambda args, outs: (args[1] - 1) * args[0].nbytes,
     "fmoe::gather_params": _gathered,
     "fmoe::begin_gather": _gathered,
@@ -306,7 +342,8 @@ SENT: dict[str, Callable[[Any, Any], int]] = {
     "fmoe::begin_reduce": lambda args, outs: _others(args[4], _as(args[3], args[0])),
     "fmoe::reduce_scatter": lambda args, outs: _others(args[1], _reduced(args)),
     "fmoe::exchange": lambda args, outs: _sent_rows(args, outs[5].shape[0], args[4], 3) + 24 * (args[4] - 1),
-    "fmoe::send": lambda args, outs: _sent_rows(args, args[1].shape[0], int(args[5]), 1),
-    "fmoe::send_back": lambda args, outs: _sent_rows(args, args[0].shape[0], int(args[4]), 1),
-    "fmoe::send_both_back": lambda args, outs: _sent_rows(args, args[0].shape[0], int(args[5]), 2),
+    "fmoe::send": lambda args, outs: _sent_rows(args, args[1].shape[0], _along(args[5]), 1),
+    "fmoe::send_back": lambda args, outs: _sent_rows(args, args[0].shape[0], _along(args[4]), 1),
+    "fmoe::send_both_back": lambda args, outs: _sent_rows(args, args[0].shape[0], _along(args[5]), 2),
+    "fmoe::swap": lambda args, outs: args[0].nbytes,
 }

@@ -1,11 +1,10 @@
 """Plans of training: memory by part on each device, and what devices send each other.
 
 A step of the library's own code runs on fake tensors of one device's sizes, so a plan follows the code. It
-needs no GPU, no process group and no memory.
+needs no GPU, no process group and no memory. With ``pp`` a rank's actions of the schedule are replayed.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,41 +13,52 @@ import torch
 
 from ..errors import argument_error
 from ..models.config import DecoderConfig
-from ..ops.core.axes import MeshOfSizes, axis_sizes
+from ..models.counts import flops_per_token
+from ..models.stages import Stages
+from ..ops.core.axes import MeshOfSizes, axis_sizes, group_of
 from ..ops.cross_entropy import LOGITS_BYTES
 from ..ops.route import topk
 from ..parallel.backends import Backend, backend_of
 from ..parallel.backends.bounds import Bound
 from ..parallel.mesh import AXES, parse_axes
 from ..parallel.placement import token_axes
+from ..pipeline.schedule import Schedule
 from ..training.gradients import check_zero
 from ..training.optim import Optimizer, adamw
+from ..training.pipelined import chosen
 from .dry_run import Rows
-from .stage import Job, StagePlan, check_divides, dry_run_stage
+from .rank import Job, RankPlan, check_divides, plan_alone
+from .rates import Rates
+from .replay import plan_in_stages
+from .time import Time, planned
 
 SAMPLED_TOKENS = 8192
 
 
 class Plan(NamedTuple):
-    """A plan, with its stages in order: one if there is no pipeline.
+    """A plan, with a :class:`RankPlan` for each rank along ``pp``.
 
-    ``rows`` are those of a dispatch, or ``None`` along ``ep=1``. ``peak`` is the most bytes on any device.
+    ``rows`` are those of a dispatch, or ``None`` along ``ep=1``. ``schedule`` is ``None`` without a pipeline,
+    and ``time`` is without rates.
+    ``peak`` is the most bytes on any device.
 
     >>> from fmoe.models.decoder import preset
-    >>> found = plan(preset("debug", layers=2), "pp=2", batch_size=2, seq_len=16, device_type="cpu")
-    >>> [stage.layers for stage in found.stages], found.peak == max(stage.peak for stage in found.stages)
-    ([(0, 1), (1, 2)], True)
+    >>> found = plan(preset("debug"), "pp=2", batch_size=2, seq_len=16, schedule="zbv", device_type="cpu")
+    >>> [rank.layers for rank in found.ranks], found.peak == max(rank.peak for rank in found.ranks)
+    ([((0, 1), (3, 4)), ((1, 2), (2, 3))], True)
     """
 
     mesh: dict[str, int]
     tokens_per_device: int
-    stages: tuple[StagePlan, ...]
+    ranks: tuple[RankPlan, ...]
     rows: Rows | None
     copies_per_token: float
+    schedule: Schedule | None = None
+    time: Time | None = None
 
     @property
     def peak(self) -> int:
-        return max(stage.peak for stage in self.stages)
+        return max(rank.peak for rank in self.ranks)
 
 
 def plan(
@@ -62,6 +72,8 @@ def plan(
     compute_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
     zero: int = 3,
+    schedule: str | Schedule = "1f1b",
+    stages: Stages | None = None,
     per_layer: Callable[..., Any] = lambda layer: layer,
     optimizer: Optimizer | None = None,
     max_norm: float | None = 1.0,
@@ -70,17 +82,19 @@ def plan(
     logits_bytes: int = LOGITS_BYTES,
     segments: bool = False,
     device_type: str = "cuda",
+    rates: Rates | None = None,
+    compiled: bool = False,
 ) -> Plan:
-    """Plan the memory and traffic of a training step on each device, without using any.
+    """Plan the memory, the traffic and the time of a training step on each device, without using any.
 
     =============  =======================================================================
-    mesh           axes and sizes, as ``"dp=2,ep=4"`` or a dict; ``pp`` divides the layers, and can be
-                   planned but not yet trained
+    mesh           axes and sizes, as ``"dp=2,ep=4"`` or a dict
     batch_size     sequences per step, over all devices, of ``seq_len`` tokens each
     micro_batches  the parts in which a step's batch is computed
     dtype          of parameters; ``compute_dtype`` is that of the arithmetic, ``None`` for the same
     reduce_dtype   what gradients are summed in over devices, as for ``decoder.loss``
-    zero           1, 2 or 3, as for :func:`fmoe.training.gradients.of_model`
+    zero           1, 2 or 3, as for :func:`fmoe.training.gradients.of_model`, as are ``schedule`` and
+                   ``stages`` with ``pp``
     per_layer      as for ``decoder.loss``, such as ``fmoe.remat``. Leave ``torch.compile`` out; it can
                    keep less than is planned
     optimizer      its ``init`` and ``update`` run, too; ``None``: ``adamw()``
@@ -90,15 +104,23 @@ def plan(
     segments       whether the loss gets ``segment_ids``
     device_type    ``"cuda"``: with its allocator's rounding, and what kernels hold while they run;
                    ``"cpu"``: tensors only
+    rates          those of the devices and their links, as :func:`read_rates` gives them; ``None``: no time
+    compiled       for the time: whether each layer is compiled, so that neighbouring elementwise operators
+                   run as one
     -> Plan
     =============  =======================================================================
 
-    Raises ``ValueError`` for sizes below 1, for sizes that the mesh doesn't divide, for another ``zero``, and
-    for other devices.
+    A kernel takes as long as its products at their rate, and the bytes that it reads and writes at the
+    memory's. Kernels run one after another. Tokens and sums are exposed in full: nobody computes meanwhile.
+    Parameters that ``stack`` gathers and sums ahead are exposed where they take longer than what is computed
+    meanwhile. The host is left out: it is taken to be ahead of its device.
+
+    Raises ``ValueError`` for sizes below 1, for sizes that the mesh doesn't divide, for another ``zero``, for
+    a schedule or stages that don't fit the mesh, and for other devices.
 
     >>> from fmoe.models.decoder import num_params, preset
     >>> found = plan(preset("debug"), batch_size=4, seq_len=64, device_type="cpu")
-    >>> found.stages[0].parameters == 4 * num_params(preset("debug"))[0]
+    >>> found.ranks[0].parameters == 4 * num_params(preset("debug"))[0]
     True
     """
     error = functools.partial(argument_error, "plan")
@@ -106,6 +128,8 @@ def plan(
         if not isinstance(number, int) or number < 1:
             raise error(name, got=number, expected="an integer of at least 1")
     check_zero("plan", zero)
+    if rates:
+        _check_rates(rates, compute_dtype or dtype)
     bounded = backend_of("plan", backend)
     if not 1 <= imbalance < math.inf:
         expected, remedy = "a number of at least 1", "An even router has 1."
@@ -139,17 +163,35 @@ def plan(
             rows = Rows(ep * room.copies, ep * room.copies, room.pairs)
     job = Job(
         config, here, batch, micro_batches, dtype, compute_dtype or dtype, reduce_dtype, zero, per_layer,
-        optimizer or adamw(), max_norm, logits_bytes, segments, rows, device_type == "cuda",
+        optimizer or adamw(), max_norm, logits_bytes, segments, rows, device_type == "cuda", rates, compiled,
     )  # fmt: skip
-    run = functools.cache(lambda *shape: dry_run_stage(job, *shape))
-    stages, cuts = [], [round(i * config.num_layers / pp) for i in range(pp + 1)]
-    for i, (a, b) in enumerate(itertools.pairwise(cuts)):
-        dense = max(0, min(b, config.num_dense_layers) - a)
-        found = run(dense, b - a - dense, i == 0, i == pp - 1)._replace(layers=(a, b))
-        # As in a 1F1B schedule. Parameters that are gathered once serve all micro-batches.
-        shared = zero < 3 and here.size() > 1
-        stages.append(_in_flight(found, min(micro_batches, pp - i), shared))
-    return Plan(sizes, tokens * micro_batches, tuple(stages), rows, copies)
+    _check_links(rates, sizes)
+    whole: Any = MeshOfSizes(sizes)
+    made: Schedule | None = None
+    if pp == 1:
+        ranks: tuple[RankPlan, ...] = (plan_alone(job),)
+        seconds, waits = ranks[0].busy, 0.0
+    else:
+        made, cuts = chosen("plan", config, whole, micro_batches, schedule, stages)
+        ranks, seconds, waits = plan_in_stages(job, made, cuts, group_of(whole, ("pp", *token_axes(here))))
+    time = None
+    if rates:
+        tokens_each, flops = batch_size * seq_len / whole.size(), flops_per_token(config, seq_len)
+        time = planned(ranks, seconds, waits, tokens_each, flops, rates.peak_flops)
+    return Plan(sizes, tokens * micro_batches, ranks, rows, copies, made, time)
+
+
+def _check_links(rates: Rates | None, sizes: Mapping[str, int]) -> None:
+    if rates and (without := [axis for axis, size in sizes.items() if size > 1 and axis not in rates.links]):
+        got, expected = f"no link along {', '.join(without)}", "one for each axis of the mesh"
+        remedy = "Add it to the file of rates, measured or assumed."
+        raise argument_error("plan", "rates.links", got=got, expected=expected, remedy=remedy)
+
+
+def _check_rates(rates: Rates, dtype: torch.dtype) -> None:
+    if rates.dtype != str(dtype).removeprefix("torch."):
+        expected, remedy = f"those of {dtype}, which it computes in", "Measure them with --dtype."
+        raise argument_error("plan", "rates", got=f"rates of {rates.dtype}", expected=expected, remedy=remedy)
 
 
 def copies_per_token(config: DecoderConfig, ep: int) -> float:
@@ -166,16 +208,3 @@ def copies_per_token(config: DecoderConfig, ep: int) -> float:
     ids = topk(scores, c.num_groups, c.top_groups, c.group_best, c.top_k)
     reached.scatter_(1, ids // (config.num_experts // ep), True)
     return reached.sum().item() / SAMPLED_TOKENS
-
-
-def _in_flight(stage: StagePlan, count: int, shared: bool) -> StagePlan:
-    """The stage with ``count`` micro-batches between forward and backward; ``shared``: parameters' copies."""
-    more = {"activations": (count - 1) * sum(stage.activations.values())}
-    more["converted"] = 0 if shared else (count - 1) * stage.converted
-    phases = {
-        phase: {part: n + more.get(part, 0) * (phase in ("forward", "backward")) for part, n in parts.items()}
-        for phase, parts in stage.phases.items()
-    }
-    kept = {kind: count * n for kind, n in stage.activations.items()}
-    converted = stage.converted + more["converted"]
-    return stage._replace(activations=kept, converted=converted, in_flight=count, phases=phases)

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import optree
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
@@ -23,7 +22,7 @@ from ..parallel.placement import is_placed, token_axes, use, where_placed
 from ..parallel.shard_map import check_captured
 from ..parallel.together import check_alike, from_all, together
 from ..params import P
-from ..pipeline.run import Gradients, Line, Made, Stage, run, run_forwards
+from ..pipeline.run import Gradients, Line, Made, Stage, run, run_forwards, swap
 from ..pipeline.schedule import Schedule, make_schedule
 from .zero import by_parts, collected, parts_of, scattered
 
@@ -64,19 +63,7 @@ def set_up(
 ) -> Setup:
     """Check what was asked for. All ranks call it, and raise together."""
     with together():
-        pp = axis_sizes(mesh)["pp"]
-        if isinstance(schedule, str):
-            schedule = make_schedule(schedule, pp=pp, micro_batches=micro_batches)
-        if (len(schedule.actions), schedule.micro_batches) != (pp, micro_batches):
-            got = f"one of {len(schedule.actions)} ranks and {schedule.micro_batches} micro-batches"
-            expected = f"{pp} ranks, as {describe(mesh)} has, and micro_batches={micro_batches}"
-            raise argument_error(function, "schedule", got=got, expected=expected)
-        if stages is None:
-            stages = cut(config, schedule.stage_to_rank)
-        stages = check_stages(function, stages, config, mesh)
-        if stages.ranks != schedule.stage_to_rank:
-            expected, remedy = f"{schedule.stage_to_rank}, as the schedule has", "Cut the model for it."
-            raise argument_error(function, "stages.ranks", got=stages.ranks, expected=expected, remedy=remedy)
+        schedule, stages = chosen(function, config, mesh, micro_batches, schedule, stages)
     actions = [" ".join(map(str, rank)) for rank in schedule.actions]
     check_alike(function, {"schedule": actions, "stages": [list(ends) for ends in stages.layers]})
     inner = stage_mesh(function, mesh)
@@ -90,12 +77,43 @@ def set_up(
     return Setup(function, config, rank, group, inner, everywhere, schedule, stages, on, each)
 
 
+def chosen(
+    function: str,
+    config: DecoderConfig,
+    mesh: DeviceMesh,
+    micro_batches: int,
+    schedule: str | Schedule,
+    stages: Stages | None,
+) -> tuple[Schedule, Stages]:
+    """The schedule and the stages that were asked for. Raises ``ValueError`` if they don't fit the mesh."""
+    pp = axis_sizes(mesh)["pp"]
+    if isinstance(schedule, str):
+        schedule = make_schedule(schedule, pp=pp, micro_batches=micro_batches)
+    if (len(schedule.actions), schedule.micro_batches) != (pp, micro_batches):
+        got = f"one of {len(schedule.actions)} ranks and {schedule.micro_batches} micro-batches"
+        expected = f"{pp} ranks, as {describe(mesh)} has, and micro_batches={micro_batches}"
+        raise argument_error(function, "schedule", got=got, expected=expected)
+    if stages is None:
+        if (number := len(schedule.stage_to_rank)) > config.num_layers:
+            expected = f"at most {config.num_layers}, one for each layer"
+            remedy = "Have fewer ranks along pp, or fewer stages a rank."
+            raise argument_error(
+                function, "schedule", got=f"{number} stages", expected=expected, remedy=remedy
+            )
+        stages = cut(config, schedule.stage_to_rank)
+    stages = check_stages(function, stages, config, mesh)
+    if stages.ranks != schedule.stage_to_rank:
+        expected, remedy = f"{schedule.stage_to_rank}, as the schedule has", "Cut the model for it."
+        raise argument_error(function, "stages.ranks", got=stages.ranks, expected=expected, remedy=remedy)
+    return schedule, stages
+
+
 def value_and_grad_of(setup: Setup, zero: int) -> Callable[..., Any]:
     """The step that :func:`fmoe.training.gradients.of_model` promises, on one rank of a pipeline."""
 
     def call(params: Any, tokens: Any, targets: Any, segment_ids: Any = None) -> Any:
         def here(params: Any, *batch: torch.Tensor) -> Any:
-            return _differentiated(setup, zero, params, batch)
+            return differentiated(setup, zero, params, batch)
 
         def out_specs(where: P, have: Any) -> Any:
             return (P(), P()), have
@@ -199,8 +217,8 @@ def _forward(setup: Setup, stage: int, params: ModelParams, parts: list[Any]) ->
     return forward
 
 
-def _differentiated(setup: Setup, zero: int, params: Any, batch: Any) -> Any:
-    """``(loss, LossStats)``, and the gradients of this rank's pieces."""
+def differentiated(setup: Setup, zero: int, params: Any, batch: Any, by: Any = None) -> Any:
+    """``(loss, LossStats)``, and the gradients of this rank's pieces. ``by`` takes the place of ``run``."""
     whole = params if zero == 3 else by_parts(use, params)
     leaves, structure = optree.tree_flatten(whole)
     variables = [leaf.detach().requires_grad_() for leaf in leaves]
@@ -218,7 +236,7 @@ def _differentiated(setup: Setup, zero: int, params: Any, batch: Any) -> Any:
             )
     # Along tp all devices have the same value, and an equal share in it.
     share = 1 / axis_sizes(setup.mesh).get("tp", 1)
-    ran = run(setup.schedule, line, stages, variables, seed=share)
+    ran = (by or run)(setup.schedule, line, stages, variables, seed=share)
     out, divisor = _known_to_all(setup, ran.sums, line.like)
     found = [
         torch.zeros_like(variable) if gradient is None else gradient.div_(divisor)
@@ -263,12 +281,5 @@ def _with_tied(setup: Setup, grads: ModelParams) -> ModelParams:
     if not setup.config.tied_head or first == last or setup.rank not in (first, last):
         return grads
     mine = grads.embedding.contiguous()
-    theirs = torch.empty_like(mine)
-    peer = last if setup.rank == first else first
-    ops = [
-        dist.P2POp(op, t, group=setup.group, group_peer=peer)
-        for op, t in ((dist.isend, mine), (dist.irecv, theirs))
-    ]
-    for work in dist.batch_isend_irecv(ops):
-        work.wait()
+    theirs = swap(mine, last if setup.rank == first else first, setup.group.group_name)
     return grads._replace(embedding=mine + theirs)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import optree
 import pytest
@@ -21,6 +22,7 @@ from fmoe.ops.reference import moe_reference
 from fmoe.plan import plan
 from fmoe.training.optim import adamw
 
+RATES = Path(__file__).parents[2] / "benchmarks" / "rates" / "h200.json"
 TINY = Shape(tokens=48, dim=16, hidden=8, experts=8, top_k=2)
 
 
@@ -139,6 +141,7 @@ def test_the_model_command_measures_training_steps(model_command, tmp_path):
     assert result["tokens_per_second"] == pytest.approx(2 * 32 / result["ms"] * 1e3)
     assert result["mfu_of_matmul"] == pytest.approx(rate / result["matmul_tflops"])
     assert result["mfu"] is result["peak_bytes"] is result["syncs"] is result["planned_over_peak"] is None
+    assert result["planned_ms"] is None
     assert sum(result["shares"].values()) == pytest.approx(1)
     kinds = {"attention", "experts", "loss", "matrix products", "optimizer", "elementwise", "routing"}
     assert kinds <= result["shares"].keys()
@@ -156,13 +159,15 @@ def test_the_model_command_trains_on_text_with_balanced_experts_compiled(model_c
     text = tmp_path / "words.txt"
     text.write_text("the same words again and again, " * 200)
     how = ["--data", text, "--balanced", "--compile", "--compute-dtype", "bfloat16", "--steps", "6"]
-    how += ["--moments-dtype", "bfloat16"]
+    how += ["--moments-dtype", "bfloat16", "--rates", RATES]
     torch._dynamo.utils.counters.clear()
     result, shown = model_command(*how)
     assert result["last_loss"] < result["first_loss"]
     assert result["balanced"] and result["compiled"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    for words in ("experts balanced", "moments torch.bfloat16"):
+    assert result["planned_over_ms"] == pytest.approx(result["planned_ms"] / result["ms"])
+    assert result["planned_ms"] == pytest.approx(sum(result["planned"]["seconds"].values()) * 1e3)
+    for words in ("experts balanced", "moments torch.bfloat16", "planned ms"):
         assert words in " ".join(shown.split())
     params = decoder.init(decoder.preset("debug", layers=2), 0)
     state = adamw(moments_dtype=torch.bfloat16).init(params)

@@ -14,7 +14,7 @@ from helpers import error, fresh_seed, quick
 from test_schedule import random_schedule
 from workers import RankError
 
-from fmoe.pipeline.run import Line, Made, Stage, _Step, run
+from fmoe.pipeline.run import Line, Made, Stage, Step, run
 from fmoe.pipeline.schedule import Schedule
 
 SHAPE = torch.Size([2, 4])
@@ -52,13 +52,13 @@ def step(schedule: Schedule, rng: random.Random) -> float:
 def disturbed(disturb: Callable[[], None], patch: pytest.MonkeyPatch) -> None:
     """Every action of a pipeline begins with a disturbance."""
     for name in ("forward", "backward", "backward_input", "backward_weight", "transfer"):
-        action = getattr(_Step, name)
+        action = getattr(Step, name)
 
         def call(*args: Any, action: Any = action) -> Any:
             disturb()
             return action(*args)
 
-        patch.setattr(_Step, name, call)
+        patch.setattr(Step, name, call)
 
 
 def with_delays(seed: int, number: int) -> float:

@@ -1,5 +1,6 @@
 """Schedules against PyTorch's, by their clock, and run with sends that wait for their receives."""
 
+import dataclasses
 import itertools
 import random
 import re
@@ -18,6 +19,7 @@ from fmoe.pipeline import (
     make_schedule,
     timeline,
 )
+from fmoe.pipeline.clock import needs
 
 KINDS = {
     "1f1b": "1F1B",
@@ -123,6 +125,26 @@ def test_stages_go_round_or_down_and_up():
 )
 def test_published_bubbles(name, share):
     assert bubble(make_schedule(name, pp=8, micro_batches=16)) == pytest.approx(share, abs=1e-3)
+
+
+def test_results_take_their_time_to_another_rank():
+    """Each computation begins when the last of what it needs has come: by the longest path."""
+    rng = random.Random(fresh_seed())
+    for _ in range(40):
+        schedule = random_schedule(rng)
+        ranks = schedule.stage_to_rank
+        costs = dataclasses.replace(random_costs(rng, len(ranks)), transfer=rng.choice([0.0, rng.random()]))
+        found = {timed.action[:3]: timed for rank in timeline(schedule, costs) for timed in rank}
+        for rank in range(len(schedule.actions)):
+            free = 0.0
+            for action in schedule.computations(rank):
+                begins = [free]
+                for stage, kind, m in needs(action, len(ranks) - 1):
+                    other = found.get((stage, kind, m)) or found[stage, "B", m]
+                    begins.append(other.end + costs.transfer * (ranks[stage] != rank))
+                timed = found[action[:3]]
+                assert timed.start == pytest.approx(max(begins)), (schedule, costs, action)
+                free = timed.end
 
 
 def test_bubbles_by_formula():
@@ -412,6 +434,10 @@ def gpipe(pp=2, micro_batches=2):
             lambda: timeline(make_schedule("1f1b", pp=2, micro_batches=2), Costs(input=(1, -1))),
             "timeline: costs.input: got (1, -1), expected a finite time of at least 0, or a tuple of one for "
             "each stage.",
+        ),
+        (
+            lambda: timeline(make_schedule("1f1b", pp=2, micro_batches=2), Costs(transfer=-1.0)),
+            "timeline: costs.transfer: got -1.0, expected a finite time of at least 0.",
         ),
         (
             lambda: bubble(make_schedule("1f1b", pp=2, micro_batches=2), Costs(0, 0, 0)),

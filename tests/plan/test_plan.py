@@ -65,7 +65,7 @@ def test_parts_are_those_of_a_real_step(config, dtype, compute, wrap):
     shape = (4, 96)
     tokens, targets = torch.randint(config.vocab_size, (2, *shape)).unbind()
     options = dict(dtype=dtype, compute_dtype=compute, per_layer=wrap, logits_bytes=2**20)
-    (stage,) = plan(config, batch_size=4, seq_len=96, device_type="cpu", **options).stages
+    (stage,) = plan(config, batch_size=4, seq_len=96, device_type="cpu", **options).ranks
     params, optimizer = deepseek_v3.init(config, 0, dtype=dtype), optim.adamw()
     state, loss = optimizer.init(params), loss_of(config, compute, wrap)
     assert (stage.parameters, stage.optimizer) == (nbytes(params), nbytes(state))
@@ -93,7 +93,7 @@ def test_segments_are_planned(wrap):
     ids = 1 + torch.arange(96).expand(4, 96) // 7
     tokens = torch.randint(SMALL.vocab_size, (4, 96))
     how = dict(batch_size=4, seq_len=96, per_layer=wrap, logits_bytes=2**20, device_type="cpu")
-    without, stage = (plan(SMALL, segments=s, **how).stages[0] for s in (False, True))
+    without, stage = (plan(SMALL, segments=s, **how).ranks[0] for s in (False, True))
     variables = optree.tree_map(lambda t: t.requires_grad_(), deepseek_v3.init(SMALL, 0))
     loss = loss_of(SMALL, FLOAT32, wrap)
     kept = kept_bytes(lambda p: loss(p, tokens, tokens, segment_ids=ids)[0], variables)
@@ -103,7 +103,7 @@ def test_segments_are_planned(wrap):
 
 def test_segments_are_planned_in_every_stage():
     how = dict(batch_size=8, seq_len=64, per_layer=fmoe.remat, segments=True)
-    assert len(plan(SMALL, "dp=2,ep=2,tp=2,pp=3", **how).stages) == 3
+    assert len(plan(SMALL, "dp=2,ep=2,tp=2,pp=3", **how).ranks) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -117,10 +117,10 @@ def test_segments_in_float32_take_a_mask(dtype):
 
 def test_clipping_takes_no_memory():
     how = dict(batch_size=4, seq_len=64, dtype=BFLOAT16, device_type="cpu")
-    stage = plan(SMALL, **how).stages[0]
+    stage = plan(SMALL, **how).ranks[0]
     held = stage.parameters + stage.gradients + stage.optimizer
     assert held <= stage.peaks["clip"] < 1.001 * held
-    assert plan(SMALL, max_norm=None, **how).stages[0].peaks["backward"] == stage.peaks["backward"]
+    assert plan(SMALL, max_norm=None, **how).ranks[0].peaks["backward"] == stage.peaks["backward"]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_moments_of_another_dtype_are_planned_as_they_are(monkeypatch, kept, mom
     monkeypatch.setattr(optim, "PIECE", 2**12)
     optimizer = optim.adamw(moments_dtype=moments)
     how = dict(batch_size=4, seq_len=64, dtype=kept, device_type="cpu")
-    stage, same = (plan(SMALL, optimizer=o, **how).stages[0] for o in (optimizer, None))
+    stage, same = (plan(SMALL, optimizer=o, **how).ranks[0] for o in (optimizer, None))
     assert stage.optimizer == nbytes(optimizer.init(deepseek_v3.init(SMALL, 0, dtype=kept)))
     assert stage.phases["update"]["optimizer"] == stage.optimizer
     widened = stage.phases["update"]["workspace"] - same.phases["update"]["workspace"]
@@ -139,7 +139,7 @@ def test_moments_of_another_dtype_are_planned_as_they_are(monkeypatch, kept, mom
 
 def test_micro_batches_hold_one_parts_activations_and_the_sum_of_gradients():
     one, four = (
-        plan(SMALL, batch_size=n, seq_len=64, micro_batches=n, dtype=BFLOAT16, device_type="cpu").stages[0]
+        plan(SMALL, batch_size=n, seq_len=64, micro_batches=n, dtype=BFLOAT16, device_type="cpu").ranks[0]
         for n in (1, 4)
     )
     assert sum(four.activations.values()) == pytest.approx(sum(one.activations.values()), rel=0.001)
@@ -153,7 +153,7 @@ def test_micro_batches_hold_one_parts_activations_and_the_sum_of_gradients():
 )
 def test_sums_of_gradients_are_gradients_and_not_params_to_compute_with(kept, compute):
     how = dict(seq_len=64, dtype=kept, compute_dtype=compute, device_type="cpu")
-    one, two, four = (plan(SMALL, batch_size=n, micro_batches=n, **how).stages[0] for n in (1, 2, 4))
+    one, two, four = (plan(SMALL, batch_size=n, micro_batches=n, **how).ranks[0] for n in (1, 2, 4))
     assert one.converted == two.converted == four.converted
     assert (one.converted == 0) == (kept == compute)
     assert two.phases == four.phases, "the third is as the second"
@@ -238,7 +238,7 @@ def test_each_device_of_a_mesh_holds_and_sends_what_was_planned(pool, axes, zero
     """Every token goes to every device, so that what it sends can be planned to the byte."""
     how = dict(batch_size=8, micro_batches=2, zero=zero, compute_dtype=BFLOAT16, per_layer=wrap)
     found = pool.run(ranks_of(axes), real_step, axes, EVERYWHERE, how)
-    planned = plan(EVERYWHERE, axes, seq_len=64, max_norm=None, device_type="cpu", **how).stages[0]
+    planned = plan(EVERYWHERE, axes, seq_len=64, max_norm=None, device_type="cpu", **how).ranks[0]
     for held, most, sent in found:
         assert held == (planned.parameters, planned.optimizer, planned.gradients)
         assert sum(sent.values()) == sum(planned.sent.values())
@@ -257,10 +257,10 @@ def test_at_most_two_layers_gathered_parameters_exist_at_once(monkeypatch, wrap)
             super().__init__(**how)
             runs.append(self)
 
-    monkeypatch.setattr("fmoe.plan.stage.DryRun", Watched)
+    monkeypatch.setattr("fmoe.plan.rank.DryRun", Watched)
     config = dataclasses.replace(SMALL, num_layers=6, num_dense_layers=0)
     how = dict(batch_size=4, seq_len=32, per_layer=wrap, compute_dtype=BFLOAT16, device_type="cpu")
-    (kept,) = plan(config, "dp=2", **how).stages
+    (kept,) = plan(config, "dp=2", **how).ranks
     first = optree.tree_leaves(decoder.specs(config).layers[0], is_leaf=is_spec)
     layer = sum(2 * math.prod(s.shape) for s in first if computing(s.partition) != s.partition)
 
@@ -278,7 +278,7 @@ def test_at_most_two_layers_gathered_parameters_exist_at_once(monkeypatch, wrap)
 
 def test_gradients_summed_in_two_bytes_are_sent_so():
     how = dict(batch_size=4, seq_len=32, compute_dtype=BFLOAT16, zero=1, device_type="cpu")
-    wide, low = (plan(SMALL, "dp=2", reduce_dtype=d, **how).stages[0].sent for d in (None, BFLOAT16))
+    wide, low = (plan(SMALL, "dp=2", reduce_dtype=d, **how).ranks[0].sent for d in (None, BFLOAT16))
     assert 2 * wide["parameters"] == pytest.approx(
         3 * low["parameters"], rel=0.01
     )  # two bytes there, four back
@@ -293,7 +293,7 @@ def test_traffic_per_token_is_what_was_simulated_and_measured():
     )  # fmt: skip
     for ep, both in ((8, 198_907), (32, 381_792)):
         found = plan(config, f"ep={ep}", batch_size=ep, seq_len=256, dtype=BFLOAT16)
-        assert found.stages[0].sent["tokens"] / 256 == pytest.approx(both, rel=0.02)
+        assert found.ranks[0].sent["tokens"] / 256 == pytest.approx(both, rel=0.02)
     assert copies_per_token(config, 32) == pytest.approx(6.86, abs=0.03)
 
 
@@ -309,7 +309,7 @@ def test_an_uneven_router_is_planned_for_its_busiest_device():
         plan(SMALL, "ep=4", batch_size=4, seq_len=64, dtype=BFLOAT16, imbalance=i) for i in (1.0, 2.0)
     )
     assert busy.rows.expanded == 2 * even.rows.expanded == 2 * 64 * SMALL.router.top_k
-    more = busy.stages[0].activations["experts"] - even.stages[0].activations["experts"]
+    more = busy.ranks[0].activations["experts"] - even.ranks[0].activations["experts"]
     moe_layers, hidden = SMALL.num_layers - SMALL.num_dense_layers, SMALL.moe_hidden_dim
     pairs = even.rows.expanded
     assert more >= moe_layers * pairs * 2 * hidden * 2  # twice the pre-activations
@@ -324,7 +324,7 @@ def test_rows_of_a_backend_that_never_waits_are_those_there_is_room_for():
         copies = min(64, math.ceil(capacity * pairs / 4)) if capacity else 64
         assert found.rows == (4 * copies, 4 * copies, most)
     even = plan(SMALL, "ep=4", **how)
-    more = found.stages[0].activations["experts"] - even.stages[0].activations["experts"]
+    more = found.ranks[0].activations["experts"] - even.ranks[0].activations["experts"]
     moe_layers = SMALL.num_layers - SMALL.num_dense_layers
     assert more >= moe_layers * (found.rows.expanded - even.rows.expanded) * 2 * SMALL.moe_hidden_dim * 2
 
@@ -332,19 +332,19 @@ def test_rows_of_a_backend_that_never_waits_are_those_there_is_room_for():
 def test_stages_of_a_pipeline_share_the_layers():
     config = dataclasses.replace(preset("debug"), num_layers=7)
     found = plan(config, "pp=3,dp=2,ep=2", batch_size=16, seq_len=32, micro_batches=4, device_type="cpu")
-    assert [s.layers for s in found.stages] == [(0, 2), (2, 5), (5, 7)]
-    assert [s.in_flight for s in found.stages] == [3, 2, 1]
+    assert [s.layers for s in found.ranks] == [((0, 2),), ((2, 5),), ((5, 7),)]
+    assert [s.in_flight for s in found.ranks] == [3, 2, 1]
     whole = plan(config, "dp=2,ep=2", batch_size=16, seq_len=32, micro_batches=4, device_type="cpu")
-    assert sum(s.parameters for s in found.stages) == whole.stages[0].parameters
-    assert "loss" in found.stages[2].activations and "loss" not in found.stages[0].activations
-    one = plan(config, "pp=3,dp=2,ep=2", batch_size=4, seq_len=32, device_type="cpu").stages[1]
-    assert sum(found.stages[1].activations.values()) == 2 * sum(one.activations.values())
-    assert found.stages[1].converted == 2 * one.converted > 0  # each holds those of its last layer
+    assert sum(s.parameters for s in found.ranks) == whole.ranks[0].parameters
+    assert "loss" in found.ranks[2].activations and "loss" not in found.ranks[0].activations
+    one = plan(config, "pp=3,dp=2,ep=2", batch_size=4, seq_len=32, device_type="cpu").ranks[1]
+    assert sum(found.ranks[1].activations.values()) == 2 * sum(one.activations.values())
+    assert found.ranks[1].converted == 2 * one.converted > 0  # each holds those of its last layer
 
 
 def test_micro_batches_in_flight_share_parameters_that_are_gathered_once():
     how = dict(seq_len=16, zero=1, compute_dtype=BFLOAT16, device_type="cpu")
-    four, one = (plan(SMALL, "pp=3,dp=2", batch_size=2 * n, micro_batches=n, **how).stages for n in (4, 1))
+    four, one = (plan(SMALL, "pp=3,dp=2", batch_size=2 * n, micro_batches=n, **how).ranks for n in (4, 1))
     assert [s.in_flight for s in four] == [3, 2, 1]
     assert [s.converted for s in four] == [s.converted for s in one]
 
@@ -416,8 +416,8 @@ def test_the_command_prints_a_table_or_json(command):
     words = ["plan", "--model", "debug", *sizes.split()]
     found = json.loads(command(*words, "--json"))
     assert found["mesh"] == {"pp": 2, "dp": 2, "ep": 2, "tp": 1}
-    assert found["peak"] == max(stage["peak"] for stage in found["stages"])
-    for stage in found["stages"]:
+    assert found["peak"] == max(stage["peak"] for stage in found["ranks"])
+    for stage in found["ranks"]:
         assert stage["peak"] == max(sum(parts.values()) for parts in stage["phases"].values())
         for phase, parts in stage["phases"].items():
             assert parts["workspace"] == sum(stage["workspaces"][phase].values())
@@ -425,15 +425,15 @@ def test_the_command_prints_a_table_or_json(command):
     parts = "parameters", "gradients", "optimizer", "saved activations", "attention", "experts", "peak"
     assert all(part in shown for part in parts)
     low = json.loads(command(*words, "--json", "--dtype", "float32", "--moments-dtype", "bfloat16"))
-    for a, b in zip(found["stages"], low["stages"]):
+    for a, b in zip(found["ranks"], low["ranks"]):
         assert b["optimizer"] == a["optimizer"] == pytest.approx(b["parameters"], rel=0.01)
     once = json.loads(command(*words, "--json", "--micro-batches", "2", "--zero", "1"))
     often = json.loads(command(*words, "--json", "--micro-batches", "2"))
-    for a, b, c in zip(found["stages"], once["stages"], often["stages"]):
+    for a, b, c in zip(found["ranks"], once["ranks"], often["ranks"]):
         assert 0 < b["sent"]["parameters"] <= a["sent"]["parameters"] == c["sent"]["parameters"] / 2
-    peaks = [f"{stage['peak'] / 2**20:.2f}" for stage in found["stages"]]
+    peaks = [f"{stage['peak'] / 2**20:.2f}" for stage in found["ranks"]]
     assert re.search(rf"peak +│ +{peaks[0]} │ +{peaks[1]}", shown)
-    assert "not trained yet" in " ".join(shown.split())
+    assert "2 stages, schedule 1f1b, 1 micro-batches" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize(

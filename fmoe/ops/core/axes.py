@@ -49,7 +49,10 @@ class Binding(NamedTuple):
 
 
 class MeshOfSizes:
-    """The axes and sizes of a mesh without its devices, for runs on fake tensors."""
+    """The axes and sizes of a mesh without its devices, for runs on fake tensors.
+
+    The name of a group says what it is along, as ``"dp=2,ep=4"``.
+    """
 
     def __init__(self, sizes: dict[str, int]) -> None:
         self.mesh_dim_names = tuple(sizes)
@@ -122,8 +125,7 @@ def _group(mesh: DeviceMesh, axes: tuple[str, ...]) -> tuple[str, int, int]:
     if not axes:
         return "", 1, 0
     if isinstance(mesh, MeshOfSizes):
-        size = math.prod(sizes[a] for a in axes)
-        return str(size), size, 0
+        return ",".join(f"{a}={sizes[a]}" for a in axes), math.prod(sizes[a] for a in axes), 0
     known = _GROUPS.setdefault(dist.group.WORLD, {})
     if (mesh, axes) not in known:
         line = mesh[axes]._flatten() if len(axes) > 1 else mesh[axes[0]]
