@@ -377,6 +377,6 @@ def test_a_step_has_few_collectives(pool, axes, remat):
 def test_a_step_leaves_nothing_of_its_layers_in_memory():
     """Also of what has no cotangent, such as scores that only statistics read."""
     config = decoder.preset("debug", layers=3)
-    stage = plan(config, "dp=2", batch_size=2, seq_len=64, device_type="cpu").stages[0]
+    stage = plan(config, "dp=2", batch_size=2, seq_len=64, device_type="cpu").ranks[0]
     scores = 4 * 64 * config.num_experts
     assert stage.phases["clip"]["activations"] < scores < stage.phases["forward"]["activations"]
