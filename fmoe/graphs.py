@@ -12,6 +12,7 @@ from torch._C import _functorch as functorch
 
 from .errors import TransformError, argument_error
 from .ops.core.dtensors import is_dtensor, local, map_local
+from .ops.core.memory import alone
 from .tree import dotted_names
 
 
@@ -67,14 +68,13 @@ class _Captured(NamedTuple):
     out: Any
 
     def replay(self, leaves: Sequence[Any]) -> Any:
-        there, given = [], []
-        for i, mine in self.inputs.items():
-            tensor = local(leaves[i])
-            if tensor.data_ptr() != mine.data_ptr():
-                there.append(mine)
-                given.append(tensor)
-        if there:
-            torch._foreach_copy_(there, given)
+        pairs = [(mine, local(leaves[i])) for i, mine in self.inputs.items()]
+        pairs = [(mine, given) for mine, given in pairs if mine.data_ptr() != given.data_ptr()]
+        if pairs:
+            # What lies where another argument goes, as after a swap of donated ones, is copied out first.
+            read = {_memory(mine) for mine in self.inputs.values()}
+            given = [tensor.clone() if _memory(tensor) in read else tensor for _, tensor in pairs]
+            torch._foreach_copy_([mine for mine, _ in pairs], given)
         self.graph.replay()
         return self.out
 
@@ -83,7 +83,8 @@ def _first(
     fn: Callable[..., Any], args: tuple[Any, ...], leaves: list[Any], structure: Any, donate: Sequence[int]
 ) -> tuple[Any, _Captured]:
     """The results of a first call, and the graph of later ones."""
-    kept = [i in donate for i, arg in enumerate(args) for _ in optree.tree_leaves(arg, none_is_leaf=True)]
+    places = (i for i, arg in enumerate(args) for _ in optree.tree_leaves(arg, none_is_leaf=True))
+    kept = [i in donate and own for i, own in zip(places, alone(leaves))]  # two leaves may later differ
     static = [
         leaf if keep or not isinstance(leaf, torch.Tensor) else map_local(torch.clone, leaf)
         for leaf, keep in zip(leaves, kept)
@@ -105,6 +106,10 @@ def _first(
         raise TransformError(_cannot(fn, error)) from error
     inputs = {i: local(leaf) for i, leaf in enumerate(static) if isinstance(leaf, torch.Tensor)}
     return out, _Captured(graph, inputs, again)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _kind(args: Any, i: int, leaf: Any) -> Any:

@@ -8,6 +8,7 @@ import torch
 
 import fmoe
 from fmoe.errors import TransformError
+from fmoe.graphs import _Captured
 from fmoe.models import decoder
 from fmoe.training import gradients, optim
 from fmoe.transforms import per_layer
@@ -18,6 +19,23 @@ ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs of CU
 def test_without_a_gpu_it_is_the_function(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert fmoe.graphed(torch.sin) is torch.sin
+
+
+class Swapping:
+    """A graph whose replay adds ten times the second input to the first."""
+
+    def __init__(self, a, b):
+        self.a, self.b = a, b
+
+    def replay(self):
+        self.a.add_(self.b, alpha=10)
+
+
+def test_arguments_that_lie_in_each_others_places():
+    a, b = torch.tensor([1.0]), torch.tensor([2.0])
+    captured = _Captured(Swapping(a, b), {0: a, 1: b}, (a, b))
+    assert [t.item() for t in captured.replay([b, a])] == [12.0, 1.0]
+    assert [t.item() for t in captured.replay([torch.tensor([3.0]), a])] == [123.0, 12.0]
 
 
 @pytest.mark.gpu
@@ -85,6 +103,14 @@ def test_donated_arguments_are_where_the_graph_writes():
         for i in range(4):
             total = graph(total, torch.full((3,), float(i)))
         assert total.data_ptr() == address and total.tolist() == [6.0] * 3
+
+
+@pytest.mark.gpu
+@ON_CUDA
+def test_donated_arguments_may_be_one_tensor_and_later_two():
+    graph = fmoe.graphed(lambda a, b: a + 10 * b, donate=(0, 1))
+    x, y = torch.ones(2, device="cuda").unbind()
+    assert [graph(x, x).item(), graph(x, 2 * y).item()] == [11.0, 21.0]
 
 
 @pytest.mark.gpu

@@ -3,7 +3,6 @@
 import functools
 import math
 import re
-import warnings
 
 import laws
 import optree
@@ -22,6 +21,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 import fmoe
+from fmoe.bench.timing import syncs
 from fmoe.models import decoder, deepseek_v3
 from fmoe.ops.core.axes import Binding, MeshOfSizes, bound, group_of
 from fmoe.ops.dispatch import layout
@@ -434,15 +434,7 @@ def synced(axes, backend):
     step_of, pieces, x = layer_on_gpus(axes)
     step = step_of(backend)
     step(pieces, x)
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step(pieces, x)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(w.message) for w in caught)
+    return syncs(lambda: step(pieces, x))
 
 
 def captured(axes, backend):

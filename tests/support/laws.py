@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 import fmoe
 from fmoe import P
+from fmoe.bench.timing import syncs
 from fmoe.introspect import raw_calls
 from fmoe.models import deepseek_v3
 from fmoe.models.gqa import GQA
@@ -188,21 +189,11 @@ def compilation(where: Where, and_remat: bool) -> dict[str, float]:
 
 def synced(where: Where) -> int:
     """How often the host waits for the device in forward and backward of a layer (CUDA)."""
-    import warnings
-
     mesh, config, params = where.mesh(), CONFIGS["sigmoid, groups"], where.layer()
     spread, x = fmoe.shard_params(params, mesh), torch.randn(64, DIM, dtype=where.dtype)
     step = fmoe.value_and_grad(loss_of(where.forward(mesh, config), 1.0), (0, 1))
     step(spread, x)
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step(spread, x)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(w.message) for w in caught)
+    return syncs(lambda: step(spread, x))
 
 
 def ranks_of(axes: str) -> int:
