@@ -146,13 +146,14 @@ def test_what_cannot_be_captured_is_named():
 @pytest.mark.gpu
 @ON_CUDA
 def test_a_layer_and_its_gradients():
-    params, x = fmoe.moe_init(0, dim=64, hidden_dim=32, num_experts=12, dtype=torch.bfloat16), None
+    like = dict(dtype=torch.bfloat16, device="cuda")
+    params = fmoe.moe_init(0, dim=64, hidden_dim=32, num_experts=12, **like)
     for router in (fmoe.RouterConfig(top_k=3), dataclasses.replace(fmoe.RouterConfig(), force_balance=True)):
         step = fmoe.value_and_grad(
             lambda p, x, r=router: fmoe.moe_forward(p, x, router=r).pow(2).sum(), (0, 1)
         )
         graph = fmoe.graphed(step)
         for _ in range(4):
-            x = torch.randn(100, 64, dtype=torch.bfloat16, device="cuda")
+            x = torch.randn(100, 64, **like)
             found, wanted = graph(params, x), step(params, x)
             assert optree.tree_all(optree.tree_map(torch.equal, found, wanted))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
 
 Gradients = list[torch.Tensor | None]
 
@@ -55,7 +55,7 @@ def input_gradient(
     ]
     try:
         wanted = [x, *(leaves[i] for i in now)]
-        g, *some = torch.autograd.grad(outputs, wanted, cotangents, retain_graph=True, allow_unused=True)
+        g, *some = _gradients(outputs, cotangents, wanted)
     finally:
         for hook in hooks:
             hook.remove()
@@ -81,19 +81,30 @@ def weight_gradients(rest: Rest, leaves: Sequence[torch.Tensor]) -> Gradients:
         several = zip(nodes, given) if len(nodes) > 1 else ()
         hooks = [node.register_prehook(lambda _, noted=noted: noted) for node, noted in several if noted]
         try:
-            grads = torch.autograd.grad(
-                [edge for edge, _ in edges],
-                [leaves[i] for i in which],
-                [g for _, g in edges],
-                retain_graph=True,
-                allow_unused=True,
-            )
+            above, flowing = zip(*edges)
+            grads = _gradients(above, flowing, [leaves[i] for i in which])
         finally:
             for hook in hooks:
                 hook.remove()
         for i, gradient in zip(which, grads):
             found[i] = gradient
     return found
+
+
+def _gradients(
+    edges: Sequence[GradientEdge], given: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]
+) -> Sequence[torch.Tensor | None]:
+    """``torch.autograd.grad``, which before PyTorch 2.13 takes no edges of operators written in Python."""
+    keep_graph, record = True, False
+    return _engine_run_backward(
+        tuple(edges),
+        tuple(given),
+        keep_graph,
+        record,
+        tuple(wanted),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
 
 
 def _users(outputs: Sequence[GradientEdge]) -> Mapping[Any, list[Any]]:

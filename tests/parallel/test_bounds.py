@@ -415,7 +415,7 @@ def layer_on_gpus(axes):
     """A layer's step in bfloat16, whose products no engine asks the host for, and its arguments."""
     torch.set_default_device("cuda")
     mesh = bare_mesh(axes, "cuda")
-    params = random_layer(256, 64, 8, dtype=torch.bfloat16, scale=4.0)
+    params = random_layer(256, 64, 8, shared=0, dtype=torch.bfloat16, scale=4.0)
     pieces = optree.tree_map(lambda leaf: leaf.to_local(), fmoe.shard_params(params, mesh))
     x = torch.randn(ranks_of(axes), 64, 256, dtype=torch.bfloat16)[mesh.get_rank()]
 
