@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 Gradients = list[torch.Tensor | None]
+NODES_LIVE_ALONE = torch.__version__ >= "2.13"  # before, one written in Python dies with the graph it is in
 
 
 class Group(NamedTuple):
@@ -26,10 +27,11 @@ class Group(NamedTuple):
 
 
 class Rest(NamedTuple):
-    """The second half: gradients that are known already, and the groups that aren't."""
+    """The second half: gradients that are known already, the groups that aren't, and what holds the graph."""
 
     found: Gradients
     groups: list[Group]
+    holds: Sequence[GradientEdge]
 
 
 def input_gradient(
@@ -55,14 +57,14 @@ def input_gradient(
     ]
     try:
         wanted = [x, *(leaves[i] for i in now)]
-        g, *some = _gradients(outputs, cotangents, wanted)
+        g, *some = torch.autograd.grad(outputs, wanted, cotangents, retain_graph=True, allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()
     found: Gradients = [None] * len(leaves)
     for i, gradient in zip(now, some):
         found[i] = gradient
-    return g, Rest(found, groups)
+    return g, Rest(found, groups, () if NODES_LIVE_ALONE else outputs)
 
 
 def weight_gradients(rest: Rest, leaves: Sequence[torch.Tensor]) -> Gradients:
@@ -81,30 +83,19 @@ def weight_gradients(rest: Rest, leaves: Sequence[torch.Tensor]) -> Gradients:
         several = zip(nodes, given) if len(nodes) > 1 else ()
         hooks = [node.register_prehook(lambda _, noted=noted: noted) for node, noted in several if noted]
         try:
-            above, flowing = zip(*edges)
-            grads = _gradients(above, flowing, [leaves[i] for i in which])
+            grads = torch.autograd.grad(
+                [edge for edge, _ in edges],
+                [leaves[i] for i in which],
+                [g for _, g in edges],
+                retain_graph=True,
+                allow_unused=True,
+            )
         finally:
             for hook in hooks:
                 hook.remove()
         for i, gradient in zip(which, grads):
             found[i] = gradient
     return found
-
-
-def _gradients(
-    edges: Sequence[GradientEdge], given: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]
-) -> Sequence[torch.Tensor | None]:
-    """``torch.autograd.grad``, which before PyTorch 2.13 takes no edges of operators written in Python."""
-    keep_graph, record = True, False
-    return _engine_run_backward(
-        tuple(edges),
-        tuple(given),
-        keep_graph,
-        record,
-        tuple(wanted),
-        allow_unreachable=True,
-        accumulate_grad=False,
-    )
 
 
 def _users(outputs: Sequence[GradientEdge]) -> Mapping[Any, list[Any]]:
