@@ -12,6 +12,7 @@ from .ops.balance import MoEStats, update_expert_bias
 from .ops.combine import combine, reduce
 from .ops.dispatch import Plan, align_rows, dispatch, expand
 from .ops.experts import ExpertParams, experts_grouped_mm
+from .ops.random import dropout
 from .ops.route import RouterConfig, RouterParams, Routing, route
 from .parallel.mesh import make_mesh
 from .parallel.shard_map import shard_map
@@ -32,6 +33,7 @@ __all__ = [
     "align_rows",
     "combine",
     "dispatch",
+    "dropout",
     "exact_on_overflow",
     "expand",
     "experts_grouped_mm",

@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..ops.core.axes import axis_names, axis_sizes, binding, bound
+from ..errors import argument_error
+from ..ops.core.axes import Binding, axis_names, axis_sizes, binding, bound, group_of
+from ..ops.core.dtensors import is_dtensor
+from ..ops.random import check_key, fold_in, places
 from ..parallel.backends import Backend, choose
 from ..parallel.boundary import dtensor_beneath, unwrapped
+from ..parallel.collective_ops import all_gather_op
 from ..parallel.placement import moves, placed, token_axes, where_placed
 from ..parallel.shard_map import shard_map
-from ..parallel.spec import named_axes
+from ..parallel.spec import as_dtensor, named_axes, spec_of
 from ..params import P
 from .checks import check_same, check_token_spec
 
@@ -70,3 +74,33 @@ def _tokens_of_each(x: torch.Tensor, along: tuple[str, ...], mesh: DeviceMesh) -
     for axis in along:
         tokens = tokens // axis_sizes(mesh)[axis]
     return tokens
+
+
+def token_keys(
+    function: str, key: torch.Tensor, tokens: torch.Tensor, mesh: DeviceMesh | None
+) -> torch.Tensor:
+    """A key for each token, by its position among those of all devices: (..., 2), placed as the tokens are.
+
+    ``tokens`` are ids (...) or vectors (..., D). Devices may have different numbers of plain tokens; they
+    tell each other how many.
+    """
+    check_key(function, key, tokens)
+    if key.dim() > 1:
+        got = f"shape {tuple(key.shape)}"
+        raise argument_error(function, "key", got=got, expected="one key, (2,)")
+    inner = unwrapped(tokens)
+    shape = tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape
+    if mesh is None:
+        return fold_in(key, places(function, shape, P(), key.device))
+    if is_dtensor(inner):
+        with bound(Binding(mesh)):
+            local = inner.to_local().shape[: len(shape)]
+            spec = P(*spec_of(inner)[: len(shape)])
+            return as_dtensor(fold_in(key, places(function, local, spec, key.device)), mesh, spec)
+    everyone, count = group_of(mesh, token_axes(mesh)), math.prod(shape)
+    first: int | torch.Tensor = 0
+    if everyone.size > 1:
+        mine = torch.full((1,), count, dtype=torch.int64, device=key.device)
+        counts = all_gather_op.raw(mine, everyone.size, everyone.name)
+        first = counts[: everyone.position].sum()
+    return fold_in(key, first + places(function, shape, P(), key.device))
