@@ -15,6 +15,7 @@ from ..ops.core.axes import binding, present
 from ..ops.core.dynamo import rearrange
 from ..ops.dispatch import dispatch
 from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
+from ..ops.random import check_one_key, fold_in
 from ..ops.route import Router, RouterConfig, RouterParams, Routing, route, without_padding
 from ..parallel.backends import Backend, backend_of, choose
 from ..parallel.collectives import axis_size, psum
@@ -22,7 +23,7 @@ from ..parallel.placement import computing, init_on, use
 from ..parallel.spec import distribute
 from ..params import P, param, partition_specs
 from .checks import check_drawing, check_layer, check_on_one_device, check_routing
-from .on_mesh import on_mesh, token_keys
+from .on_mesh import on_mesh, token_places
 
 FSDP = ("dp", "ep")  # the axes that a dense matrix is further cut along, and gathered where it is used
 
@@ -229,6 +230,8 @@ def moe_forward(
     """
     check_layer(params, x, router, valid)
     check_drawing("moe_forward", router, key)
+    if key is not None:
+        check_one_key("moe_forward", key, x)
     if backend_of("moe_forward", backend).capacity is not None and not return_stats:
         got, expected = "False, with a capacity", "True: the stats say whether it was enough"
         remedy = "Read stats.overflow, or leave capacity out."
@@ -236,16 +239,17 @@ def moe_forward(
 
     def layer(params: MoEParams, x: torch.Tensor, *others: torch.Tensor) -> Any:
         given = dict(zip([*inputs][1:], others))
-        where, keys = given.get("valid", ()), given.get("key", ())
-        y, routing, overflow = moe_layer(use(params), x, router, where, keys)
+        keys = fold_in(key, given["places"]) if key is not None and noisy else ()
+        y, routing, overflow = moe_layer(use(params), x, router, given.get("valid", ()), keys)
         if not return_stats:
             return y
         sums = stats_sums(routing, overflow)
         return y, moe_stats(psum(sums, binding().tokens))  # of all tokens, wherever they lie
 
     inputs = {"x": x} if valid is None else {"x": x, "valid": valid[..., None]}  # of as many dimensions
-    if key is not None:
-        inputs["key"] = token_keys("moe_forward", key, x, mesh)
+    noisy = isinstance(router, RouterConfig) and router.noise
+    if noisy:
+        inputs["places"] = token_places("moe_forward", x, mesh)[..., None]
     if mesh is None:
         check_on_one_device("moe_forward", params.experts.w_in)
         choose("moe_forward", backend, None)

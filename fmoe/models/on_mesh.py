@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..errors import argument_error
 from ..ops.core.axes import Binding, axis_names, axis_sizes, binding, bound, group_of
 from ..ops.core.dtensors import is_dtensor
-from ..ops.random import check_key, fold_in, places
+from ..ops.random import places
 from ..parallel.backends import Backend, choose
 from ..parallel.boundary import dtensor_beneath, unwrapped
 from ..parallel.collective_ops import all_gather_op
@@ -76,31 +75,24 @@ def _tokens_of_each(x: torch.Tensor, along: tuple[str, ...], mesh: DeviceMesh) -
     return tokens
 
 
-def token_keys(
-    function: str, key: torch.Tensor, tokens: torch.Tensor, mesh: DeviceMesh | None
-) -> torch.Tensor:
-    """A key for each token, by its position among those of all devices: (..., 2), placed as the tokens are.
+def token_places(function: str, tokens: torch.Tensor, mesh: DeviceMesh | None) -> torch.Tensor:
+    """The place of each token among those of all devices: int64 (...), placed as the tokens are.
 
     ``tokens`` are ids (...) or vectors (..., D). Devices may have different numbers of plain tokens; they
     tell each other how many.
     """
-    check_key(function, key, tokens)
-    if key.dim() > 1:
-        got = f"shape {tuple(key.shape)}"
-        raise argument_error(function, "key", got=got, expected="one key, (2,)")
-    inner = unwrapped(tokens)
+    inner, device = unwrapped(tokens), tokens.device
     shape = tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape
     if mesh is None:
-        return fold_in(key, places(function, shape, P(), key.device))
+        return places(function, shape, P(), device)
     if is_dtensor(inner):
         with bound(Binding(mesh)):
-            local = inner.to_local().shape[: len(shape)]
             spec = P(*spec_of(inner)[: len(shape)])
-            return as_dtensor(fold_in(key, places(function, local, spec, key.device)), mesh, spec)
-    everyone, count = group_of(mesh, token_axes(mesh)), math.prod(shape)
-    first: int | torch.Tensor = 0
-    if everyone.size > 1:
-        mine = torch.full((1,), count, dtype=torch.int64, device=key.device)
-        counts = all_gather_op.raw(mine, everyone.size, everyone.name)
-        first = counts[: everyone.position].sum()
-    return fold_in(key, first + places(function, shape, P(), key.device))
+            mine = places(function, inner.to_local().shape[: len(shape)], spec, device)
+            return as_dtensor(mine, mesh, spec)
+    everyone = group_of(mesh, token_axes(mesh))
+    if everyone.size == 1:
+        return places(function, shape, P(), device)
+    count = torch.full((1,), math.prod(shape), dtype=torch.int64, device=device)
+    counts = all_gather_op.raw(count, everyone.size, everyone.name)
+    return counts[: everyone.position].sum() + places(function, shape, P(), device)

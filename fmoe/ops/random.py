@@ -236,10 +236,7 @@ def dropout(
     >>> fmoe.dropout(torch.ones(6), key(1), 0.5)
     tensor([2., 0., 2., 2., 0., 0.])
     """
-    check_key("dropout", key, x)
-    if key.dim() > 1:
-        got = f"shape {tuple(key.shape)}"
-        raise argument_error("dropout", "key", got=got, expected="one key, (2,)", remedy="Use torch.vmap.")
+    check_one_key("dropout", key, x)
     if not 0 <= rate <= 1:
         raise argument_error("dropout", "rate", got=rate, expected="from 0 to 1")
     if rate == 0:
@@ -314,3 +311,11 @@ def check_key(function: str, key: torch.Tensor, beside: torch.Tensor | None = No
     if beside is not None and key.device != beside.device:
         got, expected = f"one on {key.device}", f"one on {beside.device}, where the numbers are used"
         raise argument_error(function, "key", got=got, expected=expected, remedy="Move it with .to().")
+
+
+def check_one_key(function: str, key: torch.Tensor, beside: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless it is one key, on the device of ``beside``."""
+    check_key(function, key, beside)
+    if key.dim() > 1:
+        got, remedy = f"shape {tuple(key.shape)}", "Use torch.vmap for several."
+        raise argument_error(function, "key", got=got, expected="one key, (2,)", remedy=remedy)

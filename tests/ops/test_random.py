@@ -220,7 +220,7 @@ KEY = "got {}, expected torch.int64 of shape (2,). Make one with fmoe.ops.random
         ),
         (
             lambda k: fmoe.dropout(torch.ones(2), random.split(k), 0.5),
-            "dropout: key: got shape (2, 2), expected one key, (2,). Use torch.vmap.",
+            "dropout: key: got shape (2, 2), expected one key, (2,). Use torch.vmap for several.",
         ),
         (
             lambda k: random.categorical(random.split(k, 3), torch.ones(2, 4)),
