@@ -19,7 +19,6 @@ from rich.console import Console
 import fmoe
 from fmoe.models import decoder, huggingface, stages
 from fmoe.models.sampling import sample_text
-from fmoe.ops import random
 from fmoe.training import checkpoint, data, gradients, launch, metrics, optim, options, plot, schedules
 
 
@@ -132,7 +131,7 @@ def main():
         console.print(plot.report(file.path, reference={"unigram entropy": entropy}, unit=unit))
     if args.sample:
         how = dict(temperature=args.temperature, top_k=args.top_k, window=args.seq_len, mesh=world.mesh)
-        how |= dict(num_tokens=args.sample_tokens, key=random.key(args.seed, device=precision.device))
+        how |= dict(num_tokens=args.sample_tokens, key=fmoe.random.key(args.seed, device=precision.device))
         draw = gradients.computing_in(sample_text, precision.compute)
         console.print(draw(params, args.sample, config, tokenizer, **how))
 

@@ -8,6 +8,7 @@ with warnings.catch_warnings():  # without numpy PyTorch warns once
 
 from .graphs import graphed
 from .models.moe import MoEParams, moe_forward, moe_init, shard_params
+from .ops import random
 from .ops.balance import MoEStats, update_expert_bias
 from .ops.combine import combine, reduce
 from .ops.dispatch import Plan, align_rows, dispatch, expand
@@ -41,6 +42,7 @@ __all__ = [
     "make_mesh",
     "moe_forward",
     "moe_init",
+    "random",
     "reduce",
     "remat",
     "route",

@@ -51,7 +51,7 @@ def sample(
     with ``pp``.
 
     >>> from fmoe.models.decoder import init, preset
-    >>> from fmoe.ops import random
+    >>> from fmoe import random
     >>> config = preset("debug")
     >>> prompt = torch.tensor([[100, 101, 102]])
     >>> sample(init(config, 0), prompt, config, num_tokens=5, key=random.key(0)).shape
@@ -96,7 +96,7 @@ def sample_text(params: ModelParams, text: str, config: DecoderConfig, tokenizer
     ``tokenizer`` is a :class:`fmoe.training.tokenizer.Tokenizer`.
 
     >>> from fmoe.models.decoder import init, preset
-    >>> from fmoe.ops import random
+    >>> from fmoe import random
     >>> from fmoe.training.tokenizer import BYTES
     >>> config = preset("debug")
     >>> found = sample_text(init(config, 0), "def ", config, BYTES, num_tokens=3, key=random.key(0))

@@ -6,6 +6,11 @@ numbers are the same on any device, however they are computed: under ``torch.fun
 
 Draw once with a key. For more, make keys of it: :func:`split`, or :func:`fold_in` of a step, the number of a
 layer, the position of a token. The numbers are those of ``jax.random`` with its default keys.
+
+>>> from fmoe import random
+>>> of_step = random.fold_in(random.key(0), 100)
+>>> random.uniform(of_step, (2,))
+tensor([0.9635, 0.3647])
 """
 
 import math
@@ -306,7 +311,7 @@ def check_key(function: str, key: torch.Tensor, beside: torch.Tensor | None = No
     if not isinstance(key, torch.Tensor) or key.dtype != torch.int64 or key.dim() < 1 or key.shape[-1] != 2:
         tensor = isinstance(key, torch.Tensor)
         got = f"{key.dtype} of shape {tuple(key.shape)}" if tensor else repr(key)
-        remedy = "Make one with fmoe.ops.random.key(seed)."
+        remedy = "Make one with fmoe.random.key(seed)."
         raise argument_error(function, "key", got=got, expected="torch.int64 of shape (2,)", remedy=remedy)
     if beside is not None and key.device != beside.device:
         got, expected = f"one on {key.device}", f"one on {beside.device}, where the numbers are used"

@@ -12,12 +12,11 @@ from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fmoe
-from fmoe import RouterConfig
+from fmoe import RouterConfig, random
 from fmoe.models import decoder
 from fmoe.models.config import without_noise
 from fmoe.models.sampling import sample
 from fmoe.models.stages import cut
-from fmoe.ops import random
 from fmoe.parallel import distribute
 from fmoe.training import gradients, optim
 
@@ -104,7 +103,7 @@ def test_noise_is_the_same_on_every_mesh(pool, axes):
     [
         (
             lambda layer, x: fmoe.moe_forward(layer, x, router=NOISY),
-            "moe_forward: key: got None, with router.noise=0.7, expected a key, as fmoe.ops.random.key(0). "
+            "moe_forward: key: got None, with router.noise=0.7, expected a key, as fmoe.random.key(0). "
             "Pass one of this step, or evaluate with noise=0.0.",
         ),
         (
@@ -113,7 +112,7 @@ def test_noise_is_the_same_on_every_mesh(pool, axes):
         ),
         (
             lambda layer, x: fmoe.moe_forward(layer, x, router=NOISY, key=3),
-            "moe_forward: key: got 3, expected torch.int64 of shape (2,). Make one with fmoe.ops.random.key",
+            "moe_forward: key: got 3, expected torch.int64 of shape (2,). Make one with fmoe.random.key",
         ),
         (
             lambda layer, x: fmoe.moe_forward(layer, x, router=NOISY, key=random.split(random.key(0))),

@@ -5,9 +5,9 @@ import pytest
 import torch
 from helpers import fresh_seed
 
+from fmoe import random
 from fmoe.models import deepseek_v3
 from fmoe.models.sampling import sample
-from fmoe.ops import random
 
 CONFIG = dataclasses.replace(
     deepseek_v3.preset("debug"),

@@ -10,8 +10,7 @@ from helpers import error, fresh_seed, quick, remats
 from torch.func import grad, jvp, vmap
 
 import fmoe
-from fmoe import P
-from fmoe.ops import random
+from fmoe import P, random
 
 PUBLISHED = [  # key, counter and result: Random123's kat_vectors, threefry2x32 of 20 rounds
     ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
@@ -186,7 +185,7 @@ def test_devices_draw_the_numbers_of_their_pieces(pool, axes):
 
 # ---- errors --------------------------------------------------------------------------------------------
 
-KEY = "got {}, expected torch.int64 of shape (2,). Make one with fmoe.ops.random.key(seed)."
+KEY = "got {}, expected torch.int64 of shape (2,). Make one with fmoe.random.key(seed)."
 
 
 @pytest.mark.parametrize(

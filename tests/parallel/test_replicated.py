@@ -11,8 +11,7 @@ from torch.func import grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fmoe
-from fmoe import P
-from fmoe.ops import random
+from fmoe import P, random
 from fmoe.ops.core.primitive import NAMESPACE
 from fmoe.parallel import axis_index, axis_size, distribute, psum
 from fmoe.parallel.replicated import fingerprint

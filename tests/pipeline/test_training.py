@@ -18,10 +18,10 @@ from parity import TINY
 from workers import Pool, RankError
 
 import fmoe
+from fmoe import random
 from fmoe.models import decoder, huggingface
 from fmoe.models.sampling import sample
 from fmoe.models.stages import Stages, cut
-from fmoe.ops import random
 from fmoe.ops.core.axes import group_of
 from fmoe.parallel.placement import token_axes
 from fmoe.pipeline import in_flight, make_schedule
