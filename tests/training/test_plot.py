@@ -284,10 +284,10 @@ def test_a_run_without_counts_has_losses_only(plot, files, tmp_path):
 def test_errors_are_texts_and_a_status(plot, files, tmp_path, capsys):
     (tmp_path / "null.jsonl").write_text('{"step": 0, "loss": null}')
     for arguments, text in (
-        (("--what", "loss"), "plot: name the metrics.jsonl of a run, or --what memory"),
+        (("--what", "loss"), "plot: name the metrics.jsonl of a run, or --what one of memory"),
         (
             ("--what", "schedule", files[0]),
-            "plot: name the metrics.jsonl of a run, or --what memory, or --what",
+            "plot: name the metrics.jsonl of a run, or --what one of memory, placement",
         ),
         (("--what", "schedule", "--pp", 0), "make_schedule: pp: got 0, expected an integer of at least 1."),
         ((files[0], "--out", "x.svg"), "--out: got one file for 2 pictures. Choose one with --what."),
