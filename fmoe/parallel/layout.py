@@ -89,7 +89,13 @@ def layouts_of(
 ) -> list[Layout]:
     """The layout of every leaf: a DTensor, a ``ParamSpec``, or with ``specs`` a whole tensor.
 
-    ``mesh`` is for leaves that aren't DTensors: a mesh, or axes and sizes, for which no devices are needed.
+    The arguments are those of :func:`fmoe.introspect.show_placement`, and errors name ``function``.
+
+    >>> import fmoe
+    >>> params = {"w": torch.empty(4, 6), "b": torch.empty(6)}
+    >>> specs = {"w": fmoe.P(None, "tp"), "b": fmoe.P()}
+    >>> [(x.name, x.held, x.devices) for x in layouts_of("show", params, "tp=2", specs)]
+    [('b', (6,), {(0,): (0, 1)}), ('w', (4, 3), {(0, 0): (0,), (0, 1): (1,)})]
     """
     leaves, names = optree.tree_leaves(tree), dotted_names(tree)
     given = [None] * len(leaves) if specs is None else broadcast(function, "specs", specs, tree)

@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.box import SQUARE
 from rich.console import Console, Group, RenderableType
@@ -20,9 +20,6 @@ from ..parallel.layout import Layout, Side, layouts_of, spoken
 from ..pipeline.clock import UNIT, Costs
 from ..pipeline.schedule import Schedule, bubble, drawn, in_flight
 from . import plot
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Readable on light and on dark: black on a pale colour. Devices take them in turn.
 COLORS = "#a6cee3", "#fdbf6f", "#b2df8a", "#fb9a99", "#cab2d6", "#ffff99", "#8dd3c7", "#fccde5"
@@ -47,7 +44,7 @@ class Shown:
     """
 
     renderable: RenderableType
-    figure: Callable[[], "Figure"]
+    figure: Callable[[], Any]
 
     def __rich__(self) -> RenderableType:
         return self.renderable
