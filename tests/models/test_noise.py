@@ -296,7 +296,11 @@ def without_generators(axes, seed, data):
 
 
 def test_no_step_nor_init_draws_from_a_global_generator(pool):
+    """And none depends on its state."""
     seed, data = fresh_seed(), batch()
     value, text = without_generators(None, seed, data)
     assert math.isfinite(value) and text.shape == (1, 5)
+    torch.manual_seed(seed + 1)
+    again, same = without_generators(None, seed, data)
+    assert again == value and torch.equal(same, text)
     pool.run(2, without_generators, "ep=2", seed, data)
