@@ -53,7 +53,7 @@ def combine_start(y_SD: torch.Tensor, plan: Plan) -> InFlight:
     """
     check_rows("combine_start", "y_SD", y_SD, plan.weights_SK.shape[0])
     overlapping = getattr(plan.transport, "combine_start", None)
-    return overlapping(y_SD, plan) if overlapping else InFlight(combine(y_SD, plan))
+    return InFlight(combine(y_SD, plan)) if overlapping is None else overlapping(y_SD, plan)
 
 
 def join(coming: InFlight, plan: Plan, plus: torch.Tensor | None = None) -> torch.Tensor:
