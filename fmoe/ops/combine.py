@@ -69,7 +69,8 @@ def join(coming: InFlight, plan: Plan, plus: torch.Tensor | None = None) -> torc
     >>> torch.equal(join(combine_start(x_SD, plan), plan), fmoe.combine(x_SD, plan))
     True
     """
-    if overlapping := getattr(plan.transport, "join", None):
+    overlapping = getattr(plan.transport, "join", None)
+    if overlapping is not None:  # PyTorch 2.11 can't compile the truth of a method
         return overlapping(coming, plan, plus)
     return coming.y_TD if plus is None else coming.y_TD + plus
 
