@@ -14,6 +14,7 @@ import optree
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..ops import update
 from ..ops.core.dtypes import accumulator
 from ..ops.cross_entropy import block_columns
 
@@ -81,7 +82,8 @@ class DryRun(TorchDispatchMode):
         into, source = (args[0], args[1]) if name in COPIES_INTO else (outputs, args)
         if name in GATHERS or (name in COPIES | COPIES_INTO and self._are_params(source)):
             self.copies |= self.numbers(into)
-        held = WORKSPACES[name](args, outputs) if self.on_cuda and name in WORKSPACES else 0
+        workspaces = WORKSPACES if self.on_cuda else ON_CPU
+        held = workspaces[name](args, outputs) if name in workspaces else 0
         if held > 0:
             self.timeline.append((self._new(held, name), False))
         if self.watch:
@@ -276,7 +278,15 @@ def _reduce_params(args: Any, outs: Any) -> int:
     return _as(summed, x) * (x.dtype != summed) + _as(summed, x) // size * (kept != summed)
 
 
+def _widened(args: Any, most: int) -> int:
+    """Where moments have another dtype: two of the four are widened, a piece at a time."""
+    p, _, m = args[:3]
+    alike = p[0].dtype == m[0].dtype
+    return 0 if alike else 2 * 4 * max(min(t.numel(), most) for t in p)
+
+
 WORKSPACES: dict[str, Callable[[Any, Any], int]] = {
+    "fmoe::adamw_": lambda args, outs: _widened(args, update.LARGE),
     "fmoe::experts_up": _experts_up,
     "fmoe::experts_up_backward": _experts_up_backward,
     "fmoe::experts_up_backward_inputs": _experts_up_backward,
@@ -298,6 +308,9 @@ WORKSPACES: dict[str, Callable[[Any, Any], int]] = {
     "fmoe::send": lambda args, outs: _rows(args[0], args[1].shape[0]),
     "fmoe::send_back": lambda args, outs: _rows(args[0], args[1].shape[0]),
     "fmoe::send_both_back": lambda args, outs: args[0].nbytes + 2 * _rows(args[0], args[2].shape[0]),
+}
+ON_CPU: dict[str, Callable[[Any, Any], int]] = {
+    "fmoe::adamw_": lambda args, outs: _widened(args, update.PIECE)
 }
 
 

@@ -33,7 +33,7 @@ class Work(NamedTuple):
     fusible: bool = False
 
 
-ADAMW = "aten::_fused_adamw_"
+ADAMW = "fmoe::adamw_"
 NONE = Work("memory", 0, 0)
 
 # Nothing is read or written by these, though PyTorch gives them memory of their own.
@@ -59,8 +59,8 @@ def work(name: str, func: Any, args: Any, kwargs: Any, outputs: Sequence[torch.T
         return Work("memory", 0, read)
     if mutates:
         changed = [a for a, s in zip(args, func._schema.arguments) if s.alias_info and s.alias_info.is_write]
-        if name == ADAMW and kwargs.get("grad_scale") is None:
-            del changed[1]  # gradients, which it writes only where it scales them
+        if name == ADAMW:
+            del changed[1]  # gradients, which only small leaves' updates write
         written += sum(touched(t) for t in optree.tree_leaves(changed) if isinstance(t, torch.Tensor))
     if name in PRODUCTS:
         rate, flops, passed = PRODUCTS[name](args, outputs)
