@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops import update
 from ..ops.core.dtypes import accumulator
-from ..ops.cross_entropy import block_columns
+from ..ops.cross_entropy import block_columns, block_rows
 
 GRANULE = 512  # CUDA's allocator rounds sizes up to this
 CUBLAS = 2 * 32 * 2**20  # its workspace on Hopper, for both threads that launch: forward, backward
@@ -243,6 +243,14 @@ def _cross_entropy_backward(args: Any, outs: Any) -> int:
     return 4 * x.numel() + max((4 + narrow) * block, (narrow or 4) * block + 4 * x.numel())
 
 
+def _cross_entropy_sum(args: Any, outs: Any) -> int:
+    x, weight, _, block_bytes = args
+    narrow = x.element_size() if x.element_size() < 4 else 0
+    rows = min(x.shape[0], block_rows(weight.shape[0], block_bytes))
+    # A block's logits while they become cotangents, then its product with the weight.
+    return rows * max((4 + narrow) * weight.shape[0], (narrow or 4) * weight.shape[0] + 4 * x.shape[1])
+
+
 def _rows(t: torch.Tensor, rows: int) -> int:
     return rows * t.shape[1:].numel() * t.element_size()
 
@@ -299,6 +307,7 @@ WORKSPACES: dict[str, Callable[[Any, Any], int]] = {
     "fmoe::attention_backward": _attention_backward,
     "fmoe::segment_attention": lambda args, outs: _attention(args, outs) + _mask(args[0]),
     "fmoe::segment_attention_backward": lambda args, outs: _attention_backward(args, outs) + _mask(args[1]),
+    "fmoe::cross_entropy_sum": _cross_entropy_sum,
     "fmoe::cross_entropy_terms": _cross_entropy,
     "fmoe::cross_entropy_terms_backward": _cross_entropy_backward,
     "fmoe::exchange": _exchange,

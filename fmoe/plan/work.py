@@ -8,6 +8,7 @@ import optree
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..ops.cross_entropy import block_rows
 from .dry_run import COPIES_INTO
 
 
@@ -166,6 +167,14 @@ def _loss(at: int, products: int) -> Callable[[Any, Any], Product]:
     return count
 
 
+def _loss_sum(args: Any, outs: Any) -> Product:
+    """Each block also adds to the weight's gradient, which is read and written in float32."""
+    x, weight, _, block_bytes = args
+    kind, flops, passed = _loss(0, 3)(args, outs)
+    blocks = -(-x.shape[0] // block_rows(weight.shape[0], block_bytes))
+    return kind, flops, passed + 2 * 4 * blocks * weight.numel()
+
+
 PRODUCTS: dict[str, Callable[[Any, Any], Product]] = {
     "aten::mm": _mm(0),
     "aten::bmm": _mm(0),
@@ -188,6 +197,7 @@ PRODUCTS: dict[str, Callable[[Any, Any], Product]] = {
     "fmoe::attention_backward": _attention(1, 3, 2, "attention_backward"),
     "fmoe::segment_attention": _attention(0, 1, 1, "attention"),
     "fmoe::segment_attention_backward": _attention(1, 3, 2, "attention_backward"),
+    "fmoe::cross_entropy_sum": _loss_sum,
     "fmoe::cross_entropy_terms": _loss(0, 1),
     "fmoe::cross_entropy_terms_backward": _loss(1, 3),
 }

@@ -254,6 +254,22 @@ def test_logits_of_two_blocks(columns, dtype, monkeypatch):
         assert error(found.cpu(), want) < ROUNDED[dtype]
 
 
+@ON_KERNELS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [64, 5000])
+def test_losses_and_cotangents_of_whole_rows(columns, dtype):
+    from fmoe.ops import cross_entropy
+    from fmoe.ops.kernels import logits as fused
+
+    logits, index = torch.randn(9, columns) * 4, torch.randint(columns, (9,))
+    index[2:4], logits[3, :7], logits[4] = torch.tensor([-1, 9]), -torch.inf, torch.nan
+    index[4] = -1  # such a row adds nothing, whatever its logits are
+    want = cross_entropy.losses_and_cotangents(logits.clone(), index, torch.float32)
+    losses, g = fused.losses_and_cotangents(logits.to(DEVICE), index.to(DEVICE), dtype)
+    assert g.dtype == dtype and error(g.float().cpu(), want[1]) < ROUNDED[dtype]
+    assert error(losses.cpu(), want[0]) < 1e-6 and not g[[2, 4]].any()
+
+
 TOPK = {  # experts, groups, top groups, best of a group, k
     "all": (13, 1, 1, 1, 4),
     "groups": (24, 4, 2, 2, 5),

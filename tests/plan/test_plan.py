@@ -23,7 +23,7 @@ from fmoe.models.decoder import preset
 from fmoe.ops import attention, experts, update
 from fmoe.ops.core.axes import group_of
 from fmoe.ops.core.dtensors import local
-from fmoe.ops.cross_entropy import cross_entropy_terms, cross_entropy_terms_backward
+from fmoe.ops.cross_entropy import cross_entropy_sum, cross_entropy_terms, cross_entropy_terms_backward
 from fmoe.parallel import Backend, collective_ops
 from fmoe.parallel.backends.wire import process_group
 from fmoe.parallel.placement import computing, token_axes
@@ -406,6 +406,9 @@ def test_what_the_loss_holds():
     how = torch.randn_like(out), *how, out
     got = beyond_results(lambda: cross_entropy_terms_backward.raw(*how))
     assert dry_run._cross_entropy_backward(how, ()) == pytest.approx(got, rel=0.1)
+    how = x, weight, index, 4 * 8192 * 128
+    got = beyond_results(lambda: cross_entropy_sum.raw(*how))
+    assert dry_run._cross_entropy_sum(how, ()) == pytest.approx(got, rel=0.1)
 
 
 # ---- the command -----------------------------------------------------------------------------------
