@@ -21,6 +21,7 @@ from fmoe.models import decoder, huggingface, stages
 from fmoe.models.config import without_noise
 from fmoe.models.sampling import sample_text
 from fmoe.training import checkpoint, data, gradients, launch, metrics, optim, options, plot, schedules
+from fmoe.training.step import training_step
 
 
 def parse():
@@ -83,7 +84,7 @@ def main():
         config = decoder.preset(args.preset, layers=args.layers, dim=args.dim, vocab_size=args.vocab_size)
         params = decoder.init(config, args.seed, stages=stages_of(config), **where)
     config = replace(config, router=replace(config.router, noise=args.router_noise))
-    key = fmoe.random.key(args.seed, device=precision.device)
+    key = fmoe.random.key(args.seed, device="cpu")
     data.check_vocabulary(tokenizer, config.vocab_size)
     share = args.held_out if args.eval_every else None
     text, test = data.read_streams(args.data, tokenizer, suffix=args.suffix, field=args.field, held_out=share)
@@ -109,7 +110,9 @@ def main():
     loss_of = gradients.loss_of_model(without_noise(config), **how)
     if layout.bounded:  # a step that had no room for all rows is done again, exactly
         fast = gradients.of_model(config, zero=layout.zero, **how | dict(backend=layout.bounded))
-        step_of = fmoe.exact_on_overflow(fast, step_of)
+        step_of = fmoe.exact_on_overflow(fmoe.graphed(fast) if args.graph else fast, step_of)
+    how = dict(max_norm=args.max_norm, bias_rate=args.bias_rate, mesh=world.mesh)
+    train = training_step(step_of, optimizer, graph=args.graph and not layout.bounded, **how)
     rate_of = schedules.by_name(args.schedule, peak=args.learning_rate, total_steps=args.steps)
     tokens = args.batch_size * args.seq_len
     flops = tokens * decoder.flops_per_token(config, args.seq_len) / world.size
@@ -117,11 +120,9 @@ def main():
     with file, metrics.LiveView(args.steps, console=console) as view:
         for step, batch in zip(range(first, args.steps), batches_of(text, start_step=first)):
             began, done = time.perf_counter(), step + 1
-            (value, stats), grads = step_of(params, *batch, key=fmoe.random.fold_in(key, step))
-            norm = optim.global_norm(grads, world.mesh)
-            scale = optim.clip_factor(norm, args.max_norm)
-            params, state = optimizer.update(params, grads, state, rate_of(step), scale=scale, donate=True)
-            params = decoder.update_biases(params, stats, args.bias_rate)
+            of_step = fmoe.random.fold_in(key, step).to(precision.device) if args.router_noise else None
+            batch = (*batch, None)[:3]  # without segments, None
+            params, state, value, norm, stats, grads = train(params, state, rate_of(step), *batch, of_step)
             gradients.check_finite(step, value := value.item(), norm := norm.item(), grads, world.mesh)
             del grads  # before the next step's are made
             counts = [layer.tokens_per_expert.tolist() for layer in stats.layers]
@@ -140,7 +141,7 @@ def main():
         console.print(plot.report(file.path, reference={"unigram entropy": entropy}, unit=unit))
     if args.sample:
         how = dict(temperature=args.temperature, top_k=args.top_k, window=args.seq_len, mesh=world.mesh)
-        how |= dict(num_tokens=args.sample_tokens, key=key)
+        how |= dict(num_tokens=args.sample_tokens, key=key.to(precision.device))
         draw = gradients.computing_in(sample_text, precision.compute)
         console.print(draw(params, args.sample, config, tokenizer, **how))
 

@@ -517,7 +517,8 @@ def hidden(
     layers: list[Any] = [*filter(None, params.layers)]
     extra: list[Any] = [table, config, segments]
     if isinstance(noise, Noise):  # a key is a tensor, so that one compiled function serves all layers
-        layers = [Keyed(held, fold_in(noise.key, i)) for i, held in enumerate(params.layers) if held]
+        keys = fold_in(noise.key, torch.arange(len(params.layers), device=x.device))
+        layers = [Keyed(held, key) for held, key in zip(params.layers, keys.unbind()) if held]
         extra.append(noise.places)
     x, found = stack(layer, layers, x, *extra)
     sums = [counted for layers, _ in found for counted in layers]
