@@ -284,9 +284,7 @@ def inputs_of(
 def optional(
     names: Iterable[str], values: Sequence[torch.Tensor], key: torch.Tensor | None
 ) -> dict[str, Any]:
-    """Arguments of :func:`stage_sums` from the last of the inputs: ``values``, of which ``names`` end with
-    the names.
-    """
+    """Arguments of :func:`stage_sums` from ``values``: the last tensors of a batch, by their ``names``."""
     given: dict[str, Any] = dict(zip([*names][-len(values) :], values)) if values else {}
     if key is not None and "places" in given:
         given["noise"] = Noise(key, given.pop("places"))

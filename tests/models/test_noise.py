@@ -68,7 +68,15 @@ def test_noise_is_the_same_under_transforms_and_remat(device, aot_eager):
     assert error(vmap(loss, (None, 0))(layer, x), torch.stack([loss(layer, row) for row in x])) < 1e-12
 
 
-def on_a_mesh(axes, layer, x, key, expected):
+def test_padding_has_its_places():
+    layer, x, key = random_layer(), torch.randn(2, 5, 6, dtype=torch.float64), fresh_key()
+    valid = torch.rand(2, 5) < 0.7
+    whole = fmoe.moe_forward(layer, x, router=NOISY, key=key)
+    some = fmoe.moe_forward(layer, x, router=NOISY, key=key, valid=valid)
+    assert error(some[valid], whole[valid]) < 1e-14
+
+
+def on_a_mesh(axes, layer, x, key, expected, compiling):
     mesh, rank = fmoe.make_mesh(axes, device_type="cpu"), torch.distributed.get_rank()
     params = fmoe.shard_params(layer, mesh)
     lies = int(math.prod(mesh.shape[1:3]))
@@ -80,6 +88,10 @@ def on_a_mesh(axes, layer, x, key, expected):
     counts = TOKENS if lies == 4 else [6, 4] if lies == 2 else [10]
     mine = x.flatten(0, 1).split(counts)[place]
     found = [error(loss(mine), expected.flatten(0, 1).split(counts)[place])]
+    if compiling:
+        torch._dynamo.reset()
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        found.append(error(compiled(mine), loss(mine)))
     if lies == 4:
         spec = fmoe.P("dp", "ep") if "dp" in axes else fmoe.P(None, "ep")
         whole = torch.cat([x, x], 1)[:, :8]
@@ -90,11 +102,11 @@ def on_a_mesh(axes, layer, x, key, expected):
 
 
 @pytest.mark.parametrize("axes", quick(["dp=2,ep=2"], ["dp=2,ep=2", "ep=4", "ep=2,tp=2", "tp=4"]))
-def test_noise_is_the_same_on_every_mesh(pool, axes):
+def test_noise_is_the_same_on_every_mesh(pool, axes, slow):
     """Devices have different numbers of plain tokens, also none; DTensors are cut along two dimensions."""
     layer, x, key = random_layer(8, 8), torch.randn(2, 5, 8, dtype=torch.float64), fresh_key()
     expected = fmoe.moe_forward(layer, x, router=NOISY, key=key)
-    for found in pool.run(4, on_a_mesh, axes, layer, x, key, expected):
+    for found in pool.run(4, on_a_mesh, axes, layer, x, key, expected, slow, timeout=300.0):
         assert max(found) < 1e-12
 
 
