@@ -59,10 +59,10 @@ def fingerprint(value: torch.Tensor) -> torch.Tensor:
     raw = torch.zeros(-(-size // 8) * 8, dtype=torch.uint8, device=value.device)
     raw[:size] = value.contiguous().view(-1).view(torch.uint8)
     # A sum of one-to-one functions of each word, so that a single one that differs is always seen.
-    words = raw.view(torch.int64) ^ torch.arange(len(raw) // 8, device=value.device) * ODD[1]
+    words = torch.arange(len(raw) // 8, device=value.device).mul_(ODD[1]).bitwise_xor_(raw.view(torch.int64))
     for factor in ODD:
-        words = words * factor
-        words = words ^ (words >> 32 & 0xFFFFFFFF)
+        words *= factor
+        words ^= (words >> 32).bitwise_and_(0xFFFFFFFF)
     kind = zlib.crc32(f"{tuple(value.shape)} {value.dtype}".encode())
     return torch.stack([words.sum(), torch.full((), kind, dtype=torch.int64, device=value.device)])
 
