@@ -95,7 +95,7 @@ class DecoderConfig:
 
 
 def without_noise(config: DecoderConfig) -> DecoderConfig:
-    """The same configuration, whose router has no noise and needs no key: to evaluate a model, or to publish it.
+    """The same configuration, whose router has no noise: to evaluate a model or publish it, without a key.
 
     >>> from fmoe.models.decoder import preset
     >>> noisy = dataclasses.replace(preset("debug"), router=RouterConfig(noise=0.1))
