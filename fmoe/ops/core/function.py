@@ -7,7 +7,8 @@ methods close over objects, hence two Functions. ``jvp`` rules run with forward 
 drops second tangents, hence :func:`primal`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -105,6 +106,8 @@ def eager_function(op: Any) -> Any:
                 out = tuple(o[:0] for o in out)
             return few(out), few((0,) * op.num_outputs)
 
+    # Function.apply asks for it at each call, and inspect would work it out at each.
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     function = _make(op.name, forward, setup_context, backward, jvp=jvp, vmap=vmap)
     function.by_need = op.by_need
     return function
@@ -159,10 +162,9 @@ def zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.
 
 def _keep(ctx: Any, residuals: Any, outputs: Tensors, num_values: int) -> list[torch.Tensor]:
     """Save an operator's residuals; say which of its outputs have no derivative."""
-    tensors = _tensors(residuals)
+    tensors: list[torch.Tensor] = []
+    ctx.kept = _apart(residuals, tensors)
     ctx.save_for_backward(*tensors)
-    # The class of tensors stands where one was.
-    ctx.kept = _map(lambda leaf: torch.Tensor if isinstance(leaf, torch.Tensor) else leaf, residuals)
     ctx.set_materialize_grads(False)
     constant = [o for i, o in enumerate(outputs) if i >= num_values or not o.is_floating_point()]
     if constant:
@@ -170,22 +172,28 @@ def _keep(ctx: Any, residuals: Any, outputs: Tensors, num_values: int) -> list[t
     return tensors
 
 
-def _restored(kept: Any, tensors: Sequence[torch.Tensor]) -> Any:
-    rest = iter(tensors)
-    return _map(lambda leaf: next(rest) if leaf is torch.Tensor else leaf, kept)
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
+def _apart(value: Any, tensors: list[torch.Tensor]) -> Any:
+    """Nested tuples, named or not, without their tensors, which go to a list: their class stands there."""
     if isinstance(value, tuple):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return [value] if isinstance(value, torch.Tensor) else []
+        return _like(value, [_apart(item, tensors) for item in value])
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return torch.Tensor
+    return value
 
 
-def _map(fn: Callable[[Any], Any], value: Any) -> Any:
-    """``fn`` of every leaf of nested tuples, named or not."""
-    if not isinstance(value, tuple):
-        return fn(value)
-    items = [_map(fn, item) for item in value]
+def _restored(kept: Any, tensors: Sequence[torch.Tensor]) -> Any:
+    """The reverse."""
+    return _together(kept, iter(tensors))
+
+
+def _together(kept: Any, rest: Iterator[torch.Tensor]) -> Any:
+    if isinstance(kept, tuple):
+        return _like(kept, [_together(item, rest) for item in kept])
+    return next(rest) if kept is torch.Tensor else kept
+
+
+def _like(value: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:
     return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
 
 
