@@ -238,12 +238,10 @@ def _down_weight(g_RD: torch.Tensor, h: torch.Tensor, rows: Layout) -> torch.Ten
     return grouped.outer(g_RD, act, rows.offsets_e)
 
 
-# Weights that these rows aren't multiplied by have no cotangent here: a tensor without elements stands for it.
+# Weights that don't multiply these rows have no cotangent here: a tensor without elements stands for it.
 def _backward_fake(scaled_before: bool) -> Any:
-    def fake(
-        g: Any, rows: Any, weight: Any, weights: Any, slot: Any, row: Any, ends: Any, before: bool
-    ) -> Any:
-        shape = weights.shape if before == scaled_before else (0,)
+    def fake(g: Any, rows: Any, weight: Any, weights: Any, *rest: Any) -> Tensors:
+        shape = weights.shape if rest[-1] == scaled_before else (0,)
         return rows.new_empty(rows.shape), weight.new_empty(weight.shape), weights.new_empty(shape)
 
     return fake
@@ -336,8 +334,10 @@ def _in_halves(whole: Operator, inputs: Any, weight: Any, reference: Any, scaled
     return _Backwards(whole, of_inputs, of_weight, scaled_before)
 
 
-_UP = _in_halves(experts_up_backward, _up_inputs_kernel, _up_weight_kernel, _up_reference, True)
-_DOWN = _in_halves(experts_down_backward, _down_inputs_kernel, _down_weight_kernel, _down_reference, False)
+_UP: _Backwards = _in_halves(experts_up_backward, _up_inputs_kernel, _up_weight_kernel, _up_reference, True)
+_DOWN: _Backwards = _in_halves(
+    experts_down_backward, _down_inputs_kernel, _down_weight_kernel, _down_reference, False
+)
 
 
 def _by_need(backwards: _Backwards, inputs: Any, needs: Any, g: torch.Tensor) -> tuple[Any, ...]:

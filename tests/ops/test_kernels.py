@@ -16,7 +16,7 @@ import torch
 from helpers import error, fresh_seed, quick, random_layer
 
 import fmoe
-from fmoe.ops import combine, dispatch, experts, kernels, route
+from fmoe.ops import combine, dispatch, experts, kernels, route, weigh
 from fmoe.ops.bases import gather_kernel
 from fmoe.ops.experts import Layout
 from fmoe.ops.kernels import grouped
@@ -272,9 +272,9 @@ def test_topk(sizes):
 
     num_experts, *how = sizes
     for tokens in (0, 1, 133):
-        choice = torch.randn(tokens, num_experts)
-        got = router.topk(choice.to(DEVICE), *how).cpu()
-        assert torch.equal(got, route._topk_kernel(choice, *how))
+        scores, bias = torch.randn(tokens, num_experts), torch.randn(num_experts)
+        got = router.topk(scores.to(DEVICE), bias.to(DEVICE), *how).cpu()
+        assert torch.equal(got, route._topk_kernel(scores, bias, *how))
 
 
 @ON_KERNELS
@@ -283,12 +283,48 @@ def test_topk_always_finds_k_different_experts():
 
     choice = torch.randn(40, 12)
     choice[:10], choice[10:20, ::2], choice[20:30] = torch.nan, torch.nan, -torch.inf
-    ids = router.topk(choice.to(DEVICE), 3, 2, 2, 8).cpu()
+    bias = torch.zeros(12, device=DEVICE)
+    ids = router.topk(choice.to(DEVICE), bias, 3, 2, 2, 8).cpu()
     assert all(len(set(row)) == 8 and set(row) <= set(range(12)) for row in ids.tolist())
     one_nan = torch.randn(5, 12).index_fill(1, torch.tensor([7]), torch.nan)  # the greatest, as to torch.topk
-    assert torch.equal(router.topk(one_nan.to(DEVICE), 1, 1, 1, 3).cpu(), one_nan.topk(3, dim=1).indices)
-    equal = router.topk(torch.zeros(3, 12, device=DEVICE), 1, 1, 1, 4)
+    assert torch.equal(
+        router.topk(one_nan.to(DEVICE), bias, 1, 1, 1, 3).cpu(), one_nan.topk(3, dim=1).indices
+    )
+    equal = router.topk(torch.zeros(3, 12, device=DEVICE), bias, 1, 1, 1, 4)
     assert equal.tolist() == [[0, 1, 2, 3]] * 3
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("size", [0, 100])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_weights_of_the_chosen(sigmoid, normalize, size, uninitialized_is_nan):
+    """The logits may be of any size; without one sigmoid, exponentials of 100 are too large to normalize."""
+    from fmoe.ops.kernels import router
+
+    how = sigmoid, normalize, 2.5
+    for tokens, num_experts, top_k in ((0, 7, 2), (133, 7, 3), (70, 8, 8), (5, 300, 10)):
+        ids = torch.rand(tokens, num_experts).argsort(1)[:, :top_k]
+        rows = torch.randn(tokens, num_experts) + size * torch.randn(tokens, 1)
+        g = torch.randn(tokens, top_k)
+        weights, counts, chosen = router.weigh(rows.to(DEVICE), ids.to(DEVICE), *how)
+        want, want_counts, want_chosen = wide(weigh._kernel, rows, ids, *how)
+        assert error(weights.cpu(), want) < 1e-5
+        assert torch.equal(counts.cpu(), want_counts) and counts.dtype == torch.int64
+        assert torch.equal(chosen.cpu().double(), want_chosen)
+        got = router.weigh_backward(g.to(DEVICE), chosen, ids.to(DEVICE), num_experts, *how).cpu()
+        assert error(got, wide(weigh._backward_kernel, g, want_chosen, ids, num_experts, *how)) < 1e-5
+
+
+@ON_KERNELS
+def test_sums_of_thirds():
+    from fmoe.ops.kernels import router
+
+    parts = torch.randn(3, 7, 190)
+    for dtype in (torch.bfloat16, torch.float32):
+        got = router.sum_thirds(parts.to(DEVICE), dtype).cpu()
+        assert error(got, parts.double().sum(0)) < ROUNDED[dtype]
+        assert got.dtype == dtype
 
 
 @ON_KERNELS
@@ -309,6 +345,10 @@ def test_router_products_are_as_right_as_float32():
     for a, b in ((x, w), (g, w.mT), (x.mT, g)):
         got = route.product.raw(a, b, torch.float32)
         assert error(got, a.double() @ b.double()) < 1e-5
+    both = route.product_backward.raw(g, x, w)
+    assert error(both, (g.double() @ w.mT.double(), x.mT.double() @ g.double())) < 1e-2
+    for got, (a, b) in zip(both, ((g, w.mT), (x.mT, g))):
+        assert error(got, route.product.raw(a, b, torch.bfloat16)) < 1e-2
 
 
 @ON_KERNELS

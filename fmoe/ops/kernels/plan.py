@@ -49,11 +49,11 @@ def _place(
     before = tl.sum(((expert[:, None] == other[None, :]) & (index[None, :] < index[:, None])).to(tl.int32), 1)
     held = (expert >= 0) & (expert < num_experts)
     earlier = tl.load(counts + expert * num_blocks + block, mask=held, other=0)
-    start, all_held = tl.zeros([BLOCK], tl.int32), 0
+    start, all_held, narrow = tl.zeros([BLOCK], tl.int32), 0, expert.to(tl.int32)
     for first in range(0, num_experts, BLOCK):
         column = first + index
         total = tl.load(totals + column, mask=column < num_experts, other=0)
-        start += tl.sum(tl.where(column[None, :] < expert[:, None], total[None, :], 0), 1)
+        start += tl.sum(tl.where(column[None, :] < narrow[:, None], total[None, :], 0), 1)
         mine = (column < num_experts) & (block == 0)
         tl.store(ends + column, all_held + tl.cumsum(total, 0), mask=mine)
         all_held += tl.sum(total, 0)
