@@ -375,6 +375,35 @@ def test_persistent_products(ends):
     assert error(out.cpu(), wide(grouped.outer, x, y, offsets)) < ROUNDED[dtype]
 
 
+# ---- starting kernels ----------------------------------------------------------------------------------
+
+
+def test_a_kernel_is_compiled_for_what_its_code_depends_on():
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from fmoe.ops.kernels.launch import kind
+
+    x = torch.zeros(64, 64)
+    boxes = [TensorDescriptor.from_tensor(x, [n, 32]) for n in (16, 16, 32)]
+    equal = [(16, 1600), (3, 7), (2**31, 2**40), (0.5, 1.0), (x, x + 1), boxes[:2]]
+    different = [(1, 3), (16, 3), (16, 2**31), (x, x[0, 1:]), (x, x.half()), (x, 16), boxes[1:]]
+    assert all(kind(a) == kind(b) for a, b in equal)
+    assert not any(kind(a) == kind(b) for a, b in different)
+
+
+@pytest.mark.gpu
+@GPU
+def test_kernels_started_again_take_new_arguments():
+    from fmoe.ops.kernels import rows
+
+    data = torch.randn(4000, device="cuda")
+    for width, start in ((16, 0), (16, 1), (1, 0), (17, 0), (32, 4), (16, 0), (17, 3)):
+        for num in (9, 16):
+            x = data[start : start + num * width].view(num, width)
+            index = torch.randint(-1, num, (2 * num,), device="cuda")
+            assert torch.equal(rows.gather(x, index), torch.where(index[:, None] < 0, 0, x[index]))
+
+
 # ---- choosing an engine --------------------------------------------------------------------------
 
 

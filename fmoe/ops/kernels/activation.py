@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 BLOCK = 512
 
 
@@ -37,8 +39,18 @@ def swiglu(
     if act.numel():
         grid = act.shape[0], triton.cdiv(act.shape[1], BLOCK)
         scale = slot if weights is None else weights.contiguous()
-        _swiglu[grid](
-            h, slot, scale, offsets, act, offsets.shape[0], act.shape[1], weights is not None, BLOCK
+        launch(
+            _swiglu,
+            grid,
+            h,
+            slot,
+            scale,
+            offsets,
+            act,
+            offsets.shape[0],
+            act.shape[1],
+            weights is not None,
+            BLOCK,
         )
     return act
 
@@ -94,7 +106,8 @@ def swiglu_backward(
     num_pairs = row.numel() if weighted else 0
     g_h, g_weights = torch.empty_like(h), weights.new_empty(weights.shape if weighted else 0)
     if grid := num_rows + triton.cdiv(num_pairs, BLOCK):
-        _swiglu_backward[(grid,)](
+        launch(
+            _swiglu_backward, (grid,),
             g_act, h, slot, row.contiguous(), weights.contiguous(), offsets, g_h, g_weights,
             offsets.shape[0], h.shape[2], num_rows, num_pairs, weighted, BLOCK,
         )  # fmt: skip

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 BLOCK = 2048
 
 
@@ -28,8 +30,16 @@ def add_sums(
 ) -> None:
     """Take a block (N, v) of logits, beginning at entry ``start``, into each token's terms, in place."""
     if logits.numel():
-        _add_sums[(logits.shape[0],)](
-            logits, index.contiguous(), total, chosen, start, logits.shape[1], BLOCK
+        launch(
+            _add_sums,
+            (logits.shape[0],),
+            logits,
+            index.contiguous(),
+            total,
+            chosen,
+            start,
+            logits.shape[1],
+            BLOCK,
         )
 
 
@@ -57,7 +67,17 @@ def cotangents(
     if logits.numel():
         grid = logits.shape[0], triton.cdiv(logits.shape[1], BLOCK)
         g_total, g_chosen = g.contiguous()
-        _cotangents[grid](
-            logits, index.contiguous(), total, g_total, g_chosen, out, start, logits.shape[1], BLOCK
+        launch(
+            _cotangents,
+            grid,
+            logits,
+            index.contiguous(),
+            total,
+            g_total,
+            g_chosen,
+            out,
+            start,
+            logits.shape[1],
+            BLOCK,
         )
     return out

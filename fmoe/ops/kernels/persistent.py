@@ -14,6 +14,7 @@ import triton.language as tl
 from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .launch import launch
 from .tuned import Tile
 
 
@@ -48,8 +49,16 @@ def row_blocks(offsets: torch.Tensor, num_rows: int, rows: int) -> Tiles:
     num_experts = offsets.shape[0]
     expert = offsets.new_empty(triton.cdiv(num_rows, rows) + num_experts)
     start = offsets.new_empty(num_experts + 1)
-    _blocks[(num_experts,)](
-        offsets, expert, start, num_experts, rows, triton.next_power_of_2(num_experts), 128
+    launch(
+        _blocks,
+        (num_experts,),
+        offsets,
+        expert,
+        start,
+        num_experts,
+        rows,
+        triton.next_power_of_2(num_experts),
+        128,
     )
     return Tiles(expert, start)
 
@@ -147,7 +156,8 @@ def mm(
     tile, transposed = tile or TILE, w.stride(1) == 1
     blocks = row_blocks(offsets, x.shape[0], tile.rows)
     box = (1, tile.cols, tile.depth) if transposed else (1, tile.depth, tile.cols)
-    _mm[_grid(x.device)](
+    launch(
+        _mm, _grid(x.device),
         TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(w.mT if transposed else w, list(box)),
         create_ragged_descriptor(out, [tile.rows, tile.cols // 2]),
@@ -162,7 +172,8 @@ def outer(
 ) -> None:
     """``x`` (R, I), ``y`` (R, O) in groups into ``out`` (e, I, O): each group's x transposed times its y."""
     tile = tile or TILE
-    _outer[_grid(x.device)](
+    launch(
+        _outer, _grid(x.device),
         create_ragged_descriptor(x, [tile.depth, tile.rows]),
         create_ragged_descriptor(y, [tile.depth, tile.cols]),
         TensorDescriptor.from_tensor(out, [1, tile.rows, tile.cols // 2]),

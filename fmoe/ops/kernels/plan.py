@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 BLOCK = 128
 
 
@@ -76,9 +78,21 @@ def layout(
     slot, row = ids.new_empty(num_rows, dtype=torch.int64), torch.empty_like(ids, dtype=torch.int64)
     counts = ids.new_empty(num_experts, num_blocks, dtype=torch.int32)
     totals, ends = (ids.new_empty(num_experts, dtype=torch.int32) for _ in range(2))
-    _count[(num_blocks,)](ids, counts, num_pairs, num_experts, num_blocks, BLOCK)
-    _sum_up[(num_experts,)](counts, totals, num_blocks, BLOCK)
-    _place[(triton.cdiv(max(num_pairs, num_rows), BLOCK),)](
-        ids, counts, totals, slot, row, ends, num_pairs, num_rows, num_experts, num_blocks, BLOCK
+    launch(_count, (num_blocks,), ids, counts, num_pairs, num_experts, num_blocks, BLOCK)
+    launch(_sum_up, (num_experts,), counts, totals, num_blocks, BLOCK)
+    launch(
+        _place,
+        (triton.cdiv(max(num_pairs, num_rows), BLOCK),),
+        ids,
+        counts,
+        totals,
+        slot,
+        row,
+        ends,
+        num_pairs,
+        num_rows,
+        num_experts,
+        num_blocks,
+        BLOCK,
     )
     return slot, row, ends

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 CHOSEN: tl.constexpr = tl.constexpr(-(2**31))
 CLOSED: tl.constexpr = tl.constexpr(-(2**31) + 1)
 
@@ -69,7 +71,8 @@ def topk(
     padded = triton.next_power_of_2(num_groups), triton.next_power_of_2(size)
     tokens = max(1, 4096 // (padded[0] * padded[1]))
     if num_tokens:
-        _topk[(triton.cdiv(num_tokens, tokens),)](
+        launch(
+            _topk, (triton.cdiv(num_tokens, tokens),),
             scores, bias, ids, num_tokens, num_experts, num_groups, top_groups, min(group_best, size),
             k, tokens, *padded, limited,
         )  # fmt: skip
@@ -138,7 +141,8 @@ def weigh(
     if num_tokens:
         slots = triton.next_power_of_2(top_k)
         tokens = max(1, 512 // slots)
-        _weigh[(triton.cdiv(num_tokens, tokens),)](
+        launch(
+            _weigh, (triton.cdiv(num_tokens, tokens),),
             rows, ids, weights, counts, chosen, num_tokens, num_experts, scale,
             top_k, sigmoid, normalize, tokens, slots, triton.next_power_of_2(num_experts + 1),
         )  # fmt: skip
@@ -188,7 +192,8 @@ def weigh_backward(
     if num_tokens:
         experts = triton.next_power_of_2(num_experts)
         tokens = max(1, 4096 // experts)
-        _weigh_backward[(triton.cdiv(num_tokens, tokens),)](
+        launch(
+            _weigh_backward, (triton.cdiv(num_tokens, tokens),),
             g, chosen, ids, g_rows, num_tokens, num_experts, scale,
             top_k, sigmoid, normalize, tokens, triton.next_power_of_2(top_k), experts,
         )  # fmt: skip
@@ -212,7 +217,7 @@ def thirds(x: torch.Tensor) -> torch.Tensor:
     out = x.new_empty(x.shape[0], 3, x.shape[1], dtype=torch.bfloat16)
     if x.numel():
         block = min(1024, triton.next_power_of_2(x.shape[1]))
-        _thirds[x.shape[0], triton.cdiv(x.shape[1], block)](x, out, x.shape[1], block)
+        launch(_thirds, (x.shape[0], triton.cdiv(x.shape[1], block)), x, out, x.shape[1], block)
     return out
 
 
@@ -242,7 +247,7 @@ def sum_thirds(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The sum over the first dimension, (3, N, I) -> (N, I), in ``dtype``."""
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
     if out.numel():
-        _sum_thirds[(triton.cdiv(out.numel(), 1024),)](parts, out, out.numel(), 1024)
+        launch(_sum_thirds, (triton.cdiv(out.numel(), 1024),), parts, out, out.numel(), 1024)
     return out
 
 
