@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import optree
 import pytest
@@ -389,6 +390,42 @@ def test_a_kernel_is_compiled_for_what_its_code_depends_on():
     different = [(1, 3), (16, 3), (16, 2**31), (x, x[0, 1:]), (x, x.half()), (x, 16), boxes[1:]]
     assert all(kind(a) == kind(b) for a, b in equal)
     assert not any(kind(a) == kind(b) for a, b in different)
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="Triton is to see another device")
+def test_a_kernel_started_again_gets_what_triton_would_give_it(monkeypatch):
+    """Triton compiles for a device that isn't there, and what it starts is noted."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from fmoe.ops.kernels import launch, rows
+
+    class Driver:
+        get_current_device = get_current_stream = lambda *_: 0
+        get_current_target = lambda _: GPUTarget("cuda", 90, 32)  # noqa: E731
+        launcher_cls = lambda *_: lambda *started: noted.append(started)  # noqa: E731
+        utils = SimpleNamespace(
+            load_binary=lambda *_: ("module", "function", 0, 0, 1024),
+            get_device_properties=lambda _: {"max_shared_mem": 2**17},
+        )
+
+    noted = []
+    before, compiled = driver._active, {}
+    monkeypatch.setattr(launch, "_COMPILED", compiled)
+    driver.set_active(Driver())
+    try:
+        for width, kinds in ((16, 1), (17, 2), (33, 2), (1, 3), (32, 3)):
+            x = torch.randn(4, width)
+            for _ in range(2):
+                rows.gather(x, torch.tensor([3, -1, 2]))
+            assert len(compiled) == kinds
+    finally:
+        driver._active = before
+    for first, again in zip(noted[::2], noted[1::2]):
+        assert first[:3] == (3, 1, 1)
+        assert again[:6] == first[:6] and again[6:9] == (None, None, None)  # no hooks
+        assert again[9] is first[9] and again[12:] == first[12:]
+        assert [t.dtype for t in again[10:12]] == [torch.int64, torch.float32]
 
 
 @pytest.mark.gpu

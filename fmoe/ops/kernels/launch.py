@@ -3,27 +3,33 @@
 from typing import Any
 
 import torch
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# By what Triton compiles anew for; as its own cache, which it looks into at every launch.
+# By what Triton compiles a kernel anew for, as in its own cache.
 _COMPILED: dict[tuple[Any, ...], Any] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: int) -> None:
-    """``kernel[grid](*args, **options)``; the last ``args`` are the constants of ``kernel``."""
+    """``kernel[grid](*args, **options)``; the last ``args`` are the constants of ``kernel``.
+
+    Only the first launch of a kind calls Triton's launch hooks.
+    """
     if not isinstance(kernel, JITFunction):  # as in Triton's interpreter
         kernel[grid](*args, **options)
         return
-    num_values = kernel.fn.__code__.co_argcount - len(kernel.fn.__annotations__)  # only constants have some
-    kinds = [kind(value) for value in args[:num_values]]
-    constants = args[num_values:]
-    key = (kernel.fn, torch.cuda.current_device(), *kinds, *constants, *options.values())
-    compiled = _COMPILED.get(key)
-    if compiled is None:
+    fn, active = kernel.fn, driver.active
+    device = active.get_current_device()
+    num_values = fn.__code__.co_argcount - len(fn.__annotations__)  # only constants are annotated
+    key = (fn, device, *map(kind, args[:num_values]), *args[num_values:], *options.values())
+    found = _COMPILED.get(key)
+    if found is None:
         _COMPILED[key] = kernel[grid](*args, **options)
-    else:
-        compiled[(*grid, 1, 1)[:3]](*args)
+        return
+    x, y, z = (*grid, 1, 1)[:3]
+    stream = active.get_current_stream(device)
+    found.run(x, y, z, stream, found.function, found.packed_metadata, None, None, None, *args)
 
 
 def kind(value: Any) -> Any:
@@ -33,9 +39,10 @@ def kind(value: Any) -> Any:
     (True, False, False)
     """
     if isinstance(value, torch.Tensor):
-        return value.dtype, value.data_ptr() % 16
+        return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype, "not aligned")
     if isinstance(value, int):
-        return value == 1, value % 16 == 0, value.bit_length() > 31
+        divisor = 1 if value == 1 else 2 if value % 16 else 16
+        return divisor if value.bit_length() < 32 else -divisor
     if isinstance(value, TensorDescriptor):
         return value.base.dtype, *value.block_shape
     return type(value)
