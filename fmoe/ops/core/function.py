@@ -7,7 +7,6 @@ methods close over objects, hence two Functions. ``jvp`` rules run with forward 
 drops second tangents, hence :func:`primal`.
 """
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -106,17 +105,33 @@ def eager_function(op: Any) -> Any:
                 out = tuple(o[:0] for o in out)
             return few(out), few((0,) * op.num_outputs)
 
-    # Function.apply asks for it at each call, and inspect would work it out at each.
-    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-    function = _make(op.name, forward, setup_context, backward, jvp=jvp, vmap=vmap)
+    function = _make(op.name, forward, setup_context, backward, base=_Unbound, jvp=jvp, vmap=vmap)
     function.by_need = op.by_need
     return function
 
 
-def _make(name: str, forward: Any, setup_context: Any, backward: Any, **more: Any) -> Any:
+class _Unbound(torch.autograd.Function):
+    """A Function whose arguments aren't bound to the signature of ``forward`` anew at each call."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        plainly: Any = super(torch.autograd.Function, cls)
+        return plainly.apply(*unwrap_dead_wrappers(args))
+
+
+def _make(
+    name: str,
+    forward: Any,
+    setup_context: Any,
+    backward: Any,
+    base: type[torch.autograd.Function] = torch.autograd.Function,
+    **more: Any,
+) -> Any:
     methods = {"forward": forward, "setup_context": setup_context, "backward": backward, **more}
     title = "".join(word.capitalize() for word in name.split("_"))
-    return type(title, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()})
+    return type(title, (base,), {k: staticmethod(f) for k, f in methods.items()})
 
 
 def _asked_for(ctx: Any) -> list[bool]:
