@@ -138,7 +138,7 @@ def _asked_for(ctx: Any) -> list[bool]:
     """Which inputs want a cotangent in this run of the engine: not all that require a gradient need one."""
     needs = [*ctx.needs_input_grad]
     following = ctx.next_functions
-    if len(following) == len(ctx.where):  # one for each tensor
+    if sum(needs) > 1 and len(following) == len(ctx.where):  # one for each tensor
         for i, (node, _) in zip(ctx.where, following):
             needs[i] = needs[i] and (node is None or _runs(node))
     return needs

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch
+from .launch import cdiv, launch
 
 BLOCK = 512
 
@@ -37,7 +37,7 @@ def swiglu(
     h = h.contiguous()
     act = h.new_empty(h.shape[0], h.shape[2])
     if act.numel():
-        grid = act.shape[0], triton.cdiv(act.shape[1], BLOCK)
+        grid = act.shape[0], cdiv(act.shape[1], BLOCK)
         scale = slot if weights is None else weights.contiguous()
         launch(
             _swiglu,
@@ -105,7 +105,7 @@ def swiglu_backward(
     h, g_act, num_rows = h.contiguous(), g_act.contiguous(), h.shape[0]
     num_pairs = row.numel() if weighted else 0
     g_h, g_weights = torch.empty_like(h), weights.new_empty(weights.shape if weighted else 0)
-    if grid := num_rows + triton.cdiv(num_pairs, BLOCK):
+    if grid := num_rows + cdiv(num_pairs, BLOCK):
         launch(
             _swiglu_backward, (grid,),
             g_act, h, slot, row.contiguous(), weights.contiguous(), offsets, g_h, g_weights,

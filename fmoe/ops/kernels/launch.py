@@ -32,6 +32,24 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: int) -> No
     found.run(x, y, z, stream, found.function, found.packed_metadata, None, None, None, *args)
 
 
+def cdiv(number: int, by: int) -> int:
+    """As ``triton.cdiv``, which takes the host longer, as does ``triton.next_power_of_2``.
+
+    >>> cdiv(32, 16), cdiv(33, 16)
+    (2, 3)
+    """
+    return -(-number // by)
+
+
+def power_of_2(number: int) -> int:
+    """The least power of 2 that isn't less.
+
+    >>> power_of_2(1), power_of_2(33), power_of_2(64)
+    (1, 64, 64)
+    """
+    return 1 << (number - 1).bit_length()
+
+
 def kind(value: Any) -> Any:
     """The part of an argument that Triton compiles a kernel for.
 

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch
+from .launch import cdiv, launch
 
 BLOCK = 2048
 
@@ -65,7 +65,7 @@ def cotangents(
     """The cotangent of a block of logits, in ``dtype``; in place if that is float32."""
     out = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
     if logits.numel():
-        grid = logits.shape[0], triton.cdiv(logits.shape[1], BLOCK)
+        grid = logits.shape[0], cdiv(logits.shape[1], BLOCK)
         g_total, g_chosen = g.contiguous()
         launch(
             _cotangents,

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import launch
+from .launch import cdiv, launch, power_of_2
 from .tuned import Tile
 
 
@@ -47,7 +47,7 @@ def _blocks(
 def row_blocks(offsets: torch.Tensor, num_rows: int, rows: int) -> Tiles:
     """The blocks of ``rows`` rows that cover every expert's rows."""
     num_experts = offsets.shape[0]
-    expert = offsets.new_empty(triton.cdiv(num_rows, rows) + num_experts)
+    expert = offsets.new_empty(cdiv(num_rows, rows) + num_experts)
     start = offsets.new_empty(num_experts + 1)
     launch(
         _blocks,
@@ -57,7 +57,7 @@ def row_blocks(offsets: torch.Tensor, num_rows: int, rows: int) -> Tiles:
         start,
         num_experts,
         rows,
-        triton.next_power_of_2(num_experts),
+        power_of_2(num_experts),
         128,
     )
     return Tiles(expert, start)

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch
+from .launch import cdiv, launch
 
 BLOCK = 128
 
@@ -74,7 +74,7 @@ def layout(
     if num_pairs == 0:
         slot = ids.new_full((num_rows,), -1, dtype=torch.int64)
         return slot, torch.empty_like(ids, dtype=torch.int64), ids.new_zeros(num_experts, dtype=torch.int32)
-    num_blocks = triton.cdiv(num_pairs, BLOCK)
+    num_blocks = cdiv(num_pairs, BLOCK)
     slot, row = ids.new_empty(num_rows, dtype=torch.int64), torch.empty_like(ids, dtype=torch.int64)
     counts = ids.new_empty(num_experts, num_blocks, dtype=torch.int32)
     totals, ends = (ids.new_empty(num_experts, dtype=torch.int32) for _ in range(2))
@@ -82,7 +82,7 @@ def layout(
     launch(_sum_up, (num_experts,), counts, totals, num_blocks, BLOCK)
     launch(
         _place,
-        (triton.cdiv(max(num_pairs, num_rows), BLOCK),),
+        (cdiv(max(num_pairs, num_rows), BLOCK),),
         ids,
         counts,
         totals,

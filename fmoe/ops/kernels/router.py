@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch
+from .launch import cdiv, launch, power_of_2
 
 CHOSEN: tl.constexpr = tl.constexpr(-(2**31))
 CLOSED: tl.constexpr = tl.constexpr(-(2**31) + 1)
@@ -68,11 +68,11 @@ def topk(
     limited = top_groups < num_groups
     if not limited:
         num_groups, size = 1, num_experts
-    padded = triton.next_power_of_2(num_groups), triton.next_power_of_2(size)
+    padded = power_of_2(num_groups), power_of_2(size)
     tokens = max(1, 4096 // (padded[0] * padded[1]))
     if num_tokens:
         launch(
-            _topk, (triton.cdiv(num_tokens, tokens),),
+            _topk, (cdiv(num_tokens, tokens),),
             scores, bias, ids, num_tokens, num_experts, num_groups, top_groups, min(group_best, size),
             k, tokens, *padded, limited,
         )  # fmt: skip
@@ -139,12 +139,12 @@ def weigh(
     weights, chosen = rows.new_empty(ids.shape), rows.new_empty(ids.shape)
     counts = ids.new_zeros(num_experts)
     if num_tokens:
-        slots = triton.next_power_of_2(top_k)
+        slots = power_of_2(top_k)
         tokens = max(1, 512 // slots)
         launch(
-            _weigh, (triton.cdiv(num_tokens, tokens),),
+            _weigh, (cdiv(num_tokens, tokens),),
             rows, ids, weights, counts, chosen, num_tokens, num_experts, scale,
-            top_k, sigmoid, normalize, tokens, slots, triton.next_power_of_2(num_experts + 1),
+            top_k, sigmoid, normalize, tokens, slots, power_of_2(num_experts + 1),
         )  # fmt: skip
     return weights, counts, chosen
 
@@ -190,12 +190,12 @@ def weigh_backward(
     g, chosen, ids, (num_tokens, top_k) = g.contiguous(), chosen.contiguous(), ids.contiguous(), ids.shape
     g_rows = g.new_empty(num_tokens, num_experts)
     if num_tokens:
-        experts = triton.next_power_of_2(num_experts)
+        experts = power_of_2(num_experts)
         tokens = max(1, 4096 // experts)
         launch(
-            _weigh_backward, (triton.cdiv(num_tokens, tokens),),
+            _weigh_backward, (cdiv(num_tokens, tokens),),
             g, chosen, ids, g_rows, num_tokens, num_experts, scale,
-            top_k, sigmoid, normalize, tokens, triton.next_power_of_2(top_k), experts,
+            top_k, sigmoid, normalize, tokens, power_of_2(top_k), experts,
         )  # fmt: skip
     return g_rows
 
@@ -216,8 +216,8 @@ def thirds(x: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
     out = x.new_empty(x.shape[0], 3, x.shape[1], dtype=torch.bfloat16)
     if x.numel():
-        block = min(1024, triton.next_power_of_2(x.shape[1]))
-        launch(_thirds, (x.shape[0], triton.cdiv(x.shape[1], block)), x, out, x.shape[1], block)
+        block = min(1024, power_of_2(x.shape[1]))
+        launch(_thirds, (x.shape[0], cdiv(x.shape[1], block)), x, out, x.shape[1], block)
     return out
 
 
@@ -247,7 +247,7 @@ def sum_thirds(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The sum over the first dimension, (3, N, I) -> (N, I), in ``dtype``."""
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
     if out.numel():
-        launch(_sum_thirds, (triton.cdiv(out.numel(), 1024),), parts, out, out.numel(), 1024)
+        launch(_sum_thirds, (cdiv(out.numel(), 1024),), parts, out, out.numel(), 1024)
     return out
 
 

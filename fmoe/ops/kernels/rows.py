@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch
+from .launch import cdiv, launch
 
 BLOCK, SLOTS = 1024, 128
 
@@ -29,7 +29,7 @@ def gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
     out = x.new_empty(index.shape[0], x.shape[1])
     if out.numel():
-        launch(_gather, (out.shape[0], triton.cdiv(out.shape[1], BLOCK)), x, index, out, out.shape[1], BLOCK)
+        launch(_gather, (out.shape[0], cdiv(out.shape[1], BLOCK)), x, index, out, out.shape[1], BLOCK)
     return out
 
 
@@ -74,7 +74,7 @@ def expand(
     x, (num_tokens, top_k) = x.contiguous(), row.shape
     out = x.new_empty(slot.shape[0], x.shape[1])
     if x.numel() and out.numel():
-        grid = num_tokens + triton.cdiv(out.shape[0], SLOTS), triton.cdiv(out.shape[1], BLOCK)
+        grid = num_tokens + cdiv(out.shape[0], SLOTS), cdiv(out.shape[1], BLOCK)
         scale = row if weights is None else weights.contiguous()
         launch(
             _expand, grid,
@@ -106,7 +106,7 @@ def weighted_sum(y: torch.Tensor, row: torch.Tensor, weights: torch.Tensor | Non
     y = y.contiguous()
     out = y.new_empty(row.shape[0], y.shape[1])
     if out.numel():
-        grid = out.shape[0], triton.cdiv(out.shape[1], BLOCK)
+        grid = out.shape[0], cdiv(out.shape[1], BLOCK)
         scale = row if weights is None else weights.contiguous()
         launch(
             _weighted_sum,
