@@ -9,6 +9,7 @@ The first two want rows of whole 16 bytes. The first of them that can is used, u
 """
 
 import functools
+import math
 import os
 from collections.abc import Sequence
 from itertools import pairwise
@@ -97,9 +98,8 @@ def _able(name: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> boo
 
 def _aligned(x: torch.Tensor) -> bool:
     """Whether rows start at whole 16 bytes."""
-    per_piece = 16 // x.element_size()
     inner, *outer = sorted(x.stride())
-    return inner == 1 and not any(s % per_piece for s in outer) and x.data_ptr() % 16 == 0
+    return inner == 1 and math.gcd(*outer) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 @functools.cache
