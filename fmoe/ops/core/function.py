@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch._C import _functorch as functorch
 from torch._functorch.utils import unwrap_dead_wrappers
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd import forward_ad
 
 from ...errors import TransformError
 from .batches import Fold, each, front, one_more
@@ -76,7 +76,7 @@ def eager_function(op: Any) -> Any:
     def jvp(ctx: Any, *tangents: Any) -> Any:
         found: Any = ()
         if rules.jvp is not None:
-            with _rule(op, "jvp", rules.jvp), _set_fwd_grad_enabled(True):
+            with _rule(op, "jvp", rules.jvp), forward_ad._set_fwd_grad_enabled(True):
                 kept = _restored(ctx.kept, [primal(t) for t in ctx.saved_tensors])
                 found = as_tuple(rules.jvp(kept, *tangents[:n]))[: op.num_values]
                 found = [zeros(*like) if t is None else t for t, like in zip(found, ctx.outputs)]
@@ -119,6 +119,12 @@ class _Unbound(torch.autograd.Function):
             return super().apply(*args)
         plainly: Any = super(torch.autograd.Function, cls)
         return plainly.apply(*unwrap_dead_wrappers(args))
+
+
+def no_derivative() -> bool:
+    """Whether nothing is differentiated or mapped now, as in a backward that makes no graph."""
+    some = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    return not some and forward_ad._current_level < 0
 
 
 def _make(

@@ -6,6 +6,7 @@ and *ragged* descriptors keep them from being stored. Where rows are summed over
 gradients, ragged loads give zeros for them instead.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -137,6 +138,7 @@ def _outer(
         out.store([expert, row * ROWS, col * COLS + COLS // 2], tl.reshape(right, [1, ROWS, COLS // 2]))
 
 
+@functools.cache
 def _grid(device: torch.device) -> tuple[int]:
     """A program per multiprocessor, which stays and takes tile after tile."""
     if device.type != "cuda":
