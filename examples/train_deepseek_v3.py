@@ -10,7 +10,7 @@ on from the newest: to the same bits as without a break, or on another mesh to t
 """
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +18,10 @@ from rich.console import Console
 
 import fmoe
 from fmoe.models import decoder, huggingface, stages
+from fmoe.models.config import without_noise
 from fmoe.models.sampling import sample_text
 from fmoe.training import checkpoint, data, gradients, launch, metrics, optim, options, plot, schedules
+from fmoe.training.step import training_step
 
 
 def parse():
@@ -37,7 +39,13 @@ def parse():
     add("--learning-rate", type=float, default=3e-3, help="peak, after warm-up")
     add("--max-norm", type=float, default=1.0, help="gradients are clipped to this global norm; inf: never")
     add("--bias-rate", type=float, default=0.01, help="of balancing experts; DeepSeek-V3 had 0.001")
-    add("--seed", type=int, default=0, help="of parameters, batches and samples")
+    add(
+        "--router-noise",
+        type=rate,
+        default=0.0,
+        help="standard deviation, on the logits that choose experts",
+    )
+    add("--seed", type=int, default=0, help="of parameters, batches, noise and samples")
     options.add_text(parser)
     options.add_layout(parser)
     options.add_precision(parser)
@@ -75,6 +83,8 @@ def main():
     else:
         config = decoder.preset(args.preset, layers=args.layers, dim=args.dim, vocab_size=args.vocab_size)
         params = decoder.init(config, args.seed, stages=stages_of(config), **where)
+    config = replace(config, router=replace(config.router, noise=args.router_noise))
+    key = fmoe.random.key(args.seed, device="cpu")
     data.check_vocabulary(tokenizer, config.vocab_size)
     share = args.held_out if args.eval_every else None
     text, test = data.read_streams(args.data, tokenizer, suffix=args.suffix, field=args.field, held_out=share)
@@ -97,10 +107,12 @@ def main():
 
     how = dict(**layout.how, dtype=precision.compute, stages=stages_of(config))
     step_of = gradients.of_model(config, zero=layout.zero, **how)
-    loss_of = gradients.loss_of_model(config, **how)
+    loss_of = gradients.loss_of_model(without_noise(config), **how)
     if layout.bounded:  # a step that had no room for all rows is done again, exactly
         fast = gradients.of_model(config, zero=layout.zero, **how | dict(backend=layout.bounded))
-        step_of = fmoe.exact_on_overflow(fast, step_of)
+        step_of = fmoe.exact_on_overflow(fmoe.graphed(fast) if args.graph else fast, step_of)
+    how = dict(max_norm=args.max_norm, bias_rate=args.bias_rate, mesh=world.mesh)
+    train = training_step(step_of, optimizer, graph=args.graph and not layout.bounded, **how)
     rate_of = schedules.by_name(args.schedule, peak=args.learning_rate, total_steps=args.steps)
     tokens = args.batch_size * args.seq_len
     flops = tokens * decoder.flops_per_token(config, args.seq_len) / world.size
@@ -108,11 +120,9 @@ def main():
     with file, metrics.LiveView(args.steps, console=console) as view:
         for step, batch in zip(range(first, args.steps), batches_of(text, start_step=first)):
             began, done = time.perf_counter(), step + 1
-            (value, stats), grads = step_of(params, *batch)
-            norm = optim.global_norm(grads, world.mesh)
-            scale = optim.clip_factor(norm, args.max_norm)
-            params, state = optimizer.update(params, grads, state, rate_of(step), scale=scale, donate=True)
-            params = decoder.update_biases(params, stats, args.bias_rate)
+            of_step = fmoe.random.fold_in(key, step).to(precision.device) if args.router_noise else None
+            batch = (*batch, None)[:3]  # without segments, None
+            params, state, value, norm, stats, grads = train(params, state, rate_of(step), *batch, of_step)
             gradients.check_finite(step, value := value.item(), norm := norm.item(), grads, world.mesh)
             del grads  # before the next step's are made
             counts = [layer.tokens_per_expert.tolist() for layer in stats.layers]
@@ -131,7 +141,7 @@ def main():
         console.print(plot.report(file.path, reference={"unigram entropy": entropy}, unit=unit))
     if args.sample:
         how = dict(temperature=args.temperature, top_k=args.top_k, window=args.seq_len, mesh=world.mesh)
-        how |= dict(num_tokens=args.sample_tokens, seed_or_generator=args.seed)
+        how |= dict(num_tokens=args.sample_tokens, key=key.to(precision.device))
         draw = gradients.computing_in(sample_text, precision.compute)
         console.print(draw(params, args.sample, config, tokenizer, **how))
 

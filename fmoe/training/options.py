@@ -139,6 +139,7 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     add("--ep-capacity", type=float, help="room for this times the mean of rows; nobody asks how many come")
     add("--remat", default="none", help="what layers recompute: none, full, default, or save:NAME,NAME")
     add("--compile", action="store_true", help="compile each layer with torch.compile")
+    add("--graph", action="store_true", help="on a GPU: hold the step in a CUDA graph, after the first one")
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:
