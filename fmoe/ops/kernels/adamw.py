@@ -55,7 +55,8 @@ def adamw(
 ) -> None:
     """Update a contiguous param and its moments in place. A ``rate`` goes before ``lr``."""
     launch(
-        _adamw, (cdiv(p.numel(), BLOCK),), p, g, m, v, step, step if rate is None else rate, step if scale is None else scale,
+        _adamw, (cdiv(p.numel(), BLOCK),),
+        p, g, m, v, step, step if rate is None else rate, step if scale is None else scale,
         p.numel(), lr, eps, weight_decay,
         *betas, *map(math.log2, (max(beta, 1e-300) for beta in betas)),
         rate is not None, scale is not None, BLOCK,
