@@ -25,13 +25,14 @@ from .batches import front
 from .capture import Guard, check_captured
 from .derive import pull, replaced
 from .dynamo import hidden_from_dynamo
-from .function import primal
+from .function import primal, runs
+from .host import begin, finish, leave, may_leave
 from .modes import Modes, Rng
 from .refuse import refusing_combinations
-from .tape import Entry, PlainTape, Policy, Tape, current_tape, on_tape, replay_error
+from .tape import Entry, Place, PlainTape, Policy, Tape, current_tape, on_tape, replay_error
 
-# For every entry of a tape its operator, its checkpoint name, and how many outputs it has, if any.
-Layout = Sequence[tuple[str, str, int | None]]
+# Every entry of a tape without its outputs, and how many those are, if it has any.
+Layout = Sequence[tuple[Entry, int | None]]
 
 
 def _nothing(name: str) -> bool:
@@ -58,8 +59,10 @@ def recomputing(fn: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) 
         handed=_layout(given),
         found=found,
         modes=Modes.now(tensors),
+        place=outer.next_place() if outer else (),
     )
-    out = _Remat.apply(region, *tensors, *_outputs(given))
+    with outer.inside() if outer else nullcontext():
+        out = _Remat.apply(region, *tensors, *_outputs(given))
     num_outputs = len(found.differentiable)
     if outer:
         outer.absorb(found.served, _entries(out[num_outputs:], found.recorded))
@@ -74,6 +77,7 @@ class _Found:
     out_statics: Sequence[Any] = ()
     differentiable: Sequence[bool] = ()
     recorded: Layout = ()
+    homes: Sequence[torch.device | None] = ()
     served: int = 0
     rng: Rng | None = None
 
@@ -95,6 +99,7 @@ class _Region:
     handed: Layout
     found: _Found
     modes: Modes
+    place: Place
     batches: tuple[tuple[Any, str], ...] = ()
 
     def execute(self, tensors: Sequence[torch.Tensor], *, check: bool = False) -> tuple[torch.Tensor, ...]:
@@ -108,19 +113,21 @@ class _Region:
             args, kwargs = optree.tree_unflatten(self.treedef, _merge(self.statics, tensors[:n]))
             entries = _entries(tensors[n:], self.handed)
             look = check_captured if check else None
-            tape = Tape(record=self.record, serve=self.serve, entries=entries, check=look)
+            tape = Tape(record=self.record, serve=self.serve, entries=entries, check=look, place=self.place)
             with self.modes.entered(), on_tape(tape):
-                with Guard() if check else nullcontext():
+                with Guard(tape, check) if check or tape.hands else nullcontext():
                     out = self.fn(*args, **kwargs)
                 outputs, found.out_treedef = optree.tree_flatten(out, none_is_leaf=True)
                 if check:
                     check_captured(outputs, "its result")
             found.out_statics = _statics(outputs)
             found.served = tape.position
-            found.recorded = _layout(tape.recorded)
+            found.recorded, found.homes = _layout(tape.recorded), _homes(tape.recorded)
+            tape.check_unchanged()
             values = [o for o in outputs if isinstance(o, torch.Tensor)]
             found.differentiable = [_differentiable(v) for v in values]
-            return (*values, *[t.detach() for t in _outputs(tape.recorded)])
+            kept = [t.detach() for t in _outputs(tape.recorded)]
+            return (*values, *[leave(t) if home else t for t, home in zip(kept, _homes(tape.recorded))])
 
         run = body
         for in_dims, randomness in self.batches:
@@ -145,7 +152,9 @@ class _Region:
             with rng.replayed() if rng else nullcontext():
                 outputs = region.execute(replaced(saved, where, values))
             if region.found.served < len(region.handed):
-                raise replay_error(f"no {region.handed[region.found.served][0]} where it was called first")
+                raise replay_error(
+                    f"no {region.handed[region.found.served][0].operator} where it was called first"
+                )
             return tuple(compress(outputs, differentiable))
 
         return call, where
@@ -172,18 +181,23 @@ def _merge(statics: Sequence[Any], tensors: Sequence[torch.Tensor]) -> list[Any]
 
 
 def _layout(entries: Iterable[Entry]) -> Layout:
-    return [(e.operator, e.checkpoint, None if e.outputs is None else len(e.outputs)) for e in entries]
+    return [(e._replace(outputs=None), None if e.outputs is None else len(e.outputs)) for e in entries]
 
 
 def _outputs(entries: Iterable[Entry]) -> list[torch.Tensor]:
     return [t for entry in entries for t in entry.outputs or ()]
 
 
+def _homes(entries: Iterable[Entry]) -> list[torch.device | None]:
+    """For each output where it comes back to, if it is offloaded."""
+    return [home for e in entries for home in e.homes or (None,) * len(e.outputs or ())]
+
+
 def _entries(outputs: Sequence[torch.Tensor], layout: Layout) -> list[Entry]:
     rest = iter(outputs)
     return [
-        Entry(operator, name, None if n is None else tuple(next(rest) for _ in range(n)))
-        for operator, name, n in layout
+        entry if n is None else entry._replace(outputs=tuple(next(rest) for _ in range(n)))
+        for entry, n in layout
     ]
 
 
@@ -204,7 +218,7 @@ class _Remat(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         region, *tensors = inputs
         recorded = output[len(region.found.differentiable) :]
-        ctx.region, ctx.num_tensors = region, len(tensors)
+        ctx.region, ctx.num_tensors, ctx.coming = region, len(tensors), None
         ctx.save_for_backward(*tensors[: region.num_tensors], *recorded)
         ctx.save_for_forward(*tensors[: region.num_tensors], *recorded)
         constant = [o for o, smooth in zip(output, region.found.differentiable) if not smooth]
@@ -213,12 +227,16 @@ class _Remat(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[Any, ...]:
         region = ctx.region
-        saved = unwrap_dead_wrappers(ctx.saved_tensors)
+        found, n = unwrap_dead_wrappers(ctx.saved_tensors), region.num_tensors
+        coming, ctx.coming = ctx.coming or begin(found[n:], region.found.homes), None
+        saved = [*found[:n], *finish(coming)]
+        if may_leave(saved):
+            _begin_earlier(ctx)
         call, where = region.derivative(saved, ctx.needs_input_grad[1 : 1 + region.num_tensors])
         given = tuple(compress(unwrap_dead_wrappers(cotangents), region.found.differentiable))
         with refusing_combinations("remat"):
-            found = dict(zip(where, pull(call, [saved[i] for i in where], given, inputs=saved)))
-        return None, *(found.get(i) for i in range(ctx.num_tensors))
+            pulled = dict(zip(where, pull(call, [saved[i] for i in where], given, inputs=saved)))
+        return None, *(pulled.get(i) for i in range(ctx.num_tensors))
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Any, ...]:
@@ -227,6 +245,8 @@ class _Remat(torch.autograd.Function):
             return (None,) * (len(region.found.differentiable) + len(ctx.saved_tensors) - region.num_tensors)
         with _set_fwd_grad_enabled(True), refusing_combinations("remat"):
             saved = [primal(t) for t in ctx.saved_tensors]
+            kept = finish(begin(saved[region.num_tensors :], region.found.homes))
+            saved = [*saved[: region.num_tensors], *kept]
             call, where = region.derivative(saved, [t is not None for t in tangents[: region.num_tensors]])
             moving = tuple(saved[i] for i in where), tuple(tangents[i] for i in where)
             moved = iter(torch.func.jvp(call, *moving)[1])
@@ -242,3 +262,18 @@ class _Remat(torch.autograd.Function):
             dataclasses.replace(region, batches=(*region.batches, batch)), *tensors[:n], *handed
         )
         return outputs, (0,) * len(outputs)
+
+
+def _begin_earlier(node: Any) -> None:
+    """Begin to bring back what the regions just before this one offloaded, while its backward computes."""
+    seen, coming = {node}, [node]
+    while coming and len(seen) < 256:
+        for earlier, _ in coming.pop(0).next_functions:
+            if earlier is None or earlier in seen:
+                continue
+            seen.add(earlier)
+            if not isinstance(getattr(earlier, "region", None), _Region):
+                coming.append(earlier)
+            elif any(earlier.region.found.homes) and earlier.coming is None and runs(earlier):
+                kept = unwrap_dead_wrappers(earlier.saved_tensors[earlier.region.num_tensors :])
+                earlier.coming = begin(kept, earlier.region.found.homes)
