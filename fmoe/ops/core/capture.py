@@ -10,6 +10,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.overrides import TorchFunctionMode
 
 from ...errors import captured_error
+from .naming import observed
 from .tape import Tape
 
 
@@ -25,6 +26,8 @@ class Guard(TorchFunctionMode):
         self.tape, self.check = tape, check
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is observed:  # no call of PyTorch's
+            return func(*args, **(kwargs or {}))
         if self.check and func is not torch.Tensor.detach:
             with torch._C.DisableTorchFunction():
                 check_captured((args, kwargs), getattr(func, "__name__", str(func)))

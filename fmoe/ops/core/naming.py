@@ -90,12 +90,12 @@ def _named(x: Any, name: str) -> Any:
         raise argument_error("checkpoint_name", "x", got=f"a {type(x).__name__}", expected=expected)
     if torch.compiler.is_dynamo_compiling():
         return named_op(x, name)
-    return _observed(x, name)
+    return observed(x, name)
 
 
-def _observed(x: torch.Tensor, name: str) -> torch.Tensor:
+def observed(x: torch.Tensor, name: str) -> torch.Tensor:
     """The value of a call outside ``torch.compile``, which modes of PyTorch's functions see."""
     if has_torch_function_unary(x):
-        return handle_torch_function(_observed, (x,), x, name)
+        return handle_torch_function(observed, (x,), x, name)
     tape = current_tape()
     return tape.name(named_op, x, name) if isinstance(tape, Tape) else x

@@ -49,7 +49,7 @@ def recomputing(fn: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) 
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     given = outer.rest() if outer else ()
     found = _Found()
-    region = _Region(
+    region = Region(
         fn,
         treedef,
         _statics(leaves),
@@ -83,7 +83,7 @@ class _Found:
 
 
 @dataclass(frozen=True)
-class _Region:
+class Region:
     """One call of a remat'ed function: all of it but the tensors.
 
     ``statics`` has a 1-tuple for every leaf of the arguments that isn't a tensor. ``batches`` has ``in_dims``
@@ -134,7 +134,7 @@ class _Region:
             run = torch.vmap(run, in_dims=in_dims + (0,) * (len(tensors) - n), randomness=randomness)
         return run(*tensors)
 
-    def replayed(self) -> "_Region":
+    def replayed(self) -> "Region":
         """The same region, handed back what its forward recorded."""
         found = dataclasses.replace(self.found)
         return dataclasses.replace(
@@ -202,10 +202,10 @@ def _entries(outputs: Sequence[torch.Tensor], layout: Layout) -> list[Entry]:
 
 
 class _Remat(torch.autograd.Function):
-    """``_Region.execute`` with the derivatives that recompute; ``(region, *tensors)``."""
+    """``Region.execute`` with the derivatives that recompute; ``(region, *tensors)``."""
 
     @staticmethod
-    def forward(region: _Region, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(region: Region, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         n = region.num_tensors
         rng = Rng.now(tensors)
         with refusing_combinations("remat"):
@@ -254,7 +254,7 @@ class _Remat(torch.autograd.Function):
         return *(next(moved) if f else None for f in region.found.differentiable), *[None] * num_recorded
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], region: _Region, *tensors: torch.Tensor) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], region: Region, *tensors: torch.Tensor) -> Any:
         n, dims = region.num_tensors, in_dims[1:]
         handed = [front(t, d, info.batch_size) for t, d in zip(tensors[n:], dims[n:])]
         batch = dims[:n], info.randomness
@@ -272,7 +272,7 @@ def _begin_earlier(node: Any) -> None:
             if earlier is None or earlier in seen:
                 continue
             seen.add(earlier)
-            if not isinstance(getattr(earlier, "region", None), _Region):
+            if not isinstance(getattr(earlier, "region", None), Region):
                 coming.append(earlier)
             elif any(earlier.region.found.homes) and earlier.coming is None and runs(earlier):
                 kept = unwrap_dead_wrappers(earlier.saved_tensors[earlier.region.num_tensors :])
