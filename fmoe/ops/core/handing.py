@@ -4,7 +4,8 @@ PyTorch has no way to say so above autograd. Beneath it, and beneath ``torch.fun
 for the kernel.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def handed(func: Callable[..., Any], args: Any, kwargs: Any, value: torch.Tensor
         for number in range(4):  # of kernels before the last whose results look like the value
             mode = _Handing(base, number)
             try:
-                with mode:
+                with mode, _no_cached_casts():
                     out = func(*args, **kwargs)
             except _NotTheLast:
                 continue
@@ -60,6 +61,17 @@ def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
 
 def _place(t: torch.Tensor) -> Any:
     return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride(), t.dtype
+
+
+@contextmanager
+def _no_cached_casts() -> Iterator[None]:
+    """Autocast would remember what was handed to a cast in vain."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 class _NotTheLast(Exception):

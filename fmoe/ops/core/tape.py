@@ -90,7 +90,7 @@ class Tape:
         self.depth = _depth()
         self._versions: list[list[int]] = []
         self._place, self._calls, self._inside = place, 0, False
-        self._makers: dict[int, tuple[weakref.ref[torch.Tensor], Made]] = {}
+        self._makers: dict[int, tuple[weakref.ref[torch.Tensor], Made, int]] = {}
         self._to_hand = {e.made: e.outputs for e in self.entries if e.made and e.outputs}
         self._handed: dict[Made, torch.Tensor] = {}
 
@@ -124,27 +124,34 @@ class Tape:
         return x
 
     def torch_call(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A call of a function of PyTorch's."""
+        """A call of a function of PyTorch's; it counts if it gives a tensor, as questions about one don't."""
         if self._inside:
             return func(*args, **kwargs)
-        made, done = (self.next_place(), getattr(func, "__name__", str(func))), False
+        made, done = (self._place_of(self._calls + 1), getattr(func, "__name__", str(func))), False
         if made in self._to_hand:
             out, done = handed(func, args, kwargs, self._to_hand[made][0])
         else:
             out = func(*args, **kwargs)
         if isinstance(out, torch.Tensor):
+            self._calls += 1
             self._note(made, out, done)
         return out
 
     def _note(self, made: Made, out: torch.Tensor, done: bool) -> None:
-        """What made a tensor, and whether it was handed."""
-        self._makers[id(out)] = weakref.ref(out), made
+        """What made a tensor, and whether it was handed. A call that gives an argument made nothing."""
+        if self._maker(out) is None:
+            self._makers[id(out)] = weakref.ref(out), made, _version(out)
         if done and made in self._to_hand:
             self._handed[made] = out
 
+    def _maker(self, x: torch.Tensor) -> tuple[Any, Made, int] | None:
+        found = self._makers.get(id(x))
+        return found if found and found[0]() is x else None
+
     def _made(self, x: torch.Tensor) -> Made | None:
-        ref, made = self._makers.get(id(x), (None, None))
-        return made if ref and ref() is x else None
+        """The call that made a tensor, if nothing was written into it since."""
+        found = self._maker(x)
+        return found[1] if found and found[2] == _version(x) else None
 
     @property
     def hands(self) -> bool:
@@ -152,8 +159,12 @@ class Tape:
         return bool(self._to_hand)
 
     def next_place(self) -> Place:
+        """That of an operator, or of a nested region."""
         self._calls += 1
-        return *self._place, self._calls
+        return self._place_of(self._calls)
+
+    def _place_of(self, number: int) -> Place:
+        return *self._place, number
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -207,7 +218,11 @@ def _devices(entry: Entry) -> tuple[torch.device, ...]:
 
 
 def _versions(entry: Entry) -> list[int]:
-    return [t._version for t in entry.outputs or ()]
+    return [_version(t) for t in entry.outputs or ()]
+
+
+def _version(t: torch.Tensor) -> int:
+    return 0 if t.is_inference() else t._version
 
 
 def replay_error(got: str) -> ValueError:
