@@ -94,8 +94,6 @@ class DryRun(TorchDispatchMode):
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor in the host's memory."""
-        if self.number(tensor) in self.host:
-            return tensor
         taken = self.give(tensor)
         number = self.number(taken)
         self.host[number], self.bytes_of[number] = taken.nbytes, 0

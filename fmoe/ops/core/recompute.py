@@ -122,12 +122,12 @@ class Region:
                     check_captured(outputs, "its result")
             found.out_statics = _statics(outputs)
             found.served = tape.position
-            found.recorded, found.homes = _layout(tape.recorded), _homes(tape.recorded)
             tape.check_unchanged()
             values = [o for o in outputs if isinstance(o, torch.Tensor)]
             found.differentiable = [_differentiable(v) for v in values]
-            kept = [t.detach() for t in _outputs(tape.recorded)]
-            return (*values, *[leave(t) if home else t for t, home in zip(kept, _homes(tape.recorded))])
+            recorded = [*map(_left, tape.recorded)]
+            found.recorded, found.homes = _layout(recorded), _homes(recorded)
+            return (*values, *_outputs(recorded))
 
         run = body
         for in_dims, randomness in self.batches:
@@ -186,6 +186,14 @@ def _layout(entries: Iterable[Entry]) -> Layout:
 
 def _outputs(entries: Iterable[Entry]) -> list[torch.Tensor]:
     return [t for entry in entries for t in entry.outputs or ()]
+
+
+def _left(entry: Entry) -> Entry:
+    """An entry to keep: detached and, if it is offloaded, on its way to the host's memory."""
+    outputs = entry.outputs and tuple(t.detach() for t in entry.outputs)
+    if outputs and entry.homes and not entry.left:
+        return entry._replace(outputs=tuple(map(leave, outputs)), left=True)
+    return entry._replace(outputs=outputs)
 
 
 def _homes(entries: Iterable[Entry]) -> list[torch.device | None]:

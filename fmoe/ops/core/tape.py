@@ -28,14 +28,15 @@ current_tape = _TAPE.get
 class Entry(NamedTuple):
     """One operator call on a tape; ``outputs`` are ``None`` where it has no value at the tape's level.
 
-    ``homes`` are the devices that offloaded outputs come back to. ``made`` says which call of PyTorch's made
-    the value that :func:`~fmoe.ops.naming.checkpoint_name` named.
+    ``homes`` are the devices that offloaded outputs come back to, once they have ``left``. ``made`` says
+    which call made the value that :func:`~fmoe.ops.core.naming.checkpoint_name` named.
     """
 
     operator: str
     checkpoint: str
     outputs: tuple[torch.Tensor, ...] | None
     homes: tuple[torch.device, ...] = ()
+    left: bool = False
     made: Made | None = None
 
 
@@ -208,13 +209,10 @@ class Tape:
     def _append(self, entry: Entry) -> None:
         if _depth() != self.depth:
             entry = entry._replace(outputs=None)
-        homes = () if self.record(entry.checkpoint) != OFFLOAD else entry.homes or _devices(entry)
-        self.recorded.append(entry._replace(homes=homes))
+        if self.record(entry.checkpoint) == OFFLOAD and not entry.homes:
+            entry = entry._replace(homes=tuple(t.device for t in entry.outputs or ()))
+        self.recorded.append(entry)
         self._versions.append(_versions(entry))
-
-
-def _devices(entry: Entry) -> tuple[torch.device, ...]:
-    return tuple(t.device for t in entry.outputs or ())
 
 
 def _versions(entry: Entry) -> list[int]:
