@@ -104,9 +104,7 @@ def test_what_is_offloaded_leaves_the_device(mesh):
         assert offloaded.activations == none.activations
         assert none.peaks["forward"] <= offloaded.peaks["forward"] < kept.peaks["forward"]
         assert offloaded.seconds == kept.seconds
-        assert (
-            none.peak < offloaded.peak <= kept.peak
-        )  # the last two layers have all they kept
+        assert none.peak < offloaded.peak <= kept.peak  # the last two layers have all they kept
     on_cpu = [ranks(policy(*names), "cpu") for policy in (fmoe.save, fmoe.offload)]
     assert on_cpu[0] == on_cpu[1]
 
