@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch._C import _functorch as functorch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ...errors import TransformError
 from .dtensors import map_local
@@ -50,7 +51,9 @@ def leave(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in the host's memory, to which it may be on its way; on a CPU itself."""
     if host := _HOST.get():
         return host.take(tensor)
-    return map_local(_leave, tensor) if tensor.is_cuda else tensor
+    if not tensor.is_cuda or isinstance(_beneath(tensor), FakeTensor):
+        return tensor
+    return map_local(_leave, tensor)
 
 
 def _leave(tensor: torch.Tensor) -> torch.Tensor:
