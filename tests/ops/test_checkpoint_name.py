@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from devices import bare_mesh
-from helpers import CONFIGS, ORACLE_TRANSFORMS, TRANSFORMS, Example, error, random_layer, squared
+from helpers import CONFIGS, ORACLE_TRANSFORMS, TRANSFORMS, Example, error, quick, random_layer, squared
 from torch.func import grad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -76,7 +76,10 @@ def test_names_change_no_bit(dtype, differentiate):
             assert all(map(torch.equal, run(fn), plain)), name
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
+QUICK = {"grad", "jvp", "vmap(grad) both", "grad(grad)", "jvp(grad)", "make_fx(grad)", "compile"}
+
+
+@pytest.mark.parametrize("transform", quick(QUICK | {"autograd twice, saving on the CPU"}, TRANSFORMS))
 def test_names_under_every_transform(transform, slow):
     example = Example(random_layer(), torch.randn(9, 6, dtype=torch.float64))
     expected = ORACLE_TRANSFORMS[transform](squared(named), example)

@@ -51,7 +51,6 @@ class Elsewhere:
             "grad(grad)",
             "vmap(grad) both",
             "jvp(grad)",
-            "vmap tokens",
             "autograd twice, saving on the CPU",
         },
         [name for name in TRANSFORMS if name != "compile"],
