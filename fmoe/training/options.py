@@ -143,6 +143,7 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
         help="what layers recompute: none, full, default, save:NAMES, offload:NAMES, or several joined by +",
     )
     add("--compile", action="store_true", help="compile each layer with torch.compile")
+    add("--graph", action="store_true", help="on a GPU: hold the step in a CUDA graph, after the first one")
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:
