@@ -187,9 +187,9 @@ def per_layer(remat_policy: str = "none", *, compiled: bool = False) -> Callable
     ``compiled`` compiles each layer whole, by Inductor. A second backward (``retain_graph``) is right or an
     error.
 
-    Raises ``ValueError`` for other words.
+    Raises ``ValueError`` for other words, and for names that nobody declared.
 
-    >>> per_layer("save:topk+offload:attention")(lambda x: x.sin())(torch.zeros(2))
+    >>> per_layer("save:topk+offload:dispatch")(lambda x: x.sin())(torch.zeros(2))
     tensor([0., 0.])
     """
     policy = None if remat_policy == "none" else _spoken(remat_policy)
@@ -207,6 +207,7 @@ def _spoken(words: str) -> Policy:
     for word in words.split("+"):
         kind, colon, names = word.partition(":")
         if colon and kind in ("save", "offload"):
+            check_names(kind, "names", tuple(names.split(",")), own=False)
             found.append((save if kind == "save" else offload)(*names.split(",")))
         elif word in alone:
             found.append(alone[word])

@@ -67,15 +67,18 @@ def checkpoint_name(x: T, name: str) -> T:
 
 
 @constant_to_dynamo
-def check_names(function: str, argument: str, names: tuple[Any, ...]) -> None:
-    """Raise ``ValueError`` for what is no name, or nearly an operator's."""
+def check_names(function: str, argument: str, names: tuple[Any, ...], *, own: bool = True) -> None:
+    """Raise ``ValueError`` for what is no name, or nearly an operator's; without ``own``, for any other."""
     known = frozenset(checkpoint_names()) - {GIVEN}
     for name in names:
-        expected = f"names of {sorted(known)}, or of your own for checkpoint_name"
-        if not isinstance(name, str) or not name:
-            raise argument_error(function, argument, got=repr(name), expected=expected)
-        if name not in known and (near := _nearest(name, known)):
+        if name in known:
+            continue
+        expected = f"names of {sorted(known)}" + (", or of your own for checkpoint_name" if own else "")
+        remedy = None if own else "Declare others with fmoe.extend.checkpoint."
+        valid = isinstance(name, str) and name != ""
+        if near := _nearest(name, known) if valid else []:
             remedy = f"Write {near[0]!r}, or choose a name that is less like it."
+        if near or not (valid and own):
             raise argument_error(function, argument, got=repr(name), expected=expected, remedy=remedy)
 
 
