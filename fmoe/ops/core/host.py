@@ -25,7 +25,7 @@ class Host(Protocol):
 class Coming(NamedTuple):
     """Tensors on their way back, and when each is there."""
 
-    tensors: list[torch.Tensor]
+    tensors: list[torch.Tensor | None]
     there: list[torch.cuda.Event | None]
 
 
@@ -69,14 +69,24 @@ def _leave(tensor: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def begin(tensors: Sequence[torch.Tensor], homes: Sequence[torch.device | None]) -> Coming:
+def away(tensors: Sequence[torch.Tensor], homes: Sequence[torch.device | None]) -> list[torch.Tensor | None]:
+    """Those of the tensors that left their devices."""
+    pretended = _HOST.get() is not None
+    return [
+        t if home is not None and (pretended or t.device != home) else None for t, home in zip(tensors, homes)
+    ]
+
+
+def begin(tensors: Sequence[torch.Tensor | None], homes: Sequence[torch.device | None]) -> Coming:
     """Begin to bring tensors back to their devices; those without one stay."""
-    host, found, there = _HOST.get(), [], list[torch.cuda.Event | None]()
+    host, found, there = _HOST.get(), list[torch.Tensor | None](), list[torch.cuda.Event | None]()
     for tensor, home in zip(tensors, homes):
         event = None
-        if home is not None and host:
+        if tensor is None or home is None:
+            pass
+        elif host:
             tensor = host.give(tensor)
-        elif home is not None and home != tensor.device:
+        elif home != tensor.device:
             with torch.cuda.stream(side := _stream(home)):
                 tensor = map_local(functools.partial(torch.Tensor.to, device=home, non_blocking=True), tensor)
                 event = side.record_event()
@@ -85,10 +95,10 @@ def begin(tensors: Sequence[torch.Tensor], homes: Sequence[torch.device | None])
     return Coming(found, there)
 
 
-def finish(coming: Coming) -> list[torch.Tensor]:
+def finish(coming: Coming) -> list[torch.Tensor | None]:
     """These tensors, for which the current stream waits; the host doesn't."""
     for tensor, event in zip(*coming):
-        if event is not None:
+        if tensor is not None and event is not None:
             here = torch.cuda.current_stream(tensor.device)
             here.wait_event(event)
             map_local(functools.partial(_used_on, here), tensor)

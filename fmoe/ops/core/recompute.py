@@ -17,6 +17,7 @@ from typing import Any
 import optree
 import torch
 import torch.utils._pytree as torch_pytree
+from torch._C import _functorch as functorch
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
@@ -26,7 +27,7 @@ from .capture import Guard, check_captured
 from .derive import pull, replaced
 from .dynamo import hidden_from_dynamo
 from .function import primal, runs
-from .host import begin, finish, leave, may_leave
+from .host import away, begin, finish, leave, may_leave
 from .modes import Modes, Rng
 from .refuse import refusing_combinations
 from .tape import Entry, Place, PlainTape, Policy, Tape, current_tape, on_tape, replay_error
@@ -227,6 +228,7 @@ class _Remat(torch.autograd.Function):
         region, *tensors = inputs
         recorded = output[len(region.found.differentiable) :]
         ctx.region, ctx.num_tensors, ctx.coming = region, len(tensors), None
+        ctx.away = None if functorch.get_interpreter_stack() else away(recorded, region.found.homes)
         ctx.save_for_backward(*tensors[: region.num_tensors], *recorded)
         ctx.save_for_forward(*tensors[: region.num_tensors], *recorded)
         constant = [o for o, smooth in zip(output, region.found.differentiable) if not smooth]
@@ -235,11 +237,12 @@ class _Remat(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[Any, ...]:
         region = ctx.region
-        found, n = unwrap_dead_wrappers(ctx.saved_tensors), region.num_tensors
-        coming, ctx.coming = ctx.coming or begin(found[n:], region.found.homes), None
-        saved = [*found[:n], *finish(coming)]
+        saved, n, homes = [*unwrap_dead_wrappers(ctx.saved_tensors)], region.num_tensors, region.found.homes
+        coming, ctx.coming = ctx.coming or begin(saved[n:], homes), None
+        for i, (tensor, home) in enumerate(zip(finish(coming), homes), n):
+            saved[i] = saved[i] if home is None else tensor
         if may_leave(saved):
-            _begin_earlier(ctx)
+            begin_offloaded((earlier for earlier, _ in ctx.next_functions), runs)
         call, where = region.derivative(saved, ctx.needs_input_grad[1 : 1 + region.num_tensors])
         given = tuple(compress(unwrap_dead_wrappers(cotangents), region.found.differentiable))
         with refusing_combinations("remat"):
@@ -253,7 +256,7 @@ class _Remat(torch.autograd.Function):
             return (None,) * (len(region.found.differentiable) + len(ctx.saved_tensors) - region.num_tensors)
         with _set_fwd_grad_enabled(True), refusing_combinations("remat"):
             saved = [primal(t) for t in ctx.saved_tensors]
-            kept = finish(begin(saved[region.num_tensors :], region.found.homes))
+            kept: list[Any] = finish(begin(saved[region.num_tensors :], region.found.homes))
             saved = [*saved[: region.num_tensors], *kept]
             call, where = region.derivative(saved, [t is not None for t in tangents[: region.num_tensors]])
             moving = tuple(saved[i] for i in where), tuple(tangents[i] for i in where)
@@ -272,16 +275,18 @@ class _Remat(torch.autograd.Function):
         return outputs, (0,) * len(outputs)
 
 
-def _begin_earlier(node: Any) -> None:
-    """Begin to bring back what the regions just before this one offloaded, while its backward computes."""
-    seen, coming = {node}, [node]
+def begin_offloaded(nodes: Iterable[Any], wanted: Callable[[Any], bool] = lambda node: True) -> None:
+    """Begin to bring back what the nearest regions, at some nodes of a graph or before them, offloaded."""
+    coming, seen = [*nodes], set[Any]()
     while coming and len(seen) < 256:
-        for earlier, _ in coming.pop(0).next_functions:
-            if earlier is None or earlier in seen:
-                continue
-            seen.add(earlier)
-            if not isinstance(getattr(earlier, "region", None), Region):
-                coming.append(earlier)
-            elif any(earlier.region.found.homes) and earlier.coming is None and runs(earlier):
-                kept = unwrap_dead_wrappers(earlier.saved_tensors[earlier.region.num_tensors :])
-                earlier.coming = begin(kept, earlier.region.found.homes)
+        node = coming.pop(0)
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if not isinstance(region := getattr(node, "region", None), Region):
+            coming += [earlier for earlier, _ in node.next_functions]
+        elif any(region.found.homes) and node.coming is None and wanted(node):
+            kept = node.away
+            if kept is None:
+                kept = unwrap_dead_wrappers(node.saved_tensors[region.num_tensors :])
+            node.coming = begin(kept, region.found.homes)
