@@ -59,6 +59,19 @@ def checkpoint_names() -> dict[str, bool]:
     return dict(_CHECKPOINTS)
 
 
+class _Maker(NamedTuple):
+    """What made a tensor: which call of the region, and of what."""
+
+    made: "weakref.ref[torch.Tensor]"
+    number: int
+    func: Any
+    version: int
+
+
+def _name(func: Any) -> str:
+    return func if isinstance(func, str) else getattr(func, "__name__", str(func))
+
+
 def _depth() -> int:
     """The number of torch.func transforms that are active."""
     return len(functorch.get_interpreter_stack() or ())
@@ -91,7 +104,7 @@ class Tape:
         self.depth = _depth()
         self._versions: list[list[int]] = []
         self._place, self._calls, self._inside = place, 0, False
-        self._makers: dict[int, tuple[weakref.ref[torch.Tensor], Made, int]] = {}
+        self._makers: dict[int, _Maker] = {}
         self._to_hand = {e.made: e.outputs for e in self.entries if e.made and e.outputs}
         self._handed: dict[Made, torch.Tensor] = {}
 
@@ -100,12 +113,16 @@ class Tape:
             self.check(args, op.name)
         name = op.checkpoint_of(args)
         entry = self._next(op.name, name)
-        made = self.next_place(), op.name
-        kept = (entry and entry.outputs) or self._to_hand.get(made, ())
-        with self.inside():
+        self._calls += 1
+        made = (self._place_of(self._calls), op.name) if self._to_hand else None
+        kept = (entry and entry.outputs) or (self._to_hand.get(made, ()) if made else ())
+        before, self._inside = self._inside, True
+        try:
             out = op.function.apply(*args, *kept)
+        finally:
+            self._inside = before
         if isinstance(out, torch.Tensor):
-            self._note(made, out, bool(kept))
+            self._note(op.name, out, made if kept else None)
         if self.record(name):
             self._append(Entry(op.name, name, out if isinstance(out, tuple) else (out,)))
         return out
@@ -128,31 +145,32 @@ class Tape:
         """A call of a function of PyTorch's; it counts if it gives a tensor, as questions about one don't."""
         if self._inside:
             return func(*args, **kwargs)
-        made, done = (self._place_of(self._calls + 1), getattr(func, "__name__", str(func))), False
+        made, done = None, False
+        if self._to_hand:
+            made = self._place_of(self._calls + 1), _name(func)
         if made in self._to_hand:
             out, done = handed(func, args, kwargs, self._to_hand[made][0])
         else:
             out = func(*args, **kwargs)
         if isinstance(out, torch.Tensor):
             self._calls += 1
-            self._note(made, out, done)
+            self._note(func, out, made if done else None)
         return out
 
-    def _note(self, made: Made, out: torch.Tensor, done: bool) -> None:
+    def _note(self, func: Any, out: torch.Tensor, handed: Made | None) -> None:
         """What made a tensor, and whether it was handed. A call that gives an argument made nothing."""
-        if self._maker(out) is None:
-            self._makers[id(out)] = weakref.ref(out), made, _version(out)
-        if done and made in self._to_hand:
-            self._handed[made] = out
-
-    def _maker(self, x: torch.Tensor) -> tuple[Any, Made, int] | None:
-        found = self._makers.get(id(x))
-        return found if found and found[0]() is x else None
+        maker = self._makers.get(id(out))
+        if maker is None or maker.made() is not out:
+            self._makers[id(out)] = _Maker(weakref.ref(out), self._calls, func, _version(out))
+        if handed in self._to_hand:
+            self._handed[handed] = out
 
     def _made(self, x: torch.Tensor) -> Made | None:
         """The call that made a tensor, if nothing was written into it since."""
-        found = self._maker(x)
-        return found[1] if found and found[2] == _version(x) else None
+        maker = self._makers.get(id(x))
+        if maker is None or maker.made() is not x or maker.version != _version(x):
+            return None
+        return self._place_of(maker.number), _name(maker.func)
 
     @property
     def hands(self) -> bool:
