@@ -68,6 +68,7 @@ def test_random_numbers_go_on():
 
 @pytest.mark.gpu
 @ON_CUDA
+@pytest.mark.filterwarnings("ignore:(?s).*Online softmax is disabled:UserWarning")
 @pytest.mark.parametrize(("remat", "compiled"), [("none", False), ("full", False), ("full", True)])
 def test_three_hundred_steps_have_the_bits_of_eager_ones(remat, compiled):
     config, optimizer = decoder.preset("debug"), optim.adamw()

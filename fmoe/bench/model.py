@@ -104,6 +104,8 @@ def bench_model(
     step = _training(loss, start(), optimizer, graph)  # no other name for the params
     batches = _batches(config, batch_size, seq_len, data, segments, device, seed)
     found = _measured(step, batches, steps, math.log(config.vocab_size), on_cuda, trace)
+    if graph:  # PyTorch doesn't count what a graph holds
+        found["peak_bytes"] = None
     name = torch.cuda.get_device_name() if on_cuda else "CPU"
     settings = dict(
         layers=config.num_layers, dense_layers=config.num_dense_layers,
