@@ -17,11 +17,12 @@ from .ops.core.refuse import Unsupported
 from .ops.core.residuals import Residual, Residuals, residuals_of
 from .ops.core.tape import Policy, Tape, checkpoint_names, on_tape
 from .parallel.backends.wire import Traffic, close_count, open_count
+from .training.show import Shown, show_placement, show_schedule
 from .transforms import save_declared
 
 __all__ = [
-    "Residual", "Residuals", "Support", "kept_bytes", "operator_class", "operator_support", "raw_calls",
-    "saved_bytes", "saved_residuals", "wire_bytes",
+    "Residual", "Residuals", "Shown", "Support", "kept_bytes", "operator_class", "operator_support",
+    "raw_calls", "saved_bytes", "saved_residuals", "show_placement", "show_schedule", "wire_bytes",
 ]  # fmt: skip
 
 
@@ -84,7 +85,7 @@ _CLASSES = {
     "experts": ("experts", "grouped", "_grouped_mm", "weighted_sum"),
     "communication": ("exchange", "send", "psum", "all_", "reduce_", "gather_params", "begin_", "ppermute",
                       "wait_tensor", "combine", "join", "deepep"),
-    "routing": ("product", "topk", "layout", "gather", "scatter"),
+    "routing": ("product", "topk", "weigh", "layout", "gather", "scatter"),
     "matrix products": ("mm", "bmm", "addmm", "baddbmm", "linear", "matmul"),
     "embedding": ("embedding",),
 }  # fmt: skip
