@@ -226,8 +226,8 @@ def test_the_gpus_memory_falls_by_what_is_offloaded():
     kept, most = held_and_peak(fmoe.save("up"))
     offloaded, most_offloaded = held_and_peak(fmoe.offload("up"))
     assert kept - offloaded == DEPTH * OFFLOADED
-    # While a block runs backward, its own values are there and those of the block before it come.
-    assert most - most_offloaded == pytest.approx((DEPTH - 2) * OFFLOADED, rel=0.05)
+    # While a block runs backward, its own values are there, and those of the block before it may have come.
+    assert 0.95 * (DEPTH - 2) <= (most - most_offloaded) / OFFLOADED <= 1.05 * (DEPTH - 1)
 
 
 @pytest.mark.gpu
@@ -237,7 +237,7 @@ def test_copies_run_on_a_stream_of_their_own_between_pinned_memory_and_the_gpu()
     step = fmoe.value_and_grad(deep(lambda fn: fmoe.remat(fn, fmoe.offload("up"))))
     step(*args)
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as run:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as run:
         step(*args)
         torch.cuda.synchronize()
     on_cuda = torch.autograd.DeviceType.CUDA
