@@ -53,7 +53,7 @@ class Operator:
     rules: Rules
     by_hand: frozenset[str]
     checkpoint: str
-    example: Callable[[], tuple[Any, ...]]
+    example: Any
     plain: Any
     dependent: Callable[..., Tensors]
     residual_outputs: int
@@ -93,7 +93,7 @@ def declare(
     impl: Callable[..., Any],
     fake: Callable[..., Any],
     checkpoint: str,
-    example: Callable[[], tuple[Any, ...]],
+    example: Callable[[], tuple[Any, ...]] | None,
     plain: Callable[..., Any] | None = None,
     dependent: Callable[..., Tensors] = lambda *inputs: (),
     residual_outputs: int = 0,
@@ -111,7 +111,8 @@ def declare(
     impl              the kernel, on any device; never sees autograd
     fake              output shapes and dtypes from input shapes and dtypes
     checkpoint        a name declared with :func:`fmoe.extend.checkpoint`
-    example           random arguments in float64, of the same shapes each time
+    example           random arguments in float64, of the same shapes each time; ``None`` for a part of an
+                      operator, which computes nothing alone, and equals nothing
     plain             the same function in plain PyTorch, the oracle; not needed with a ``reference``
     dependent         the example's last arguments where they follow from the others, as in a backward
     residual_outputs  how many trailing outputs exist for the backward only; callers don't see them
@@ -131,7 +132,7 @@ def declare(
     An operator without floating-point outputs needs no ``vjp`` and no ``jvp``. Where a rule can't
     exist, :class:`~fmoe.ops.core.refuse.Unsupported` takes its place. ``docs/operators.md`` declares some.
 
-    Raises ``TypeError`` with neither ``plain`` nor ``reference``.
+    Raises ``TypeError`` for an ``example`` with neither ``plain`` nor ``reference``.
 
     >>> from fmoe.ops.bases import random
     >>> from fmoe.ops.core.tape import checkpoint
@@ -150,7 +151,7 @@ def declare(
         derived = derive(reference, len(raw._schema.arguments))
         vjp, jvp, vmap = vjp or derived.vjp, jvp or derived.jvp, vmap or derived.vmap
     plain = plain or reference
-    if plain is None:
+    if plain is None and example is not None:
         raise TypeError(f"{name}: declared with neither a plain function nor a reference.")
     rules = Rules(vjp, jvp, vmap, residuals or (inputs_alone if vjp else _nothing))
     op = Operator(raw, rules, by_hand, checkpoint, example, plain, dependent, residual_outputs, by_need)
