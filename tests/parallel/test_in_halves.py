@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import deep_ep_double
 import optree
 import pytest
 import torch
@@ -17,6 +18,7 @@ from fmoe.models import decoder
 from fmoe.ops.core.axes import group_of
 from fmoe.parallel import Backend
 from fmoe.parallel.backends import all_to_all, in_parts
+from fmoe.parallel.backends.deepep import buffers as deep_ep_buffers
 from fmoe.parallel.collectives import group_alone
 from fmoe.parallel.placement import token_axes
 from fmoe.plan import plan
@@ -27,6 +29,10 @@ LENGTH = 9
 WAYS = {
     "exact": Backend("all_to_all", in_halves=True),
     "bounded": Backend("all_to_all", host_sync=False, max_tokens=2 * LENGTH, in_halves=True),
+}
+DEEPEP = {
+    "deepep exact": Backend("deepep", in_halves=True),
+    "deepep bounded": Backend("deepep", host_sync=False, max_tokens=2 * LENGTH, in_halves=True),
 }
 # Auxiliary losses, and experts that pad nothing away.
 CONFIG = dataclasses.replace(MODELS["GQA"], balance_loss=0.1, init_std=0.3)
@@ -147,6 +153,39 @@ def test_layers_are_compiled_with_both_halves(pool, way):
     assert max(pool.run(2, compiled, way, timeout=240)) < 1e-12
 
 
+WIDE = dataclasses.replace(CONFIG, dim=256)  # what DeepEP takes
+
+
+def install(kind):
+    """DeepEP's stand-in; two devices are two nodes where it shall use an ``ElasticBuffer``."""
+    generation, peers = {"buffer": (1, 8), "elastic": (2, 1)}[kind]
+    deep_ep_double.install(generation, payloads=(torch.float32, torch.float64), peers=peers)
+
+
+def over_deepep(kind, way, remats):
+    install(kind)
+    mesh, params, spread, batch = setting("ep=2", config=WIDE)
+    mine, found = [own(t, mesh) for t in batch], {}
+    (value, stats), want = gradients.of_model(WIDE)(params, *batch)
+    for remat in remats:
+        step = gradients.of_model(WIDE, mesh, backend=DEEPEP[way], per_layer=per_layer(remat))
+        (got, counted), grads = step(spread, *mine)
+        found[f"loss, remat {remat}"] = error(whole(got), value)
+        found[f"gradients, remat {remat}"] = error(whole(grads), want, unit=1e-2)
+        loads = zip(map(whole, counted.layers), stats.layers)
+        assert all(torch.equal(a.tokens_per_expert, b.tokens_per_expert) for a, b in loads)
+    assert not in_parts._COMING
+    assert [deep_ep_buffers.find(name).kind for name in deep_ep_buffers.names()] == [kind]
+    return found
+
+
+@pytest.mark.parametrize("way", DEEPEP)
+@pytest.mark.parametrize("kind", ["buffer", "elastic"])
+def test_rows_travel_over_deepep_too(pool, kind, way, slow):
+    for found in pool.run(2, over_deepep, kind, way, ["none", "full", "default"] if slow else ["none"]):
+        assert max(found.values()) < 1e-5, found  # weights travel in float32
+
+
 # ---- in the order that was meant ------------------------------------------------------------------------
 
 # A is the first half, of two sequences, and B the second, of one.
@@ -161,6 +200,16 @@ FORWARD = {
         "end_send", "end_send", "experts_up", "begin_send_back",
         "end_send", "end_send", "experts_up", "begin_send_back", "end_send_back", "end_send_back",
     ],
+    "deepep exact": [
+        "attention A", "deepep_pack", "attention B", "deepep_post", "deepep_pack",
+        "deepep_end_dispatch", "experts_up", "deepep_post", "deepep_begin_back",
+        "deepep_end_dispatch", "experts_up", "deepep_begin_back", "deepep_end_back", "deepep_end_back",
+    ],
+    "deepep bounded": [
+        "attention A", "deepep_pack", "deepep_post", "attention B", "deepep_pack", "deepep_post",
+        "deepep_end_dispatch", "experts_up", "deepep_begin_back",
+        "deepep_end_dispatch", "experts_up", "deepep_begin_back", "deepep_end_back", "deepep_end_back",
+    ],
 }  # fmt: skip
 BACKWARD = [
     "begin_send", "begin_send", "end_send", "experts_up_backward", "begin_send_back", "begin_send_back",
@@ -168,7 +217,13 @@ BACKWARD = [
     "end_send_back", "end_send_back", "attention_backward B",
     "end_send_back", "end_send_back", "attention_backward A",
 ]  # fmt: skip
-NAMES = {name.partition(" ")[0] for name in (*FORWARD["exact"], *FORWARD["bounded"], *BACKWARD)}
+DEEPEP_BACKWARD = [
+    "deepep_begin_send", "deepep_begin_send",
+    "deepep_end_send", "experts_up_backward", "deepep_begin_both_back",
+    "deepep_end_send", "experts_up_backward", "deepep_begin_both_back",
+    "deepep_end_both_back", "attention_backward B", "deepep_end_both_back", "attention_backward A",
+]  # fmt: skip
+NAMES = {name.partition(" ")[0] for some in (*FORWARD.values(), BACKWARD, DEEPEP_BACKWARD) for name in some}
 
 
 class Order(TorchDispatchMode):
@@ -188,8 +243,14 @@ class Order(TorchDispatchMode):
 
 def order_of(way, remat, by_torch_func):
     config = dataclasses.replace(CONFIG, num_layers=1, num_dense_layers=0)
+    if way in DEEPEP:
+        install("buffer")
+        config = dataclasses.replace(config, dim=256)
     mesh, _, spread, batch = setting("ep=2", config=config)
-    mine, how = [own(t, mesh) for t in batch[:2]], {"backend": WAYS[way], "per_layer": per_layer(remat)}
+    mine, how = (
+        [own(t, mesh) for t in batch[:2]],
+        {"backend": (WAYS | DEEPEP)[way], "per_layer": per_layer(remat)},
+    )
     with Order() as order:
         if by_torch_func:
             torch.func.grad(lambda p: decoder.loss(p, *mine, config, mesh, **how)[0])(spread)
@@ -203,6 +264,12 @@ def order_of(way, remat, by_torch_func):
 def test_one_half_computes_while_rows_of_the_other_travel(pool, way, by_torch_func):
     for ran in pool.run(2, order_of, way, "none", by_torch_func):
         assert ran == FORWARD[way] + BACKWARD
+
+
+@pytest.mark.parametrize("way", DEEPEP)
+def test_the_order_over_deepep_is_the_same(pool, way):
+    for ran in pool.run(2, order_of, way, "none", False):
+        assert ran == FORWARD[way] + DEEPEP_BACKWARD
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -99,13 +99,8 @@ def choose(
     if name == "auto":
         name, why = _best(group.name, mesh.device_type, *rows, host_sync)
         _say(f"backend {name} along ep={group.size}: {why}")
-    if name == "deepep" and in_halves:
-        got, expected, remedy = "in_halves over deepep", "all_to_all for it", "Leave in_halves out."
-        raise argument_error(
-            function, "backend", got="in_halves over deepep", expected=expected, remedy=remedy
-        )
     if name == "deepep":
-        return {"ep": DeepEP(group, deepep_buffers.kept(group.name, host_sync), bound)}
+        return {"ep": DeepEP(group, deepep_buffers.kept(group.name, host_sync), bound, in_halves)}
     return {"ep": AllToAll(group, bound, in_halves)}
 
 
