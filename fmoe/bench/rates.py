@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..ops.attention import attention, attention_backward
 from ..ops.core.axes import axis_sizes, group_of
-from ..ops.cross_entropy import LOGITS_BYTES, cross_entropy_terms, cross_entropy_terms_backward
+from ..ops.core.primitive import Operator
+from ..ops.cross_entropy import LOGITS_BYTES, cross_entropy_sum, cross_entropy_terms
 from ..ops.dispatch import dispatch
 from ..ops.experts import Layout, experts_down, experts_down_backward, experts_up, experts_up_backward
 from ..ops.route import RouterParams, route
@@ -94,9 +95,8 @@ def cases(sizes: Sizes) -> Iterator[Case]:
         yield Case(f"forward {each}", "attention", functools.partial(_attention, each, False))
         yield Case(f"backward {each}", "attention_backward", functools.partial(_attention, each, True))
     for loss in sizes.losses:
-        for backward in (False, True):
-            name = f"{'backward' if backward else 'forward'} {loss}"
-            yield Case(name, "loss", functools.partial(_loss, loss, backward))
+        yield Case(f"forward {loss}", "loss", functools.partial(_loss, cross_entropy_terms, loss))
+        yield Case(f"with gradients {loss}", "loss", functools.partial(_loss, cross_entropy_sum, loss))
 
 
 def _product(what: str, m: int, k: int, n: int, new: Any) -> Call:
@@ -130,14 +130,10 @@ def _attention(sizes: tuple[int, int, int, int, int], backward: bool, new: Any) 
     return functools.partial(attention_backward.raw, new(*v.shape), *inputs, *attention.raw(*inputs))
 
 
-def _loss(sizes: tuple[int, int, int], backward: bool, new: Any) -> Call:
+def _loss(operator: Operator, sizes: tuple[int, int, int], new: Any) -> Call:
     tokens, dim, vocabulary = sizes
-    x, weight = new(tokens, dim), new(vocabulary, dim)
-    inputs = x, weight, torch.arange(tokens, device=x.device) % vocabulary, LOGITS_BYTES
-    if not backward:
-        return functools.partial(cross_entropy_terms.raw, *inputs)
-    out = cross_entropy_terms.raw(*inputs)
-    return functools.partial(cross_entropy_terms_backward.raw, torch.ones_like(out), *inputs, out)
+    index = torch.arange(tokens, device=new(1).device) % vocabulary
+    return functools.partial(operator.raw, new(tokens, dim), new(vocabulary, dim), index, LOGITS_BYTES)
 
 
 def _adamw(numbers: int, new: Any) -> Call:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from ..errors import argument_error
 from ..ops.core.axes import present
-from ..ops.cross_entropy import LOGITS_BYTES, cross_entropy_terms
+from ..ops.cross_entropy import LOGITS_BYTES, cross_entropy_sum, cross_entropy_terms
 from ..parallel.boundary import unwrapped
 from ..parallel.collectives import all_gather, axis_index, axis_size, psum
 
@@ -50,14 +50,18 @@ def summed_cross_entropy(
     x             (..., D)    hidden states
     weight        (vocab, D)  each device along ``tp`` holds its part of it
     targets       (...)       int64; -100 means no cross entropy
-    logits_bytes              the most bytes of float32 logits at once, but at least 64 columns
+    logits_bytes              the most bytes of float32 logits at once, but at least 64 rows or columns
     ============  ==========  ==============================================================
 
-    Between forward and backward it keeps ``x`` and a number per token. The backward recomputes the logits.
+    Where both gradients are wanted, the forward computes them. They wait for the backward in float32 or
+    wider. Along ``tp``, or where only one of them is wanted, ``x`` and a number per token wait, and the
+    backward computes the logits again.
     """
     axes, counted, rows = present("tp"), targets != IGNORED, x.flatten(0, -2)
     # -1 means "no entry" to the operator, but is an invalid target. Like all below zero it is refused.
     index = torch.where(counted, torch.where(targets < 0, weight.shape[0], targets), -1).flatten()
+    if axis_size(axes) == 1 and torch.is_grad_enabled() and x.requires_grad and weight.requires_grad:
+        return cross_entropy_sum(rows, weight, index, logits_bytes), counted.sum()
     if axis_size(axes) > 1:
         local, here = _mine(torch.where(counted, targets, 0).flatten(), weight.shape[0], axes)
         index = torch.where(here & counted.flatten(), local, -1)

@@ -53,7 +53,7 @@ def combine_start(y_SD: torch.Tensor, plan: Plan) -> InFlight:
     """
     check_rows("combine_start", "y_SD", y_SD, plan.weights_SK.shape[0])
     overlapping = getattr(plan.transport, "combine_start", None)
-    return overlapping(y_SD, plan) if overlapping else InFlight(combine(y_SD, plan))
+    return InFlight(combine(y_SD, plan)) if overlapping is None else overlapping(y_SD, plan)
 
 
 def join(coming: InFlight, plan: Plan, plus: torch.Tensor | None = None) -> torch.Tensor:
@@ -69,7 +69,8 @@ def join(coming: InFlight, plan: Plan, plus: torch.Tensor | None = None) -> torc
     >>> torch.equal(join(combine_start(x_SD, plan), plan), fmoe.combine(x_SD, plan))
     True
     """
-    if overlapping := getattr(plan.transport, "join", None):
+    overlapping = getattr(plan.transport, "join", None)
+    if overlapping is not None:  # PyTorch 2.11 can't compile the truth of a method
         return overlapping(coming, plan, plus)
     return coming.y_TD if plus is None else coming.y_TD + plus
 

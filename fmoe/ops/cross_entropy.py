@@ -1,8 +1,11 @@
-"""The terms of a cross entropy as one operator, which never holds all logits.
+"""Cross entropies of a last projection as operators, which never hold all logits.
 
-N tokens, V entries of the vocabulary. Logits are computed block by block in float32, forward and again
-backward. Only each token's log of the sum of exponentials is kept. Blocks run over the vocabulary, not over
-tokens: each row of the weight's gradient is one product over all tokens, rounded once.
+N tokens, V entries of the vocabulary. Logits are computed block by block, in float32.
+
+``cross_entropy_sum`` computes the gradients, too, and so the logits once. Its blocks are of whole tokens, and
+the gradients wait in float32 for their factor. ``cross_entropy_terms`` gives two numbers per token, for a
+vocabulary of which other devices hold the rest, and where no gradient is wanted. It keeps only these numbers.
+Its blocks run over the vocabulary. So each row of the weight's gradient is one product over all tokens.
 """
 
 from collections.abc import Iterator
@@ -19,9 +22,9 @@ from .core.tape import checkpoint
 from .route import product
 
 LOSS = checkpoint("loss", save=False)
-LOGITS_BYTES = 2**28
+LOGITS_BYTES = 2**30
 OUTSIDE = (
-    "cross_entropy_terms: index: got a target outside the vocabulary, expected 0 to vocab_size - 1, or -100 "
+    "cross_entropy: index: got a target outside the vocabulary, expected 0 to vocab_size - 1, or -100 "
     "for none. Use the tokenizer that the model is for."
 )
 STEP = 64  # a block's columns are a multiple of it
@@ -30,6 +33,11 @@ STEP = 64  # a block's columns are a multiple of it
 def block_columns(num_tokens: int, block_bytes: int) -> int:
     """The number of entries of the vocabulary that have their float32 logits at once."""
     return max(STEP, block_bytes // (4 * max(1, num_tokens)) // STEP * STEP)
+
+
+def block_rows(vocabulary: int, block_bytes: int) -> int:
+    """The number of tokens that have all their float32 logits at once."""
+    return max(STEP, block_bytes // (4 * max(1, vocabulary)) // STEP * STEP)
 
 
 def _blocks(x: torch.Tensor, weight: torch.Tensor, block_bytes: int) -> Iterator[slice]:
@@ -61,9 +69,12 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
+def _check(index: torch.Tensor, weight: torch.Tensor) -> None:
+    torch._assert_async(((index >= -1) & (index < weight.shape[0])).all(), OUTSIDE)
+
+
 def _kernel(x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, block_bytes: int) -> torch.Tensor:
-    inside = ((index >= -1) & (index < weight.shape[0])).all()
-    torch._assert_async(inside, OUTSIDE)
+    _check(index, weight)
     out = x.new_full((2, x.shape[0]), -torch.inf, dtype=accumulator(x.dtype))
     total, chosen = out[0], out[1].zero_()
     rows = x if x.is_cuda else x.to(out.dtype)
@@ -145,5 +156,80 @@ cross_entropy_terms: Operator = declare(
     residuals=lambda inputs, outputs: (*inputs, *outputs),
     vjp=lambda res, needs, g: cross_entropy_terms_backward(g, *res),
     reference=_reference,
+    example=_example,
+)
+
+
+# ---- the sum, with its gradients -----------------------------------------------------------------------
+
+
+def _sum_reference(
+    x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, block_bytes: int
+) -> torch.Tensor:
+    total, chosen = _reference(x, weight, index, block_bytes).unbind()
+    return torch.where(index < 0, 0, total - chosen).sum()
+
+
+def _sum_kernel(x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, block_bytes: int) -> Tensors:
+    _check(index, weight)
+    wide, rows = accumulator(x.dtype), block_rows(weight.shape[0], block_bytes)
+    losses = x.new_empty(x.shape[0], dtype=wide)
+    g_x, g_weight = (
+        torch.zeros_like(t, dtype=wide, memory_format=torch.contiguous_format) for t in (x, weight)
+    )
+    x, weight = (t if t.is_cuda else t.to(wide) for t in (x, weight))
+    for start in range(0, x.shape[0], rows):
+        block = slice(start, start + rows)
+        logits = _wide_product(x[block], weight.mT)
+        losses[block], g_logits = losses_and_cotangents(logits, index[block], x.dtype)
+        del logits
+        g_x[block] = _wide_product(g_logits, weight)
+        _add_product(g_weight, g_logits.mT, x[block])
+        del g_logits  # before the next block's
+    return losses.sum(), g_x, g_weight
+
+
+def losses_and_cotangents(logits: torch.Tensor, index: torch.Tensor, dtype: torch.dtype) -> Tensors:
+    """The cross entropy of each row, zero for the index -1, and the cotangent of the logits of their sum."""
+    if kernels.fused(logits):
+        from .kernels import logits as fused
+
+        return fused.losses_and_cotangents(logits, index, dtype)
+    here, place = index[:, None] >= 0, index[:, None].clamp_min(0)
+    chosen, top = logits.gather(1, place), logits.amax(1, keepdim=True)
+    spread = logits.sub_(top).exp_().sum(1, keepdim=True)
+    losses = torch.where(here, spread.log() + top - chosen, 0).squeeze(1)
+    g_logits = logits.div_(spread).scatter_add_(1, place, logits.new_full(place.shape, -1))
+    return losses, g_logits.masked_fill_(~here, 0).to(dtype)
+
+
+def _scaled(g: Any, x: Any, weight: Any, index: Any, block_bytes: int, g_x: Any, g_weight: Any) -> Tensors:
+    return (g * g_x).to(x.dtype), (g * g_weight).to(weight.dtype)
+
+
+cross_entropy_sum_backward: Operator = declare(
+    "cross_entropy_sum_backward(Tensor g, Tensor x, Tensor weight, Tensor index, int block_bytes, "
+    "Tensor g_x, Tensor g_weight) -> (Tensor, Tensor)",
+    impl=_scaled,
+    fake=lambda g, x, weight, *rest: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+    checkpoint=LOSS,
+    reference=pullback(_sum_reference),
+    example=lambda: (random(), *_example()),
+    dependent=lambda g, *inputs: cross_entropy_sum.outputs(*inputs)[1:],
+)
+
+# x (N, D), weight (V, D), index (N,) -> float32 or wider. Tokens of the index -1 add nothing to it.
+cross_entropy_sum: Operator = declare(
+    "cross_entropy_sum(Tensor x, Tensor weight, Tensor index, int block_bytes) -> (Tensor, Tensor, Tensor)",
+    impl=_sum_kernel,
+    fake=lambda x, weight, index, block_bytes: tuple(
+        x.new_empty(shape, dtype=accumulator(x.dtype)) for shape in ((), x.shape, weight.shape)
+    ),
+    checkpoint=LOSS,
+    residual_outputs=2,
+    residuals=lambda inputs, outputs: (*inputs, *outputs[1:]),
+    vjp=lambda res, needs, g: cross_entropy_sum_backward(g, *res),
+    vmap=lambda size, dims, *inputs: None,
+    reference=_sum_reference,
     example=_example,
 )

@@ -124,13 +124,28 @@ def dispatch_send(coming: Dispatching) -> Dispatching:
     """Go on with a dispatch for which the host has to wait. Launch before it what shall run meanwhile.
 
     :func:`dispatch_join` does it too, if nobody has.
+
+    >>> import fmoe
+    >>> params = fmoe.moe_init(0, dim=4, hidden_dim=8, num_experts=16)
+    >>> coming = dispatch_start(x := torch.randn(3, 4), fmoe.route(params.router, x, fmoe.RouterConfig()))
+    >>> meanwhile = torch.ones(3, 4)  # what other tokens need
+    >>> dispatch_join(dispatch_send(coming))[0].shape
+    torch.Size([3, 4])
     """
     transport = coming.transport
     return coming._replace(coming=transport.dispatch_send(coming.coming)) if transport else coming
 
 
 def dispatch_join(coming: Dispatching) -> tuple[torch.Tensor, Plan]:
-    """The rows and the plan of a dispatch that was begun."""
+    """The rows and the plan of a dispatch that was begun, as :func:`fmoe.dispatch` gives them.
+
+    >>> import fmoe
+    >>> params = fmoe.moe_init(0, dim=4, hidden_dim=8, num_experts=16)
+    >>> routing = fmoe.route(params.router, x := torch.randn(3, 4), fmoe.RouterConfig())
+    >>> plans = dispatch_join(dispatch_start(x, routing))[1], fmoe.dispatch(x, routing)[1]
+    >>> torch.equal(plans[0].slot_R, plans[1].slot_R)
+    True
+    """
     return coming.transport.dispatch_join(coming.coming) if coming.transport else coming.coming
 
 

@@ -14,8 +14,9 @@ import optree
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..ops import update
 from ..ops.core.dtypes import accumulator
-from ..ops.cross_entropy import block_columns
+from ..ops.cross_entropy import block_columns, block_rows
 
 GRANULE = 512  # CUDA's allocator rounds sizes up to this
 CUBLAS = 2 * 32 * 2**20  # its workspace on Hopper, for both threads that launch: forward, backward
@@ -81,7 +82,8 @@ class DryRun(TorchDispatchMode):
         into, source = (args[0], args[1]) if name in COPIES_INTO else (outputs, args)
         if name in GATHERS or (name in COPIES | COPIES_INTO and self._are_params(source)):
             self.copies |= self.numbers(into)
-        held = WORKSPACES[name](args, outputs) if self.on_cuda and name in WORKSPACES else 0
+        workspaces = WORKSPACES if self.on_cuda else ON_CPU
+        held = workspaces[name](args, outputs) if name in workspaces else 0
         if held > 0:
             self.timeline.append((self._new(held, name), False))
         if self.watch:
@@ -241,6 +243,14 @@ def _cross_entropy_backward(args: Any, outs: Any) -> int:
     return 4 * x.numel() + max((4 + narrow) * block, (narrow or 4) * block + 4 * x.numel())
 
 
+def _cross_entropy_sum(args: Any, outs: Any) -> int:
+    x, weight, _, block_bytes = args
+    narrow = x.element_size() if x.element_size() < 4 else 0
+    rows = min(x.shape[0], block_rows(weight.shape[0], block_bytes))
+    # A block's logits while they become cotangents, then its product with the weight.
+    return rows * max((4 + narrow) * weight.shape[0], (narrow or 4) * weight.shape[0] + 4 * x.shape[1])
+
+
 def _rows(t: torch.Tensor, rows: int) -> int:
     return rows * t.shape[1:].numel() * t.element_size()
 
@@ -276,7 +286,15 @@ def _reduce_params(args: Any, outs: Any) -> int:
     return _as(summed, x) * (x.dtype != summed) + _as(summed, x) // size * (kept != summed)
 
 
+def _widened(args: Any, most: int) -> int:
+    """Where moments have another dtype: two of the four are widened, a piece at a time."""
+    p, _, m = args[:3]
+    alike = p[0].dtype == m[0].dtype
+    return 0 if alike else 2 * 4 * max(min(t.numel(), most) for t in p)
+
+
 WORKSPACES: dict[str, Callable[[Any, Any], int]] = {
+    "fmoe::adamw_": lambda args, outs: _widened(args, update.LARGE),
     "fmoe::experts_up": _experts_up,
     "fmoe::experts_up_backward": _experts_up_backward,
     "fmoe::experts_up_backward_inputs": _experts_up_backward,
@@ -289,6 +307,7 @@ WORKSPACES: dict[str, Callable[[Any, Any], int]] = {
     "fmoe::attention_backward": _attention_backward,
     "fmoe::segment_attention": lambda args, outs: _attention(args, outs) + _mask(args[0]),
     "fmoe::segment_attention_backward": lambda args, outs: _attention_backward(args, outs) + _mask(args[1]),
+    "fmoe::cross_entropy_sum": _cross_entropy_sum,
     "fmoe::cross_entropy_terms": _cross_entropy,
     "fmoe::cross_entropy_terms_backward": _cross_entropy_backward,
     "fmoe::exchange": _exchange,
@@ -298,6 +317,9 @@ WORKSPACES: dict[str, Callable[[Any, Any], int]] = {
     "fmoe::send": lambda args, outs: _rows(args[0], args[1].shape[0]),
     "fmoe::send_back": lambda args, outs: _rows(args[0], args[1].shape[0]),
     "fmoe::send_both_back": lambda args, outs: args[0].nbytes + 2 * _rows(args[0], args[2].shape[0]),
+}
+ON_CPU: dict[str, Callable[[Any, Any], int]] = {
+    "fmoe::adamw_": lambda args, outs: _widened(args, update.PIECE)
 }
 
 

@@ -8,6 +8,7 @@ import optree
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..ops.cross_entropy import block_rows
 from .dry_run import COPIES_INTO
 
 
@@ -33,7 +34,7 @@ class Work(NamedTuple):
     fusible: bool = False
 
 
-ADAMW = "aten::_fused_adamw_"
+ADAMW = "fmoe::adamw_"
 NONE = Work("memory", 0, 0)
 
 # Nothing is read or written by these, though PyTorch gives them memory of their own.
@@ -59,8 +60,8 @@ def work(name: str, func: Any, args: Any, kwargs: Any, outputs: Sequence[torch.T
         return Work("memory", 0, read)
     if mutates:
         changed = [a for a, s in zip(args, func._schema.arguments) if s.alias_info and s.alias_info.is_write]
-        if name == ADAMW and kwargs.get("grad_scale") is None:
-            del changed[1]  # gradients, which it writes only where it scales them
+        if name == ADAMW:
+            del changed[1]  # gradients, which only small leaves' updates write
         written += sum(touched(t) for t in optree.tree_leaves(changed) if isinstance(t, torch.Tensor))
     if name in PRODUCTS:
         rate, flops, passed = PRODUCTS[name](args, outputs)
@@ -166,6 +167,14 @@ def _loss(at: int, products: int) -> Callable[[Any, Any], Product]:
     return count
 
 
+def _loss_sum(args: Any, outs: Any) -> Product:
+    """Each block also adds to the weight's gradient, which is read and written in float32."""
+    x, weight, _, block_bytes = args
+    kind, flops, passed = _loss(0, 3)(args, outs)
+    blocks = -(-x.shape[0] // block_rows(weight.shape[0], block_bytes))
+    return kind, flops, passed + 2 * 4 * blocks * weight.numel()
+
+
 PRODUCTS: dict[str, Callable[[Any, Any], Product]] = {
     "aten::mm": _mm(0),
     "aten::bmm": _mm(0),
@@ -188,6 +197,7 @@ PRODUCTS: dict[str, Callable[[Any, Any], Product]] = {
     "fmoe::attention_backward": _attention(1, 3, 2, "attention_backward"),
     "fmoe::segment_attention": _attention(0, 1, 1, "attention"),
     "fmoe::segment_attention_backward": _attention(1, 3, 2, "attention_backward"),
+    "fmoe::cross_entropy_sum": _loss_sum,
     "fmoe::cross_entropy_terms": _loss(0, 1),
     "fmoe::cross_entropy_terms_backward": _loss(1, 3),
 }

@@ -1,16 +1,14 @@
 """Functional optimisation: AdamW and clipping, values in, values out."""
 
-import functools
 import itertools
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import optree
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim.adamw import adamw as torch_adamw
 
 from ..errors import argument_error
 from ..models.moe import moe_specs
@@ -21,15 +19,14 @@ from ..ops.core.dtensors import is_dtensor, local, map_local
 from ..ops.core.dtypes import accumulator
 from ..ops.core.memory import alone
 from ..ops.route import RouterParams
+from ..ops.update import adamw as update_in_place
+from ..ops.update import writes_gradient
 from ..parallel.collective_ops import all_gather_op
 from ..parallel.mesh import is_pipeline
 from ..params import leaf_mask, trained_mask
 from ..tree import check_tensors, dotted_names
 
-Rows = Sequence[Sequence[torch.Tensor]]
-PIECE = 2**25  # numbers widened at once
 ROUTER_MASK = trained_mask(moe_specs(dim=1, hidden_dim=1, num_experts=1).router)
-KERNEL = functools.partial(torch_adamw, fused=True, foreach=False, amsgrad=False, maximize=False)
 
 
 class AdamWState(NamedTuple):
@@ -93,7 +90,7 @@ def adamw(
     moments_dtype: torch.dtype | None = None,
     trained: Any = None,
 ) -> Optimizer:
-    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) with PyTorch's fused kernel.
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101): one pass over all numbers.
 
     =============  ====================================================================================
     betas, eps     as in the paper
@@ -203,45 +200,23 @@ class _AdamW(NamedTuple):
         p, m, v = _ours(leaves, moves, of_p), _ours(m, moves, of_m), _ours(v, moves, of_v)
         if scale is not None:
             in_a_graph = any(leaf.requires_grad for leaf in g)
-            scale, g = scale.reciprocal(), _ours(g, moves, [not in_a_graph and each for each in of_g])
+            written = [moved and writes_gradient(local(a), local(b)) for moved, a, b in zip(moves, p, m)]
+            g = _ours(g, written, [not in_a_graph and each for each in of_g])
 
         alike: dict[Any, list[list[torch.Tensor]]] = defaultdict(list)
         for moved, *tensors in zip(moves, p, g, m, v):
             if moved:
                 row = [local(tensor).contiguous() for tensor in tensors]
                 alike[row[0].dtype, row[2].dtype, row[0].device, row[0].ndim >= 2].append(row)
-        for (dtype, of_moments, _, decayed), rows in alike.items():
+        rate, lr = (learning_rate, 0.0) if isinstance(learning_rate, torch.Tensor) else (None, learning_rate)
+        for (*_, decayed), rows in alike.items():
             weight_decay = self.weight_decay if decayed else 0.0
-            options = dict(lr=learning_rate, weight_decay=weight_decay, eps=self.eps, grad_scale=scale)
-            kernel = functools.partial(KERNEL, beta1=self.betas[0], beta2=self.betas[1], **options)
-            if dtype == of_moments:
-                _fused(kernel, rows, state.step)
-            else:
-                _widened(kernel, rows, state.step, torch.promote_types(dtype, of_moments))
+            columns = [*zip(*rows)]
+            update_in_place(*columns, state.step, rate, scale, lr, *self.betas, self.eps, weight_decay)
+            for changed in (columns[0], *columns[2:]):  # so that a graph that needs them as they were says so
+                torch.autograd.graph.increment_version(changed)
         new_params, exp_avg, exp_avg_sq = map(structure.unflatten, (p, m, v))
         return new_params, AdamWState(state.step + 1, exp_avg, exp_avg_sq)
-
-
-def _fused(kernel: Callable[..., None], rows: Rows, step: torch.Tensor) -> None:
-    """Update rows of a param, grad and two moments, contiguous, of one dtype and device, in place.
-
-    With a ``grad_scale`` the kernel also writes the grads, divided by it.
-    """
-    p, g, m, v = map(list, zip(*rows))
-    # The kernel counts in place, a step per tensor, so it gets copies of the one step.
-    kernel(p, g, m, v, [], list(step.to(p[0].device).repeat(len(rows)).unbind()))
-
-
-def _widened(kernel: Callable[..., None], rows: Rows, step: torch.Tensor, dtype: torch.dtype) -> None:
-    """The same for rows of two dtypes, in ``dtype``; the kernel takes one (pytorch#146542)."""
-    for row in rows:
-        for piece in zip(*(t.view(-1).split(PIECE) for t in row)):
-            wide = [t.to(dtype) for t in piece]
-            _fused(kernel, [wide], step)
-            for i in (0, 2, 3):  # not the grad
-                if wide[i] is not piece[i]:
-                    piece[i].copy_(wide[i])
-            del wide  # before the next piece's
 
 
 def _zeros(leaf: torch.Tensor, dtype: torch.dtype, moved: bool) -> torch.Tensor:

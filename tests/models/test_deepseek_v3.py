@@ -239,7 +239,7 @@ GROUPED = dataclasses.replace(
 @pytest.mark.parametrize(
     ("backend", "config"),
     quick(
-        [("aot_eager", TINY), ("inductor", GROUPED)],
+        [("aot_eager", TINY)],
         itertools.product(["aot_eager", "inductor"], [TINY, GROUPED]),
     ),
     ids=lambda value: value if isinstance(value, str) else type(value.attention).__name__,

@@ -15,7 +15,7 @@ from fmoe.introspect import kept_bytes
 from fmoe.models import deepseek_v3
 from fmoe.models.vocabulary import summed_cross_entropy
 from fmoe.ops.core.axes import group_of
-from fmoe.ops.cross_entropy import block_columns
+from fmoe.ops.cross_entropy import block_columns, block_rows
 from fmoe.parallel.placement import token_axes
 
 VOCAB, DIM, SHAPE = 1000, 24, (3, 37)
@@ -34,19 +34,23 @@ def dense(x, weight, targets):
     return cross_entropy(logits, targets.flatten(), reduction="sum")
 
 
+WANTED = {"both": (0, 1), "of the tokens": (0,), "of the weight": (1,)}
+
+
 @pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
 @pytest.mark.parametrize("columns", [64, 448, 2000])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 5e-3)]
 )
-def test_value_and_gradients_are_those_of_dense_float64_logits(dtype, tolerance, columns):
+def test_value_and_gradients_are_those_of_dense_float64_logits(dtype, tolerance, columns, wanted):
     x, weight, targets = example(dtype)
 
     def loss(x, weight):
         return summed_cross_entropy(x, weight, targets, logits_bytes=4 * TOKENS * columns)[0]
 
-    want, want_grads = fmoe.value_and_grad(dense, (0, 1))(x.double(), weight.double(), targets)
-    got, got_grads = fmoe.value_and_grad(loss, (0, 1))(x, weight)
+    want, want_grads = fmoe.value_and_grad(dense, wanted)(x.double(), weight.double(), targets)
+    got, got_grads = fmoe.value_and_grad(loss, wanted)(x, weight)
     assert got.dtype == torch.promote_types(dtype, torch.float32)
     assert abs(got.double() - want) < 1e-5 * want  # logits aren't rounded, whatever the dtype
     assert error(got_grads, want_grads) < tolerance
@@ -69,32 +73,37 @@ def test_no_more_than_a_block_of_logits_exists(dtype):
     tokens, vocab, dim = 512, 8192, 16
     x, weight = torch.randn(1, tokens, dim).to(dtype), torch.randn(vocab, dim).to(dtype)
     targets = torch.randint(vocab, (1, tokens))
-    peaks = {}
-    for columns in (256, 2048):
-        step = fmoe.value_and_grad(
-            lambda x, w, c=columns: summed_cross_entropy(x, w, targets, logits_bytes=4 * tokens * c)[0],
-            (0, 1),
-        )
-        peaks[columns] = allocated_at_once(lambda step=step: step(x, weight))[0]
-    block = 4 * tokens * 2048
-    others = 4 * (4 * tokens * dim) + 4 * vocab * dim + 6 * 8 * tokens
-    assert block <= peaks[2048] <= 1.1 * block + others + (2048 * dim * 4)
-    wider = 4 * (2048 - 256) * (tokens + (dim if dtype == torch.bfloat16 else 0) + dim)
-    assert abs(peaks[2048] - peaks[256]) <= 1.05 * wider
+    for wanted, all_of in (((0, 1), vocab), ((0,), tokens)):  # blocks of tokens, and of the vocabulary
+        peaks = {}
+        for size in (64, 256):
+            step = fmoe.value_and_grad(
+                lambda x, w, n=size * all_of: summed_cross_entropy(x, w, targets, logits_bytes=4 * n)[0],
+                wanted,
+            )
+            peaks[size] = allocated_at_once(lambda step=step: step(x, weight))[0]
+        block, wide = 4 * 256 * all_of, 4 * (tokens + vocab) * dim
+        assert block <= peaks[256] <= 1.05 * block + 3 * wide + 8 * 8 * tokens
+        assert abs(peaks[256] - peaks[64]) <= 1.05 * (4 * 192 * (all_of + 2 * dim))
     everything = allocated_at_once(lambda: fmoe.value_and_grad(dense, (0, 1))(x, weight, targets))[0]
     assert everything > 2 * vocab * tokens * x.element_size()  # logits and their gradient: many blocks
 
 
-def test_a_number_per_token_is_kept():
+def test_gradients_or_a_number_per_token_are_kept():
     x, weight, targets = example(torch.bfloat16)
     x, weight = x.requires_grad_(), weight.requires_grad_()
-    kept = kept_bytes(lambda x, w: summed_cross_entropy(x, w, targets)[0], x, weight)
-    assert kept <= TOKENS * (2 * 4 + 8 + 3 * 1)  # two terms, the index, masks
+
+    def kept(x, weight):
+        return kept_bytes(lambda x, w: summed_cross_entropy(x, w, targets)[0], x, weight)
+
+    some = TOKENS * (2 * 4 + 8 + 3 * 1)  # two terms, the index, masks
+    assert kept(x, weight) <= 4 * (x.numel() + weight.numel()) + some
+    assert kept(x, weight.detach()) <= some
 
 
 def test_blocks_are_at_least_one_step_and_at_most_what_was_asked_for():
     assert block_columns(16384, 2**28) == 4096
     assert block_columns(10**9, 2**28) == 64
+    assert block_rows(102400, 2**30) == 2560 and block_rows(10**9, 2**30) == 64
     for tokens in (1, 7, 1000, 12345):
         assert block_columns(tokens, 2**28) * tokens * 4 <= 2**28
 

@@ -254,6 +254,23 @@ def test_logits_of_two_blocks(columns, dtype, monkeypatch):
         assert error(found.cpu(), want) < ROUNDED[dtype]
 
 
+@ON_KERNELS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [64, 5000])
+def test_losses_and_cotangents_of_whole_rows(columns, dtype):
+    from fmoe.ops import cross_entropy
+    from fmoe.ops.kernels import logits as fused
+
+    logits, index = torch.randn(9, columns) * 4, torch.randint(columns, (9,))
+    index[2:5], logits[3, :7] = torch.tensor([-1, 9, -1]), -torch.inf
+    if not INTERPRETED:  # NumPy warns
+        logits[4] = torch.nan  # a row of no index adds nothing, whatever its logits are
+    want = cross_entropy.losses_and_cotangents(logits.clone(), index, torch.float32)
+    losses, g = fused.losses_and_cotangents(logits.to(DEVICE), index.to(DEVICE), dtype)
+    assert g.dtype == dtype and error(g.float().cpu(), want[1]) < ROUNDED[dtype]
+    assert error(losses.cpu(), want[0]) < 1e-6 and not g[[2, 4]].any()
+
+
 TOPK = {  # experts, groups, top groups, best of a group, k
     "all": (13, 1, 1, 1, 4),
     "groups": (24, 4, 2, 2, 5),
@@ -331,6 +348,39 @@ def test_persistent_products(ends):
     out = torch.full((4, 48, 72), 7.0, dtype=dtype, device=DEVICE)
     persistent.outer(x, y, on_device, out, tile)
     assert error(out.cpu(), wide(grouped.outer, x, y, offsets)) < ROUNDED[dtype]
+
+
+MOMENTS = [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
+MOMENTS += [(torch.float32, torch.float32), (torch.float16, torch.float32)]
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("dtype", "moments"), MOMENTS, ids=str)
+def test_adamw_is_one_of_float64_rounded_once(dtype, moments, scaled):
+    """From the first steps on, where powers of a beta near 1 are near 1, and across blocks."""
+    from fmoe.ops.kernels import adamw
+
+    betas, eps, decay, shape = (0.8, 0.999), 1e-7, 0.3, (5, 517)
+    p, g = (torch.randn(shape).to(DEVICE, dtype) for _ in range(2))
+    m, v = (torch.zeros(shape, dtype=moments, device=DEVICE) for _ in range(2))
+    for step in range(3):
+        counted = torch.tensor(float(step), device=DEVICE)
+        rate = torch.tensor(0.1 / (step + 1), device=DEVICE) if step else None
+        scale = torch.tensor(0.37, device=DEVICE) if scaled else None
+        wide = [t.double() for t in (p, g, m, v)]
+        wide[1] *= scale.double() if scaled else 1
+        mean, square = 0.8 * wide[2] + 0.2 * wide[1], 0.999 * wide[3] + 0.001 * wide[1] ** 2
+        moved = mean / (1 - 0.8 ** (step + 1)) / ((square / (1 - 0.999 ** (step + 1))).sqrt() + eps)
+        lr = 0.1 / (step + 1)
+        exact = wide[0] * (1 - lr * decay) - lr * moved
+        unchanged = g.clone()
+        adamw.adamw(p, g, m, v, counted, 0.1, rate, scale, betas, eps, decay)
+        assert torch.equal(g, unchanged)
+        for got, want in ((p, exact), (m, mean), (v, square)):
+            cut = INTERPRETED and got.dtype == torch.bfloat16  # the interpreter doesn't round these
+            off = torch.finfo(got.dtype).eps * (2 if cut else 1)
+            torch.testing.assert_close(got.double(), want, rtol=0.51 * off + 5e-7, atol=2e-7)
 
 
 # ---- choosing an engine --------------------------------------------------------------------------

@@ -163,7 +163,9 @@ def test_pipelines_of_eight_processes_equal_one(schedule: str) -> None:
         eight.stop(5)
 
 
-def trained(axes: str, schedule: str, steps: int, config: Any = None, device: str = "cpu") -> float:
+def trained(
+    axes: str, schedule: str, steps: int, config: Any = None, device: str = "cpu", rate: float = 1e-2
+) -> float:
     """Steps with everything a training loop does."""
     mesh, seed = mesh_of(axes, device), fresh_seed()
     config = config or fitting(TIED, mesh)
@@ -181,8 +183,8 @@ def trained(axes: str, schedule: str, steps: int, config: Any = None, device: st
         worst = max(worst, error(loss, want))
         scale = optim.clip_factor(optim.global_norm(want_grads), 1.0)  # of float32: the same for both
         assert error(optim.clip_factor(optim.global_norm(grads, mesh), 1.0), scale) < 1e-6
-        params, state = optimizer.update(params, grads, states[0], 1e-2, scale=scale, donate=True)
-        alone, their_state = optimizer.update(alone, want_grads, states[1], 1e-2, scale=scale)
+        params, state = optimizer.update(params, grads, states[0], rate, scale=scale, donate=True)
+        alone, their_state = optimizer.update(alone, want_grads, states[1], rate, scale=scale)
         states = state, their_state
         params = decoder.update_biases(params, stats, 0.01)
         alone = decoder.update_biases(alone, want_stats, 0.01)
@@ -206,7 +208,8 @@ def test_on_gpus_fifty_steps_equal_those_of_one_process(pool: Any, axes: str, sc
     ranks, debug, names = ranks_of(axes), decoder.preset("debug"), ["zero 3", "zero 1, tied", "remat, tied"]
     for found in pool.run(ranks, compared, axes, schedule, names, "cuda", timeout=240):
         assert max(found.values()) < 1e-9, found
-    assert max(pool.run(ranks, trained, axes, schedule, 50, debug, "cuda", timeout=240)) < 1e-7
+    # At ten times this rate roundings grow from 1e-13 to 1e-6, on a CPU too.
+    assert max(pool.run(ranks, trained, axes, schedule, 50, debug, "cuda", 1e-3, timeout=240)) < 1e-9
 
 
 def poisoned(device: str) -> tuple[int, float]:

@@ -20,10 +20,10 @@ from fmoe.bench.model import bench_model
 from fmoe.introspect import kept_bytes, wire_bytes
 from fmoe.models import decoder, deepseek_v3
 from fmoe.models.decoder import preset
-from fmoe.ops import attention, experts
+from fmoe.ops import attention, experts, update
 from fmoe.ops.core.axes import group_of
 from fmoe.ops.core.dtensors import local
-from fmoe.ops.cross_entropy import cross_entropy_terms, cross_entropy_terms_backward
+from fmoe.ops.cross_entropy import cross_entropy_sum, cross_entropy_terms, cross_entropy_terms_backward
 from fmoe.parallel import Backend, collective_ops
 from fmoe.parallel.backends.wire import process_group
 from fmoe.parallel.placement import computing, token_axes
@@ -127,7 +127,7 @@ def test_clipping_takes_no_memory():
     ("kept", "moments"), quick([(FLOAT32, BFLOAT16)], [(FLOAT32, BFLOAT16), (BFLOAT16, FLOAT32)])
 )
 def test_moments_of_another_dtype_are_planned_as_they_are(monkeypatch, kept, moments):
-    monkeypatch.setattr(optim, "PIECE", 2**12)
+    monkeypatch.setattr(update, "PIECE", 2**12)
     optimizer = optim.adamw(moments_dtype=moments)
     how = dict(batch_size=4, seq_len=64, dtype=kept, device_type="cpu")
     stage, same = (plan(SMALL, optimizer=o, **how).ranks[0] for o in (optimizer, None))
@@ -406,6 +406,9 @@ def test_what_the_loss_holds():
     how = torch.randn_like(out), *how, out
     got = beyond_results(lambda: cross_entropy_terms_backward.raw(*how))
     assert dry_run._cross_entropy_backward(how, ()) == pytest.approx(got, rel=0.1)
+    how = x, weight, index, 4 * 8192 * 128
+    got = beyond_results(lambda: cross_entropy_sum.raw(*how))
+    assert dry_run._cross_entropy_sum(how, ()) == pytest.approx(got, rel=0.1)
 
 
 # ---- the command -----------------------------------------------------------------------------------

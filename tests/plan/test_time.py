@@ -63,16 +63,16 @@ def test_a_step_has_the_flops_of_the_model(config):
     assert step.at("attention").flops == forward.at("attention").flops > 0
     backward = step.at("attention_backward").flops / forward.at("attention").flops
     assert backward == pytest.approx((3 * keys + 2 * values) / (keys + values))
-    assert step.at("loss").flops == 4 * forward.at("loss").flops > 0
+    assert step.at("loss").flops == 3 * forward.at("loss").flops > 0
 
 
-@pytest.mark.parametrize(("scale", "times"), [(None, 7), (torch.ones(()), 8)], ids=["", "scaled"])
-def test_the_optimizer_reads_four_trees_and_writes_three_or_scaled_gradients_too(scale, times):
+@pytest.mark.parametrize("scale", [None, torch.ones(())], ids=["", "scaled"])
+def test_the_optimizer_reads_four_trees_and_writes_three(scale):
     params, grads = [torch.randn(4096, 2)], [torch.randn(4096, 2)]
     state = optim.adamw().init(params)
     with Works() as works:
         optim.adamw().update(params, grads, state, 1e-3, scale=scale, donate=True)
-    assert works.at("optimizer").moved == pytest.approx(times * grads[0].nbytes, rel=1e-3)
+    assert works.at("optimizer").moved == pytest.approx(7 * grads[0].nbytes, rel=1e-3)
 
 
 def test_halves_of_the_experts_backward_do_its_products_once():

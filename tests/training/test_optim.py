@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import fmoe
 from fmoe.models import deepseek_v3
+from fmoe.ops import update
 from fmoe.params import trained_mask
-from fmoe.training import optim
 from fmoe.training.optim import (
     AdamWState,
     adamw,
@@ -264,7 +264,7 @@ BOTH = [torch.float32, torch.bfloat16]
 def test_every_step_is_one_of_float64_rounded_once(
     dtype: torch.dtype, moments: torch.dtype | None, donate: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optim, "PIECE", 7)  # leaves have 1 to 42 numbers
+    monkeypatch.setattr(update, "PIECE", 7)  # leaves have 1 to 42 numbers
     half_a_bit = {torch.float32: 2**-22, torch.bfloat16: 1.001 * 2**-8}
 
     def draw() -> Any:
@@ -299,7 +299,7 @@ def test_naming_the_dtype_of_the_params_changes_nothing(dtype: torch.dtype) -> N
 def test_what_is_widened_is_a_piece_at_a_time(
     dtype: torch.dtype, moments: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optim, "PIECE", 2**12)
+    monkeypatch.setattr(update, "PIECE", 2**12)
     params, grads = (torch.randn(2**9, 2**9, dtype=dtype) for _ in range(2))
     optimizer = adamw(moments_dtype=moments)
     state = optimizer.init(params)

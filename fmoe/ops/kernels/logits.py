@@ -61,3 +61,38 @@ def cotangents(
             logits, index.contiguous(), total, g_total, g_chosen, out, start, logits.shape[1], BLOCK
         )
     return out
+
+
+@triton.jit
+def _losses_and_cotangents(logits, index, losses, out, num_cols, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.load(index + row)
+    chosen = tl.load(logits + row * num_cols + place, mask=place >= 0, other=0.0)
+    top, spread = -float("inf"), 0.0
+    for first in range(0, num_cols, BLOCK):
+        col = first + tl.arange(0, BLOCK)
+        value = tl.load(logits + row * num_cols + col, mask=col < num_cols, other=-float("inf"))
+        higher = tl.maximum(top, tl.max(value, 0))
+        spread = spread * tl.exp(top - higher) + tl.sum(tl.exp(value - higher), 0)
+        top = higher
+    total = top + tl.log(spread)
+    tl.store(losses + row, tl.where(place >= 0, total - chosen, 0.0))
+    for first in range(0, num_cols, BLOCK):
+        col = first + tl.arange(0, BLOCK)
+        inside = col < num_cols
+        value = tl.load(logits + row * num_cols + col, mask=inside, other=-float("inf"))
+        g = tl.exp(value - total) - tl.where(col == place, 1.0, 0.0)
+        tl.store(out + row * num_cols + col, tl.where(place >= 0, g, 0.0), mask=inside)
+
+
+def losses_and_cotangents(
+    logits: torch.Tensor, index: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cross entropy of each row, and the cotangent of its logits in ``dtype``; in place if float32."""
+    out = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
+    losses = logits.new_empty(logits.shape[0])
+    if logits.numel():
+        _losses_and_cotangents[(logits.shape[0],)](
+            logits, index.contiguous(), losses, out, logits.shape[1], 2 * BLOCK, num_warps=8
+        )
+    return losses, out
