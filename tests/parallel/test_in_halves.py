@@ -4,12 +4,14 @@ import dataclasses
 import re
 
 import deep_ep_double
+import laws
 import optree
 import pytest
 import torch
 from devices import bare_mesh
 from helpers import error, quick
-from laws import MODELS, own, ranks_of, whole
+from laws import MODELS, Where, own, ranks_of, whole
+from test_laws import hold
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fmoe
@@ -186,6 +188,13 @@ def test_rows_travel_over_deepep_too(pool, kind, way, slow):
         assert max(found.values()) < 1e-5, found  # weights travel in float32
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("law", [laws.model, laws.compiled_layers])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_models_laws_hold_on_gpus(pool, way, law):
+    hold(pool, law, Where("ep=2", WAYS[way], "cuda"), "GQA", timeout=240)
+
+
 # ---- in the order that was meant ------------------------------------------------------------------------
 
 # A is the first half, of two sequences, and B the second, of one.
@@ -311,8 +320,8 @@ def test_other_transforms_are_refused():
             torch.func.jvp(begin, (x,), (x,))
         with pytest.raises(TransformError, match=re.escape(f"{name}: {refused.format('vmap')}")):
             torch.vmap(begin)(x[None])
-    while in_parts._COMING:
-        in_parts.arrived(in_parts._COMING.popitem()[1])
+        while in_parts._COMING:
+            in_parts.arrived(in_parts._COMING.popitem()[1])
 
 
 def test_a_layer_alone_and_a_plan_are_refused():

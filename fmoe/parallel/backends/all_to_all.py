@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...ops import kernels
 from ...ops.bases import gather_kernel, random
 from ...ops.combine import COMBINE, weighted_sum_kernel
 from ...ops.core.axes import Group
@@ -126,12 +127,14 @@ class AllToAll(NamedTuple):
             tokens, others = zip(coming.begun, coming.posted)
             x_SD = end_post(*tokens, *way, None)
             beside = end_post(*others, *way, x_SD.shape[0])
-            slot_R, row_SK, offsets_e = layout_posted(ids_of(beside, top_k), *coming.more, position, held)
+            slot_R, row_SK, offsets_e = layout_posted(
+                ids_of(beside, top_k), *coming.more, position * held + 1, held
+            )
             overflow: tuple[torch.Tensor, ...] = ()
         else:
             copies, pairs = self.bound.room(size, top_k, held)
             x_SD, beside = (end_send(begun, *way, size * copies) for begun in coming.begun)
-            arrived = ids_of(beside, top_k), *coming.more, position, held, pairs
+            arrived = ids_of(beside, top_k), *coming.more, position * held + 1, held, pairs
             slot_R, row_SK, offsets_e, *overflow = layout_bounded(*arrived)
         weights_SK = beside[:, :top_k].contiguous()
         return x_SD, Plan(weights_SK, slot_R, row_SK, offsets_e, coming.sent, coming.before, self, *overflow)
@@ -248,9 +251,8 @@ def _exchange_kernel(
     sent, received = splits.tolist()
     came = swap_rows(message[: sum(sent)], received, sent, group, "exchange")
     x_SD, weights_SK, ids_SK = _parts(came, rows)
-    slot_R, row_SK, offsets_e = layout_kernel(
-        _held_here(ids_SK, position, num_experts // size), num_experts // size, int(pairs)
-    )
+    held = num_experts // size
+    slot_R, row_SK, offsets_e = layout_kernel(_held_here(ids_SK, position * held, held), held, int(pairs))
     return x_SD, weights_SK, slot_R, row_SK, offsets_e, slot_Q[: sum(sent)].clone(), copy_Tn, splits
 
 
@@ -269,11 +271,10 @@ def _bounded_kernel(
     described, held = _described(x, weights, before), num_experts // size
     slot_Q, copy_Tn, splits, lost = _bounded_way_kernel(ids, num_experts, size, described, copies, group)
     token_Q = torch.div(slot_Q, size, rounding_mode="floor")
-    ids_Q = gather_kernel(ids + 1, token_Q) - 1  # -1 in empty rows
-    rows = gather_kernel(x, token_Q), gather_kernel(weights, token_Q), ids_Q
+    rows = tuple(gather_kernel(t, token_Q) for t in (x, weights, ids + 1))  # ids of 0 in empty rows
     each = [copies] * size
     x_SD, weights_SK, ids_SK = _exchange_rows(rows, each, each, group, "exchange_bounded")
-    laid = _layout_bounded_kernel(ids_SK, lost, position, held, pairs)
+    laid = _layout_bounded_kernel(ids_SK, lost, position * held + 1, held, pairs)
     return x_SD, weights_SK, *laid[:3], slot_Q, copy_Tn, splits, laid[3]
 
 
@@ -284,21 +285,29 @@ def _bounded_way_kernel(
     check_ids(ids, num_experts)
     if size > 1:
         agree(process_group(group), f"{described}, {copies} to each device")
-    num_slots = ids.shape[0] * size
-    _, hit_Tn = _homes(ids, num_experts // size, size)
-    place_Tn, enough = hit_Tn.cumsum(0) - 1, ids.shape[0] <= copies
-    fits_Tn = hit_Tn if enough else hit_Tn & (place_Tn < copies)
+    slot_Q, copy_Tn, lost_n = ways(ids, size, num_experts // size, copies)
+    return slot_Q, copy_Tn, torch.full((2, size), copies, device="cpu"), lost_n
+
+
+def ways(ids: torch.Tensor, size: int, held: int, copies: int) -> Tensors:
+    """The pair (token, device) of each row, the row of each pair, and how many found no room, by device."""
+    if kernels.installed() and ids.is_cuda:
+        from ...ops.kernels import plan
+
+        return plan.ways(ids, size, held, copies)
+    hit_Tn = _homes(ids, held, size)[1]
+    place_Tn = hit_Tn.cumsum(0) - 1
+    fits_Tn = hit_Tn & (place_Tn < copies)
     copy_Tn = torch.where(fits_Tn, place_Tn + torch.arange(size, device=ids.device) * copies, -1)
     # The inverse. One row more than there is room for takes what isn't sent.
-    slot_Q, slots = ids.new_full((size * copies + 1,), -1), torch.arange(num_slots, device=ids.device)
+    slot_Q, slots = ids.new_full((size * copies + 1,), -1), torch.arange(hit_Tn.numel(), device=ids.device)
     slot_Q.scatter_(0, torch.where(fits_Tn, copy_Tn, size * copies).flatten(), slots)
-    lost = ids.new_zeros(()) if enough else (hit_Tn & ~fits_Tn).sum()
-    return slot_Q[:-1].clone(), copy_Tn, torch.full((2, size), copies, device="cpu"), lost
+    return slot_Q[:-1].clone(), copy_Tn, (hit_Tn & ~fits_Tn).sum(0)
 
 
-def _layout_bounded_kernel(ids_SK: Any, lost: torch.Tensor, position: int, held: int, pairs: int) -> Tensors:
-    slot_R, row_SK, offsets_e, overflow = laid_out(_held_here(ids_SK, position, held), held, pairs)
-    return slot_R, row_SK, offsets_e, overflow + lost
+def _layout_bounded_kernel(ids_SK: Any, lost: torch.Tensor, first: int, held: int, pairs: int) -> Tensors:
+    slot_R, row_SK, offsets_e, overflow = laid_out(_held_here(ids_SK, first, held), held, pairs)
+    return slot_R, row_SK, offsets_e, overflow + lost.sum()
 
 
 def _homes(ids: torch.Tensor, held: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -308,9 +317,11 @@ def _homes(ids: torch.Tensor, held: int, size: int) -> tuple[torch.Tensor, torch
     return home_TK, hit_Tn[:, :size]
 
 
-def _held_here(ids_SK: torch.Tensor, position: int, held: int) -> torch.Tensor:
-    """Ids among the experts held here, or -1."""
-    local_SK = ids_SK - position * held
+def _held_here(ids_SK: torch.Tensor, first: int, held: int) -> torch.Tensor:
+    """Ids from ``first`` on as those of the experts held here. Others are below 0, or lie past them."""
+    local_SK = ids_SK - first
+    if kernels.installed() and ids_SK.is_cuda:
+        return local_SK  # the kernel of the layout drops ids of no expert
     return torch.where((local_SK >= 0) & (local_SK < held), local_SK, -1)
 
 
@@ -540,9 +551,9 @@ end_sizes: Operator = part(
 )
 
 layout_posted: Operator = part(
-    "layout_posted(Tensor ids, Tensor pairs, int position, SymInt held) -> (Tensor, Tensor, Tensor)",
-    lambda ids, pairs, position, held: layout_kernel(_held_here(ids, position, held), held, int(pairs)),
-    lambda ids, pairs, position, held: layout_fake(ids, held, torch.library.get_ctx().new_dynamic_size()),
+    "layout_posted(Tensor ids, Tensor pairs, SymInt first, SymInt held) -> (Tensor, Tensor, Tensor)",
+    lambda ids, pairs, first, held: layout_kernel(_held_here(ids, first, held), held, int(pairs)),
+    lambda ids, pairs, first, held: layout_fake(ids, held, torch.library.get_ctx().new_dynamic_size()),
     DISPATCH,
 )
 
@@ -554,16 +565,16 @@ bounded_way: Operator = part(
         ids.new_empty(size * copies),
         ids.new_empty(ids.shape[0], size),
         torch.empty(2, size, dtype=torch.int64, device="cpu"),
-        ids.new_empty(()),
+        ids.new_empty(size),
     ),
     DISPATCH,
 )
 
 layout_bounded: Operator = part(
-    "layout_bounded(Tensor ids, Tensor lost, int position, SymInt held, SymInt pairs) "
+    "layout_bounded(Tensor ids, Tensor lost, SymInt first, SymInt held, SymInt pairs) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _layout_bounded_kernel,
-    lambda ids, lost, position, held, pairs: (*layout_fake(ids, held, pairs), ids.new_empty(())),
+    lambda ids, lost, first, held, pairs: (*layout_fake(ids, held, pairs), ids.new_empty(())),
     DISPATCH,
 )
 

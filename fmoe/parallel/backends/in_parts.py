@@ -234,13 +234,15 @@ end_post: Operator = part(
 
 
 def with_ids(weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Weights (T, K) and, behind them, the bits of expert ids: what travels beside the tokens."""
+    """Weights (T, K) and, behind them, the bits of expert ids: what travels beside the tokens.
+
+    They are those of the ids plus one, so that an empty row, which is zeros, has none.
+    """
     whole = torch.int64 if weights.dtype == torch.float64 else torch.int32
-    # One more than the id, so that an empty row, which is zeros, has an id of -1.
     return torch.cat([weights, (ids + 1).to(whole).view(weights.dtype)], 1)
 
 
 def ids_of(beside: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Those ids again."""
+    """Those ids, plus one."""
     whole = torch.int64 if beside.dtype == torch.float64 else torch.int32
-    return beside[:, top_k:].contiguous().view(whole).long() - 1
+    return beside[:, top_k:].contiguous().view(whole).long()
