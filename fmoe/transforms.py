@@ -158,7 +158,9 @@ def per_layer(remat_policy: str = "none", *, compiled: bool = False) -> Callable
 
 
 def _inductor(graph: Any, inputs: Any) -> Any:
-    """Inductor, which never takes a backward from its cache that differs in what it may write into.
+    """Inductor, which leaves exchanges in parts in order, and takes no wrong backward from its cache.
+
+    It would move what begins an exchange to what waits for it.
 
     A backward that runs once may write into *donated buffers*, which are tensors that the forward kept. Run
     twice, it would spoil them. Inductor's own key is the same for both.
@@ -166,11 +168,15 @@ def _inductor(graph: Any, inputs: Any) -> Any:
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.utils import get_donated_idxs
 
-    def compile_one(*args: Any, **kwargs: Any) -> Any:
+    parts = {op.raw for op in operators().values() if op.example is None}
+    in_order = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
+
+    def compile_one(graph: Any, *args: Any, **kwargs: Any) -> Any:
         config: Any = torch.compiler.config
         tag = f"{config.cache_key_tag} donated: {get_donated_idxs()}"
-        with config.patch(cache_key_tag=tag):
-            return compile_fx_inner(*args, **kwargs)
+        order = in_order if any(node.target in parts for node in graph.graph.nodes) else {}
+        with config.patch(cache_key_tag=tag), torch._inductor.config.patch(order):
+            return compile_fx_inner(graph, *args, **kwargs)
 
     return compile_fx(graph, inputs, inner_compile=compile_one)
 

@@ -292,6 +292,39 @@ def test_what_is_recomputed_is_so_in_the_same_order(pool, way):
         ]
 
 
+def begun_and_ended(way, compiled):
+    """Which exchanges begin and end in a step of one layer, in order."""
+    found, begin, end = [], in_parts.begin_swap, in_parts.arrived
+
+    def begin_noted(*args):
+        found.append(f"begin {args[-1]}")
+        return begin(*args)
+
+    def end_noted(rows):
+        found.append("end")
+        return end(rows)
+
+    torch._dynamo.reset()
+    config = dataclasses.replace(CONFIG, num_layers=1, num_dense_layers=0)
+    mesh, _, spread, batch = setting("ep=2", config=config)
+    mine, wrap = [own(t, mesh) for t in batch[:2]], per_layer("none", compiled=compiled)
+    step = gradients.of_model(config, mesh, backend=WAYS[way], per_layer=wrap)
+    in_parts.begin_swap, in_parts.arrived = begin_noted, end_noted
+    try:
+        grads = step(spread, *mine)[1]
+    finally:
+        in_parts.begin_swap, in_parts.arrived = begin, end
+    return found, whole(grads)
+
+
+@pytest.mark.slow  # it takes Inductor
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled_layers_have_the_same_order(pool, way):
+    plain, compiled = (pool.run(2, begun_and_ended, way, kind, timeout=300) for kind in (False, True))
+    for (order, _), (again, _) in zip(plain, compiled):
+        assert again == order and "end" in order
+
+
 # ---- or an error ----------------------------------------------------------------------------------------
 
 
