@@ -6,6 +6,7 @@ module adds checkpointing that works inside them, which PyTorch lacks.
 
 import functools
 import logging
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -160,25 +161,33 @@ def per_layer(remat_policy: str = "none", *, compiled: bool = False) -> Callable
 def _inductor(graph: Any, inputs: Any) -> Any:
     """Inductor, which leaves exchanges in parts in order, and takes no wrong backward from its cache.
 
-    It would move what begins an exchange to what waits for it.
-
     A backward that runs once may write into *donated buffers*, which are tensors that the forward kept. Run
     twice, it would spoil them. Inductor's own key is the same for both.
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.utils import get_donated_idxs
 
-    parts = {op.raw for op in operators().values() if op.example is None}
-    in_order = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
-
     def compile_one(graph: Any, *args: Any, **kwargs: Any) -> Any:
         config: Any = torch.compiler.config
         tag = f"{config.cache_key_tag} donated: {get_donated_idxs()}"
-        order = in_order if any(node.target in parts for node in graph.graph.nodes) else {}
-        with config.patch(cache_key_tag=tag), torch._inductor.config.patch(order):
+        _in_order(graph.graph)
+        with config.patch(cache_key_tag=tag):
             return compile_fx_inner(graph, *args, **kwargs)
 
     return compile_fx(graph, inputs, inner_compile=compile_one)
+
+
+def _in_order(graph: Any) -> None:
+    """Make each part of an exchange depend on the one before, or a compiler may choose another order."""
+    parts, before = {op.raw for op in operators().values() if op.example is None}, None
+    for node in [node for node in graph.nodes if node.target in parts]:
+        if before is not None:
+            node.args = (*node.args[: len(node.target._schema.arguments) - 1], before)
+        before = node
+        if isinstance(node.meta["val"], tuple | list):
+            with graph.inserting_after(node):
+                before = graph.call_function(operator.getitem, (node, 0))
+            before.meta["val"] = node.meta["val"][0]
 
 
 def _selective_contexts(policy: Policy) -> Any:

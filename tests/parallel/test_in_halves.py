@@ -24,7 +24,8 @@ from fmoe.parallel.backends.deepep import buffers as deep_ep_buffers
 from fmoe.parallel.collectives import group_alone
 from fmoe.parallel.placement import token_axes
 from fmoe.plan import plan
-from fmoe.training import gradients
+from fmoe.training import gradients, options
+from fmoe.training.launch import World
 from fmoe.transforms import per_layer
 
 LENGTH = 9
@@ -376,3 +377,12 @@ def test_on_one_device_there_is_nothing_to_halve():
         decoder.loss(params, tokens, tokens, CONFIG, backend=b)[0] for b in (WAYS["exact"], "auto")
     )
     assert torch.equal(halves, whole)
+
+
+def test_the_option_asks_for_halves_and_room_for_one():
+    options.add_layout(parser := options.Parser())
+    args = parser.parse_args(["--ep-overlap", "--ep-capacity", "2", "--ep-backend", "all_to_all"])
+    args.batch_size, args.seq_len = 5, 8
+    layout = options.Layout.of(args, World(None, (0, 1)))
+    assert layout.how["backend"] == Backend("all_to_all", in_halves=True)
+    assert layout.bounded == Backend("all_to_all", False, 2.0, max_tokens=3 * 8, in_halves=True)

@@ -74,7 +74,8 @@ class Operator:
         return few(self.outputs(*args)[: self.num_values])
 
     def outputs(self, *args: Any) -> Tensors:
-        """All outputs, those for the backward included."""
+        """All outputs, those for the backward included. Arguments left out are ``None``."""
+        args = (*args, *[None] * (self.num_inputs - len(args)))
         if torch.compiler.is_dynamo_compiling():
             refuse_transforms_inside_compile(self.name)
             return as_tuple(self.traced(*args))

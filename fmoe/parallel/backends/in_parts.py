@@ -52,25 +52,47 @@ def part(
     impl: Callable[..., Any],
     fake: Callable[..., Any],
     checkpoint: str,
-    vjp: Callable[..., Any] | Unsupported | None = None,
+    vjp: Callable[..., Any] | None = None,
 ) -> Operator:
     """Declare a part of an exchange: linear in its first argument, or without a derivative.
 
     ``vjp`` is a function of the cotangent, the number of rows of the first argument, and the others.
     """
-    transposed: Any = vjp
-    if callable(vjp):
-        transposed = lambda kept, needs, g: vjp(g, *kept)  # noqa: E731
-    return declare(
+    if vjp is None:
+        return part_of_several(schema, impl, fake, checkpoint, jvp=None)
+    return part_of_several(
         schema,
-        impl=impl,
-        fake=fake,
+        impl,
+        fake,
+        checkpoint,
+        residuals=lambda inputs, outputs: (inputs[0].shape[0], *inputs[1:]),
+        vjp=lambda kept, needs, g: vjp(g, *kept),
+    )
+
+
+def part_of_several(
+    schema: str,
+    impl: Callable[..., Any],
+    fake: Callable[..., Any],
+    checkpoint: str,
+    *,
+    residuals: Callable[..., Any] = lambda inputs, outputs: (),
+    **rules: Any,
+) -> Operator:
+    """Declare a part of an exchange of several tensors, by the rules of :func:`declare`.
+
+    Its last argument is any tensor of the part before, where a compiler shall leave the two in order.
+    """
+    arguments, _, outputs = schema.partition(") ->")
+    number = arguments.count(",") + 1
+    return declare(
+        f"{arguments}, Tensor? after=None) ->{outputs}",
+        impl=lambda *args, after=None: impl(*args[:number]),
+        fake=lambda *args, after=None: fake(*args[:number]),
         checkpoint=checkpoint,
         example=None,
-        residuals=(lambda inputs, outputs: (inputs[0].shape[0], *inputs[1:])) if vjp else None,
-        vjp=transposed,
-        jvp=NOT_IN_HALVES if vjp else None,
-        vmap=NOT_IN_HALVES,
+        residuals=lambda inputs, outputs: residuals(inputs[:-1], outputs),
+        **{"jvp": NOT_IN_HALVES, "vmap": NOT_IN_HALVES} | rules,
     )
 
 

@@ -7,10 +7,10 @@ import torch
 
 from ....ops.combine import COMBINE
 from ....ops.core.derive import Tensors
-from ....ops.core.primitive import Operator, declare
+from ....ops.core.primitive import Operator
 from ....ops.dispatch import DISPATCH, check_ids, layout_fake, layout_kernel
 from ..bounds import agree, laid_out
-from ..in_parts import NOT_IN_HALVES, beside, catch_up, part, taken, ticket
+from ..in_parts import NOT_IN_HALVES, beside, catch_up, part, part_of_several, taken, ticket
 from .adapter import PAYLOADS
 from .buffers import find
 from .handle import SENT, pack, sent_fake, unpack
@@ -39,12 +39,6 @@ def _here(tensors: Any) -> None:
 def _private(t: torch.Tensor, compiled: bool) -> torch.Tensor:
     """Compiled code uses memory again that is still being sent."""
     return t.clone(memory_format=torch.contiguous_format) if compiled else t.contiguous()
-
-
-def _both(schema: str, impl: Any, fake: Any, checkpoint: str, **rules: Any) -> Operator:
-    """Declare a part of an exchange of rows and their weights."""
-    rules = {"vjp": NOT_IN_HALVES, "jvp": NOT_IN_HALVES, "vmap": NOT_IN_HALVES} | rules
-    return declare(schema, impl=impl, fake=fake, checkpoint=checkpoint, example=None, **rules)
 
 
 def _tickets_fake(x: Any, weights: Any, *others: Any) -> Tensors:
@@ -186,7 +180,7 @@ def _begin_both_back_kernel(
 
 
 # x (T, D) and weights (T, K) -> tickets of rows that haven't left.
-deepep_pack: Operator = _both(
+deepep_pack: Operator = part_of_several(
     "deepep_pack(Tensor x, Tensor weights, bool compiled, str buffer) -> (Tensor, Tensor)",
     _pack_kernel,
     _tickets_fake,
@@ -206,7 +200,7 @@ deepep_post: Operator = part(
 
 # All three -> what deepep_dispatch gives, with how many pairs had no room before the handle. With a bound,
 # ``rows`` and ``pairs`` are what there is room for; else 0 and -1.
-deepep_end_dispatch: Operator = _both(
+deepep_end_dispatch: Operator = part_of_several(
     "deepep_end_dispatch(Tensor packed, Tensor beside, Tensor posted, SymInt held, SymInt rows, "
     f"SymInt pairs, bool compiled, str buffer) -> ({', '.join(['Tensor'] * (7 + SENT.count(',')))})",
     _end_dispatch_kernel,
@@ -219,17 +213,19 @@ deepep_end_dispatch: Operator = _both(
 )
 
 # Their cotangents (S, D), (S, K) -> tickets, and these -> (T, D), (T, K).
-deepep_begin_both_back: Operator = _both(
+deepep_begin_both_back: Operator = part_of_several(
     f"deepep_begin_both_back(Tensor y, Tensor weights, Tensor row, bool compiled, str buffer, {SENT}) "
     "-> (Tensor, Tensor)",
     _begin_both_back_kernel,
     _tickets_fake,
     COMBINE,
+    vjp=NOT_IN_HALVES,
 )
 
-deepep_end_both_back: Operator = _both(
+deepep_end_both_back: Operator = part_of_several(
     "deepep_end_both_back(Tensor ticket, Tensor beside, SymInt tokens) -> (Tensor, Tensor)",
     lambda ticket, beside, tokens: taken(ticket).wait(),
     lambda ticket, beside, tokens: tuple(t.new_empty(tokens, t.shape[1]) for t in (ticket, beside)),
     COMBINE,
+    vjp=NOT_IN_HALVES,
 )
