@@ -20,6 +20,7 @@ import fmoe
 from fmoe.models import decoder, huggingface, stages
 from fmoe.models.sampling import sample_text
 from fmoe.training import checkpoint, data, gradients, launch, metrics, optim, options, plot, schedules
+from fmoe.training.step import training_step
 
 
 def parse():
@@ -100,7 +101,9 @@ def main():
     loss_of = gradients.loss_of_model(config, **how)
     if layout.bounded:  # a step that had no room for all rows is done again, exactly
         fast = gradients.of_model(config, zero=layout.zero, **how | dict(backend=layout.bounded))
-        step_of = fmoe.exact_on_overflow(fast, step_of)
+        step_of = fmoe.exact_on_overflow(fmoe.graphed(fast) if args.graph else fast, step_of)
+    how = dict(max_norm=args.max_norm, bias_rate=args.bias_rate, mesh=world.mesh)
+    train = training_step(step_of, optimizer, graph=args.graph and not layout.bounded, **how)
     rate_of = schedules.by_name(args.schedule, peak=args.learning_rate, total_steps=args.steps)
     tokens = args.batch_size * args.seq_len
     flops = tokens * decoder.flops_per_token(config, args.seq_len) / world.size
@@ -108,11 +111,7 @@ def main():
     with file, metrics.LiveView(args.steps, console=console) as view:
         for step, batch in zip(range(first, args.steps), batches_of(text, start_step=first)):
             began, done = time.perf_counter(), step + 1
-            (value, stats), grads = step_of(params, *batch)
-            norm = optim.global_norm(grads, world.mesh)
-            scale = optim.clip_factor(norm, args.max_norm)
-            params, state = optimizer.update(params, grads, state, rate_of(step), scale=scale, donate=True)
-            params = decoder.update_biases(params, stats, args.bias_rate)
+            params, state, value, norm, stats, grads = train(params, state, rate_of(step), *batch)
             gradients.check_finite(step, value := value.item(), norm := norm.item(), grads, world.mesh)
             del grads  # before the next step's are made
             counts = [layer.tokens_per_expert.tolist() for layer in stats.layers]

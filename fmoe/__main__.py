@@ -119,8 +119,9 @@ def model(args: argparse.Namespace) -> None:
     _check_writable(args.json, args.trace)
     result = bench_model(
         decoder.preset(args.model, layers=args.layers), batch_size=args.batch_size, seq_len=args.seq_len,
-        steps=args.steps, remat=args.remat, compiled=args.compile, balanced=args.balanced, data=args.data,
-        segments=args.segments, device=args.device, trace=args.trace, seed=args.seed,
+        steps=args.steps, remat=args.remat, compiled=args.compile, graph=args.graph,
+        balanced=args.balanced, data=args.data, segments=args.segments, device=args.device,
+        trace=args.trace, seed=args.seed,
         rates=args.rates and read_rates(args.rates), **_dtypes(args),
     )  # fmt: skip
     result["model"] = args.model
@@ -132,6 +133,7 @@ def model_arguments(add: Add) -> None:
     step_arguments(add)
     add("--steps", type=int, default=20, help="timed, after three that aren't")
     add("--compile", action="store_true", help="each layer with torch.compile")
+    add("--graph", action="store_true", help="the step as one CUDA graph")
     add("--balanced", action="store_true", help="experts round robin, whatever the scores")
     add("--data", metavar="FILE", help="text, as bytes; default: random tokens")
     add("--segments", type=int, metavar="N", help="as many segments a row; default: no segment ids")

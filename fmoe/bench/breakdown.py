@@ -11,8 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ..introspect import operator_class
-
-OPTIMIZER = "fmoe::optimizer"  # a range in the profile; everything in it is one class
+from ..training.step import UPDATE
 
 
 def breakdown(
@@ -64,7 +63,7 @@ def _end(call: dict[str, Any]) -> float:
 
 def _kind_of_all_in(name: str, outer: str | None) -> str | None:
     """The kind that the optimizer's range, or an operator of ours, gives to all calls within it."""
-    if name == OPTIMIZER or outer == "optimizer":
+    if name == UPDATE or outer == "optimizer":
         return "optimizer"
     return operator_class(name) if name.startswith("fmoe::") else outer
 

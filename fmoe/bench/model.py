@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.profiler import record_function
 
 from ..errors import argument_error
 from ..models import decoder
@@ -22,9 +21,10 @@ from ..plan import Rates, plan
 from ..training import data as text
 from ..training.documents import read_documents
 from ..training.metrics import PEAK_FLOPS
-from ..training.optim import Optimizer, adamw, clip_factor, global_norm
+from ..training.optim import Optimizer, adamw
+from ..training.step import training_step
 from ..transforms import per_layer, value_and_grad
-from .breakdown import OPTIMIZER, breakdown
+from .breakdown import breakdown
 from .timing import check_number, matmul_rate, syncs
 
 Batch = tuple[torch.Tensor, ...]
@@ -42,6 +42,7 @@ def bench_model(
     steps: int = 20,
     remat: str = "none",
     compiled: bool = False,
+    graph: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     compute_dtype: torch.dtype | None = None,
     moments_dtype: torch.dtype | None = None,
@@ -58,6 +59,7 @@ def bench_model(
     =========  ===============================================================
     steps      to time, after a few that aren't
     remat      words of ``transforms.per_layer``
+    graph      hold the step in a CUDA graph; then its kernels' kinds aren't known
     balanced   choose experts round robin, whatever their scores
     data       a file of text, read as bytes; ``None``: random tokens
     segments   as many segments a row, about equally long; ``None``: no segment ids
@@ -99,14 +101,16 @@ def bench_model(
         return decoder.loss(params, tokens, targets, segment_ids=segment_ids, **how)
 
     start = functools.partial(decoder.init, config, seed, dtype=dtype, device=device)
-    step = _training(loss, start(), optimizer)  # no other name for the params
+    step = _training(loss, start(), optimizer, graph)  # no other name for the params
     batches = _batches(config, batch_size, seq_len, data, segments, device, seed)
     found = _measured(step, batches, steps, math.log(config.vocab_size), on_cuda, trace)
+    if graph:  # PyTorch doesn't count what a graph holds
+        found["peak_bytes"] = None
     name = torch.cuda.get_device_name() if on_cuda else "CPU"
     settings = dict(
         layers=config.num_layers, dense_layers=config.num_dense_layers,
         num_params=decoder.num_params(config)[0], batch_size=batch_size, seq_len=seq_len, steps=steps,
-        remat=remat, compiled=compiled, dtype=str(dtype), compute_dtype=str(compute_dtype),
+        remat=remat, compiled=compiled, graph=graph, dtype=str(dtype), compute_dtype=str(compute_dtype),
         moments_dtype=str(moments_dtype), balanced=balanced, data=data or "random tokens",
         segments=segments,
         device=name, torch=torch.__version__, seed=seed,
@@ -168,19 +172,16 @@ def _measured(
     )  # fmt: skip
 
 
-def _training(loss: Callable[..., Any], params: decoder.ModelParams, optimizer: Optimizer) -> Step:
+def _training(
+    loss: Callable[..., Any], params: decoder.ModelParams, optimizer: Optimizer, graph: bool
+) -> Step:
     """A step like that of a training loop, which trains ``params`` in place."""
-    gradient = value_and_grad(loss, has_aux=True)
-    state = optimizer.init(params)
+    gradient, state = value_and_grad(loss, has_aux=True), optimizer.init(params)
+    train = training_step(gradient, optimizer, max_norm=1.0, bias_rate=BIAS_RATE, graph=graph)
 
     def step(batch: Batch) -> torch.Tensor:
         nonlocal params, state
-        value: torch.Tensor
-        (value, stats), grads = gradient(params, *batch)
-        with record_function(OPTIMIZER):
-            scale = clip_factor(global_norm(grads), 1.0)
-            params, state = optimizer.update(params, grads, state, LEARNING_RATE, scale=scale, donate=True)
-            params = decoder.update_biases(params, stats, BIAS_RATE)
+        params, state, value, *_ = train(params, state, LEARNING_RATE, *batch)
         return value
 
     return step
@@ -242,7 +243,8 @@ def report(result: dict[str, Any], console: Console, title: str = "a model") -> 
         f"batch {r['batch_size']} x {r['seq_len']} of {r['data']}"
         f"{'' if r['segments'] is None else ', segments a row: ' + str(r['segments'])}"
         f"{', experts balanced' if r['balanced'] else ''}; remat {r['remat']}"
-        f"{', compiled' if r['compiled'] else ''}; {r['device']}, torch {r['torch']}, seed {r['seed']}"
+        f"{', compiled' if r['compiled'] else ''}{', graphed' if r['graph'] else ''}; "
+        f"{r['device']}, torch {r['torch']}, seed {r['seed']}"
     )
     rows = {
         "tokens/s": f"{r['tokens_per_second']:,.0f}",

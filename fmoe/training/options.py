@@ -142,6 +142,7 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     add("--ep-overlap", action="store_true", help="halves of a device's sequences in turn: one's rows travel")
     add("--remat", default="none", help="what layers recompute: none, full, default, or save:NAME,NAME")
     add("--compile", action="store_true", help="compile each layer with torch.compile")
+    add("--graph", action="store_true", help="on a GPU: hold the step in a CUDA graph, after the first one")
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:
