@@ -182,7 +182,11 @@ def _in_order(graph: Any) -> None:
     parts, before = {op.raw for op in operators().values() if op.example is None}, None
     for node in [node for node in graph.nodes if node.target in parts]:
         if before is not None:
-            node.args = (*node.args[: len(node.target._schema.arguments) - 1], before)
+            others = len(node.target._schema.arguments) - 1
+            node.args = (*node.args[:others], before)
+            args, kwargs = node.meta.get("eager_input_vals", ((), {}))
+            if args:
+                node.meta["eager_input_vals"] = (*args[:others], before.meta["val"]), kwargs
         before = node
         if isinstance(node.meta["val"], tuple | list):
             with graph.inserting_after(node):
