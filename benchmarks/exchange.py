@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fmoe.__main__ import markdown_table
 from fmoe.bench.timing import launches, syncs, timed
 from fmoe.ops import kernels
-from fmoe.parallel.backends import all_to_all
+from fmoe.parallel.backends import all_to_all, ways
 from fmoe.parallel.collectives import group_alone
 
 ROUNDS = 20
@@ -67,7 +67,7 @@ if __name__ == "__main__":
         rows = torch.randn(tokens, args.dim, dtype=dtype), torch.rand(tokens, top_k), ids
     held, statics = experts // args.size, (experts, 1, 0, False)
     found = {
-        "ways": lambda: all_to_all.ways(ids, args.size, held, tokens),
+        "ways": lambda: ways.ways(ids, args.size, held, tokens),
         "exchange": lambda: all_to_all._exchange_kernel(*rows, *statics, group),
         "exchange_bounded": lambda: all_to_all._bounded_kernel(
             *rows, *statics, tokens, tokens * top_k, group

@@ -267,9 +267,10 @@ def moe_layer(
 
 
 class Begun(NamedTuple):
-    """A layer under way: its input, how that was routed, and what is coming: a dispatch, then a combine."""
+    """A layer under way: its tokens, how they are routed, and what is coming: a dispatch, then a combine."""
 
-    x: torch.Tensor
+    x_TD: torch.Tensor
+    shape: tuple[int, ...]
     routing: Routing
     coming: Any
     plan: Any = None
@@ -279,7 +280,7 @@ def begin_layer(
     params: MoEParams, x: torch.Tensor, router: RouterConfig | Router, valid: torch.Tensor | tuple[()] = ()
 ) -> Begun:
     """Route, and begin to dispatch."""
-    x_TD = _rows(x)
+    x_TD = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # vmap over no example can't infer a size
     if isinstance(router, RouterConfig):
         routing = route(params.router, x_TD, router)
     else:
@@ -288,7 +289,7 @@ def begin_layer(
         check_routing(routing, x_TD.shape[0], num_experts)
     if isinstance(valid, torch.Tensor):
         routing = without_padding(routing, valid.reshape(x_TD.shape[0]))
-    return Begun(x, routing, dispatch_start(x_TD, routing, axis="ep" if present("ep") else None))
+    return Begun(x_TD, x.shape, routing, dispatch_start(x_TD, routing, axis="ep" if present("ep") else None))
 
 
 def send_layer(begun: Begun) -> Begun:
@@ -311,16 +312,12 @@ def experts_of(params: MoEParams, parts: Sequence[Begun], i: int) -> list[Begun]
 def end_layer(params: MoEParams, begun: Begun) -> tuple[torch.Tensor, Routing, torch.Tensor | tuple[()]]:
     """The shared experts, while rows may be on their way back, and the sum."""
     plan = begun.plan
-    shared = _shared_experts(params, _rows(begun.x)) if params.shared else None
+    shared = _shared_experts(params, begun.x_TD) if params.shared else None
     y_TD = join(begun.coming, plan, shared) if isinstance(begun.coming, InFlight) else begun.coming
     overflow = plan.overflow
     if isinstance(overflow, torch.Tensor) and "ep" not in binding().tokens:
         overflow = psum(overflow, present("ep"))  # all have the same tokens, but each its own experts
-    return psum(y_TD, present("tp")).reshape(begun.x.shape), begun.routing, overflow
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # vmap over no example can't infer a size
+    return psum(y_TD, present("tp")).reshape(begun.shape), begun.routing, overflow
 
 
 def _shared_experts(params: Any, x_TD: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from fmoe.ops import combine, dispatch, experts, kernels, route
 from fmoe.ops.bases import gather_kernel
 from fmoe.ops.experts import Layout
 from fmoe.ops.kernels import grouped
-from fmoe.parallel.backends import all_to_all
+from fmoe.parallel.backends import ways
 
 triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -96,7 +96,7 @@ def test_ways(tokens, copies):
     from fmoe.ops.kernels import plan
 
     ids = random_ids(tokens, 12, 5, dropped=0.4)
-    want = all_to_all.ways(ids.cpu(), 4, 3, copies)
+    want = ways.ways(ids.cpu(), 4, 3, copies)
     for got, expected in zip(plan.ways(ids, 4, 3, copies), want):
         assert got.dtype == expected.dtype
         assert torch.equal(got.cpu(), expected)

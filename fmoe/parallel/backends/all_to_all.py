@@ -9,12 +9,10 @@ backwards. With a :class:`~fmoe.parallel.Bound` it never waits: every device sen
 each, some of them empty.
 """
 
-import zlib
 from typing import Any, NamedTuple
 
 import torch
 
-from ...ops import kernels
 from ...ops.bases import gather_kernel, random
 from ...ops.combine import COMBINE, weighted_sum_kernel
 from ...ops.core.axes import Group
@@ -22,28 +20,26 @@ from ...ops.core.batches import wider_rows
 from ...ops.core.derive import Tensors
 from ...ops.core.primitive import Operator, declare, linear
 from ...ops.core.refuse import ALL_MOVE
-from ...ops.dispatch import DISPATCH, Plan, check_ids, layout_fake, layout_kernel, layout_plain, received_fake
+from ...ops.dispatch import DISPATCH, Plan, layout_fake, layout_kernel, layout_plain, received_fake
 from ...ops.route import Routing
 from ...ops.transport import InFlight, check_experts_divide, set_default
 from ..collectives import group_alone
-from .bounds import Bound, agree, check_alike, laid_out
-from .in_parts import (
-    back,
-    begin_send,
-    beside,
-    catch_up,
-    end_post,
-    end_send,
-    end_send_back,
-    ids_of,
-    pack,
-    part,
-    post,
-    taken,
-    ticket,
-    with_ids,
-)
-from .wire import arrived, begin_swap, process_group, swap_rows
+from .bounds import Bound
+from .in_parts import back, begin_send, end_post, end_send, end_send_back, ids_of, pack, post, with_ids
+from .ways import (
+    begin_sizes,
+    begin_sizes_kernel,
+    bounded_way,
+    bounded_way_kernel,
+    end_sizes,
+    end_sizes_kernel,
+    held_here,
+    kind_of,
+    layout_bounded,
+    layout_bounded_kernel,
+    layout_posted,
+)  # fmt: skip
+from .wire import swap_rows
 
 
 class Sent(NamedTuple):
@@ -99,7 +95,7 @@ class AllToAll(NamedTuple):
         num_experts, (name, size, _) = routing.counts_E.shape[0], self.group
         check_experts_divide(num_experts, size)
         ids_TK, before = routing.expert_ids_TK, routing.score_before_experts
-        described, top_k = _described(x_TD, routing.weights_TK, before), ids_TK.shape[1]
+        described, top_k = kind_of(x_TD, routing.weights_TK, before), ids_TK.shape[1]
         tokens = x_TD, with_ids(routing.weights_TK, ids_TK)
         if self.bound is None:
             slot_Q, copy_Tn, *sizes = begin_sizes(ids_TK, num_experts, size, described, name)
@@ -198,39 +194,6 @@ def _as_bytes(t: torch.Tensor) -> torch.Tensor:
     return rows.as_strided(rows.shape, (rows.shape[1], 1)).view(torch.uint8)
 
 
-def _described(x: torch.Tensor, weights: torch.Tensor, before: bool) -> str:
-    when = "before" if before else "after"
-    weighed = f"{weights.shape[1]} weights of {weights.dtype} {when} the experts"
-    return f"rows of shape {tuple(x.shape[1:])} and {x.dtype} with {weighed}"
-
-
-def _begin_sizes_kernel(
-    ids: torch.Tensor, num_experts: int, size: int, described: str, group: str
-) -> Tensors:
-    """Where copies go, in room for the most of them; sizes (n, 3) from this device, and those to come."""
-    check_ids(ids, num_experts)
-    home_TK, hit_Tn = _homes(ids, num_experts // size, size)
-    every = home_TK.flatten()  # not by bincount, which waits for the device
-    pairs_n = ids.new_zeros(size + 1).scatter_add_(0, every, torch.ones_like(every))[:size]
-    devices_Tn = torch.where(hit_Tn, torch.arange(size, device=ids.device), -1)
-    slot_Q, copy_Tn, _ = layout_kernel(devices_Tn, size, ids.shape[0] * min(size, ids.shape[1]))
-    kind = zlib.crc32(described.encode())
-    out_n3, each = torch.stack([hit_Tn.sum(0), pairs_n, torch.full_like(pairs_n, kind)], 1), [1] * size
-    catch_up(out_n3)
-    with beside(out_n3):
-        in_n3 = begin_swap(out_n3, each, each, group, "sizes")
-    return slot_Q, copy_Tn, out_n3, ticket(out_n3, in_n3)
-
-
-def _end_sizes_kernel(out_n3: torch.Tensor, ticket: torch.Tensor, described: str) -> Tensors:
-    """Rows to and from each device (2, n), and how many pairs come; here the host waits."""
-    with beside(out_n3):
-        sizes = torch.stack([out_n3, arrived(taken(ticket))]).cpu()
-    kind = zlib.crc32(described.encode())
-    check_alike(sizes[1, :, 2].tolist(), kind, described)
-    return sizes[:, :, 0].contiguous(), sizes[1, :, 1].sum()
-
-
 def _exchange_kernel(
     x: Any,
     weights: Any,
@@ -241,19 +204,19 @@ def _exchange_kernel(
     before: bool,
     group: str,
 ) -> Tensors:
-    described = _described(x, weights, before)
-    slot_Q, copy_Tn, out_n3, ticket = _begin_sizes_kernel(ids, num_experts, size, described, group)
+    described = kind_of(x, weights, before)
+    slot_Q, copy_Tn, out_n3, ticket = begin_sizes_kernel(ids, num_experts, size, described, group)
     # What doesn't depend on the sizes is launched before the host waits for them.
     token_Q = torch.div(slot_Q, size, rounding_mode="floor")
     rows = tuple(gather_kernel(t, token_Q) for t in (x, weights, ids))
     message = _message(rows)
-    splits, pairs = _end_sizes_kernel(out_n3, ticket, described)
+    splits, pairs = end_sizes_kernel(out_n3, ticket, described)
     sent, received = splits.tolist()
     came = swap_rows(message[: sum(sent)], received, sent, group, "exchange")
     x_SD, weights_SK, ids_SK = _parts(came, rows)
     held = num_experts // size
-    slot_R, row_SK, offsets_e = layout_kernel(_held_here(ids_SK, position * held, held), held, int(pairs))
-    return x_SD, weights_SK, slot_R, row_SK, offsets_e, slot_Q[: sum(sent)].clone(), copy_Tn, splits
+    slot_R, row_SK, offsets_e = layout_kernel(held_here(ids_SK, position * held, held), held, int(pairs))
+    return x_SD, weights_SK, slot_R, row_SK, offsets_e, slot_Q, copy_Tn, splits
 
 
 def _bounded_kernel(
@@ -268,61 +231,14 @@ def _bounded_kernel(
     pairs: int,
     group: str,
 ) -> Tensors:
-    described, held = _described(x, weights, before), num_experts // size
-    slot_Q, copy_Tn, splits, lost = _bounded_way_kernel(ids, num_experts, size, described, copies, group)
+    described, held = kind_of(x, weights, before), num_experts // size
+    slot_Q, copy_Tn, splits, lost = bounded_way_kernel(ids, num_experts, size, described, copies, group)
     token_Q = torch.div(slot_Q, size, rounding_mode="floor")
     rows = tuple(gather_kernel(t, token_Q) for t in (x, weights, ids + 1))  # ids of 0 in empty rows
     each = [copies] * size
     x_SD, weights_SK, ids_SK = _exchange_rows(rows, each, each, group, "exchange_bounded")
-    laid = _layout_bounded_kernel(ids_SK, lost, position * held + 1, held, pairs)
+    laid = layout_bounded_kernel(ids_SK, lost, position * held + 1, held, pairs)
     return x_SD, weights_SK, *laid[:3], slot_Q, copy_Tn, splits, laid[3]
-
-
-def _bounded_way_kernel(
-    ids: torch.Tensor, num_experts: int, size: int, described: str, copies: int, group: str
-) -> Tensors:
-    """Where copies go, as in Sent, and how many have no room."""
-    check_ids(ids, num_experts)
-    if size > 1:
-        agree(process_group(group), f"{described}, {copies} to each device")
-    slot_Q, copy_Tn, lost_n = ways(ids, size, num_experts // size, copies)
-    return slot_Q, copy_Tn, torch.full((2, size), copies, device="cpu"), lost_n
-
-
-def ways(ids: torch.Tensor, size: int, held: int, copies: int) -> Tensors:
-    """The pair (token, device) of each row, the row of each pair, and how many found no room, by device."""
-    if kernels.installed() and ids.is_cuda:
-        from ...ops.kernels import plan
-
-        return plan.ways(ids, size, held, copies)
-    hit_Tn = _homes(ids, held, size)[1]
-    place_Tn = hit_Tn.cumsum(0) - 1
-    fits_Tn = hit_Tn & (place_Tn < copies)
-    copy_Tn = torch.where(fits_Tn, place_Tn + torch.arange(size, device=ids.device) * copies, -1)
-    # The inverse. One row more than there is room for takes what isn't sent.
-    slot_Q, slots = ids.new_full((size * copies + 1,), -1), torch.arange(hit_Tn.numel(), device=ids.device)
-    slot_Q.scatter_(0, torch.where(fits_Tn, copy_Tn, size * copies).flatten(), slots)
-    return slot_Q[:-1].clone(), copy_Tn, (hit_Tn & ~fits_Tn).sum(0)
-
-
-def _layout_bounded_kernel(ids_SK: Any, lost: torch.Tensor, first: int, held: int, pairs: int) -> Tensors:
-    slot_R, row_SK, offsets_e, overflow = laid_out(_held_here(ids_SK, first, held), held, pairs)
-    return slot_R, row_SK, offsets_e, overflow + lost.sum()
-
-
-def _homes(ids: torch.Tensor, held: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The device of every pair, ``size`` for none, and whether a token goes to a device (T, n)."""
-    home_TK = torch.where(ids < 0, size, torch.div(ids, held, rounding_mode="floor"))
-    hit_Tn = ids.new_zeros(ids.shape[0], size + 1, dtype=torch.bool).scatter_(1, home_TK, True)
-    return home_TK, hit_Tn[:, :size]
-
-
-def _held_here(ids_SK: torch.Tensor, first: int, held: int) -> torch.Tensor:
-    """Ids from ``first`` on as those of the experts held here. Others are below 0, or lie past them."""
-    local_SK = ids_SK - first
-    if kernels.installed() and ids_SK.is_cuda:
-        return local_SK  # the kernel of the layout drops ids of no expert
-    return torch.where((local_SK >= 0) & (local_SK < held), local_SK, -1)
 
 
 def _exchange_fake(x: Any, weights: Any, ids: Any, num_experts: int, size: int, *group: Any) -> Tensors:
@@ -354,7 +270,7 @@ def _send_kernel(
     x: torch.Tensor, slot_Q: torch.Tensor, copy_Tn: torch.Tensor, splits: torch.Tensor, rows: int, group: str
 ) -> torch.Tensor:
     sent, received = splits.tolist()
-    token_Q = torch.div(slot_Q, copy_Tn.shape[1], rounding_mode="floor")
+    token_Q = torch.div(slot_Q[: sum(sent)], copy_Tn.shape[1], rounding_mode="floor")
     return _exchange_rows((gather_kernel(x, token_Q),), received, sent, group, "send")[0]
 
 
@@ -363,7 +279,7 @@ def _send_back_kernel(
 ) -> torch.Tensor:
     sent, received = splits.tolist()
     (came,) = _exchange_rows((y,), sent, received, group, "send_back")
-    summed = weighted_sum_kernel(came.flatten(1), None, slot_Q, copy_Tn)
+    summed = weighted_sum_kernel(came.flatten(1), None, slot_Q[: sum(sent)], copy_Tn)
     return summed.view(copy_Tn.shape[0], *y.shape[1:])
 
 
@@ -372,7 +288,7 @@ def _send_both_back_kernel(
 ) -> Tensors:
     sent, received = splits.tolist()
     came = _exchange_rows((y, weights), sent, received, group, "send_both_back")
-    return tuple(weighted_sum_kernel(c, None, slot_Q, copy_Tn) for c in came)
+    return tuple(weighted_sum_kernel(c, None, slot_Q[: sum(sent)], copy_Tn) for c in came)
 
 
 # ---- operators: slot, copy and splits are a plan's ``sent`` --------------------------------------------
@@ -524,58 +440,6 @@ exchange_bounded: Operator = declare(
     vjp=_exchange_vjp,
     jvp=lambda way, t_x, t_weights, *_: (way.there(t_x), way.there(t_weights)),
     vmap=ALL_MOVE,
-)
-
-# ---- the same in parts: ids (T, K) -> where copies go, and sizes there and back ---------------------------
-
-begin_sizes: Operator = part(
-    "begin_sizes(Tensor ids, SymInt num_experts, int size, str described, str group) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _begin_sizes_kernel,
-    lambda ids, num_experts, size, *others: (
-        ids.new_empty(ids.shape[0] * min(size, ids.shape[1])),
-        ids.new_empty(ids.shape[0], size),
-        ids.new_empty(size, 3),
-        ids.new_empty(0, 3),
-    ),
-    DISPATCH,
-)
-
-end_sizes: Operator = part(
-    "end_sizes(Tensor out, Tensor ticket, str described) -> (Tensor, Tensor)",
-    _end_sizes_kernel,
-    lambda out, *others: tuple(
-        torch.empty(shape, dtype=torch.int64, device="cpu") for shape in ((2, out.shape[0]), ())
-    ),
-    DISPATCH,
-)
-
-layout_posted: Operator = part(
-    "layout_posted(Tensor ids, Tensor pairs, SymInt first, SymInt held) -> (Tensor, Tensor, Tensor)",
-    lambda ids, pairs, first, held: layout_kernel(_held_here(ids, first, held), held, int(pairs)),
-    lambda ids, pairs, first, held: layout_fake(ids, held, torch.library.get_ctx().new_dynamic_size()),
-    DISPATCH,
-)
-
-bounded_way: Operator = part(
-    "bounded_way(Tensor ids, SymInt num_experts, int size, str described, SymInt copies, str group) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _bounded_way_kernel,
-    lambda ids, num_experts, size, described, copies, group: (
-        ids.new_empty(size * copies),
-        ids.new_empty(ids.shape[0], size),
-        torch.empty(2, size, dtype=torch.int64, device="cpu"),
-        ids.new_empty(size),
-    ),
-    DISPATCH,
-)
-
-layout_bounded: Operator = part(
-    "layout_bounded(Tensor ids, Tensor lost, SymInt first, SymInt held, SymInt pairs) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _layout_bounded_kernel,
-    lambda ids, lost, first, held, pairs: (*layout_fake(ids, held, pairs), ids.new_empty(())),
-    DISPATCH,
 )
 
 set_default(AllToAll)
