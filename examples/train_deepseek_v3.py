@@ -10,7 +10,7 @@ on from the newest: to the same bits as without a break, or on another mesh to t
 """
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +38,8 @@ def parse():
     add("--learning-rate", type=float, default=3e-3, help="peak, after warm-up")
     add("--max-norm", type=float, default=1.0, help="gradients are clipped to this global norm; inf: never")
     add("--bias-rate", type=float, default=0.01, help="of balancing experts; DeepSeek-V3 had 0.001")
-    add("--seed", type=int, default=0, help="of parameters, batches and samples")
+    add("--router-noise", type=rate, default=0.0, help="deviation, on the logits that choose experts")
+    add("--seed", type=int, default=0, help="of parameters, batches, noise and samples")
     options.add_text(parser)
     options.add_layout(parser)
     options.add_precision(parser)
@@ -76,6 +77,8 @@ def main():
     else:
         config = decoder.preset(args.preset, layers=args.layers, dim=args.dim, vocab_size=args.vocab_size)
         params = decoder.init(config, args.seed, stages=stages_of(config), **where)
+    noisy = replace(config, router=replace(config.router, noise=args.router_noise))
+    key = fmoe.random.key(args.seed, device="cpu")
     data.check_vocabulary(tokenizer, config.vocab_size)
     share = args.held_out if args.eval_every else None
     text, test = data.read_streams(args.data, tokenizer, suffix=args.suffix, field=args.field, held_out=share)
@@ -85,7 +88,7 @@ def main():
     batches_of = partial(data.batches, **cut, part=world.part, device=precision.device)
     tests = [] if test is None else [batch for _, batch in zip(range(8), batches_of(test))]
     optimizer = optim.adamw(moments_dtype=precision.moments)
-    run = {"model": asdict(config), "data": {**cut, "fingerprint": data.fingerprint(text)}}
+    run = {"model": asdict(noisy), "data": {**cut, "fingerprint": data.fingerprint(text)}}
     state = dict(params=params, optimizer=optimizer.init(params))
     saved = dict(run=run, mesh=world.mesh)
     state, first = checkpoint.start(args.out, state, resume=args.resume, saves=args.save_every > 0, **saved)
@@ -97,10 +100,10 @@ def main():
     )
 
     how = dict(**layout.how, dtype=precision.compute, stages=stages_of(config))
-    step_of = gradients.of_model(config, zero=layout.zero, **how)
+    step_of = gradients.of_model(noisy, zero=layout.zero, **how)
     loss_of = gradients.loss_of_model(config, **how)
     if layout.bounded:  # a step that had no room for all rows is done again, exactly
-        fast = gradients.of_model(config, zero=layout.zero, **how | dict(backend=layout.bounded))
+        fast = gradients.of_model(noisy, zero=layout.zero, **how | dict(backend=layout.bounded))
         step_of = fmoe.exact_on_overflow(fmoe.graphed(fast) if args.graph else fast, step_of)
     how = dict(max_norm=args.max_norm, bias_rate=args.bias_rate, mesh=world.mesh)
     train = training_step(step_of, optimizer, graph=args.graph and not layout.bounded, **how)
@@ -111,6 +114,8 @@ def main():
     with file, metrics.LiveView(args.steps, console=console) as view:
         for step, batch in zip(range(first, args.steps), batches_of(text, start_step=first)):
             began, done = time.perf_counter(), step + 1
+            of_step = fmoe.random.fold_in(key, step).to(precision.device) if args.router_noise else None
+            batch = *(*batch, None)[:3], of_step  # the third are segments, if there are any
             params, state, value, norm, stats, grads = train(params, state, rate_of(step), *batch)
             gradients.check_finite(step, value := value.item(), norm := norm.item(), grads, world.mesh)
             del grads  # before the next step's are made
@@ -130,7 +135,7 @@ def main():
         console.print(plot.report(file.path, reference={"unigram entropy": entropy}, unit=unit))
     if args.sample:
         how = dict(temperature=args.temperature, top_k=args.top_k, window=args.seq_len, mesh=world.mesh)
-        how |= dict(num_tokens=args.sample_tokens, seed_or_generator=args.seed)
+        how |= dict(num_tokens=args.sample_tokens, key=key.to(precision.device))
         draw = gradients.computing_in(sample_text, precision.compute)
         console.print(draw(params, args.sample, config, tokenizer, **how))
 

@@ -8,10 +8,12 @@ with warnings.catch_warnings():  # without numpy PyTorch warns once
 
 from .graphs import graphed
 from .models.moe import MoEParams, moe_forward, moe_init, shard_params
+from .ops import random
 from .ops.balance import MoEStats, update_expert_bias
 from .ops.combine import combine, reduce
 from .ops.dispatch import Plan, align_rows, dispatch, expand
 from .ops.experts import ExpertParams, experts_grouped_mm
+from .ops.random import dropout
 from .ops.route import RouterConfig, RouterParams, Routing, route
 from .parallel.mesh import make_mesh
 from .parallel.shard_map import shard_map
@@ -32,6 +34,7 @@ __all__ = [
     "align_rows",
     "combine",
     "dispatch",
+    "dropout",
     "exact_on_overflow",
     "expand",
     "experts_grouped_mm",
@@ -39,6 +42,7 @@ __all__ = [
     "make_mesh",
     "moe_forward",
     "moe_init",
+    "random",
     "reduce",
     "remat",
     "route",

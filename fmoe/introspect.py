@@ -17,6 +17,9 @@ from .ops.core.primitive import NAMESPACE, Operator, operators
 from .ops.core.refuse import Unsupported
 from .ops.core.tape import Policy, Tape, checkpoint_names, on_tape
 from .parallel.backends.wire import Traffic, close_count, open_count
+from .training.show import Shown as Shown
+from .training.show import show_placement as show_placement
+from .training.show import show_schedule as show_schedule
 from .transforms import save_declared
 
 

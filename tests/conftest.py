@@ -88,7 +88,7 @@ def pool() -> Iterator[Pool]:
 
 
 # Tests that start more processes than there are cores.
-STARTS_PROCESSES = ("test_processes.py", "test_train_many.py", "03_expert_parallelism")
+STARTS_PROCESSES = ("test_processes.py", "test_train_many.py", "test_beside_jax.py", "03_expert_parallelism")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import argument_error
+from ..models import decoder
+from ..models.families import PRESETS
 from ..pipeline import Costs, make_schedule
 from ..pipeline.orders import KINDS
 from ..training import plot
 from ..training.metrics import read_metrics
+from ..training.show import show_placement
 from .layers import SHAPES, Shape, layer_memory
 
-WITHOUT_FILES = ("memory", "schedule")
+WITHOUT_FILES = ("memory", "placement", "schedule")
 
 
 def arguments(add: Callable[..., Any]) -> None:
@@ -24,7 +27,7 @@ def arguments(add: Callable[..., Any]) -> None:
         "--what", choices=["loss", "load", "layers", *WITHOUT_FILES],
         help="loss: curves, of all runs in one picture; load: of experts over time, a picture for each run; "
         "layers: of files that bench layer --json wrote; memory: what a layer keeps under remat's policies; "
-        "schedule: of a pipeline. "
+        "placement: of a model's parameters on a mesh; schedule: of a pipeline. "
         "Default: loss and, where it is known, load",
     )  # fmt: skip
     add("--out", type=Path, help="file of the one picture; default: WHAT.svg beside the metrics")
@@ -34,6 +37,8 @@ def arguments(add: Callable[..., Any]) -> None:
         "--sizes", nargs=5, type=int, metavar=tuple("TDFEK"), default=SHAPES["small"],
         help="with memory: tokens, dimension, hidden dimension, experts, top-k of a bfloat16 layer",
     )  # fmt: skip
+    add("--model", default="16B", choices=PRESETS, help="with --what placement, as the next one")
+    add("--mesh", default="", help='as "dp=2,ep=8"')
     add("--schedule", choices=KINDS, default="1f1b", help="with --what schedule, as the next four")
     add("--pp", type=int, default=4, help="ranks")
     add("--micro-batches", type=int, default=8)
@@ -44,7 +49,9 @@ def arguments(add: Callable[..., Any]) -> None:
 
 def draw(args: argparse.Namespace) -> None:
     if (args.what in WITHOUT_FILES) == bool(args.metrics):
-        raise ValueError("plot: name the metrics.jsonl of a run, or --what memory, or --what schedule")
+        raise ValueError(
+            f"plot: name the metrics.jsonl of a run, or --what one of {', '.join(WITHOUT_FILES)}"
+        )
     pictures = [*_pictures(args)]
     if args.out and len(pictures) > 1:
         raise ValueError(f"--out: got one file for {len(pictures)} pictures. Choose one with --what.")
@@ -57,6 +64,10 @@ def _pictures(args: argparse.Namespace) -> Iterator[tuple[Path, Callable[[], Any
     """The file of each picture, and what draws it."""
     if args.what == "memory":
         yield Path("memory.svg"), lambda: plot.plot_memory(layer_memory(Shape(*args.sizes)))
+        return
+    if args.what == "placement":
+        shown = show_placement(decoder.specs(decoder.preset(args.model)), args.mesh)
+        yield Path("placement.svg"), shown.figure
         return
     if args.what == "schedule":
         sizes = dict(pp=args.pp, micro_batches=args.micro_batches, stages_per_rank=args.stages_per_rank)

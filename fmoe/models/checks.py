@@ -27,6 +27,19 @@ def check_token_spec(function: str, argument: str, x: torch.Tensor, spec: P) -> 
         raise argument_error(function, argument, got=got, expected=expected, remedy=remedy)
 
 
+def check_drawing(function: str, router: Any, key: torch.Tensor | None) -> None:
+    """Raise ``ValueError`` for a router with noise that has no key, and for a function beside a key."""
+    if not isinstance(router, RouterConfig) and key is not None:
+        remedy = "Give the function a key of its own, as by functools.partial."
+        raise argument_error(
+            function, "key", got="one, beside a router function", expected="None", remedy=remedy
+        )
+    if isinstance(router, RouterConfig) and router.noise > 0 and key is None:
+        got, expected = f"None, with router.noise={router.noise}", "a key, as fmoe.random.key(0)"
+        remedy = "Pass one of this step, or evaluate with noise=0.0."
+        raise argument_error(function, "key", got=got, expected=expected, remedy=remedy)
+
+
 def check_layer(params: Any, x: torch.Tensor, router: Any, valid: torch.Tensor | None = None) -> None:
     """Raise ``ValueError`` unless the arguments of :func:`moe_forward` fit together."""
 

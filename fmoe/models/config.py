@@ -92,3 +92,14 @@ class DecoderConfig:
             raise error("shared_gate", got=True, expected=expected)
         if self.num_dense_layers < self.num_layers:
             self.router.check(self.num_experts, "DecoderConfig")
+
+
+def without_noise(config: DecoderConfig) -> DecoderConfig:
+    """The same configuration, whose router has no noise: to evaluate a model or publish it, without a key.
+
+    >>> from fmoe.models.decoder import preset
+    >>> noisy = dataclasses.replace(preset("debug"), router=RouterConfig(noise=0.1))
+    >>> noisy.router.noise, without_noise(noisy).router.noise
+    (0.1, 0.0)
+    """
+    return dataclasses.replace(config, router=dataclasses.replace(config.router, noise=0.0))

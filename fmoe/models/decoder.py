@@ -5,7 +5,7 @@ experts along ``ep``. Heads, hidden dimensions and the vocabulary lie along ``tp
 gathered when used.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import optree
@@ -19,6 +19,7 @@ from ..ops.core.derive import Tensors
 from ..ops.core.dtypes import accumulator
 from ..ops.cross_entropy import LOGITS_BYTES
 from ..ops.experts import ExpertParams
+from ..ops.random import check_one_key, fold_in
 from ..ops.segments import Segments, halves_of, segments_of
 from ..ops.transport import in_halves
 from ..parallel.backends import Backend, choose
@@ -27,14 +28,14 @@ from ..parallel.mesh import is_pipeline
 from ..parallel.placement import computing, init_on, placed, use
 from ..parallel.stack import stack
 from ..params import P, leaf_mask, partition_specs, trained_mask
-from .checks import check_heads, check_on_one_device, check_params, check_same, check_tokens
+from .checks import check_drawing, check_heads, check_on_one_device, check_params, check_same, check_tokens
 from .config import DecoderConfig as DecoderConfig  # re-exported
 from .counts import flops_per_token as flops_per_token
 from .counts import num_params as num_params
 from .families import preset as preset
-from .moe import Begun, begin_layer, end_layer, experts_of, mlp_forward, send_layer
+from .moe import Begun, MoEParams, begin_layer, end_layer, experts_of, mlp_forward, send_layer
 from .norm import rms_norm
-from .on_mesh import on_mesh
+from .on_mesh import on_mesh, token_places
 from .params import LayerParams as LayerParams
 from .params import ModelParams as ModelParams
 from .params import specs as specs
@@ -109,6 +110,8 @@ def forward(
     mesh: DeviceMesh | None = None,
     *,
     segment_ids: torch.Tensor | None = None,
+    key: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
     backend: str | Backend = "auto",
     dtype: torch.dtype | None = None,
     per_layer: Wrap = lambda layer: layer,
@@ -122,6 +125,10 @@ def forward(
                                  tokens (this device's own sequences) or a DTensor of them
     segment_ids  (B, L)          int64, placed as the tokens are; 0 for padding. A run of equal ids is a
                                  segment, as a packed document is. ``None``: every row is one
+    key          (2,)            int64, from :mod:`fmoe.ops.random`, the same on every device: for
+                                 ``config.router.noise``, which it needs. Fold the step into it
+    places       (B, L)          int64, placed as the tokens are: the place of each token in the batch, on
+                                 which its noise depends. ``None``: in order, over all devices
     backend                      carries tokens to experts, as for :func:`fmoe.moe_forward`
     dtype                        to compute in; ``None``: that of the parameters
     per_layer                    wraps the function of one layer: ``fmoe.remat``, ``torch.compile``
@@ -132,6 +139,8 @@ def forward(
 
     A segment's logits are those that it has alone: attention stays within it, and positions start again.
     Padding goes to no routed expert and isn't counted. Its logits are finite, and nothing depends on them.
+
+    Layer ``i`` draws its noise with ``fold_in(key, i)``, as :func:`fmoe.moe_forward` does.
 
     Raises ``ValueError`` for tokens of a wrong dtype or shape, and for segment ids below zero. On a mesh, all
     devices raise ``RuntimeError`` if one has an id outside the vocabulary, or a segment id below zero.
@@ -145,14 +154,14 @@ def forward(
     >>> stats[0].tokens_per_expert.sum() == 12 * config.router.top_k
     tensor(True)
     """
-    inputs = inputs_of("forward", config, {"tokens": tokens}, segment_ids)
+    inputs = inputs_of("forward", config, {"tokens": tokens}, segment_ids, key, places, mesh)
 
-    def run(params: ModelParams, tokens: torch.Tensor, ids: torch.Tensor | None = None) -> Any:
-        layer = per_layer(one_layer)
-        segments, below = _segments("forward", ids, tokens)
+    def run(params: ModelParams, tokens: torch.Tensor, *others: torch.Tensor) -> Any:
+        layer, given = per_layer(one_layer), optional(inputs, others, key)
+        segments, below = _segments("forward", given.get("segment_ids"), tokens)
         on_mesh = binding().mesh is not None
         tokens, outside = within(tokens, config.vocab_size) if on_mesh else (tokens, tokens.new_zeros(()))
-        x, sums, _ = hidden(params, tokens, config, layer, segments)
+        x, sums, _ = hidden(params, tokens, config, layer, segments, given.get("noise", ()))
         wrong, stats = _over_devices([outside, below], sums)
         if on_mesh:
             refuse_outside(*wrong)
@@ -176,6 +185,8 @@ def loss(
     mesh: DeviceMesh | None = None,
     *,
     segment_ids: torch.Tensor | None = None,
+    key: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
     backend: str | Backend = "auto",
     dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
@@ -209,10 +220,12 @@ def loss(
     >>> len(stats.layers), stats.num_targets
     (3, tensor(32.))
     """
-    inputs = inputs_of("loss", config, {"tokens": tokens, "targets": targets}, segment_ids)
+    inputs = {"tokens": tokens, "targets": targets}
+    inputs = inputs_of("loss", config, inputs, segment_ids, key, places, mesh)
 
-    def run(params: ModelParams, tokens: torch.Tensor, targets: torch.Tensor, *ids: torch.Tensor) -> Any:
-        return stage_loss(params, tokens, targets, config, per_layer, logits_bytes, *ids)
+    def run(params: ModelParams, tokens: torch.Tensor, targets: torch.Tensor, *others: torch.Tensor) -> Any:
+        given = optional(inputs, others, key)
+        return stage_loss(params, tokens, targets, config, per_layer, logits_bytes, **given)
 
     def out_specs(*_: Any) -> Any:
         return P(), P()
@@ -243,17 +256,40 @@ def update_biases(params: ModelParams, stats: LossStats | Stats, rate: float) ->
 
 
 def inputs_of(
-    function: str, config: DecoderConfig, inputs: dict[str, torch.Tensor], segment_ids: torch.Tensor | None
+    function: str,
+    config: DecoderConfig,
+    inputs: dict[str, torch.Tensor],
+    segment_ids: torch.Tensor | None,
+    key: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The tensors that lie as tokens do, with the segment ids if there are any, once checked."""
+    """The tensors that lie as tokens do, once checked: with segment ids if there are any, and with the places
+    of tokens if there is noise.
+    """
     if not isinstance(config, DecoderConfig):  # a batch with segment ids, say, unpacked before the config
         got, remedy = type(config).__name__, "Pass segment ids by name, as segment_ids=."
         raise argument_error(function, "config", got=got, expected="a DecoderConfig", remedy=remedy)
     inputs = inputs if segment_ids is None else {**inputs, "segment_ids": segment_ids}
+    check_drawing(function, config.router, key)
+    if config.router.noise and key is not None:
+        check_one_key(function, key, inputs["tokens"])
+        places = token_places(function, inputs["tokens"], mesh) if places is None else places
+        inputs = {**inputs, "places": places}
     for name, value in inputs.items():
         check_tokens(function, name, value, config.max_seq_len)
         check_same(function, "of shape", name, tuple(value.shape), tuple(inputs["tokens"].shape))
     return inputs
+
+
+def optional(
+    names: Iterable[str], values: Sequence[torch.Tensor], key: torch.Tensor | None
+) -> dict[str, Any]:
+    """Arguments of :func:`stage_sums` from ``values``: the last tensors of a batch, by their ``names``."""
+    given: dict[str, Any] = dict(zip([*names][-len(values) :], values)) if values else {}
+    if key is not None and "places" in given:
+        given["noise"] = Noise(key, given.pop("places"))
+    return given
 
 
 def run_on(
@@ -315,6 +351,20 @@ def computing_dtype(params: ModelParams, dtype: torch.dtype | None) -> torch.dty
     return dtype or optree.tree_leaves(params)[0].dtype
 
 
+class Noise(NamedTuple):
+    """What a router's noise is drawn from: a key (2,), and the tokens' places in the batch (B, L)."""
+
+    key: torch.Tensor
+    places: torch.Tensor
+
+
+class Keyed(NamedTuple):
+    """A layer's params, and the key of its noise."""
+
+    params: LayerParams
+    key: torch.Tensor
+
+
 # ---- on one device, inside shard_map ---------------------------------------------------------------
 #
 # The params say whether this is the whole model or a stage of a pipeline. A stage has some of the layers. The
@@ -345,13 +395,14 @@ def stage_loss(
     per_layer: Wrap = lambda layer: layer,
     logits_bytes: int = LOGITS_BYTES,
     segment_ids: torch.Tensor | None = None,
+    noise: Noise | tuple[()] = (),
 ) -> tuple[torch.Tensor, LossStats]:
     """The loss or, unless the stage is the last, the input of the next.
 
     A stage before the last has no targets. Its ``balance`` is a sum, to be added to the loss. Every stage
-    takes the same ``segment_ids``.
+    takes the same ``segment_ids`` and ``noise``.
     """
-    made = stage_sums(params, x, targets, config, per_layer, logits_bytes, segment_ids)
+    made = stage_sums(params, x, targets, config, per_layer, logits_bytes, segment_ids, noise)
     if isinstance(params.norm, tuple):
         stats = _over_devices([], made.layers)[1]
         return made.x, LossStats(x.new_zeros(()), stats, made.balance)
@@ -395,6 +446,7 @@ def stage_sums(
     per_layer: Wrap = lambda layer: layer,
     logits_bytes: int = LOGITS_BYTES,
     segment_ids: torch.Tensor | None = None,
+    noise: Noise | tuple[()] = (),
 ) -> StageSums:
     """:class:`StageSums` of a stage, or of the whole model. Every stage takes all targets and segment ids."""
     first, last = not x.is_floating_point(), not isinstance(params.norm, tuple)
@@ -411,7 +463,7 @@ def stage_sums(
         if last:
             targets, of_targets = within(targets, config.vocab_size, also=IGNORED)
             outside = outside + of_targets
-    x, sums, uneven = hidden(params, x, config, layer, segments)
+    x, sums, uneven = hidden(params, x, config, layer, segments, noise)
     total = balance = x.new_zeros((), dtype=accumulator(x.dtype))
     if config.balance_loss:  # a sequence weighs as many as it has targets, as in the cross entropy
         weighed = (uneven * (targets != IGNORED).sum(-1)).sum(0, keepdim=True)
@@ -449,6 +501,7 @@ def hidden(
     config: DecoderConfig,
     layer: Callable[..., Any],
     segments: Segments | tuple[()] = (),
+    noise: Noise | tuple[()] = (),
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     """The last layer's output (B, L, D), normalised if there is a norm; :func:`stats_sums` of each MoE layer;
     how uneven loads are (B,).
@@ -460,7 +513,13 @@ def hidden(
         table = table.at(torch.arange(x.shape[1], device=x.device) - segments.first)
     if not x.is_floating_point():
         x = embed(x, use(params.embedding))
-    x, found = stack(layer, [*filter(None, params.layers)], x, table, config, segments)
+    layers: list[Any] = [*filter(None, params.layers)]
+    extra: list[Any] = [table, config, segments]
+    if isinstance(noise, Noise):  # a key is a tensor, so that one compiled function serves all layers
+        keys = fold_in(noise.key, torch.arange(len(params.layers), device=x.device))
+        layers = [Keyed(held, key) for held, key in zip(params.layers, keys.unbind()) if held]
+        extra.append(noise.places)
+    x, found = stack(layer, layers, x, *extra)
     sums = [counted for layers, _ in found for counted in layers]
     uneven = torch.zeros((x.shape[0],), dtype=accumulator(x.dtype), device=x.device)
     uneven = sum((balance for _, balances in found for balance in balances), uneven)
@@ -476,28 +535,34 @@ def head(params: ModelParams) -> torch.Tensor:
 
 
 def one_layer(
-    params: LayerParams,
+    params: Any,  # LayerParams, or Keyed
     x: torch.Tensor,
     table: Angles,
     config: DecoderConfig,
     segments: Segments | tuple[()] = (),
+    places: torch.Tensor | tuple[()] = (),
 ) -> tuple[torch.Tensor, Tensors, Tensors]:
     """The layer's output, what it counted if it has experts, and with ``config.balance_loss`` that (B,)."""
+    keys: torch.Tensor | tuple[()] = ()
+    if isinstance(params, Keyed):
+        params, key = params
+        if isinstance(params.mlp, MoEParams) and isinstance(places, torch.Tensor):
+            keys = fold_in(key, places)
     params = use(params)
     if isinstance(params.mlp, ExpertParams):
         x, normed = _attended(params, x, table, config, segments)
         return x + psum(mlp_forward(params.mlp, normed), present("tp")), (), ()
     # In halves, one's rows are on their way while the other computes. What a half launches comes before what
     # waits for the rows of the other, here and, in reverse, in the backward.
-    parts = _halves(x, table, segments) if in_halves("ep") else [(x, table, segments)]
+    parts = _halves(x, table, segments, keys) if in_halves("ep") else [(x, table, segments, keys)]
     before: list[torch.Tensor] = []
     begun: list[Begun] = []
-    for x, table, segments in parts:
+    for x, table, segments, keys in parts:
         x, normed = _attended(params, x, table, config, segments)
         before.append(x)
         begun = [send_layer(half) for half in begun]
         valid = segments.valid if isinstance(segments, Segments) else ()
-        begun.append(begin_layer(params.mlp, normed, config.router, valid))
+        begun.append(begin_layer(params.mlp, normed, config.router, valid, keys))
     for i in range(len(begun)):
         begun = experts_of(params.mlp, begun, i)
     made = [end_layer(params.mlp, half) for half in begun]
@@ -521,11 +586,14 @@ def _attended(
     return x, rms_norm(x, params.mlp_norm, eps)
 
 
-def _halves(x: torch.Tensor, table: Angles, segments: Segments | tuple[()]) -> list[tuple[Any, Any, Any]]:
+def _halves(
+    x: torch.Tensor, table: Angles, segments: Segments | tuple[()], keys: torch.Tensor | tuple[()]
+) -> list[tuple[Any, ...]]:
     """Halves of a device's sequences, the second of which may have none."""
     sizes = [rows := (x.shape[0] + 1) // 2, x.shape[0] - rows]
     tables = [table] * 2
     if table.cos.dim() > 2:  # positions begin again in every segment
         tables = [Angles(*angles) for angles in zip(*(t.split(sizes) for t in table))]
     parts: Any = halves_of(segments, rows) if isinstance(segments, Segments) else [()] * 2
-    return [*zip(x.split(sizes), tables, parts)]
+    drawn: Any = keys.split(sizes) if isinstance(keys, torch.Tensor) else [()] * 2
+    return [*zip(x.split(sizes), tables, parts, drawn)]

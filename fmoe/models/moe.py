@@ -16,6 +16,7 @@ from ..ops.core.axes import binding, present
 from ..ops.core.dynamo import rearrange
 from ..ops.dispatch import dispatch_join, dispatch_send, dispatch_start
 from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
+from ..ops.random import check_one_key, fold_in
 from ..ops.route import Router, RouterConfig, RouterParams, Routing, route, without_padding
 from ..ops.transport import InFlight, in_halves
 from ..parallel.backends import Backend, backend_of, choose
@@ -23,8 +24,8 @@ from ..parallel.collectives import axis_size, psum
 from ..parallel.placement import computing, init_on, use
 from ..parallel.spec import distribute
 from ..params import P, param, partition_specs
-from .checks import check_layer, check_on_one_device, check_routing
-from .on_mesh import on_mesh
+from .checks import check_drawing, check_layer, check_on_one_device, check_routing
+from .on_mesh import on_mesh, token_places
 
 FSDP = ("dp", "ep")  # the axes that a dense matrix is further cut along, and gathered where it is used
 
@@ -141,6 +142,7 @@ def moe_forward(
     *,
     router: RouterConfig | Router = ...,
     valid: torch.Tensor | None = ...,
+    key: torch.Tensor | None = ...,
     backend: str | Backend = ...,
     return_stats: Literal[False] = ...,
 ) -> torch.Tensor: ...
@@ -154,6 +156,7 @@ def moe_forward(
     *,
     router: RouterConfig | Router = ...,
     valid: torch.Tensor | None = ...,
+    key: torch.Tensor | None = ...,
     backend: str | Backend = ...,
     return_stats: Literal[True],
 ) -> tuple[torch.Tensor, MoEStats]: ...
@@ -166,6 +169,7 @@ def moe_forward(
     *,
     router: RouterConfig | Router = RouterConfig(),  # noqa: B008  (frozen)
     valid: torch.Tensor | None = None,
+    key: torch.Tensor | None = None,
     backend: str | Backend = "auto",
     return_stats: bool = False,
 ) -> Any:
@@ -180,6 +184,8 @@ def moe_forward(
                                ``(params.router, x_TD)`` to a :class:`fmoe.Routing`
     valid         (...)        bool, false for padding: tokens that go to no routed expert and aren't counted,
                                but must be finite; placed as ``x`` is
+    key           (2,)         int64, from :mod:`fmoe.ops.random`, the same on every device: for
+                               ``RouterConfig(noise=)``, which it needs
     backend                    carries tokens along ``ep``: ``"auto"``, ``"local"``, ``"all_to_all"`` or
                                ``"deepep"``; or a :class:`fmoe.parallel.Backend`, whose host needn't wait.
                                With a ``capacity``, ``return_stats`` has to say whether it was enough
@@ -196,6 +202,9 @@ def moe_forward(
 
     A router function is called with the tokens of this device, as rows ``x_TD``. On a mesh ``params.router``
     is whole on every device. ``fmoe.testing.check_router`` checks such a function.
+
+    A token's noise depends on ``key`` and on its position among all devices' tokens. Fold the step, and the
+    number of the layer, into the key.
 
     Under ``torch.autocast`` the experts, shared ones included, compute in autocast's dtype. Params and ``x``
     may then have different dtypes. The router computes in float32, and ``y`` has the dtype of ``x``.
@@ -222,6 +231,9 @@ def moe_forward(
     tensor(10)
     """
     check_layer(params, x, router, valid)
+    check_drawing("moe_forward", router, key)
+    if key is not None:
+        check_one_key("moe_forward", key, x)
     wish = backend_of("moe_forward", backend)
     if wish.in_halves:
         got, expected = "in_halves", "a backend without it: only a model's layers take halves of tokens"
@@ -231,14 +243,19 @@ def moe_forward(
         remedy = "Read stats.overflow, or leave capacity out."
         raise argument_error("moe_forward", "return_stats", got=got, expected=expected, remedy=remedy)
 
-    def layer(params: MoEParams, x: torch.Tensor, *valid: torch.Tensor) -> Any:
-        y, routing, overflow = moe_layer(use(params), x, router, *(v[..., 0] for v in valid))
+    def layer(params: MoEParams, x: torch.Tensor, *others: torch.Tensor) -> Any:
+        given = dict(zip([*inputs][1:], others))
+        keys = fold_in(key, given["places"]) if key is not None and noisy else ()
+        y, routing, overflow = moe_layer(use(params), x, router, given.get("valid", ()), keys)
         if not return_stats:
             return y
         sums = stats_sums(routing, overflow)
         return y, moe_stats(psum(sums, binding().tokens))  # of all tokens, wherever they lie
 
     inputs = {"x": x} if valid is None else {"x": x, "valid": valid[..., None]}  # of as many dimensions
+    noisy = isinstance(router, RouterConfig) and router.noise
+    if noisy:
+        inputs["places"] = token_places("moe_forward", x, mesh)[..., None]
     if mesh is None:
         check_on_one_device("moe_forward", params.experts.w_in)
         choose("moe_forward", backend, None)
@@ -261,9 +278,10 @@ def moe_layer(
     x: torch.Tensor,
     router: RouterConfig | Router,
     valid: torch.Tensor | tuple[()] = (),
+    keys: torch.Tensor | tuple[()] = (),
 ) -> tuple[torch.Tensor, Routing, torch.Tensor | tuple[()]]:
     """The layer on this device's pieces, along ``ep`` and ``tp`` if bound. Also the routing and overflow."""
-    return end_layer(params, experts_of(params, [begin_layer(params, x, router, valid)], 0)[0])
+    return end_layer(params, experts_of(params, [begin_layer(params, x, router, valid, keys)], 0)[0])
 
 
 class Begun(NamedTuple):
@@ -277,12 +295,17 @@ class Begun(NamedTuple):
 
 
 def begin_layer(
-    params: MoEParams, x: torch.Tensor, router: RouterConfig | Router, valid: torch.Tensor | tuple[()] = ()
+    params: MoEParams,
+    x: torch.Tensor,
+    router: RouterConfig | Router,
+    valid: torch.Tensor | tuple[()] = (),
+    keys: torch.Tensor | tuple[()] = (),
 ) -> Begun:
     """Route, and begin to dispatch."""
     x_TD = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # vmap over no example can't infer a size
     if isinstance(router, RouterConfig):
-        routing = route(params.router, x_TD, router)
+        keys_T2 = keys.reshape(x_TD.shape[0], 2) if isinstance(keys, torch.Tensor) else ()
+        routing = route(params.router, x_TD, router, keys_T2)
     else:
         routing = router(params.router, x_TD)
         num_experts = params.experts.w_in.shape[0] * axis_size(present("ep"))

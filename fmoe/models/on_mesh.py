@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..ops.core.axes import axis_names, axis_sizes, binding, bound
+from ..ops.core.axes import Binding, axis_names, axis_sizes, binding, bound, group_of
+from ..ops.core.dtensors import is_dtensor
+from ..ops.random import places
 from ..parallel.backends import Backend, backend_of, choose
 from ..parallel.boundary import dtensor_beneath, unwrapped
+from ..parallel.collective_ops import all_gather_op
 from ..parallel.placement import moves, placed, token_axes, where_placed
 from ..parallel.shard_map import shard_map
-from ..parallel.spec import named_axes
+from ..parallel.spec import as_dtensor, named_axes, spec_of
 from ..params import P
 from .checks import check_same, check_token_spec
 
@@ -73,3 +76,26 @@ def _tokens_at_once(x: Any, along: tuple[str, ...], mesh: DeviceMesh, in_halves:
     if in_halves:  # of ids (B, L), the larger half of a device's sequences
         tokens = (tokens // shape[1] + 1) // 2 * shape[1] if shape[1] else 0
     return tokens
+
+
+def token_places(function: str, tokens: torch.Tensor, mesh: DeviceMesh | None) -> torch.Tensor:
+    """The place of each token among those of all devices: int64 (...), placed as the tokens are.
+
+    ``tokens`` are ids (...) or vectors (..., D). Devices may have different numbers of plain tokens; they
+    tell each other how many.
+    """
+    inner, device = unwrapped(tokens), tokens.device
+    shape = tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape
+    if mesh is None:
+        return places(function, shape, P(), device)
+    if is_dtensor(inner):
+        with bound(Binding(mesh)):
+            spec = P(*spec_of(inner)[: len(shape)])
+            mine = places(function, inner.to_local().shape[: len(shape)], spec, device)
+            return as_dtensor(mine, mesh, spec)
+    everyone = group_of(mesh, token_axes(mesh))
+    if everyone.size == 1:
+        return places(function, shape, P(), device)
+    count = torch.full((1,), math.prod(shape), dtype=torch.int64, device=device)
+    counts = all_gather_op.raw(count, everyone.size, everyone.name)
+    return counts[: everyone.position].sum() + places(function, shape, P(), device)

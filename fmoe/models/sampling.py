@@ -9,10 +9,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..errors import argument_error
 from ..ops.core.axes import describe
 from ..ops.core.dtensors import is_dtensor
+from ..ops.random import categorical, check_one_key, fold_in
 from ..parallel.mesh import is_pipeline
 from ..parallel.spec import distribute
 from ..params import P
-from .decoder import DecoderConfig, ModelParams, forward
+from .config import DecoderConfig, without_noise
+from .decoder import ModelParams, forward
 
 
 @torch.no_grad()
@@ -22,7 +24,7 @@ def sample(
     config: DecoderConfig,
     *,
     num_tokens: int,
-    seed_or_generator: int | torch.Generator,
+    key: torch.Tensor,
     temperature: float = 1.0,
     top_k: int | None = None,
     window: int | None = None,
@@ -30,26 +32,29 @@ def sample(
 ) -> torch.Tensor:
     """The prompts, continued by the model.
 
-    ==================  ===================  =============================================================
-    prompt              (B, L)               int64, at least one token each
-    num_tokens                               how many to add
-    seed_or_generator                        the same seed gives the same text
-    temperature                              divides the logits; 0 takes the likeliest token
-    top_k                                    draw among this many of the likeliest; ``None``: all
-    window                                   the model sees this many of the last tokens; ``None``:
-                                             ``config.max_seq_len``
-    mesh                                     where the params lie; all devices give and get the same
-    -> tokens           (B, L + num_tokens)  int64, the prompts first
-    ==================  ===================  =============================================================
+    ===========  ===================  =============================================================
+    prompt       (B, L)               int64, at least one token each
+    num_tokens                        how many to add
+    key          (2,)                 from :mod:`fmoe.ops.random`; the same key gives the same text
+    temperature                       divides the logits; 0 takes the likeliest token
+    top_k                             draw among this many of the likeliest; ``None``: all
+    window                            the model sees this many of the last tokens; ``None``:
+                                      ``config.max_seq_len``
+    mesh                              where the params lie; all devices give and get the same
+    -> tokens    (B, L + num_tokens)  int64, the prompts first
+    ===========  ===================  =============================================================
 
-    It keeps no keys and values. Each token costs a forward of the window, whose positions start at 0.
+    It keeps no keys and values. Each token costs a forward of the window, whose positions start at 0. The
+    router has no noise.
 
-    Raises ``ValueError`` for an empty prompt, for options out of range, and on a mesh with ``pp``.
+    Raises ``ValueError`` for an empty prompt, for options out of range, for what is no key, and on a mesh
+    with ``pp``.
 
     >>> from fmoe.models.decoder import init, preset
+    >>> from fmoe import random
     >>> config = preset("debug")
     >>> prompt = torch.tensor([[100, 101, 102]])
-    >>> sample(init(config, 0), prompt, config, num_tokens=5, seed_or_generator=0).shape
+    >>> sample(init(config, 0), prompt, config, num_tokens=5, key=random.key(0)).shape
     torch.Size([1, 8])
     """
     longest = config.max_seq_len
@@ -65,11 +70,10 @@ def sample(
     if mesh is not None and is_pipeline(mesh):
         remedy = "Load a checkpoint of it on a mesh without pp, or on one device."
         raise argument_error("sample", "mesh", got=describe(mesh), expected="pp=1", remedy=remedy)
-    generator = seed_or_generator
-    if not isinstance(generator, torch.Generator):
-        generator = torch.Generator(prompt.device).manual_seed(generator)
+    check_one_key("sample", key, prompt)
+    config = without_noise(config)
     text, window = prompt, window or longest
-    for _ in range(num_tokens):
+    for number in range(num_tokens):
         seen = text[:, -window:]
         if mesh is not None:
             seen = distribute(seen, P(), mesh)
@@ -81,7 +85,7 @@ def sample(
         if temperature == 0:
             chosen = last.argmax(-1, keepdim=True)
         else:
-            chosen = torch.multinomial((last / temperature).softmax(-1), 1, generator=generator)
+            chosen = categorical(fold_in(key, number), last / temperature)[:, None]
         text = torch.cat([text, chosen], 1)
     return text
 
@@ -92,9 +96,10 @@ def sample_text(params: ModelParams, text: str, config: DecoderConfig, tokenizer
     ``tokenizer`` is a :class:`fmoe.training.tokenizer.Tokenizer`.
 
     >>> from fmoe.models.decoder import init, preset
+    >>> from fmoe import random
     >>> from fmoe.training.tokenizer import BYTES
     >>> config = preset("debug")
-    >>> found = sample_text(init(config, 0), "def ", config, BYTES, num_tokens=3, seed_or_generator=0)
+    >>> found = sample_text(init(config, 0), "def ", config, BYTES, num_tokens=3, key=random.key(0))
     >>> found.startswith("def ")
     True
     """

@@ -1,5 +1,6 @@
 """Choosing experts for tokens: scores, group limits, top-k, weights."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -17,6 +18,7 @@ from .core.derive import Dims
 from .core.dtypes import accumulator
 from .core.primitive import Operator, declare
 from .core.tape import checkpoint
+from .random import normal
 
 TOPK = checkpoint("topk", save=True)
 ROUTER = checkpoint("router", save=False)
@@ -55,11 +57,13 @@ class RouterConfig:
     scale                 what weights are multiplied by
     score_before_experts  weigh an expert's input instead of its output
     force_balance         choose round robin, whatever the scores: for benchmarks
+    noise                 standard deviation of normal noise on the logits, drawn with a key. It helps tokens
+                          to try other experts while a model trains
     ====================  ========================================
 
     DeepSeek-V3's own configuration is ``fmoe.models.deepseek_v3.ROUTER``.
 
-    Source: DeepSeek-V3, arXiv 2412.19437, equations 12 to 16.
+    Source: DeepSeek-V3, arXiv 2412.19437, equations 12 to 16; noise: V-MoE, arXiv 2106.05974, section 2.1.
 
     >>> import fmoe
     >>> params = fmoe.moe_init(0, dim=8, hidden_dim=16, num_experts=12)
@@ -77,6 +81,7 @@ class RouterConfig:
     scale: float = 1.0
     score_before_experts: bool = False
     force_balance: bool = False
+    noise: float = 0.0
 
     def check(self, num_experts: int, function: str) -> None:
         """Raise ``ValueError`` unless ``num_experts`` can be routed to in this way."""
@@ -100,6 +105,8 @@ class RouterConfig:
             raise error("top_groups", f"between 1 and num_groups={self.num_groups}", ungrouped)
         if self.group_best < 1:
             raise error("group_best", "at least 1", "DeepSeek-V3 has 2, DeepSeek-V2 1.")
+        if not 0 <= self.noise < math.inf:
+            raise error("noise", "a standard deviation, from 0 on", "Leave it out for none.")
         reachable = num_experts // self.num_groups * self.top_groups
         if self.top_k > reachable:
             groups = f"top_groups={self.top_groups} of num_groups={self.num_groups}, {num_experts} experts"
@@ -138,20 +145,27 @@ class Routing:
 Router = Callable[[Any, torch.Tensor], Routing]  # of a router's parameters and tokens (T, D)
 
 
-def route(router_params: RouterParams, x_TD: torch.Tensor, config: RouterConfig) -> Routing:
+def route(
+    router_params: RouterParams,
+    x_TD: torch.Tensor,
+    config: RouterConfig,
+    keys_T2: torch.Tensor | tuple[()] = (),
+) -> Routing:
     """Choose ``config.top_k`` experts for every token, and their weights.
 
     =============  ==========  ================================================================
     router_params              ``weight_ED`` (E, D), ``bias_E`` (E,)
     x_TD           (T, D)      tokens, any floating dtype
+    keys_T2        (T, 2)      int64, a key for each token, for ``config.noise``: ``fold_in`` of
+                               :mod:`fmoe.ops.random` makes them of one key and the tokens' positions
     -> Routing                 ids (T, K) int64, weights (T, K), counts (E,), scores (T, E)
     =============  ==========  ================================================================
 
     Arithmetic is float32 (float64 for float64 tokens) whatever the dtype of the tokens. Gradients
     reach ``weight_ED`` and ``x_TD`` through weights and scores; that of ``bias_E`` is zero.
 
-    Raises ``ValueError`` for shapes that don't fit, for a bias in less than float32, and for a ``config`` E
-    experts can't satisfy.
+    Raises ``ValueError`` for shapes that don't fit, for a bias in less than float32, for a ``config`` E
+    experts can't satisfy, and for noise without keys.
 
     >>> router = RouterParams(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]), torch.zeros(3))
     >>> routing = route(router, torch.tensor([[4.0, 0.0]]), RouterConfig(top_k=2))
@@ -171,6 +185,8 @@ def route(router_params: RouterParams, x_TD: torch.Tensor, config: RouterConfig)
         raise argument_error("route", "router_params", got=got, expected="(E, D) and (E,)", remedy=remedy)
     check_bias("route", "router_params.bias_E", bias_E)
     logits_TE = product(x_TD, weight_ED.mT, accumulator(x_TD.dtype))
+    if config.noise:
+        logits_TE = logits_TE + config.noise * _noise(keys_T2, x_TD.shape[0], num_experts).to(logits_TE)
     sigmoid = config.score_func == "sigmoid"
     scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
     if config.force_balance:
@@ -191,6 +207,18 @@ def route(router_params: RouterParams, x_TD: torch.Tensor, config: RouterConfig)
     ones = torch.ones_like(ids_TK).flatten()
     counts_E = ids_TK.new_zeros(num_experts).scatter_add(0, ids_TK.flatten(), ones)
     return Routing(ids_TK, weights_TK * config.scale, counts_E, scores_TE, config.score_before_experts)
+
+
+def _noise(keys_T2: torch.Tensor | tuple[()], tokens: int, experts: int) -> torch.Tensor:
+    """Normal numbers (T, E), in float32 whatever the dtype of the tokens, so that it changes none."""
+    if isinstance(keys_T2, tuple):
+        got, expected = "none, with router.noise", "a key for each token"
+        remedy = "Pass one, or evaluate with dataclasses.replace(config, noise=0.0)."
+        raise argument_error("route", "keys_T2", got=got, expected=expected, remedy=remedy)
+    if keys_T2.shape != (tokens, 2):
+        expected = f"({tokens}, 2), a key for each token"
+        raise argument_error("route", "keys_T2", got=f"shape {tuple(keys_T2.shape)}", expected=expected)
+    return normal(keys_T2, (experts,))
 
 
 def without_padding(routing: Routing, valid_T: torch.Tensor) -> Routing:

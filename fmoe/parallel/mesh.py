@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -21,14 +21,17 @@ from .together import check_alike
 AXES = ("pp", "dp", "ep", "tp")
 
 
-def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -> DeviceMesh:
+def make_mesh(
+    axes: str = "", *, names: Sequence[str] = AXES, device_type: str | None = None, **sizes: int
+) -> DeviceMesh:
     """A mesh of all processes, from ``"dp=2,ep=4"`` or from ``dp=2, ep=4``.
 
     ===========  =====================================================================
     axes, sizes  the devices along ``dp`` (data), ``ep`` (experts), ``tp`` (tensors) and ``pp``
                  (pipeline); an axis that isn't named has one
+    names        axes of your own for :func:`fmoe.shard_map`, in order, instead of these four
     device_type  ``"cuda"`` or ``"cpu"``; ``None``: ``"cuda"`` where there is a CUDA device
-    -> mesh      always with the axes pp, dp, ep, tp in this order
+    -> mesh      always with all axes, by default pp, dp, ep, tp in this order
     ===========  =====================================================================
 
     Under ``torchrun`` it joins the processes that were started. Without a launcher this process is the only
@@ -40,12 +43,18 @@ def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -
 
     >>> make_mesh("ep=1").mesh_dim_names
     ('pp', 'dp', 'ep', 'tp')
+    >>> make_mesh("rows=1,columns=1", names=("rows", "columns")).shape
+    (1, 1)
     """
-    shape = parse_axes("make_mesh", axes, sizes)
+    names = tuple(names)
+    if not names or len({*names}) < len(names) or not all(str(name).isidentifier() for name in names):
+        expected = "different names, each a word of letters, digits and _"
+        raise argument_error("make_mesh", "names", got=names, expected=expected)
+    shape = parse_axes("make_mesh", axes, sizes, names)
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     world = num_processes()
     if math.prod(shape) != world:
-        got = ", ".join(f"{name}={size}" for name, size in zip(AXES, shape))
+        got = ", ".join(f"{name}={size}" for name, size in zip(names, shape))
         expected = f"a product of {world}, the number of processes"
         remedy = f"Start one process per device, as with torchrun --nproc-per-node {math.prod(shape)}."
         raise argument_error("make_mesh", "axes", got=got, expected=expected, remedy=remedy)
@@ -62,8 +71,8 @@ def make_mesh(axes: str = "", *, device_type: str | None = None, **sizes: int) -
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         alone: dict[str, Any] = {} if launched() else dict(store=dist.HashStore(), rank=0, world_size=1)
         dist.init_process_group(backend, **alone)
-    check_alike("make_mesh", {"axes": dict(zip(AXES, shape))})
-    mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+    check_alike("make_mesh", {"axes": dict(zip(names, shape))})
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
     _flatten(mesh)
     return mesh
 
@@ -120,8 +129,10 @@ def num_processes() -> int:
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
-def parse_axes(function: str, axes: str, sizes: Mapping[str, int] = MappingProxyType({})) -> tuple[int, ...]:
-    """The size of each of ``AXES``. Raises ``ValueError`` for axes it doesn't know, and sizes below one."""
+def parse_axes(
+    function: str, axes: str, sizes: Mapping[str, int] = MappingProxyType({}), known: Sequence[str] = AXES
+) -> tuple[int, ...]:
+    """The size of each of the ``known`` axes. Raises ``ValueError`` for others, and for sizes below one."""
     found: list[tuple[str, int]] = list(sizes.items())
     for item in filter(None, axes.replace(" ", "").split(",")):
         if not re.fullmatch(r"\w+=\d+", item):
@@ -129,8 +140,10 @@ def parse_axes(function: str, axes: str, sizes: Mapping[str, int] = MappingProxy
         name, _, size = item.partition("=")
         found.append((name, int(size)))
     names = [name for name, _ in found]
-    bad = [f"{n}={s}" for n, s in found if n not in AXES or type(s) is not int or s < 1 or names.count(n) > 1]
+    bad = [
+        f"{n}={s}" for n, s in found if n not in known or type(s) is not int or s < 1 or names.count(n) > 1
+    ]
     if bad:
-        expected = f"each of {AXES} at most once, of size at least 1"
+        expected = f"each of {tuple(known)} at most once, of size at least 1"
         raise argument_error(function, "axes", got=", ".join(bad), expected=expected)
-    return tuple(dict(found).get(name, 1) for name in AXES)
+    return tuple(dict(found).get(name, 1) for name in known)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, overload
 
 import optree
 import torch
@@ -10,47 +10,68 @@ from torch._C import _functorch as functorch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error, captured_error
-from ..ops.core.axes import Binding, Group, axis_names, bound, describe, group_of
+from ..ops.core.axes import Binding, axis_names, bound, describe
 from ..ops.core.dtensors import is_dtensor
 from ..ops.transport import Transport
 from ..params import P
 from ..tree import check_tensors
 from .boundary import dtensor_beneath, dtensor_error, enter, leave, unwrapped
-from .collectives import all_gather_op, psum_op
-from .spec import (
-    broadcast,
-    check_specs,
-    placement_problems,
-    raise_misfits,
-    rank_problems,
-    size_problems,
-    unnamed_axes,
-)
+from .replicated import check_replicated as compare
+from .spec import broadcast, check_specs, placement_problems, raise_misfits, rank_problems, size_problems
+
+Fn = Callable[..., Any]
+
+
+@overload
+def shard_map(
+    fn: Fn,
+    mesh: DeviceMesh,
+    *,
+    in_specs: Any,
+    out_specs: Any,
+    backends: Mapping[str, Transport] | None = ...,
+    local_results: bool = ...,
+    check_replicated: bool = ...,
+) -> Fn: ...
+
+
+@overload
+def shard_map(
+    *,
+    mesh: DeviceMesh,
+    in_specs: Any,
+    out_specs: Any,
+    backends: Mapping[str, Transport] | None = ...,
+    local_results: bool = ...,
+    check_replicated: bool = ...,
+) -> Callable[[Fn], Fn]: ...
 
 
 def shard_map(
-    fn: Callable[..., Any],
-    mesh: DeviceMesh,
+    fn: Fn | None = None,
+    mesh: DeviceMesh | None = None,
     *,
     in_specs: Any,
     out_specs: Any,
     backends: Mapping[str, Transport] | None = None,
     local_results: bool = False,
     check_replicated: bool = False,
-) -> Callable[..., Any]:
+) -> Any:
     """``fn``, which sees each device's own tensors, as a function of values spread over a mesh.
 
     ================  ================================================================
     fn                takes and returns pytrees of this device's plain tensors. It may use the collectives
-                      of ``fmoe.parallel`` along the mesh's axes. Everything differentiable is an argument
+                      of ``fmoe.parallel`` along the mesh's axes. Everything differentiable is an argument.
+                      Without ``fn`` the result is a decorator
+    mesh              with axes of any names
     in_specs          a tree prefix of the tuple of arguments, of :class:`P`
     out_specs         a tree prefix of the result. Not naming an axis claims that the value
                       is the same along it
     backends          carry tokens along an axis for :func:`fmoe.dispatch`: ``{"ep": backend}``.
                       Default: ``torch.distributed``'s all-to-all
     local_results     return this device's plain pieces even for DTensor arguments. They may differ in size
-    check_replicated  verify the claim of ``out_specs``. It costs an all-gather of every output, and works
-                      in eager mode only
+    check_replicated  verify what specs claim to be the same, of arguments and results. It costs two small
+                      collectives and waits of the host, so turn it on in tests. In eager mode only
     -> function       takes DTensors placed by ``in_specs``, or plain tensors that are this device's own
                       pieces. If any argument is a DTensor, so are the results, in equal pieces
     ================  ================================================================
@@ -60,7 +81,8 @@ def shard_map(
     ``torch.compile(fullgraph=True)``. ``jvp`` and ``vmap`` need plain tensors.
 
     Raises ``ValueError`` listing every spec that doesn't fit the mesh or its tensor. It also raises if ``fn``
-    uses a differentiable tensor that isn't an argument, which would get a wrong gradient.
+    uses a differentiable tensor that isn't an argument, which would get a wrong gradient. With
+    ``check_replicated``, all devices raise for every value that differs where its spec claims it doesn't.
 
     Source: JAX's ``shard_map`` with ``check_vma=False``.
 
@@ -72,7 +94,20 @@ def shard_map(
     >>> loss = fmoe.shard_map(loss, mesh, in_specs=(fmoe.P(), fmoe.P("dp")), out_specs=fmoe.P())
     >>> torch.func.grad(loss)(torch.ones(3), torch.eye(3))
     tensor([2., 2., 2.])
+    >>> @fmoe.shard_map(mesh=mesh, in_specs=fmoe.P("dp"), out_specs=fmoe.P())
+    ... def total(x):
+    ...     return psum(x.sum(0), "dp")
+    >>> total(torch.eye(3))
+    tensor([1., 1., 1.])
     """
+    if fn is None:
+        how: dict[str, Any] = dict(in_specs=in_specs, out_specs=out_specs, backends=backends)
+        how |= dict(local_results=local_results, check_replicated=check_replicated)
+        return functools.partial(shard_map, mesh=mesh, **how)
+    if mesh is None or not callable(fn):
+        name, got = ("mesh", mesh) if callable(fn) else ("fn", fn)
+        expected = "a mesh" if callable(fn) else "a function, or none beside mesh=, for a decorator"
+        raise argument_error("shard_map", name, got=repr(got), expected=expected)
     check_specs("shard_map", "in_specs", in_specs, mesh)
     check_specs("shard_map", "out_specs", out_specs, mesh)
     binding = Binding(mesh, tuple((backends or {}).items()))
@@ -87,15 +122,18 @@ def shard_map(
         specs = broadcast("shard_map", "in_specs", in_specs, args)
         _check_arguments(args, leaves, specs, mesh)
         entered = enter(leaves, mesh, specs)
+        eager = not torch.compiler.is_dynamo_compiling()
+        if check_replicated and eager:
+            compare("args", args, entered, specs, mesh)
         with bound(binding):
             out = fn(*optree.tree_unflatten(optree.tree_structure(args), entered))
         values = check_tensors("shard_map", "fn(...)", out)
         specs = broadcast("shard_map", "out_specs", out_specs, out)
         _check_results(out, values, specs, mesh)
-        if not torch.compiler.is_dynamo_compiling():
+        if eager:
             check_captured(entered, values)
             if check_replicated:
-                _check_replicated(out, values, specs, mesh)
+                compare("fn(...)", out, values, specs, mesh)
         dtensor = not local_results and any(dtensor_beneath(leaf) for leaf in leaves)
         left = leave(values, mesh, specs, dtensor)
         return optree.tree_unflatten(optree.tree_structure(out), left)
@@ -122,35 +160,6 @@ def _check_results(out: Any, values: Sequence[torch.Tensor], specs: Sequence[P],
         wrapped = ["a DTensor; fn returns plain tensors"] if dtensor_beneath(value) else []
         problems.append([*wrapped, *rank_problems(spec, value)])
     raise_misfits("shard_map", "fn(...)", mesh, out, specs, problems)
-
-
-def _check_replicated(out: Any, values: Sequence[torch.Tensor], specs: Sequence[P], mesh: DeviceMesh) -> None:
-    """Compare the copies of every result; all devices of the mesh raise together."""
-    everyone = group_of(mesh, axis_names(mesh))
-    if everyone.size == 1:
-        return
-    differ = [
-        _differs(unwrapped(value).detach(), group_of(mesh, unnamed_axes(spec, mesh)))
-        for value, spec in zip(values, specs)
-    ]
-    found = psum_op.raw(torch.tensor(differ, dtype=torch.int64, device=mesh.device_type), everyone.name)
-    problems = [
-        [f"the value isn't the same along {unnamed_axes(spec, mesh)}"] if n else []
-        for spec, n in zip(specs, found.tolist())
-    ]
-    raise_misfits("shard_map", "fn(...)", mesh, out, specs, problems)
-
-
-def _differs(value: torch.Tensor, group: Group) -> bool:
-    """Whether the group's copies of a value differ by more than rounding."""
-    if group.size == 1:
-        return False
-    copies = all_gather_op.raw(value[None], group.size, group.name)
-    if not value.is_floating_point():
-        return bool((copies != copies[:1]).any())
-    rtol = torch.finfo(value.dtype).eps ** 0.5
-    atol = rtol * value.abs().nan_to_num().sum().item() / max(1, value.numel())
-    return not torch.allclose(copies, copies[:1].expand_as(copies), rtol=rtol, atol=atol, equal_nan=True)
 
 
 # ---- captured tensors ------------------------------------------------------------------------------

@@ -182,8 +182,8 @@ def mesh_problems(spec: Any, mesh: DeviceMesh) -> list[str]:
 
 
 def rank_problems(spec: P, tensor: torch.Tensor) -> list[str]:
-    fits = len(spec) <= tensor.dim()
-    return [] if fits else [f"{len(spec)} entries for {tensor.dim()} dimensions"]
+    fits = len(spec) <= len(tensor.shape)
+    return [] if fits else [f"{len(spec)} entries for {len(tensor.shape)} dimensions"]
 
 
 def size_problems(spec: P, tensor: torch.Tensor, mesh: DeviceMesh) -> list[str]:

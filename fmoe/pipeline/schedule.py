@@ -49,15 +49,22 @@ class Schedule:
         return tuple(action for action in self.actions[rank] if action.kind in ("F", "B", "I", "W"))
 
     def __str__(self) -> str:
-        ranks, lines = timeline(self), []
-        width = 1 + max(len(str(timed.action)) for rank in ranks for timed in rank)
-        for number, rank in enumerate(ranks):
-            line = ""
-            for action, _, start, end in rank:
-                label = str(action).ljust(round((end - start) * width) - 1, "-")
-                line = line.ljust(round(start * width)) + label
-            lines.append(f"rank {number:<{len(str(len(ranks) - 1))}}  {line}")
-        return "\n".join(lines)
+        return drawn(self)
+
+
+def drawn(schedule: Schedule, costs: Costs = UNIT) -> str:
+    """The computations of a schedule to scale, a line for each rank."""
+    ranks, lines = timeline(schedule, costs), []
+    times = [timed for rank in ranks for timed in rank]
+    shortest = min(timed.end - timed.start for timed in times)
+    width = (1 + max(len(str(timed.action)) for timed in times)) / shortest
+    for number, rank in enumerate(ranks):
+        line = ""
+        for action, _, start, end in rank:
+            label = str(action).ljust(round(end * width) - round(start * width) - 1, "-")
+            line = line.ljust(round(start * width)) + label
+        lines.append(f"rank {number:<{len(str(len(ranks) - 1))}}  {line}")
+    return "\n".join(lines)
 
 
 def make_schedule(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import argument_error
-from ..models.config import DecoderConfig
+from ..models.config import DecoderConfig, without_noise
 from ..models.counts import flops_per_token
 from ..models.stages import Stages
 from ..ops.core.axes import MeshOfSizes, axis_sizes, group_of
@@ -113,7 +113,7 @@ def plan(
     A kernel takes as long as its products at their rate, and the bytes that it reads and writes at the
     memory's. Kernels run one after another. Tokens and sums are exposed in full: nobody computes meanwhile.
     Parameters that ``stack`` gathers and sums ahead are exposed where they take longer than what is computed
-    meanwhile. The host is left out: it is taken to be ahead of its device.
+    meanwhile. The host is left out: it is taken to be ahead of its device. So is the noise of routers.
 
     Raises ``ValueError`` for sizes below 1, for sizes that the mesh doesn't divide, for another ``zero``, for
     a schedule or stages that don't fit the mesh, and for other devices.
@@ -124,6 +124,7 @@ def plan(
     True
     """
     error = functools.partial(argument_error, "plan")
+    config = without_noise(config)
     for name, number in (("batch_size", batch_size), ("seq_len", seq_len), ("micro_batches", micro_batches)):
         if not isinstance(number, int) or number < 1:
             raise error(name, got=number, expected="an integer of at least 1")

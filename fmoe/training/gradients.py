@@ -124,7 +124,8 @@ def of_model(
     stages         on a mesh with ``pp``: which layers a stage has; ``None``: as
                    :func:`fmoe.models.stages.cut` makes them for the schedule
     how            what else the loss takes: ``dtype``, ``backend``, ``per_layer`` ...
-    -> function    ``(params, tokens, targets, segment_ids=None)`` -> ``((loss, LossStats), gradients)``
+    -> function    ``(params, tokens, targets, segment_ids=None, key=None)`` ->
+                   ``((loss, LossStats), gradients)``
     =============  ========================================================================
 
     ====  ===================================================================================
@@ -155,25 +156,28 @@ def of_model(
         return pipelined.value_and_grad_of(setup, zero)
     if zero == 3 or mesh is None or mesh.size() == 1:
 
-        def loss(params: Any, tokens: Any, targets: Any, segment_ids: Any = None) -> Any:
-            return decoder.loss(params, tokens, targets, config, mesh, segment_ids=segment_ids, **how)
+        def of_batch(params: Any, tokens: Any, targets: Any, segment_ids: Any = None, key: Any = None) -> Any:
+            inputs = {"tokens": tokens, "targets": targets}
+            inputs = decoder.inputs_of("of_model", config, inputs, segment_ids, key, None, mesh)
 
-        step = accumulate(value_and_grad(loss, has_aux=True), micro_batches)
+            def loss(params: Any, tokens: Any, targets: Any, *others: Any) -> Any:
+                given = dict(zip([*inputs][2:], others))
+                return decoder.loss(params, tokens, targets, config, mesh, key=key, **given, **how)
 
-        def of_batch(params: Any, tokens: Any, targets: Any, segment_ids: Any = None) -> Any:
-            return step(params, tokens, targets, *(() if segment_ids is None else (segment_ids,)))
+            return accumulate(value_and_grad(loss, has_aux=True), micro_batches)(params, *inputs.values())
 
         return of_batch
     stage = {k: how.pop(k) for k in ("per_layer", "logits_bytes") if k in how}
 
-    def of_whole(params: Any, x: Any, targets: Any, segment_ids: Any = None) -> Any:
-        return decoder.stage_loss(params, x, targets, config, segment_ids=segment_ids, **stage)
-
-    value_and_grads = _of_share(of_whole, 1 / mesh.size())  # all devices have equal shares in the value
-
-    def call(params: Any, tokens: Any, targets: Any, segment_ids: Any = None) -> Any:
+    def call(params: Any, tokens: Any, targets: Any, segment_ids: Any = None, key: Any = None) -> Any:
         inputs = {"tokens": tokens, "targets": targets}
-        inputs = decoder.inputs_of("of_model", config, inputs, segment_ids)
+        inputs = decoder.inputs_of("of_model", config, inputs, segment_ids, key, None, mesh)
+
+        def of_whole(params: Any, x: Any, targets: Any, *others: Any) -> Any:
+            given = decoder.optional(inputs, others, key)
+            return decoder.stage_loss(params, x, targets, config, **given, **stage)
+
+        value_and_grads = _of_share(of_whole, 1 / mesh.size())  # all devices have equal shares in the value
 
         def run(params: Any, *batch: torch.Tensor) -> Any:
             return of_placed(value_and_grads, params, batch, micro_batches, zero)
@@ -248,8 +252,8 @@ def loss_of_model(
     =============  ========================================================================
     micro_batches  with ``pp``: into how many parts a batch is cut
     how            as for :func:`of_model`, as are ``schedule`` and ``stages``
-    -> function    ``(params, tokens, targets, segment_ids=None)`` -> ``(loss, LossStats)``; with ``pp`` it
-                   has no derivative
+    -> function    ``(params, tokens, targets, segment_ids=None, key=None)`` -> ``(loss, LossStats)``; with
+                   ``pp`` it has no derivative
     =============  ========================================================================
 
     Raises ``ValueError`` for what the loss refuses, and for a schedule or stages that don't fit the mesh.
@@ -264,8 +268,9 @@ def loss_of_model(
             pipelined.set_up("loss_of_model", config, mesh, micro_batches, schedule, stages, how)
         )
 
-    def loss(params: Any, tokens: Any, targets: Any, segment_ids: Any = None) -> Any:
-        return decoder.loss(params, tokens, targets, config, mesh, segment_ids=segment_ids, **how)
+    def loss(params: Any, tokens: Any, targets: Any, segment_ids: Any = None, key: Any = None) -> Any:
+        optional = dict(segment_ids=segment_ids, key=key)
+        return decoder.loss(params, tokens, targets, config, mesh, **optional, **how)
 
     return loss
 

@@ -1,5 +1,6 @@
 """A step of a model in stages, on a mesh with ``pp``, for :mod:`fmoe.training.gradients`."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,6 +51,13 @@ class Setup(NamedTuple):
     @property
     def described(self) -> ModelParams:
         return self.stages.of_rank(specs(self.config), self.rank)
+
+
+class Inputs(NamedTuple):
+    """The names of a batch's tensors, and the key of its noise."""
+
+    names: tuple[str, ...] = ("tokens", "targets", "segment_ids")
+    key: torch.Tensor | None = None
 
 
 def set_up(
@@ -111,16 +119,16 @@ def chosen(
 def value_and_grad_of(setup: Setup, zero: int) -> Callable[..., Any]:
     """The step that :func:`fmoe.training.gradients.of_model` promises, on one rank of a pipeline."""
 
-    def call(params: Any, tokens: Any, targets: Any, segment_ids: Any = None) -> Any:
-        def here(params: Any, *batch: torch.Tensor) -> Any:
-            return differentiated(setup, zero, params, batch)
+    def call(params: Any, tokens: Any, targets: Any, segment_ids: Any = None, key: Any = None) -> Any:
+        def here(inputs: Inputs, params: Any, *batch: torch.Tensor) -> Any:
+            return differentiated(setup, zero, params, batch, inputs=inputs)
 
         def out_specs(where: P, have: Any) -> Any:
             return (P(), P()), have
 
         _check_held(setup, params)
         have = where_placed(params, decoder.computing_specs(setup.described), setup.mesh)
-        out, grads = _on_mesh(setup, here, params, tokens, targets, segment_ids, out_specs)
+        out, grads = _on_mesh(setup, here, params, tokens, targets, segment_ids, key, out_specs)
         return out, collected(params, grads, have, setup.mesh)
 
     return call
@@ -129,9 +137,9 @@ def value_and_grad_of(setup: Setup, zero: int) -> Callable[..., Any]:
 def loss_of(setup: Setup) -> Callable[..., Any]:
     """The loss alone, by the forwards of a schedule."""
 
-    def call(params: Any, tokens: Any, targets: Any, segment_ids: Any = None) -> Any:
-        def here(params: Any, *batch: torch.Tensor) -> Any:
-            parts, line = _parts(setup, batch, params)
+    def call(params: Any, tokens: Any, targets: Any, segment_ids: Any = None, key: Any = None) -> Any:
+        def here(inputs: Inputs, params: Any, *batch: torch.Tensor) -> Any:
+            parts, line = _parts(setup, batch, params, inputs)
             stages = {
                 s: Stage(_forward(setup, s, setup.stages.of_stage(params, s), parts), ())
                 for s in setup.schedule.stages(setup.rank)
@@ -142,7 +150,7 @@ def loss_of(setup: Setup) -> Callable[..., Any]:
             return P(), P()
 
         _check_held(setup, params)
-        return _on_mesh(setup, here, params, tokens, targets, segment_ids, out_specs)
+        return _on_mesh(setup, here, params, tokens, targets, segment_ids, key, out_specs)
 
     return call
 
@@ -154,10 +162,13 @@ def _on_mesh(
     tokens: Any,
     targets: Any,
     segment_ids: Any,
+    key: Any,
     out_specs: Callable[..., Any],
 ) -> Any:
     function, config = setup.function, setup.config
-    inputs = decoder.inputs_of(function, config, {"tokens": tokens, "targets": targets}, segment_ids)
+    inputs = {"tokens": tokens, "targets": targets}
+    inputs = decoder.inputs_of(function, config, inputs, segment_ids, key, None, setup.mesh)
+    here = functools.partial(here, Inputs((*inputs,), key))
     for name, value in inputs.items():
         if is_dtensor(value):
             expected = "a plain tensor, this device's own sequences"
@@ -187,9 +198,10 @@ def _held(parts: list[bool]) -> str:
 # ---- on one device, inside shard_map ---------------------------------------------------------------
 
 
-def _parts(setup: Setup, batch: Any, params: Any) -> tuple[list[Any], Line]:
-    """The micro-batches, and what stages send for each."""
-    parts = [*zip(*(tensor.tensor_split(setup.schedule.micro_batches) for tensor in batch))]
+def _parts(setup: Setup, batch: Any, params: Any, inputs: Inputs) -> tuple[list[Any], Line]:
+    """The micro-batches, with arguments by name in the end, and what stages send for each."""
+    cut = zip(*(tensor.tensor_split(setup.schedule.micro_batches) for tensor in batch))
+    parts = [(*part[:2], decoder.optional(inputs.names, part[2:], inputs.key)) for part in cut]
     shapes = [torch.Size([*part[0].shape, setup.config.dim]) for part in parts]
     dtype = decoder.computing_dtype(params, setup.on.get("dtype"))
     return parts, Line(setup.rank, setup.group, shapes, batch[0].new_empty(0, dtype=dtype))
@@ -201,13 +213,12 @@ def _forward(setup: Setup, stage: int, params: ModelParams, parts: list[Any]) ->
     leaves, structure = optree.tree_flatten(params)
 
     def forward(m: int, received: torch.Tensor | None) -> Made:
-        tokens, targets, *ids = parts[m]
+        tokens, targets, optional = parts[m]
         given = [leaf.view_as(leaf) for leaf in leaves]
         x = tokens if received is None else received.view_as(received)
         made = decoder.stage_sums(
-            structure.unflatten(given), x, targets, setup.config,
-            segment_ids=ids[0] if ids else None, **setup.each,
-        )  # fmt: skip
+            structure.unflatten(given), x, targets, setup.config, **optional, **setup.each
+        )
         out, value = None if last else made.x, made.total + made.balance
         check_captured([x, *given], [value] if out is None else [out, value])
         numbers = [number.detach().double() for number in made[1:-1]]
@@ -217,14 +228,21 @@ def _forward(setup: Setup, stage: int, params: ModelParams, parts: list[Any]) ->
     return forward
 
 
-def differentiated(setup: Setup, zero: int, params: Any, batch: Any, by: Any = None) -> Any:
+def differentiated(
+    setup: Setup,
+    zero: int,
+    params: Any,
+    batch: Any,
+    by: Any = None,
+    inputs: Inputs = Inputs(),  # noqa: B008
+) -> Any:
     """``(loss, LossStats)``, and the gradients of this rank's pieces. ``by`` takes the place of ``run``."""
     whole = params if zero == 3 else by_parts(use, params)
     leaves, structure = optree.tree_flatten(whole)
     variables = [leaf.detach().requires_grad_() for leaf in leaves]
     tree, numbers = structure.unflatten(variables), structure.unflatten(range(len(leaves)))
     del whole, leaves
-    parts, line = _parts(setup, batch, params)
+    parts, line = _parts(setup, batch, params, inputs)
     stages = {}
     for s in setup.schedule.stages(setup.rank):
         uses = optree.tree_leaves(setup.stages.of_stage(numbers, s))

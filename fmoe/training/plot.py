@@ -4,7 +4,9 @@ Each function takes plain values and returns a matplotlib ``Figure``, which a no
 :func:`save_figure` writes. ``python -m fmoe plot`` draws them from files.
 """
 
+import itertools
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, compress
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import argument_error
+from ..parallel.layout import Layout, spoken
 from ..pipeline.clock import UNIT, Costs
 from ..pipeline.schedule import Schedule, bubble, timeline
 from .metrics import read_metrics
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 Records = Sequence[Mapping[str, Any]]
 MOST_MARKS, MOST_COLUMNS = 1000, 300  # on the x axis; more would look the same
+MOST_PANELS, MOST_LABELS = 12, 64  # tensors, and pieces of one that are labelled
 MOST_NUMBERS = 500  # of micro-batches, on the computations of a schedule; more would not be legible
 COMPUTATIONS = {"F": "forward", "B": "backward", "I": "gradients of inputs", "W": "gradients of weights"}
 SHAPE = "{tokens} tokens of {dim}, hidden {hidden}\n{top_k} of {experts} experts, {routing}"
@@ -229,6 +233,53 @@ def plot_schedule(schedule: Schedule, costs: Costs = UNIT) -> "Figure":
     return figure
 
 
+def plot_placement(layouts: Sequence[Layout]) -> "Figure":
+    """Tensors cut into pieces, each with the ranks that hold it: a panel for each tensor.
+
+    ``layouts`` are those of :func:`fmoe.introspect.show_placement`, which draws them. Of many, the first
+    ones that are cut are drawn.
+
+    Raises ``ValueError`` if there are none, and ``ImportError`` without matplotlib.
+
+    >>> from fmoe import P
+    >>> from fmoe.parallel.layout import layouts_of
+    >>> figure = plot_placement(layouts_of("show", torch.empty(4, 6), "ep=2,tp=2", P("ep")))
+    >>> [text.get_text() for text in figure.axes[0].texts]
+    ['0 1', '2 3']
+    """
+    if not layouts:
+        raise argument_error("plot_placement", "layouts", got="no tensor", expected="at least one")
+    cut = [layout for layout in layouts if len(layout.devices) > 1] or layouts[:1]
+    some = cut[:MOST_PANELS]
+    columns = min(len(some), 3)
+    rows = math.ceil(len(some) / columns)
+    figure = empty_figure("plot_placement", 4 * columns, 2.6 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for layout, ax in zip(some, axes):
+        down, across = layout.sides()
+        count = len(down) * len(across)
+        how: dict[str, Any] = dict(height=1, alpha=0.5, edgecolor="white", rasterized=count > MOST_NUMBERS)
+        for (i, (_, row)), (j, (_, column)) in itertools.product(enumerate(down), enumerate(across)):
+            ranks = layout.holders(row, column)
+            ax.barh(i, 1, left=j - 0.5, color=f"C{ranks[0] % 10}", **how)
+            if count <= MOST_LABELS:
+                ax.text(j, i, spoken(ranks), ha="center", va="center", fontsize="small")
+        for labels, ticks, most in ((down, ax.set_yticks, 8), (across, ax.set_xticks, 4)):
+            every = math.ceil(len(labels) / most)
+            words = [label.replace(", ", "\n") for label, _ in labels[::every]]
+            ticks(range(0, len(labels), every), words, fontsize="x-small")
+        ax.set_title(f"{layout.name}\n{layout.shape}, {layout.spec!r}".strip(), fontsize="small")
+        ax.margins(0)
+        ax.invert_yaxis()
+    for ax in axes[len(some) :]:
+        figure.delaxes(ax)
+    if len(layouts) > len(some):
+        whole, rest = len(layouts) - len(cut), len(cut) - len(some)
+        words = [f"{rest} more" if rest else "", f"{whole} whole on every device" if whole else ""]
+        figure.supxlabel("and " + ", ".join(filter(None, words)), fontsize="small")
+    return figure
+
+
 def save_figure(figure: "Figure", path: str | Path) -> None:
     """Write a figure as ``.svg`` or ``.png``, by the path's ending. Equal figures give equal files.
 
@@ -279,6 +330,13 @@ def report(path: str | Path, *, reference: Mapping[str, float] = {}, unit: str =
     except ImportError:
         return f"{text}\nfor pictures: pip install -e '.[plots]' && python -m fmoe plot {path}"
     return f"{text}, {loss} and {load}"
+
+
+def svg(figure: "Figure") -> str:
+    """A figure as the text of an SVG file."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_figure(figure, Path(folder, "figure.svg"))
+        return Path(folder, "figure.svg").read_text(encoding="utf-8")
 
 
 def empty_figure(function: str, width: float = 1, height: float = 1) -> "Figure":

@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import fresh_seed
 
+from fmoe import random
 from fmoe.models import deepseek_v3
 from fmoe.models.sampling import sample
 
@@ -29,14 +30,14 @@ def test_temperature_zero_takes_the_likeliest_and_sees_a_window(params: Any) -> 
     for _ in range(6):
         logits, _ = deepseek_v3.forward(params, text[:, max(0, text.shape[1] - 5) :], CONFIG)
         text = torch.cat([text, logits[:, -1].argmax(-1, keepdim=True)], 1)
-    sampled = sample(params, prompt, CONFIG, num_tokens=6, seed_or_generator=0, temperature=0, window=5)
+    sampled = sample(params, prompt, CONFIG, num_tokens=6, key=random.key(0), temperature=0, window=5)
     assert torch.equal(sampled, text)
-    drawn = sample(params, prompt, CONFIG, num_tokens=6, seed_or_generator=1, top_k=1, window=5)
+    drawn = sample(params, prompt, CONFIG, num_tokens=6, key=random.key(1), top_k=1, window=5)
     assert torch.equal(drawn, text)
 
 
 def test_longer_texts_than_the_model_takes(params: Any) -> None:
-    sampled = sample(params, torch.randint(8, (1, 3)), CONFIG, num_tokens=20, seed_or_generator=0)
+    sampled = sample(params, torch.randint(8, (1, 3)), CONFIG, num_tokens=20, key=random.key(0))
     assert sampled.shape == (1, 23)
     assert 0 <= sampled.min() <= sampled.max() < 8
 
@@ -57,7 +58,7 @@ def test_tokens_are_drawn_with_their_probabilities(
         prompt.expand(count, 4),
         CONFIG,
         num_tokens=1,
-        seed_or_generator=fresh_seed(),
+        key=random.key(fresh_seed()),
         temperature=temperature,
         top_k=top_k,
     )
@@ -67,15 +68,13 @@ def test_tokens_are_drawn_with_their_probabilities(
     assert ((shares - expected).abs() <= 6 * deviation + 1e-3).all()
 
 
-def test_seeds_repeat_and_differ_and_global_randomness_is_left_alone(params: Any) -> None:
+def test_keys_repeat_and_differ_and_global_randomness_is_left_alone(params: Any) -> None:
     options: Any = {"num_tokens": 30, "temperature": 5.0}
     prompt = torch.randint(8, (2, 2))
     before = torch.get_rng_state()
-    first = sample(params, prompt, CONFIG, seed_or_generator=3, **options)
-    assert torch.equal(first, sample(params, prompt, CONFIG, seed_or_generator=3, **options))
-    assert not torch.equal(first, sample(params, prompt, CONFIG, seed_or_generator=4, **options))
-    generator = torch.Generator().manual_seed(3)
-    assert torch.equal(first, sample(params, prompt, CONFIG, seed_or_generator=generator, **options))
+    first = sample(params, prompt, CONFIG, key=random.key(3), **options)
+    assert torch.equal(first, sample(params, prompt, CONFIG, key=random.key(3), **options))
+    assert not torch.equal(first, sample(params, prompt, CONFIG, key=random.key(4), **options))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -88,8 +87,10 @@ def test_options_out_of_range_are_refused(params: Any) -> None:
         ({"window": 13}, "sample: window: got 13, expected None or 1 to max_seq_len=12"),
     ]:
         with pytest.raises(ValueError, match=expected):
-            sample(params, prompt, CONFIG, **{"num_tokens": 1, "seed_or_generator": 0, **options})
+            sample(params, prompt, CONFIG, **{"num_tokens": 1, "key": random.key(0), **options})
     with pytest.raises(ValueError, match=r"sample: prompt: got shape \(1, 0\), expected \(B, L\), L > 0"):
-        sample(params, prompt[:, :0], CONFIG, num_tokens=1, seed_or_generator=0)
+        sample(params, prompt[:, :0], CONFIG, num_tokens=1, key=random.key(0))
     with pytest.raises(ValueError, match=r"expected torch.int64 of shape \(B, L\)"):
-        sample(params, prompt.int(), CONFIG, num_tokens=1, seed_or_generator=0)
+        sample(params, prompt.int(), CONFIG, num_tokens=1, key=random.key(0))
+    with pytest.raises(ValueError, match=r"sample: key: got 0, expected torch.int64 of shape \(2,\)"):
+        sample(params, prompt, CONFIG, num_tokens=1, key=0)  # type: ignore[arg-type]

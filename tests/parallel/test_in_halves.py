@@ -88,6 +88,23 @@ def test_gradients_and_statistics_are_those_of_one_process(pool, axes, way, slow
         assert max(found.values()) < 1e-12, found
 
 
+def with_noise(way):
+    config = dataclasses.replace(CONFIG, router=dataclasses.replace(CONFIG.router, noise=0.5))
+    mesh, params, spread, batch = setting("ep=2", config=config)
+    mine, key = [own(t, mesh) for t in batch], fmoe.random.key(3)
+    (value, stats), want = gradients.of_model(config)(params, *batch, key=key)
+    (got, counted), grads = gradients.of_model(config, mesh, backend=WAYS[way])(spread, *mine, key=key)
+    loads = zip(map(whole, counted.layers), stats.layers)
+    assert all(torch.equal(a.tokens_per_expert, b.tokens_per_expert) for a, b in loads)
+    return {"loss": error(whole(got), value), "gradients": error(whole(grads), want, unit=1e-2)}
+
+
+@pytest.mark.parametrize("way", quick(["exact"], WAYS))
+def test_a_token_draws_its_noise_in_either_half(pool, way):
+    for found in pool.run(2, with_noise, way):
+        assert max(found.values()) < 1e-12, found
+
+
 def on_uneven_devices(way, rows):
     mesh, params, spread, _ = setting("ep=2")
     rank, total = group_of(mesh, ("ep",)).position, sum(rows)

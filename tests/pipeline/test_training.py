@@ -18,6 +18,7 @@ from parity import TINY
 from workers import Pool, RankError
 
 import fmoe
+from fmoe import random
 from fmoe.models import decoder, huggingface
 from fmoe.models.sampling import sample
 from fmoe.models.stages import Stages, cut
@@ -427,7 +428,7 @@ def refused() -> list[str]:
     cases: list[Any] = [
         lambda: decoder.loss(params, tokens, targets, CONFIG, mesh),
         lambda: decoder.forward(params, tokens, CONFIG, mesh),
-        lambda: sample(params, tokens, CONFIG, num_tokens=1, seed_or_generator=0, mesh=mesh),
+        lambda: sample(params, tokens, CONFIG, num_tokens=1, key=random.key(0), mesh=mesh),
         lambda: huggingface.save("nowhere", CONFIG, params),
         lambda: gradients.of_model(CONFIG, mesh, micro_batches=3, schedule=many),
         lambda: gradients.of_model(CONFIG, mesh, micro_batches=4, schedule=four),

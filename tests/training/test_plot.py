@@ -250,6 +250,9 @@ def test_one_picture_has_the_name_it_is_given(plot, files, tmp_path):
     assert plot("--what", "memory", "--out", out, "--sizes", 16384, 7168, 2048, 256, 8) == [out]
     assert {"no remat", "default", "topk", "experts_grouped_mm"} <= texts(out)
     assert plot("--what", "load", files[0]) == [files[0].with_name("load.svg")]
+    where = "--model", "debug", "--mesh", "ep=2"
+    assert plot("--what", "placement", *where, "--out", out) == [out]
+    assert {"0", "1", "layers.{1-3}.mlp.experts.w_in"} <= texts(out)
     schedule = "--schedule", "interleaved", "--pp", 2, "--micro-batches", 4, "--costs", 1, 1, 2
     assert plot("--what", "schedule", *schedule, "--out", out) == [out]
     assert {"interleaved, 2 ranks, 4 micro-batches: 11.1% idle", "forward", "backward"} <= texts(out)
@@ -284,10 +287,10 @@ def test_a_run_without_counts_has_losses_only(plot, files, tmp_path):
 def test_errors_are_texts_and_a_status(plot, files, tmp_path, capsys):
     (tmp_path / "null.jsonl").write_text('{"step": 0, "loss": null}')
     for arguments, text in (
-        (("--what", "loss"), "plot: name the metrics.jsonl of a run, or --what memory"),
+        (("--what", "loss"), "plot: name the metrics.jsonl of a run, or --what one of memory"),
         (
             ("--what", "schedule", files[0]),
-            "plot: name the metrics.jsonl of a run, or --what memory, or --what",
+            "plot: name the metrics.jsonl of a run, or --what one of memory, placement",
         ),
         (("--what", "schedule", "--pp", 0), "make_schedule: pp: got 0, expected an integer of at least 1."),
         ((files[0], "--out", "x.svg"), "--out: got one file for 2 pictures. Choose one with --what."),

@@ -190,7 +190,8 @@ def test_it_starts_from_published_weights(train, tmp_path):
     assert again[3] < fourth - 0.1, "the loss of trained weights"
 
 
-EIGHT = [*TWO_LAYERS, "--steps", "8", "--batch-size", "2", "--seq-len", "16", "--save-every", "4"]
+NOISY = [*TWO_LAYERS, "--router-noise", "0.3"]
+EIGHT = [*NOISY, "--steps", "8", "--batch-size", "2", "--seq-len", "16", "--save-every", "4"]
 KILLED_IN_STEP_5 = """
 import os, runpy, signal, sys
 from fmoe.training.metrics import MetricsFile
