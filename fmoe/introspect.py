@@ -82,7 +82,7 @@ _CLASSES = {
     "experts": ("experts", "grouped", "_grouped_mm", "weighted_sum"),
     "communication": ("exchange", "send", "psum", "all_", "reduce_", "gather_params", "begin_", "ppermute",
                       "wait_tensor", "combine", "join", "deepep"),
-    "routing": ("product", "topk", "layout", "gather", "scatter"),
+    "routing": ("product", "topk", "weigh", "layout", "gather", "scatter"),
     "matrix products": ("mm", "bmm", "addmm", "baddbmm", "linear", "matmul"),
     "embedding": ("embedding",),
 }  # fmt: skip

@@ -209,6 +209,8 @@ def copies_per_token(config: DecoderConfig, ep: int) -> float:
     with torch.device("cpu"):
         scores = torch.rand(SAMPLED_TOKENS, config.num_experts, generator=generator)
         reached = torch.zeros(SAMPLED_TOKENS, ep, dtype=torch.bool)
-    ids = topk(scores, c.num_groups, c.top_groups, c.group_best, c.top_k)
+    ids = topk(
+        scores, scores.new_zeros(config.num_experts), c.num_groups, c.top_groups, c.group_best, c.top_k
+    )
     reached.scatter_(1, ids // (config.num_experts // ep), True)
     return reached.sum().item() / SAMPLED_TOKENS

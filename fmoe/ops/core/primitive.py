@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from .derive import Rules, Tensors, as_tuple, derive, few, inputs_alone
 from .dynamo import hidden_from_dynamo
-from .function import eager_function, traced_function
+from .function import eager_function, no_derivative, traced_function
 from .modes import without_autocast
 from .refuse import Unsupported, refuse_transforms_inside_compile
 from .tape import current_tape
@@ -85,7 +86,9 @@ class Operator:
 @hidden_from_dynamo  # in frames it gave up, Dynamo would look into rules and tapes
 def _eager(op: Operator, args: tuple[Any, ...]) -> Any:
     tape = current_tape()
-    return op.function.apply(*args) if tape is None else tape.call(op, args)
+    if tape is not None:
+        return tape.call(op, args)
+    return op.raw(*unwrap_dead_wrappers(args)) if no_derivative() else op.function.apply(*args)
 
 
 def declare(
