@@ -6,6 +6,7 @@ module adds checkpointing that works inside them, which PyTorch lacks.
 
 import functools
 import logging
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -218,7 +219,7 @@ def _spoken(words: str) -> Policy:
 
 
 def _inductor(graph: Any, inputs: Any) -> Any:
-    """Inductor, which never takes a backward from its cache that differs in what it may write into.
+    """Inductor, which leaves exchanges in parts in order, and takes no wrong backward from its cache.
 
     A backward that runs once may write into *donated buffers*, which are tensors that the forward kept. Run
     twice, it would spoil them. Inductor's own key is the same for both.
@@ -226,13 +227,31 @@ def _inductor(graph: Any, inputs: Any) -> Any:
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.utils import get_donated_idxs
 
-    def compile_one(*args: Any, **kwargs: Any) -> Any:
+    def compile_one(graph: Any, *args: Any, **kwargs: Any) -> Any:
         config: Any = torch.compiler.config
         tag = f"{config.cache_key_tag} donated: {get_donated_idxs()}"
+        _in_order(graph.graph)
         with config.patch(cache_key_tag=tag):
-            return compile_fx_inner(*args, **kwargs)
+            return compile_fx_inner(graph, *args, **kwargs)
 
     return compile_fx(graph, inputs, inner_compile=compile_one)
+
+
+def _in_order(graph: Any) -> None:
+    """Make each part of an exchange depend on the one before, or a compiler may choose another order."""
+    parts, before = {op.raw for op in operators().values() if op.example is None}, None
+    for node in [node for node in graph.nodes if node.target in parts]:
+        if before is not None:
+            others = len(node.target._schema.arguments) - 1
+            node.args = (*node.args[:others], before)
+            args, kwargs = node.meta.get("eager_input_vals", ((), {}))
+            if args:
+                node.meta["eager_input_vals"] = (*args[:others], before.meta["val"]), kwargs
+        before = node
+        if isinstance(node.meta["val"], tuple | list):
+            with graph.inserting_after(node):
+                before = graph.call_function(operator.getitem, (node, 0))
+            before.meta["val"] = node.meta["val"][0]
 
 
 def _selective_contexts(policies: tuple[Policy, ...]) -> Any:

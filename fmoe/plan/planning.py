@@ -132,6 +132,9 @@ def plan(
     if rates:
         _check_rates(rates, compute_dtype or dtype)
     bounded = backend_of("plan", backend)
+    if bounded.in_halves:
+        expected = "a backend without in_halves, which changes what a layer holds, and its time"
+        raise error("backend", got="in_halves", expected=expected, remedy="Plan it without.")
     if not 1 <= imbalance < math.inf:
         expected, remedy = "a number of at least 1", "An even router has 1."
         raise error("imbalance", got=imbalance, expected=expected, remedy=remedy)

@@ -21,6 +21,7 @@ from fmoe.ops import combine, dispatch, experts, kernels, route, weigh
 from fmoe.ops.bases import gather_kernel
 from fmoe.ops.experts import Layout
 from fmoe.ops.kernels import grouped
+from fmoe.parallel.backends import ways
 
 triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -89,6 +90,19 @@ def test_layout(ids):
         for got, want in zip(plan.layout(ids, num_experts, num_rows), expected):
             assert got.dtype == want.dtype
             assert torch.equal(got.cpu(), want)
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("copies", [200, 30, 1])
+@pytest.mark.parametrize("tokens", [0, 1, 150])
+def test_ways(tokens, copies):
+    from fmoe.ops.kernels import plan
+
+    ids = random_ids(tokens, 12, 5, dropped=0.4)
+    want = ways.ways(ids.cpu(), 4, 3, copies)
+    for got, expected in zip(plan.ways(ids, 4, 3, copies), want):
+        assert got.dtype == expected.dtype
+        assert torch.equal(got.cpu(), expected)
 
 
 KINDS = [(torch.bfloat16, 1), (torch.float32, 8), (torch.float16, 4)]

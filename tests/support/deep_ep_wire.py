@@ -30,7 +30,7 @@ class Stream:
         self.done = self.begun = 0
 
     def launch(self, out: torch.Tensor, reads: list[torch.Tensor]) -> torch.Tensor:
-        hidden = torch.full_like(out, torch.nan)
+        hidden = torch.full_like(out, torch.nan if out.is_floating_point() else 2**20)
         self.pending.append((hidden, out, [(t, t.clone()) for t in reads]))
         self.begun += 1
         return hidden

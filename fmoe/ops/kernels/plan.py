@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import cdiv, launch
+from .launch import cdiv, launch, power_of_2
 
 BLOCK = 128
 
@@ -96,3 +96,44 @@ def layout(
         BLOCK,
     )
     return slot, row, ends
+
+
+@triton.jit
+def _ways(
+    ids, slot, copy, lost, num_tokens, copies, held,
+    TOP_K: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    device, size = tl.program_id(0), tl.num_programs(0)
+    choice, index = tl.arange(0, CHOICES), tl.arange(0, BLOCK)
+    before = device * 0
+    for start in range(0, num_tokens, BLOCK):
+        token = (start + index).to(tl.int64)
+        inside = token < num_tokens
+        mask = inside[:, None] & (choice < TOP_K)[None, :]
+        expert = tl.load(ids + token[:, None] * TOP_K + choice[None, :], mask=mask, other=-1)
+        goes = (expert >= device * held) & (expert < (device + 1) * held)
+        hit = tl.max(goes.to(tl.int32), 1)
+        place = before + tl.cumsum(hit, 0) - hit
+        fits = (hit > 0) & (place < copies)
+        row = tl.where(fits, device * copies + place, -1).to(tl.int64)
+        tl.store(copy + token * size + device, row, mask=inside)
+        tl.store(slot + row, token * size + device, mask=fits)
+        before += tl.sum(hit, 0)
+    tl.store(lost + device, tl.maximum(before - copies, 0).to(tl.int64))
+    for start in range(0, copies, BLOCK):
+        place = start + index
+        empty = (place >= before) & (place < copies)
+        tl.store(slot + device * copies + place, tl.full([BLOCK], -1, tl.int64), mask=empty)
+
+
+def ways(
+    ids: torch.Tensor, size: int, held: int, copies: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The raw kernel of ``bounded_way``: one program for each of ``size`` devices goes through all tokens."""
+    ids, (num_tokens, top_k) = ids.contiguous(), ids.shape
+    slot, copy = ids.new_empty(size * copies), ids.new_empty(num_tokens, size)
+    lost = ids.new_empty(size)
+    choices = power_of_2(top_k)
+    block = max(4096 // choices, 16)
+    launch(_ways, (size,), ids, slot, copy, lost, num_tokens, copies, held, top_k, choices, block)
+    return slot, copy, lost
