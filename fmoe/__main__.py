@@ -201,7 +201,11 @@ def step_arguments(add: Add) -> None:
     add("--dtype", choices=DTYPES, default="bfloat16", help="of parameters and gradients")
     add("--compute-dtype", choices=DTYPES, help="default: --dtype")
     add("--moments-dtype", choices=DTYPES, help="default: --dtype")
-    add("--remat", default="none", help="none, full, default or save:NAME,NAME")
+    add(
+        "--remat",
+        default="none",
+        help="none, full, default, save:NAME,NAME, offload:NAME,NAME, or several joined by +",
+    )
 
 
 def layer_arguments(add: Add) -> None:

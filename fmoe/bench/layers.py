@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from ..introspect import kept_bytes, saved_bytes
 from ..models.moe import MoEParams, moe_forward, moe_init, moe_specs
 from ..ops.combine import combine
+from ..ops.core.tape import Policy
 from ..ops.dispatch import align_rows, dispatch
 from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
 from ..ops.route import RouterConfig, RouterParams, route
@@ -75,7 +76,7 @@ def layer_memory(shape: Shape) -> dict[str, dict[str, int]]:
 
     params = optree.tree_map(empty, specs, is_leaf=is_spec)
     x = torch.empty(shape.tokens, shape.dim, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    policies = {
+    policies: dict[str, Policy | None] = {
         "save_everything": save_everything,
         'save("experts_grouped_mm")': save("experts_grouped_mm"),
         'save("topk")': save("topk"),

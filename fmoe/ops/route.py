@@ -306,7 +306,8 @@ def _product_plain(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torc
 def _product_vjp(inputs: tuple[Any, ...], needs: Any, g: torch.Tensor) -> tuple[Any, ...]:
     a, b, _ = inputs
     if needs[0] and needs[1]:
-        return product_backward(g, a, b)
+        g_a, g_b = product_backward(g, a, b)
+        return g_a, g_b.mT
     return (
         product(g, b.mT, a.dtype) if needs[0] else None,
         product(a.mT, g, b.dtype) if needs[1] else None,
@@ -335,7 +336,7 @@ product: Operator = declare(
 
 
 def _product_backward_reference(g: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Tensors:
-    return product(g, b.mT, a.dtype), product(a.mT, g, b.dtype)
+    return product(g, b.mT, a.dtype), product(g.mT, a, b.dtype)
 
 
 def _product_backward_kernel(g: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Tensors:
@@ -344,14 +345,14 @@ def _product_backward_kernel(g: torch.Tensor, a: torch.Tensor, b: torch.Tensor) 
 
         if a.dtype == b.dtype and router.multiplies(g, a) and router.multiplies(g, b):
             return router.product_backward(g, a, b)
-    return _product_kernel(g, b.mT, a.dtype), _product_kernel(a.mT, g, b.dtype)
+    return _product_kernel(g, b.mT, a.dtype), _product_kernel(g.mT, a, b.dtype)
 
 
-# Both cotangents of a product: what they need of g is made once.
+# Both cotangents of a product, that of b transposed: what they need of g is made once.
 product_backward: Operator = declare(
     "product_backward(Tensor g, Tensor a, Tensor b) -> (Tensor, Tensor)",
     impl=_product_backward_kernel,
-    fake=lambda g, a, b: (a.new_empty(a.shape), b.new_empty(b.shape)),
+    fake=lambda g, a, b: (a.new_empty(a.shape), b.new_empty(b.mT.shape)),
     checkpoint=ROUTER,
     example=lambda: (random(4, 2), random(4, 3), random(3, 2)),
     reference=_product_backward_reference,

@@ -146,11 +146,12 @@ def _asked_for(ctx: Any) -> list[bool]:
     following = ctx.next_functions
     if sum(needs) > 1 and len(following) == len(ctx.where):  # one for each tensor
         for i, (node, _) in zip(ctx.where, following):
-            needs[i] = needs[i] and (node is None or _runs(node))
+            needs[i] = needs[i] and (node is None or runs(node))
     return needs
 
 
-def _runs(node: Any) -> bool:
+def runs(node: Any) -> bool:
+    """Whether a node is part of this run of the engine."""
     try:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # a leaf whose gradient is asked for; of no other node the engine says so

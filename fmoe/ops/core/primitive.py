@@ -31,6 +31,7 @@ from .refuse import Unsupported, refuse_transforms_inside_compile
 from .tape import current_tape
 
 NAMESPACE = "fmoe"
+GIVEN = "given"  # the checkpoint name of the operator whose second argument is one
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _REGISTRY: "dict[str, Operator]" = {}
@@ -73,6 +74,10 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         return few(self.outputs(*args)[: self.num_values])
+
+    def checkpoint_of(self, args: tuple[Any, ...]) -> str:
+        """The checkpoint name of a call: the operator's own, or what ``checkpoint_name`` was given."""
+        return args[1] if self.checkpoint == GIVEN else self.checkpoint
 
     def outputs(self, *args: Any) -> Tensors:
         """All outputs, those for the backward included."""

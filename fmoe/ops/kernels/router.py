@@ -255,7 +255,7 @@ def product_backward(g: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple
     """The cotangents of ``a @ b``, both bfloat16, from a float32 one, whose thirds serve both."""
     parts = thirds(g).flatten(1)
     g_b = torch.mm(parts.mT, a, out_dtype=torch.float32).unflatten(0, (3, -1))
-    return _mm(parts, b.mT.repeat(3, 1), a.dtype), sum_thirds(g_b, b.dtype).mT
+    return _mm(parts, b.mT.repeat(3, 1), a.dtype), sum_thirds(g_b, b.dtype)
 
 
 def _mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
