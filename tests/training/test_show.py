@@ -92,6 +92,11 @@ def test_a_tree_has_a_line_for_tensors_that_are_alike():
     assert f"a device holds {here:,} of {total:,} numbers" in repr(shown)
 
 
+def test_names_in_brackets_are_shown_as_they_are():
+    shown = show_placement({"[bold]": torch.empty(2), "[/]": torch.empty(2)}, "tp=2", specs=fmoe.P("tp"))
+    assert "│ [bold] │" in str(shown) and "│ [/]    │" in str(shown)
+
+
 def test_a_notebook_shows_a_picture_or_without_matplotlib_colours(monkeypatch):
     shown = show_placement(torch.empty(8, 6), "ep=2,tp=3", specs=P("ep", "tp"))
     bundle = shown._repr_mimebundle_(include=None, exclude=None)
