@@ -84,5 +84,6 @@ def _differs(value: torch.Tensor, group: Group) -> bool:
     if not value.is_floating_point():
         return bool((copies != copies[:1]).any())
     rtol = torch.finfo(value.dtype).eps ** 0.5
-    atol = rtol * value.abs().nan_to_num().sum().item() / max(1, value.numel())
+    size = value.abs().nan_to_num(nan=0, posinf=0).sum(dtype=torch.float64).item()
+    atol = rtol * size / max(1, value.numel())
     return not torch.allclose(copies, copies[:1].expand_as(copies), rtol=rtol, atol=atol, equal_nan=True)
