@@ -224,6 +224,9 @@ def test_fingerprints_see_every_bit_place_and_shape(device):
             other[place] = 1 - other[place].int()
             assert fingerprint(other.view(3, 7))[0] != mine[0], (dtype, place)
         assert fingerprint(x.flatten())[1] != mine[1]
+    z = torch.randn(3, 4, dtype=torch.complex64)
+    assert torch.equal(fingerprint(z.conj()), fingerprint(z.conj().clone()))
+    assert torch.equal(fingerprint(z.conj().imag), fingerprint(-z.imag))
     x = torch.eye(16)  # full of equal words
     seen = {int(fingerprint(x[torch.randperm(16)])[0]) for _ in range(200)}
     assert len(seen) > 190
