@@ -21,6 +21,7 @@ import torch
 from ..errors import argument_error
 from ..params import P
 from .core.axes import Group, names_of, resolve
+from .core.dtensors import is_dtensor
 
 WORD = 0xFFFFFFFF  # 32 bits, in int64: PyTorch has few operators for unsigned integers
 ROTATIONS = (13, 15, 26, 6), (17, 29, 16, 24)
@@ -237,7 +238,7 @@ def dropout(
     """``x`` with elements set to zero with probability ``rate``, and the others divided by ``1 - rate``.
 
     ====  =================================================================================
-    x     any floating tensor
+    x     any floating tensor, but no DTensor
     key   of this use alone: ``fold_in`` the step and the layer
     rate  from 0 to 1; at 0 it is ``x`` itself
     spec  inside :func:`fmoe.shard_map`: where ``x`` lies, as for :func:`fmoe.ops.random.uniform`
@@ -247,7 +248,7 @@ def dropout(
     again, and so does any mesh. Under ``vmap``, examples drop the same elements unless keys are mapped, too.
 
     Raises ``ValueError`` for a rate out of range, for a key on another device, for what is no key, and for
-    ``x`` that isn't floating.
+    ``x`` that isn't floating, or is a DTensor.
 
     >>> import fmoe
     >>> fmoe.dropout(torch.ones(6), key(1), 0.5)
@@ -258,6 +259,9 @@ def dropout(
         raise argument_error("dropout", "rate", got=rate, expected="from 0 to 1")
     if not x.is_floating_point():
         raise argument_error("dropout", "x", got=x.dtype, expected="a floating dtype")
+    if is_dtensor(x):
+        got, remedy = "a DTensor", "Call it inside fmoe.shard_map, with spec=."
+        raise argument_error("dropout", "x", got=got, expected="a plain tensor", remedy=remedy)
     if rate == 0:
         return x
     kept = bernoulli(key, 1 - rate, x.shape, spec=spec)

@@ -11,6 +11,7 @@ from torch.func import grad, jvp, vmap
 
 import fmoe
 from fmoe import P, random
+from fmoe.parallel import distribute
 
 PUBLISHED = [  # key, counter and result: Random123's kat_vectors, threefry2x32 of 20 rounds
     ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
@@ -213,6 +214,10 @@ KEY = "got {}, expected torch.int64 of shape (2,). Make one with fmoe.random.key
         (
             lambda k: random.bernoulli(k, torch.ones(3, 4), (4,)),
             "bernoulli: p: got shape (3, 4), expected one that broadcasts to the result's, (4,).",
+        ),
+        (
+            lambda k: fmoe.dropout(distribute(torch.ones(2), P(), fmoe.make_mesh("dp=1")), k, 0.5),
+            "dropout: x: got a DTensor, expected a plain tensor. Call it inside fmoe.shard_map, with spec=.",
         ),
         (
             lambda k: fmoe.dropout(torch.arange(3), k, 0.5),
