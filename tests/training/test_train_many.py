@@ -17,7 +17,7 @@ from laws import ranks_of
 
 from fmoe.models import deepseek_v3, huggingface
 from fmoe.parallel import backends
-from fmoe.training import checkpoint
+from fmoe.training import checkpoint, loop
 from fmoe.training.metrics import read_metrics
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_deepseek_v3.py"
@@ -31,7 +31,7 @@ OPTIONS = [
     "--dtype",
     "float64",
     "--data",
-    str(SCRIPT),
+    loop.__file__,
     "--eval-every",
     "3",
     "--held-out",
