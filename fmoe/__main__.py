@@ -276,10 +276,10 @@ def arguments() -> argparse.ArgumentParser:
     add("--align", nargs="+", type=int, default=[], metavar="N", help="also with rows aligned to N")
     add("--json", metavar="FILE", help="write what was measured")
     add("--picture", type=Path, metavar="FILE", help="draw it, as .svg or .png")
-    how: dict[str, Any] = dict(
-        description=loop.__doc__, formatter_class=Help, usage="python -m fmoe train [options]"
-    )
-    training = commands.add_parser("train", help="train a small model, or another, on text", **how)
+    training = commands.add_parser(
+        "train", help="train a small model, or another, on text", usage="python -m fmoe train [options]",
+        description=loop.__doc__, formatter_class=Help,
+    )  # fmt: skip
     training.set_defaults(run=train)
     loop.add_options(training)
     fastest = "find and keep the fastest grouped products for a layer, here"

@@ -23,6 +23,8 @@ from fmoe.training.optim import adamw
 SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "train_deepseek_v3.py"
 TEXT = pathlib.Path(loop.__file__)
 TWO_LAYERS = ["--layers", "2"]
+# It wants a stderr with a file number.
+WITHOUT_FAULT_HANDLER = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
 SMALL = ["--steps", "3", "--batch-size", "2", "--seq-len", "32", "--device", "cpu", "--data", str(TEXT)]
 
 
@@ -92,6 +94,7 @@ def test_on_a_gpu_float32_parameters_compute_in_bfloat16(module, monkeypatch, wo
     ]
 
 
+@WITHOUT_FAULT_HANDLER
 def test_the_command_runs_the_same_loop(train, command, tmp_path):
     losses = train(*TWO_LAYERS)
     said = command("train", *SMALL, *TWO_LAYERS, "--out", tmp_path / "command")
@@ -99,13 +102,14 @@ def test_the_command_runs_the_same_loop(train, command, tmp_path):
     assert [record["loss"] for record in read_metrics(tmp_path / "command" / "metrics.jsonl")] == losses
 
 
-def test_the_command_says_in_a_line_what_is_wrong(command, capfd):
+@WITHOUT_FAULT_HANDLER
+def test_the_command_says_in_a_line_what_is_wrong(command, capsys):
     with pytest.raises(SystemExit):
         command("train", "--data", "/nowhere")
-    assert capfd.readouterr().err.startswith("error: read_documents: paths: got [Errno 2] No such file")
+    assert capsys.readouterr().err.startswith("error: read_documents: paths: got [Errno 2] No such file")
     with pytest.raises(SystemExit):
         command("train", "--top-k", "0")
-    usage, told = capfd.readouterr().err.splitlines()
+    usage, told = capsys.readouterr().err.splitlines()
     assert usage == "usage: python -m fmoe train [options]"
     assert told == "python -m fmoe train: error: argument --top-k: got 0, expected at least 1"
 
