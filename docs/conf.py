@@ -1,10 +1,10 @@
 """How Sphinx builds these pages: ``sphinx-build -W --keep-going -n docs docs/_build``."""
 
-import importlib.metadata
+import fmoe
 
 project = "fmoe"
 author = "the authors of fmoe"
-version = release = importlib.metadata.version("fmoe")
+version = release = fmoe.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]

@@ -26,7 +26,7 @@ from fmoe.testing.backend import LAWS
 
 ROOT = DOCS.parent
 ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}  # as in CI, also where there is a GPU
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 
 # ---- programs ------------------------------------------------------------------------------------------
 

@@ -332,7 +332,7 @@ def report(path: str | Path, *, reference: Mapping[str, float] = {}, unit: str =
         save_figure(plot_loss({path.parent.name: records}, reference=reference), loss)
         save_figure(plot_load(records), load)
     except ImportError:
-        return f"{text}\nfor pictures: pip install -e '.[plots]' && python -m fmoe plot {path}"
+        return f"{text}\nfor pictures: pip install matplotlib && python -m fmoe plot {path}"
     return f"{text}, {loss} and {load}"
 
 
@@ -348,7 +348,7 @@ def empty_figure(function: str, width: float = 1, height: float = 1) -> "Figure"
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"{function} needs matplotlib: pip install -e '.[plots]'") from error
+        raise ImportError(f"{function} needs matplotlib: pip install matplotlib") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
