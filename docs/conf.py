@@ -10,6 +10,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"fmoe {release}"
+html_static_path = ["_static"]
+html_css_files = ["fmoe.css"]
 
 # Links to headings, by the names GitHub gives them.
 myst_heading_anchors = 4

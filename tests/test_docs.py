@@ -107,6 +107,13 @@ def test_the_backend_of_the_page_keeps_the_laws(pool, slow):
     assert pool.run(2, laws_of_page, laws, timeout=240.0) == [[], []]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_fits_on_a_page(page):
+    """Beside the sidebar at 1,300 pixels, by ``docs/_static/fmoe.css``; docstrings are as wide at most."""
+    code = re.findall(r"^```[^\n]*\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    assert [line for block in code for line in block.splitlines() if len(line) > 110] == []
+
+
 # ---- names ---------------------------------------------------------------------------------------------
 
 PUBLIC = [

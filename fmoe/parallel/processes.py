@@ -141,8 +141,8 @@ class Processes:
     def _job(function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
         if getattr(function, "__module__", None) == "__main__" and not find_spec("cloudpickle"):
             raise ImportError(
-                f"Processes.run: other processes can't import {function.__qualname__!r} from here. Install cloudpickle "
-                "(pip install cloudpickle), or put the function into a module."
+                f"Processes.run: other processes can't import {function.__qualname__!r} from here. Install "
+                "cloudpickle (pip install cloudpickle), or put the function into a module."
             )
         return _pickled((function, args))
 

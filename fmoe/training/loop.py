@@ -28,7 +28,7 @@ from fmoe.training.step import training_step
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of :func:`train`, those of :mod:`fmoe.training.options` among them.
+    """Add the options of :func:`train`, those of ``fmoe.training.options`` among them.
 
     >>> parser = options.Parser()
     >>> add_options(parser)
