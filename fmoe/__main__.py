@@ -1,4 +1,4 @@
-"""``python -m fmoe``: facts about the library, and what it costs on this machine."""
+"""Train a model, plan or measure a run, draw pictures, and see what this machine can do."""
 
 import argparse
 import functools
