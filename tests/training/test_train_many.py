@@ -131,7 +131,7 @@ def test_a_pipeline_trains_as_one_process_does_and_its_run_goes_on_there(pool, t
 
 
 def sampling(folder):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="sample") as caught:
         run_here("--mesh", "pp=2", "--sample", "def ", "--out", folder)
     return str(caught.value)
 
