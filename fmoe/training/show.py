@@ -184,7 +184,9 @@ def _merged(layouts: Sequence[Layout]) -> list[Layout]:
 
 def _joined(names: Sequence[str]) -> str:
     """Names that differ in numbers only, as one: ``layers.{1-3}.norm``."""
-    parts = zip(*(re.split(r"(\d+)", name) for name in names))
+    parts = [*zip(*(re.split(r"(\d+)", name) for name in names))]
+    if math.prod(len({*part}) for part in parts) != len(names):  # ranges would say more than there is
+        return ", ".join(names)
     return "".join(part[0] if len({*part}) == 1 else _range([int(n) for n in part]) for part in parts)
 
 

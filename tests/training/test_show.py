@@ -92,6 +92,16 @@ def test_a_tree_has_a_line_for_tensors_that_are_alike():
     assert f"a device holds {here:,} of {total:,} numbers" in repr(shown)
 
 
+def test_ranges_of_names_have_every_name_and_no_other():
+    def names(*pairs):
+        tree = {f"a{i}": {f"b{k}": torch.empty(2) for j, k in pairs if j == i} for i, _ in pairs}
+        return str(show_placement(tree, "tp=2", specs=P("tp")))
+
+    assert "│ a{1,3}.b{2,4} │" in names((1, 2), (1, 4), (3, 2), (3, 4))
+    assert "│ a1.b2, a3.b4 │" in names((1, 2), (3, 4))
+    assert "│ a{1-3}.b2 │" in names((1, 2), (2, 2), (3, 2))
+
+
 def test_names_in_brackets_are_shown_as_they_are():
     shown = show_placement({"[bold]": torch.empty(2), "[/]": torch.empty(2)}, "tp=2", specs=fmoe.P("tp"))
     assert "│ [bold] │" in str(shown) and "│ [/]    │" in str(shown)
