@@ -141,6 +141,14 @@ def test_residuals_are_a_table_and_display_themselves():
     assert "hidden" in str(found) and "<pre" in found._repr_mimebundle_([], [])["text/html"]
 
 
+def test_values_have_their_names_beneath_vmap():
+    def fn(x):
+        return fmoe.checkpoint_name(x.exp(), "h").sin()
+
+    (row,) = saved_residuals(torch.vmap(fn), torch.randn(3, 4))
+    assert (row.name, row.shape, row.operator) == ("h", (3, 4), "aten::exp")
+
+
 def test_residuals_beneath_torch_func_are_refused():
     with pytest.raises(TransformError, match=r"saved_residuals: got saved-tensor hooks .* expected none"):
         saved_residuals(torch.func.grad(lambda x: x.sin().sum()), torch.ones(3))

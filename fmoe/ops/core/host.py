@@ -51,7 +51,7 @@ def leave(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in the host's memory, to which it may be on its way; on a CPU itself."""
     if host := _HOST.get():
         return host.take(tensor)
-    if not tensor.is_cuda or isinstance(_beneath(tensor), FakeTensor):
+    if not tensor.is_cuda or isinstance(beneath(tensor), FakeTensor):
         return tensor
     return map_local(_leave, tensor)
 
@@ -65,7 +65,7 @@ def _leave(tensor: torch.Tensor) -> torch.Tensor:
     side.wait_stream(torch.cuda.current_stream(tensor.device))
     with torch.cuda.stream(side):
         found = tensor.to("cpu", non_blocking=True)  # which PyTorch pins
-    _beneath(tensor).record_stream(side)
+    beneath(tensor).record_stream(side)
     return found
 
 
@@ -106,11 +106,11 @@ def finish(coming: Coming) -> list[torch.Tensor | None]:
 
 
 def _used_on(stream: torch.cuda.Stream, tensor: torch.Tensor) -> torch.Tensor:
-    _beneath(tensor).record_stream(stream)  # its memory is of the other stream
+    beneath(tensor).record_stream(stream)  # its memory is of the other stream
     return tensor
 
 
-def _beneath(tensor: torch.Tensor) -> torch.Tensor:
+def beneath(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor beneath the wrappers of ``torch.func``."""
     while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...tree import dotted_names
 from .dtensors import local
+from .host import beneath
 from .naming import observed
 from .primitive import GIVEN, NAMESPACE, operators
 from .recompute import Region
@@ -198,6 +199,7 @@ class _Watch(TorchDispatchMode):
         return out
 
     def name(self, t: torch.Tensor, name: str) -> None:
+        t = beneath(t)
         made = self.made.setdefault(_storage(t), _Made())
         made.name = name
         if current_tape():
