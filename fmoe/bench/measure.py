@@ -318,9 +318,9 @@ def report(result: dict[str, Any], console: Console) -> None:
         f"our grouped products by {result['engine']!r}, seed {result['seed']}"
     )
     times = "forward ms", "fwd+bwd ms", "spread", "device ms", "TFLOP/s", "of matmul", "host ms", "launches"
-    table = Table(
-        Column("layer", no_wrap=True), *times, "replay ms", "saved MiB", "peak MiB", "syncs", "error"
-    )
+    costs = "replay ms", "saved MiB", "peak MiB", "syncs"
+    layer, error = (Column(name, no_wrap=True) for name in ("layer", "error"))
+    table = Table(layer, *times, *costs, error)
     for row in result["layers"]:
         m = Measured(**row)
         table.add_row(
