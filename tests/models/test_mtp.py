@@ -403,7 +403,8 @@ def in_stages(axes, schedule, zero, seed):
     rows = 4 * group_of(mesh, token_axes(mesh)).size
     tokens, targets = torch.randint(32, (2, rows, 9), generator=torch.Generator().manual_seed(seed))
     targets[0, 2:] = -100
-    mine = [own(t, mesh["dp",]) if "dp" in axes else t for t in (tokens, targets)]
+    part = group_of(mesh, token_axes(mesh))
+    mine = [t.chunk(part.size)[part.position] for t in (tokens, targets)]
     how = dict(micro_batches=3, schedule=schedule, mtp_weight=0.7)
     made = fmoe.pipeline.make_schedule(schedule, pp=mesh["pp"].size(), micro_batches=3)
     stages = cut(config, made.stage_to_rank)
