@@ -57,7 +57,8 @@ def predict_further(
     """
     eps, length = config.norm_eps, x.shape[1]
     total = x.new_zeros((), dtype=accumulator(x.dtype))
-    uneven, sums = x.new_zeros((x.shape[0],), dtype=total.dtype), list[torch.Tensor]()
+    uneven = x.new_zeros((x.shape[0],), dtype=total.dtype)
+    sums: list[torch.Tensor] = []
     later = embed(tokens, embedding)
     for k, module in enumerate(modules, 1):
         own: Any = use(module._replace(layer=()))  # type: ignore[arg-type]

@@ -72,13 +72,13 @@ def set_up(
 ) -> Setup:
     """Check what was asked for. All ranks call it, and raise together."""
     with together():
+        check_mtp(function, config, how.get("mtp_weight", 0.0))
         schedule, stages = chosen(function, config, mesh, micro_batches, schedule, stages)
     actions = [" ".join(map(str, rank)) for rank in schedule.actions]
     check_alike(function, {"schedule": actions, "stages": [list(ends) for ends in stages.layers]})
     inner = stage_mesh(function, mesh)
     group = mesh.get_group("pp")
     from_all((), group)  # NCCL wants all of a group's ranks in its first call
-    check_mtp(function, config, how.get("mtp_weight", 0.0))
     each = {name: value for name, value in how.items() if name in decoder.OF_STAGE}
     on = {name: value for name, value in how.items() if name not in decoder.OF_STAGE}
     everywhere = group_of(mesh, ("pp", *token_axes(mesh)))

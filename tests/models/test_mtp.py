@@ -11,15 +11,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from devices import bare_mesh
-from helpers import error, fresh_seed, quick
+from helpers import dot, error, fresh_seed, quick
 from laws import MODELS, own, ranks_of, whole
 from parity import TINY, small, their_model, their_tensors
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fmoe
 from fmoe import random
 from fmoe.models import decoder
+from fmoe.models.gqa import GQA
 from fmoe.models.huggingface import load, save
+from fmoe.models.rotary import Rotary
 from fmoe.models.stages import cut
 from fmoe.ops.core.axes import group_of
 from fmoe.ops.segments import segments_of, shortened
@@ -31,6 +34,16 @@ from fmoe.tree import dotted_names
 
 PUBLISHED = dataclasses.replace(small("no groups"), mtp_layers=1, norm_eps=1e-5)
 TWO = dataclasses.replace(PUBLISHED, mtp_layers=2)
+GLM = dataclasses.replace(
+    PUBLISHED,
+    attention=GQA(num_heads=4, num_kv_heads=2, head_dim=8, bias="qkv", rope=Rotary(4)),
+    num_shared_experts=1,
+)
+FAMILIES = {
+    "DeepSeek-V3": PUBLISHED,
+    "a tied head": dataclasses.replace(PUBLISHED, tied_head=True),
+    "GLM-4.5": GLM,
+}
 CONFIG = dataclasses.replace(MODELS["MLA"], mtp_layers=2)
 LOSS = functools.partial(decoder.loss, mtp_weight=0.7)
 
@@ -95,10 +108,10 @@ def clear(config, params):
     return optree.tree_map(move, names, params)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["a head of its own", "tied"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("modules", [1, 2])
-def test_the_loss_and_gradients_are_the_references(modules, tied):
-    config = dataclasses.replace(PUBLISHED, mtp_layers=modules, tied_head=tied)
+def test_the_loss_and_gradients_are_the_references(modules, family):
+    config = dataclasses.replace(FAMILIES[family], mtp_layers=modules)
     params = clear(config, parity.init(config, fresh_seed()))
     tokens, targets = torch.randint(config.vocab_size, (2, 3, 11))
     targets[0, 4:6], targets[2, 3:] = -100, -100
@@ -206,6 +219,31 @@ def test_remat_noise_micro_batches_and_a_balance_loss():
     assert error(quiet, whole_batch[0][0]) > 1e-6
 
 
+def test_derivatives_are_those_of_every_transform():
+    params = decoder.init(CONFIG, fresh_seed(), dtype=torch.float64)
+    batch = torch.randint(CONFIG.vocab_size, (2, 3, 1, 9))
+    loss = lambda p, *batch: LOSS(p, *batch, CONFIG)[0]  # noqa: E731
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(params, *batch)
+    wanted = fmoe.value_and_grad(loss)(params, *batch.flatten(1, 2))[1]
+    assert error(optree.tree_map(lambda g: g.mean(0), each), wanted) < 1e-12
+    tangents = optree.tree_map(torch.randn_like, params)
+    along = lambda p: loss(p, *batch.flatten(1, 2))  # noqa: E731
+    assert error(torch.func.jvp(along, (params,), (tangents,))[1], dot(wanted, tangents)) < 1e-12
+
+
+@pytest.mark.slow
+def test_compiled_layers_serve_the_modules_too():
+    params = decoder.init(CONFIG, fresh_seed(), dtype=torch.float64)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = lambda layer: torch.compile(fmoe.remat(layer), fullgraph=True, backend=counter)  # noqa: E731
+    step = fmoe.value_and_grad(LOSS, has_aux=True)
+    for _ in range(2):
+        batch = torch.randint(CONFIG.vocab_size, (2, 4, 9))
+        found = step(params, *batch, CONFIG, per_layer=compiled)
+        assert error(found[1], step(params, *batch, CONFIG)[1]) < 1e-12
+    assert counter.frame_count == 3, "a dense layer, one with experts, and one for any shorter rows"
+
+
 def test_sizes_and_costs():
     with_module, plain = (decoder.preset("671B", mtp_layers=n) for n in (1, 0))
     unique = (decoder.num_params(with_module)[0] - decoder.num_params(plain)[0]) / 1e9
@@ -291,9 +329,9 @@ def identical(a, b):
     return optree.tree_structure(a) == optree.tree_structure(b) and all(same)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["a head of its own", "tied"])
-def test_published_tensors_are_loaded_and_saved(tied, tmp_path):
-    config = dataclasses.replace(PUBLISHED, tied_head=tied)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_tensors_are_loaded_and_saved(family, tmp_path):
+    config = FAMILIES[family]
     params = parity.init(config, fresh_seed(), dtype=torch.bfloat16)
     published_by_hand(tmp_path / "theirs", config, params)
     found, loaded = load(tmp_path / "theirs", mtp=True)
