@@ -277,8 +277,8 @@ def _differentiated(
     def loss(params: ModelParams, tokens: torch.Tensor) -> Any:
         # Any tokens will do, also as targets.
         ids = torch.ones_like(tokens) if job.segments else None
-        weight = mtp_weight(job)
-        out = stage_loss(params, tokens, tokens, job.config, job.per_layer, job.logits_bytes, weight, ids)
+        how = job.per_layer, job.logits_bytes, mtp_weight(job)
+        out = stage_loss(params, tokens, tokens, job.config, *how, ids)
         run.mark("forward")
         return out
 

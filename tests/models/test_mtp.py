@@ -259,6 +259,9 @@ def test_sizes_and_costs():
     assert sum(one.activations.values()) > sum(none.activations.values())
     sizes = [4 * decoder.num_params(decoder.preset("debug", mtp_layers=n))[0] for n in (1, 0)]
     assert [one.parameters, none.parameters] == sizes
+    staged = plan(decoder.preset("debug", mtp_layers=1), "pp=2", batch_size=2, seq_len=32, device_type="cpu")
+    embedding = 4 * 256 * 128  # on both ranks
+    assert sum(rank.parameters for rank in staged.ranks) == sizes[0] + embedding
 
 
 @pytest.mark.parametrize(
