@@ -151,6 +151,17 @@ def check_same(function: str, what: str, argument: str, found: Any, of_tokens: A
         raise argument_error(function, argument, got=got, expected=expected, remedy=remedy)
 
 
+def check_mtp(function: str, config: Any, weight: float) -> None:
+    """Raise ``ValueError`` unless ``weight`` is a number that the model has modules for."""
+    if type(weight) not in (int, float) or not 0 <= weight < math.inf:
+        expected = "a finite number of at least 0"
+        raise argument_error(function, "mtp_weight", got=repr(weight), expected=expected)
+    if weight and not config.mtp_layers:
+        got, expected = f"{weight} for a model of mtp_layers=0", "0"
+        remedy = "Give the config mtp_layers, or load a published model with mtp=True."
+        raise argument_error(function, "mtp_weight", got=got, expected=expected, remedy=remedy)
+
+
 def check_heads(function: str, num_heads: int, mesh: DeviceMesh) -> None:
     """Raise ``ValueError`` unless ``tp`` divides the heads of keys, and so those of queries."""
     tp = axis_sizes(mesh).get("tp", 1)

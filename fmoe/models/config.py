@@ -52,7 +52,8 @@ class DecoderConfig:
     The first ``num_dense_layers`` have no experts but one SwiGLU of ``hidden_dim``. ``moe_hidden_dim``
     belongs to one expert. With ``shared_gate``, a sigmoid of the token weighs the shared experts. With
     ``tied_head`` the embedding is also the head. A ``balance_loss`` above 0 weighs
-    :func:`fmoe.ops.balance.balance_loss`, which the loss adds for every MoE layer.
+    :func:`fmoe.ops.balance.balance_loss`, which the loss adds for every MoE layer. ``mtp_layers`` modules of
+    multi-token prediction, each with an MoE layer, predict tokens after the next: an option of the loss.
 
     Raises ``ValueError`` for sizes that don't fit together.
 
@@ -78,10 +79,11 @@ class DecoderConfig:
     norm_eps: float = 1e-6
     init_std: float = 0.02
     balance_loss: float = 0.0
+    mtp_layers: int = 0
 
     def __post_init__(self) -> None:
         error = functools.partial(argument_error, "DecoderConfig")
-        check_sizes(self, least=dict(num_dense_layers=0, hidden_dim=0, num_shared_experts=0))
+        check_sizes(self, least=dict(num_dense_layers=0, hidden_dim=0, num_shared_experts=0, mtp_layers=0))
         if self.num_dense_layers > self.num_layers:
             expected = f"at most num_layers={self.num_layers}"
             raise error("num_dense_layers", got=self.num_dense_layers, expected=expected)
@@ -90,7 +92,7 @@ class DecoderConfig:
         if self.shared_gate and not self.num_shared_experts:
             expected = "False without shared experts"
             raise error("shared_gate", got=True, expected=expected)
-        if self.num_dense_layers < self.num_layers:
+        if self.num_dense_layers < self.num_layers or self.mtp_layers:
             self.router.check(self.num_experts, "DecoderConfig")
 
 

@@ -12,6 +12,7 @@ from .params import LayerParams, ModelParams, specs
 def num_params(config: DecoderConfig) -> tuple[int, int]:
     """Parameters in all, and those active for one token. Allocates nothing.
 
+    Modules of multi-token prediction count, where the model has them.
     ``top_k`` of the routed experts are active, and everything else but an embedding that is only looked up.
     By this count DeepSeek-V3 has its published 37 billion.
 
@@ -32,7 +33,8 @@ def flops_per_token(config: DecoderConfig, seq_len: int) -> float:
     twice that. These weights are the active ones of :func:`num_params`, without norms and selection biases. A
     causal token attends to ``(seq_len + 1) / 2`` keys on average. In every head this takes one product of N
     dimensions for the scores and one of V for the values. Attention counts as over whole rows, also where
-    segments make it less.
+    segments make it less. A module of multi-token prediction has a layer, its projection, and a further
+    product with the head.
 
     Source: PaLM, arXiv 2204.02311, appendix B, with exact causal attention.
 
@@ -42,12 +44,13 @@ def flops_per_token(config: DecoderConfig, seq_len: int) -> float:
     """
     c = config
     matrices = optree.tree_map(lambda s: () if len(s.shape) == 1 else s, specs(c), is_leaf=is_spec)
-    attention = c.num_layers * c.attention.num_heads * sum(c.attention.widths)
-    return 3.0 * (2 * _num_active(matrices, c) + attention * (seq_len + 1))
+    attention = (c.num_layers + c.mtp_layers) * c.attention.num_heads * sum(c.attention.widths)
+    weights = _num_active(matrices, c) + c.mtp_layers * _num_of_head(matrices)
+    return 3.0 * (2 * weights + attention * (seq_len + 1))
 
 
 def flops_of_parts(config: DecoderConfig, seq_len: int) -> list[float]:
-    """:func:`flops_per_token` of the embedding, of each layer, and of the norm and the head together.
+    """:func:`flops_per_token` of the embedding, of each layer, and of all that comes after the last.
 
     >>> from fmoe.models.decoder import preset
     >>> parts = flops_of_parts(preset("debug"), 1024)
@@ -58,13 +61,19 @@ def flops_of_parts(config: DecoderConfig, seq_len: int) -> list[float]:
     tree = optree.tree_map(lambda s: () if len(s.shape) == 1 else s, specs(c), is_leaf=is_spec)
     attention = c.attention.num_heads * sum(c.attention.widths) * (seq_len + 1)
     layers = [num_numbers(layer) - _num_resting(layer, c) for layer in tree.layers]
-    head = num_numbers(tree.embedding if c.tied_head else tree.head)
-    return [0.0, *(3.0 * (2 * weights + attention) for weights in layers), 6.0 * head]
+    mtp = [num_numbers(module) - _num_resting(module.layer, c) for module in tree.mtp]
+    last = 6.0 * (sum(mtp) + _num_of_head(tree) * (1 + len(mtp))) + 3.0 * attention * len(mtp)
+    return [0.0, *(3.0 * (2 * weights + attention) for weights in layers), last]
 
 
 def _num_active(tree: ModelParams, config: DecoderConfig) -> int:
-    resting = sum(_num_resting(layer, config) for layer in tree.layers)
+    layers = *tree.layers, *(module.layer for module in tree.mtp)
+    resting = sum(_num_resting(layer, config) for layer in layers)
     return num_numbers(tree) - resting - (0 if config.tied_head else num_numbers(tree.embedding))
+
+
+def _num_of_head(tree: ModelParams) -> int:
+    return num_numbers(tree.embedding if tree.head == () else tree.head)
 
 
 def _num_resting(layer: LayerParams, config: DecoderConfig) -> int:

@@ -28,23 +28,37 @@ from ..parallel.mesh import is_pipeline
 from ..parallel.placement import computing, init_on, placed, use
 from ..parallel.stack import stack
 from ..params import P, leaf_mask, partition_specs, trained_mask
-from .checks import check_drawing, check_heads, check_on_one_device, check_params, check_same, check_tokens
+from .checks import (
+    check_drawing,
+    check_heads,
+    check_mtp,
+    check_on_one_device,
+    check_params,
+    check_same,
+    check_tokens,
+)
 from .config import DecoderConfig as DecoderConfig  # re-exported
 from .counts import flops_per_token as flops_per_token
 from .counts import num_params as num_params
 from .families import preset as preset
 from .moe import Begun, MoEParams, begin_layer, end_layer, experts_of, mlp_forward, send_layer
+from .mtp import predict_further
+from .noise import Keyed, Noise, keyed
 from .norm import rms_norm
 from .on_mesh import on_mesh, token_places
 from .params import LayerParams as LayerParams
 from .params import ModelParams as ModelParams
+from .params import MTPParams as MTPParams
 from .params import specs as specs
-from .rotary import Angles
+from .rotary import Angles, angles
 from .stages import Stages, held_on
 from .vocabulary import IGNORED, embed, refuse_outside, summed_cross_entropy, within
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 Stats = tuple[MoEStats, ...]
+
+OF_STAGE = "per_layer", "logits_bytes", "mtp_weight"  # options of the loss that stage_sums takes
+NUMBERS = "total", "balance", "mtp", "num_targets", "outside", "below"  # of StageSums
 
 
 class LossStats(NamedTuple):
@@ -54,6 +68,8 @@ class LossStats(NamedTuple):
     num_targets  how many the loss is the mean of, over all devices, in the loss's dtype
     layers       one :class:`fmoe.MoEStats` per MoE layer, over all tokens
     balance      the part of the loss that ``config.balance_loss`` adds; 0 without it
+    mtp          the part that ``mtp_weight`` adds; 0 without it
+    mtp_layers   one :class:`fmoe.MoEStats` per module of multi-token prediction; ``()`` without it
     ===========  ========================================
 
     :func:`fmoe.training.gradients.accumulate` and :func:`fmoe.training.metrics.mean_loss` weigh a mean by
@@ -68,11 +84,13 @@ class LossStats(NamedTuple):
     num_targets: torch.Tensor
     layers: Stats
     balance: torch.Tensor
+    mtp: torch.Tensor
+    mtp_layers: Stats = ()
 
     @property
     def overflow(self) -> torch.Tensor:
         """The sum of all layers' ``overflow``: unless it is 0, nothing of this step counts."""
-        counts = [layer.overflow for layer in self.layers]
+        counts = [layer.overflow for layer in (*self.layers, *self.mtp_layers)]
         return torch.stack(counts).sum() if counts else torch.zeros_like(self.num_targets, dtype=torch.int64)
 
 
@@ -192,6 +210,7 @@ def loss(
     reduce_dtype: torch.dtype | None = None,
     per_layer: Wrap = lambda layer: layer,
     logits_bytes: int = LOGITS_BYTES,
+    mtp_weight: float = 0.0,
 ) -> tuple[torch.Tensor, LossStats]:
     """The mean cross entropy in nats, float32 or wider, and its :class:`LossStats`.
 
@@ -201,6 +220,11 @@ def loss(
     mesh the mean is over all devices' tokens, and the same on each. Logits are never gathered. At most
     ``logits_bytes`` of them, in float32, exist at once. A training loop differentiates the loss with
     ``fmoe.value_and_grad(loss, has_aux=True)``.
+
+    With ``mtp_weight``, ``config.mtp_layers`` modules predict tokens after the next. At position ``i``,
+    module ``k`` predicts ``targets[:, i + k]`` from the tokens up to ``i + k``, all in one segment. The mean
+    of the modules' sums of cross entropies, divided by ``num_targets``, is added with this weight. In
+    DeepSeek-V3 it was 0.3, and 0.1 in the end (arXiv 2412.19437, sections 2.2 and 4.2).
 
     Parameters may be kept in another dtype than the ``dtype`` that is computed in: float32 beside bfloat16,
     say. They are cast before they are sent. Gradients come back in the dtype that the parameters are kept in.
@@ -220,12 +244,13 @@ def loss(
     >>> len(stats.layers), stats.num_targets
     (3, tensor(32.))
     """
+    check_mtp("loss", config, mtp_weight)
     inputs = {"tokens": tokens, "targets": targets}
     inputs = inputs_of("loss", config, inputs, segment_ids, key, places, mesh)
 
     def run(params: ModelParams, tokens: torch.Tensor, targets: torch.Tensor, *others: torch.Tensor) -> Any:
         given = optional(inputs, others, key)
-        return stage_loss(params, tokens, targets, config, per_layer, logits_bytes, **given)
+        return stage_loss(params, tokens, targets, config, per_layer, logits_bytes, mtp_weight, **given)
 
     def out_specs(*_: Any) -> Any:
         return P(), P()
@@ -244,14 +269,19 @@ def update_biases(params: ModelParams, stats: LossStats | Stats, rate: float) ->
     >>> update_biases(params, stats, 0.001).layers[1].mlp.router.bias_E.abs().max()
     tensor(0.0010)
     """
-    counts = stats.layers if isinstance(stats, LossStats) else stats
+    counts, further = (stats.layers, stats.mtp_layers) if isinstance(stats, LossStats) else (stats, ())
     dense = len(params.layers) - len(counts)
+
+    def updated(layer: LayerParams, counted: MoEStats) -> LayerParams:
+        return layer._replace(mlp=update_expert_bias(layer.mlp, counted.tokens_per_expert, rate))
+
     layers = tuple(
-        layer._replace(mlp=update_expert_bias(layer.mlp, counts[i - dense].tokens_per_expert, rate))
-        if layer and i >= dense
-        else layer
+        updated(layer, counts[i - dense]) if layer and i >= dense else layer
         for i, layer in enumerate(params.layers)
     )
+    if further:
+        pairs = zip(params.mtp, further)
+        params = params._replace(mtp=tuple(m._replace(layer=updated(m.layer, found)) for m, found in pairs))
     return params._replace(layers=layers)
 
 
@@ -351,20 +381,6 @@ def computing_dtype(params: ModelParams, dtype: torch.dtype | None) -> torch.dty
     return dtype or optree.tree_leaves(params)[0].dtype
 
 
-class Noise(NamedTuple):
-    """What a router's noise is drawn from: a key (2,), and the tokens' places in the batch (B, L)."""
-
-    key: torch.Tensor
-    places: torch.Tensor
-
-
-class Keyed(NamedTuple):
-    """A layer's params, and the key of its noise."""
-
-    params: LayerParams
-    key: torch.Tensor
-
-
 # ---- on one device, inside shard_map ---------------------------------------------------------------
 #
 # The params say whether this is the whole model or a stage of a pipeline. A stage has some of the layers. The
@@ -394,6 +410,7 @@ def stage_loss(
     config: DecoderConfig,
     per_layer: Wrap = lambda layer: layer,
     logits_bytes: int = LOGITS_BYTES,
+    mtp_weight: float = 0.0,
     segment_ids: torch.Tensor | None = None,
     noise: Noise | tuple[()] = (),
 ) -> tuple[torch.Tensor, LossStats]:
@@ -402,12 +419,13 @@ def stage_loss(
     A stage before the last has no targets. Its ``balance`` is a sum, to be added to the loss. Every stage
     takes the same ``segment_ids`` and ``noise``.
     """
-    made = stage_sums(params, x, targets, config, per_layer, logits_bytes, segment_ids, noise)
+    made = stage_sums(params, x, targets, config, per_layer, logits_bytes, mtp_weight, segment_ids, noise)
     if isinstance(params.norm, tuple):
         stats = _over_devices([], made.layers)[1]
-        return made.x, LossStats(x.new_zeros(()), stats, made.balance)
-    numbers, stats = _over_devices([*made[1:-1]], made.layers)
-    return loss_of_sums(made.total.dtype, numbers, stats)
+        return made.x, LossStats(x.new_zeros(()), stats, made.balance, made.mtp)
+    numbers, stats = _over_devices(made.numbers, [*made.layers, *made.mtp_layers])
+    number = len(made.layers)
+    return loss_of_sums(made.total.dtype, numbers, stats[:number], stats[number:])
 
 
 class StageSums(NamedTuple):
@@ -417,10 +435,12 @@ class StageSums(NamedTuple):
     ``x``            what the next stage takes; of the last stage its own
     ``total``        the sum of cross entropies, of the last stage; else 0
     ``balance``      what is added to it for uneven loads
+    ``mtp``          what is added to it for tokens after the next, of the last stage; else 0
     ``num_targets``  of the last stage; else 0
     ``outside``      ids outside the vocabulary: tokens of the first stage, targets of the last
     ``below``        segment ids below zero, of the first stage
     ``layers``       :func:`stats_sums` of each MoE layer
+    ``mtp_layers``   those of modules of multi-token prediction, of the last stage
     ===============  ================================================================
 
     >>> config, tokens = preset("debug"), torch.randint(256, (2, 16))
@@ -432,10 +452,17 @@ class StageSums(NamedTuple):
     x: torch.Tensor
     total: torch.Tensor
     balance: torch.Tensor
+    mtp: torch.Tensor
     num_targets: torch.Tensor
     outside: torch.Tensor
     below: torch.Tensor
     layers: list[torch.Tensor]
+    mtp_layers: list[torch.Tensor]
+
+    @property
+    def numbers(self) -> list[torch.Tensor]:
+        """All but hidden states and layers."""
+        return [getattr(self, name) for name in NUMBERS]
 
 
 def stage_sums(
@@ -445,10 +472,15 @@ def stage_sums(
     config: DecoderConfig,
     per_layer: Wrap = lambda layer: layer,
     logits_bytes: int = LOGITS_BYTES,
+    mtp_weight: float = 0.0,
     segment_ids: torch.Tensor | None = None,
     noise: Noise | tuple[()] = (),
+    tokens: torch.Tensor | None = None,
 ) -> StageSums:
-    """:class:`StageSums` of a stage, or of the whole model. Every stage takes all targets and segment ids."""
+    """:class:`StageSums` of a stage, or of the whole model. Every stage takes all targets and segment ids.
+
+    The last one also takes the ``tokens`` for multi-token prediction. The whole model has them.
+    """
     first, last = not x.is_floating_point(), not isinstance(params.norm, tuple)
     count = outside = torch.zeros((), dtype=torch.int64, device=x.device)
     # One function for all layers, so that a wrapper such as a compiler sees only one. It comes before the
@@ -463,27 +495,43 @@ def stage_sums(
         if last:
             targets, of_targets = within(targets, config.vocab_size, also=IGNORED)
             outside = outside + of_targets
+    tokens = x if first else tokens
     x, sums, uneven = hidden(params, x, config, layer, segments, noise)
-    total = balance = x.new_zeros((), dtype=accumulator(x.dtype))
+    total = balance = mtp = x.new_zeros((), dtype=accumulator(x.dtype))
+    further: list[torch.Tensor] = []
+    if last:
+        weight = head(params)
+        total, count = summed_cross_entropy(x, weight, targets, logits_bytes=logits_bytes)
+        if mtp_weight:
+            assert tokens is not None
+            if binding().mesh is not None:
+                tokens, _ = within(tokens, config.vocab_size)  # the first stage counted those outside
+            found = predict_further(
+                params.mtp, x, tokens, targets, config,
+                layer=layer, embedding=use(params.embedding), head=weight,
+                segments=segments, noise=noise, logits_bytes=logits_bytes,
+            )  # fmt: skip
+            mtp, further = mtp_weight / len(params.mtp) * found.total, found.layers
+            uneven = uneven + found.uneven
     if config.balance_loss:  # a sequence weighs as many as it has targets, as in the cross entropy
         weighed = (uneven * (targets != IGNORED).sum(-1)).sum(0, keepdim=True)
         balance = (config.balance_loss * weighed).squeeze(0)
-    if last:
-        total, count = summed_cross_entropy(x, head(params), targets, logits_bytes=logits_bytes)
-    return StageSums(x, total, balance, count, outside, below if first else torch.zeros_like(below), sums)
+    below = below if first else torch.zeros_like(below)
+    return StageSums(x, total, balance, mtp, count, outside, below, sums, further)
 
 
 def loss_of_sums(
-    dtype: torch.dtype, numbers: Sequence[torch.Tensor], stats: Stats
+    dtype: torch.dtype, numbers: Sequence[torch.Tensor], stats: Stats, mtp_stats: Stats = ()
 ) -> tuple[torch.Tensor, LossStats]:
     """The mean of ``numbers`` (1,): those of :class:`StageSums`, summed over devices."""
     # Each with a dimension, since under vmap over no example PyTorch can't multiply or divide scalars.
-    total, balance, count, outside, below = (number.to(dtype) for number in numbers)
+    total, balance, mtp, count, outside, below = (number.to(dtype) for number in numbers)
     if binding().mesh is not None:
         refuse_outside(outside, below)
-    total, balance = total / count.clamp_min(1), balance / count.clamp_min(1)
-    value, balance, count = (part.squeeze(0) for part in (total + balance, balance, count))
-    return value, LossStats(count.detach(), stats, balance.detach())
+    total, balance, mtp = (number / count.clamp_min(1) for number in (total, balance, mtp))
+    parts = total + balance + mtp, balance, mtp, count
+    value, balance, mtp, count = (part.squeeze(0) for part in parts)
+    return value, LossStats(count.detach(), stats, balance.detach(), mtp.detach(), mtp_stats)
 
 
 def _over_devices(numbers: list[torch.Tensor], sums: list[torch.Tensor]) -> tuple[list[torch.Tensor], Stats]:
@@ -508,18 +556,11 @@ def hidden(
 
     ``x`` is tokens (B, L) or a layer's output.
     """
-    table = config.attention.rope.table(x.shape[1], x.device)
-    if isinstance(segments, Segments):
-        table = table.at(torch.arange(x.shape[1], device=x.device) - segments.first)
+    table = angles(config.attention.rope, x, segments)
     if not x.is_floating_point():
         x = embed(x, use(params.embedding))
-    layers: list[Any] = [*filter(None, params.layers)]
-    extra: list[Any] = [table, config, segments]
-    if isinstance(noise, Noise):  # a key is a tensor, so that one compiled function serves all layers
-        keys = fold_in(noise.key, torch.arange(len(params.layers), device=x.device))
-        layers = [Keyed(held, key) for held, key in zip(params.layers, keys.unbind()) if held]
-        extra.append(noise.places)
-    x, found = stack(layer, layers, x, *extra)
+    layers, places = keyed(params.layers, noise)
+    x, found = stack(layer, layers, x, table, config, segments, *places)
     sums = [counted for layers, _ in found for counted in layers]
     uneven = torch.zeros((x.shape[0],), dtype=accumulator(x.dtype), device=x.device)
     uneven = sum((balance for _, balances in found for balance in balances), uneven)

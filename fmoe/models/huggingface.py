@@ -26,8 +26,8 @@ from ..tree import check_tensors, dotted_names
 from .config import DecoderConfig
 from .params import ModelParams, specs
 from .published import export_config, import_config
-from .published_checks import EMBEDDING, HEAD, check_files, check_tied, head_of
-from .published_tensors import Leaf, Part, Piece, gathered, published_leaves, read_leaf
+from .published_checks import check_copy, check_files
+from .published_tensors import EMBEDDING, HEAD, Leaf, Part, Piece, gathered, published_leaves, read_leaf
 from .stages import Stages, held_on
 
 try:
@@ -49,6 +49,7 @@ def load(
     device: str | torch.device | None = None,
     mesh: DeviceMesh | None = None,
     stages: Callable[[DecoderConfig], Stages] | None = None,
+    mtp: bool = False,
 ) -> tuple[DecoderConfig, ModelParams]:
     """A model from a directory as published: ``config.json`` and safetensors.
 
@@ -59,15 +60,17 @@ def load(
     device      ``None``: the mesh's, or PyTorch's default device
     mesh        place them on it by :func:`fmoe.models.decoder.specs`, as DTensors
     stages      with ``pp``: makes what :func:`fmoe.models.decoder.init` takes
+    mtp         also load the layers that predict further tokens (``num_nextn_predict_layers``), as
+                ``params.mtp``; without it they are skipped
     -> config   the model that ``config.json`` describes
     -> params   for :func:`fmoe.models.decoder.forward`
     ==========  ===============================================================================
 
     Weights in float8 are multiplied by their ``weight_scale_inv``, block by block. Scales are floating-point
-    numbers or powers of two: float8_e8m0fnu, or bytes where ``scale_fmt`` is ``"ue8m0"``. Skipped are layers
-    that predict further tokens (``num_nextn_predict_layers``), stored rotary frequencies, and shared experts
-    of size zero. The head of a tied model may be stored, if it equals the embedding. Files are mapped, and
-    each tensor is copied from there into its parameter.
+    numbers or powers of two: float8_e8m0fnu, or bytes where ``scale_fmt`` is ``"ue8m0"``. Skipped are stored
+    rotary frequencies, and shared experts of size zero. The head of a tied model may be stored, if it equals
+    the embedding, and so may what layers that predict further tokens share. Files are mapped, and each tensor
+    is copied from there into its parameter.
 
     On a mesh every rank reads only what it holds, and no weight is sent. If it holds a part of every row, the
     system may read more, since it reads whole pages.
@@ -91,13 +94,14 @@ def load(
     with ExitStack() as stack:
         files = _open(path, stack)
         raw = _json(path / "config.json")
-        config = import_config(raw)
+        config = import_config(raw, mtp=mtp)
         tree = specs(config)
         fused = any(name.endswith("gate_up_proj") for name in files)
         leaves = published_leaves(config, fused=fused, model_type=raw["model_type"])
         block = (raw.get("quantization_config") or {}).get("weight_block_size", [128, 128])
         check_files(path, files, leaves, raw, block)
         dtype = _dtype(dtype or files[EMBEDDING].get_slice(EMBEDDING)[:0].dtype)
+        copied = any(copy.name in files for leaf in leaves for copy in leaf.copies)
         device = mesh.device_type if device is None and mesh is not None else device
         read = functools.partial(read_leaf, files, dtype=dtype, device=device, block=block)
         if mesh is None:
@@ -110,10 +114,12 @@ def load(
             placed, pieces = held_pieces("huggingface.load", tree, inner)
             held = zip(leaves, placed, pieces)
             values = [as_dtensor(read(leaf, piece=piece), inner, spec) for leaf, spec, piece in held]
-        if config.tied_head and HEAD in files:
+        if copied:
             with nullcontext() if mesh is None else together():
-                if tree.embedding != ():
-                    check_tied(path, read(head_of(leaves[0]), piece=pieces[0]), local(values[0]))
+                for leaf, piece, value in zip(leaves, pieces, values):
+                    for copy in (copy for copy in leaf.copies if copy.name in files):
+                        found = read(leaf._replace(parts=[copy]), piece=piece)
+                        check_copy(path, leaf, copy, found, local(value))
     return config, optree.tree_unflatten(optree.tree_structure(tree, is_leaf=is_spec), values)
 
 
@@ -168,6 +174,8 @@ def save(
         if writes:
             _make(path)
     copied = {id(value) for value, unshared in zip(tensors, alone(tensors)) if not unshared}
+    copied |= {id(value) for leaf, value in zip(leaves, tensors) if leaf.copies}
+    leaves = [leaf._replace(parts=leaf.parts + [c for c in leaf.copies if c.name != HEAD]) for leaf in leaves]
     shards = _shards(leaves, tensors, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
@@ -287,7 +295,7 @@ def _checked(leaves: list[Leaf], params: ModelParams) -> list[torch.Tensor]:
     known = {leaf.name for leaf in leaves}
     wrong = [] if dtype in DTYPES else [f"parameters of {dtype}"]
     wrong += [f"{name} unexpected" for name in found if name not in known]
-    for name, spec, parts in leaves:
+    for name, spec, parts, _ in leaves:
         value, wanted = found.get(name), (spec.shape, spec.dtype or dtype)
         if value is None:
             wrong.append(f"{name} missing")

@@ -30,6 +30,32 @@ class LayerParams(NamedTuple):
     mlp: ExpertParams | MoEParams
 
 
+class MTPParams(NamedTuple):
+    """A module of multi-token prediction, without the embedding and the head, which are the model's.
+
+    ==============  =========  ================================================================
+    embedding_norm  (D,)       of a later token's embedding
+    hidden_norm     (D,)       of what the module before, or the model, gives its head
+    proj            (D, 2 D)   of both, the embedding first
+    layer                      :class:`LayerParams`, with experts
+    norm            (D,)       of the layer's output, before the head
+    ==============  =========  ================================================================
+
+    Source: DeepSeek-V3, arXiv 2412.19437, section 2.2, and its published weights.
+
+    >>> from fmoe.models.decoder import preset
+    >>> (module,) = specs(preset("671B", mtp_layers=1)).mtp
+    >>> module.proj.shape
+    (7168, 14336)
+    """
+
+    embedding_norm: torch.Tensor
+    hidden_norm: torch.Tensor
+    proj: torch.Tensor
+    layer: LayerParams
+    norm: torch.Tensor
+
+
 class ModelParams(NamedTuple):
     """A model's parameters, as :func:`fmoe.models.decoder.init` makes them.
 
@@ -38,6 +64,7 @@ class ModelParams(NamedTuple):
     layers                 a tuple of :class:`LayerParams`
     norm       (D,)        of the last layer's output
     head       (vocab, D)  ``()`` where the embedding is also the head
+    mtp                    a tuple of ``config.mtp_layers`` :class:`MTPParams`
     =========  ==========  ========================================
 
     >>> from fmoe.models.decoder import preset
@@ -50,6 +77,7 @@ class ModelParams(NamedTuple):
     layers: tuple[LayerParams, ...]
     norm: torch.Tensor
     head: torch.Tensor | tuple[()]
+    mtp: tuple[MTPParams, ...] = ()
 
 
 @remembered
@@ -75,10 +103,14 @@ def specs(config: DecoderConfig) -> ModelParams:
         )
 
     norm, vocabulary = norm_spec(c.dim), param((c.vocab_size, c.dim), P("tp", FSDP))
+    number = c.num_layers
+    layers = [LayerParams(norm, c.attention.specs(c.dim), norm, mlp(i)) for i in range(number + c.mtp_layers)]
+    both = param((c.dim, 2 * c.dim), P(None, FSDP))
     tree = ModelParams(
         vocabulary,
-        tuple(LayerParams(norm, c.attention.specs(c.dim), norm, mlp(i)) for i in range(c.num_layers)),
+        tuple(layers[:number]),
         norm,
         () if c.tied_head else vocabulary,
+        tuple(MTPParams(norm, norm, both, layer, norm) for layer in layers[number:]),
     )
     return optree.tree_map(lambda s: dataclasses.replace(s, scale=c.init_std), tree, is_leaf=is_spec)

@@ -11,7 +11,7 @@ from ..errors import argument_error
 from ..ops.route import RouterConfig
 from .config import DecoderConfig
 from .families import FAMILIES
-from .families.family import Family, Json
+from .families.family import NEXTN, Family, Json
 from .rotary import Rotary, Yarn
 
 YARN = {
@@ -27,8 +27,8 @@ ROPE_TYPES: dict[str, Any] = {theirs: _YARN_FIELDS[ours] for theirs, ours in YAR
 ROPE_TYPES |= {"rope_theta": float, "partial_rotary_factor": float}
 
 
-def import_config(raw: Json) -> DecoderConfig:
-    """The configuration that a ``config.json`` describes.
+def import_config(raw: Json, *, mtp: bool = False) -> DecoderConfig:
+    """The configuration that a ``config.json`` describes, with its multi-token prediction if ``mtp``.
 
     Raises ``ValueError`` listing every field that fmoe can't honour.
     """
@@ -45,12 +45,18 @@ def import_config(raw: Json) -> DecoderConfig:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     wrong += _wrong_rope(rope)
     wrong += _wrong_quantization(raw.get("quantization_config") or {})
+    if mtp and not _num_mtp(family, raw):
+        wrong.append(f"num_nextn_predict_layers={raw.get('num_nextn_predict_layers')!r}, not 1 for mtp=True")
     if wrong:
         raise _error(wrong)
-    return _config(family, raw)
+    return _config(family, raw, mtp)
 
 
-def _config(family: Family, raw: Json) -> DecoderConfig:
+def _num_mtp(family: Family, raw: Json) -> int:
+    return sum(raw.get(key) or 0 for key in NEXTN if key in family.fixed)
+
+
+def _config(family: Family, raw: Json, mtp: bool) -> DecoderConfig:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     values = dict(family.constants)
     for key, ours in family.fields.items():
@@ -61,6 +67,7 @@ def _config(family: Family, raw: Json) -> DecoderConfig:
         values["attention.rope.yarn"] = Yarn(**absent | given)
     thetas = (where["rope_theta"] for where in (rope, raw) if where.get("rope_theta") is not None)
     values["attention.rope.theta"] = next(thetas, family.theta)
+    values["mtp_layers"] = _num_mtp(family, raw) if mtp else 0
     return _built(family, values)
 
 
@@ -106,6 +113,7 @@ def _exported(kind: str, config: DecoderConfig) -> Json:
         raw[key] = None if key in family.null and value == family.null[key] else value
     raw |= family.written(config)
     raw |= {key: allowed[0] for key, allowed in _fixed(family, raw).items() if key not in raw}
+    raw |= {key: config.mtp_layers for key in NEXTN if key in family.fixed}
     raw["rope_theta"], raw["rope_scaling"] = config.attention.rope.theta, None
     if yarn:
         raw["rope_scaling"] = {key: getattr(yarn, ours) for key, ours in YARN.items()} | {"type": "yarn"}
@@ -118,7 +126,7 @@ def _inexpressible(raw: Json, kind: str, config: DecoderConfig) -> list[str]:
     raw = family.read({**family.absent, **raw})
     lost = _fixed_otherwise(family, raw, family.fields)
     try:
-        back = _config(family, raw)
+        back = _config(family, raw, mtp=True)
     except ValueError as error:
         return [*lost, str(error)]
     pairs = zip(_fields(_canonical(config)), _fields(_canonical(back)))

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 
 from ..errors import argument_error
-from .published_tensors import Leaf, Part, blocks_of, scale_name
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+from .published_tensors import HEAD, Leaf, Part, blocks_of, scale_name
 
 # In the words of safetensors.
 NUMBERS = {"BF16", "F16", "F32", "F64"}
@@ -21,13 +19,12 @@ def check_files(
 ) -> None:
     """Raise ``ValueError`` unless the files hold the leaves' tensors and nothing else of the model.
 
-    A tied model may have its head stored, too.
+    Copies may be stored, too.
     """
     expected = {part.name: part.shape for leaf in leaves for part in leaf.parts}
     found = {name: file.get_slice(name) for name, file in files.items()}
     dtypes = {name: tensor.get_dtype() for name, tensor in found.items()}
-    if HEAD in found:
-        expected.setdefault(HEAD, expected[EMBEDDING])
+    expected |= {part.name: part.shape for leaf in leaves for part in leaf.copies if part.name in found}
     weights = list(expected)
     for name in weights:
         if scale_name(name) in found or dtypes.get(name) in FLOAT8:
@@ -35,7 +32,8 @@ def check_files(
             sizes = zip(shape, blocks_of(len(shape), block))
             expected[scale_name(name)] = tuple(-(-size // n) for size, n in sizes)
     first, further = raw["num_hidden_layers"], raw.get("num_nextn_predict_layers") or 0
-    passed_over = tuple(f"model.layers.{first + i}." for i in range(further))
+    loaded = any(leaf.name.startswith("mtp.") for leaf in leaves)
+    passed_over = tuple(f"model.layers.{first + i}." for i in range(0 if loaded else further))
     problems = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [
@@ -76,14 +74,14 @@ def _wrong_dtypes(weights: list[str], dtypes: dict[str, str], quantization: dict
     return wrong
 
 
-def head_of(embedding: Leaf) -> Leaf:
-    """The head that a tied model has beside its embedding."""
-    return embedding._replace(parts=[Part(HEAD, (), embedding.spec.shape)])
-
-
-def check_tied(path: Path, head: torch.Tensor, embedding: torch.Tensor) -> None:
-    if not torch.equal(*(each.contiguous().view(torch.uint8) for each in (head, embedding))):
-        got = f"{path}, whose {HEAD} differs from its {EMBEDDING}"
-        expected = "equal ones, as its config.json has tie_word_embeddings"
+def check_copy(path: Path, leaf: Leaf, copy: Part, found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless a copy has the bits of its parameter."""
+    if torch.equal(*(each.contiguous().view(torch.uint8) for each in (found, expected))):
+        return
+    got = f"{path}, whose {copy.name} differs from its {leaf.parts[0].name}"
+    wanted = "equal ones, as modules of multi-token prediction share it"
+    remedy = "Remove the copy, or load without mtp=True."
+    if copy.name == HEAD:
+        wanted = "equal ones, as its config.json has tie_word_embeddings"
         remedy = "Set that to false if the model has a head of its own, or remove the head."
-        raise argument_error("huggingface.load", "path", got=got, expected=expected, remedy=remedy)
+    raise argument_error("huggingface.load", "path", got=got, expected=wanted, remedy=remedy)

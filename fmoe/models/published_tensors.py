@@ -20,11 +20,13 @@ from ..params import ParamSpec, is_spec
 from ..tree import dotted_names
 from .config import DecoderConfig
 from .families import FAMILIES
-from .families.family import FUSED
+from .families.family import FUSED, NEXTN_SHARED
 from .params import specs
 from .published import export_config
 
 Piece = tuple[slice, ...]
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Part(NamedTuple):
@@ -38,12 +40,14 @@ class Part(NamedTuple):
 class Leaf(NamedTuple):
     """One parameter: its dotted name, its spec, and the published tensors that make it up.
 
-    DeepSeek-V2 has no selection biases: they have no published tensor and are zero.
+    DeepSeek-V2 has no selection biases: they have no published tensor and are zero. ``copies`` may hold the
+    whole parameter again: the head of a tied model, and what modules of multi-token prediction share.
     """
 
     name: str
     spec: ParamSpec
     parts: list[Part]
+    copies: list[Part]
 
 
 def published_leaves(
@@ -63,9 +67,25 @@ def published_leaves(
     tree = specs(config)
     leaves = []
     for name, spec in zip(dotted_names(tree, is_leaf=is_spec), optree.tree_leaves(tree, is_leaf=is_spec)):
-        layer, key = re.fullmatch(r"(layers\.\d+\.)?(.*)", name).groups()  # type: ignore[union-attr]
-        leaves.append(Leaf(name, spec, _parts("model." + layer if layer else "", table[key], spec.shape)))
+        kind, number, key = re.fullmatch(r"(?:(layers|mtp)\.(\d+)\.)?(.*)", name).groups()  # type: ignore[union-attr]
+        prefix = _layer(config, kind, number) if kind else ""
+        if kind == "mtp":
+            key = key.removeprefix("layer.") if key.startswith("layer.") else f"mtp.{key}"
+        leaves.append(Leaf(name, spec, _parts(prefix, table[key], spec.shape), _copies(config, name, spec)))
     return leaves
+
+
+def _layer(config: DecoderConfig, kind: str, number: int | str) -> str:
+    """The prefix of a layer's tensors. Modules of multi-token prediction come after the last layer."""
+    return f"model.layers.{int(number) + (config.num_layers if kind == 'mtp' else 0)}."
+
+
+def _copies(config: DecoderConfig, name: str, spec: ParamSpec) -> list[Part]:
+    tied = config.tied_head and name == "embedding"
+    shared = [tensor for ours, tensor in NEXTN_SHARED.items() if tied or ours == name]
+    layers = [_layer(config, "mtp", i) for i in range(config.mtp_layers)]
+    names = [HEAD] * tied + [layer + tensor for layer in layers for tensor in shared]
+    return [Part(theirs, (), spec.shape) for theirs in names]
 
 
 def _parts(prefix: str, templates: tuple[str, ...], shape: tuple[int, ...]) -> list[Part]:

@@ -8,6 +8,7 @@ import torch
 
 from ..errors import argument_error
 from ..ops.core.dynamo import rearrange
+from ..ops.segments import Segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,3 +142,11 @@ class Rotary:
         a, b = rearrange(turning, pairs, pair=2)
         still = [x[..., self.dim :]] if self.dim < x.shape[-1] else []
         return torch.cat([a * cos - b * sin, b * cos + a * sin, *still], -1)
+
+
+def angles(rope: Rotary, x: torch.Tensor, segments: Segments | tuple[()] = ()) -> Angles:
+    """Those of the positions of ``x`` (B, L, ...), which begin again in every segment."""
+    table = rope.table(x.shape[1], x.device)
+    if isinstance(segments, Segments):
+        table = table.at(torch.arange(x.shape[1], device=x.device) - segments.first)
+    return table

@@ -24,8 +24,8 @@ class Stages:
     ``ranks``   for each stage, its rank
     ==========  ======================================================================
 
-    The first stage also has the embedding, and the last one the norm and the head. A tied head is the
-    embedding, so both have that.
+    The first stage also has the embedding, and the last one the norm, the head and modules of multi-token
+    prediction. These use the embedding, and a tied head is the embedding, so then both have that.
 
     >>> from fmoe.models.decoder import init, preset
     >>> params = init(preset("debug"), 0)
@@ -49,12 +49,13 @@ class Stages:
         first, last = 0 in stages, len(self.ranks) - 1 in stages
         here = {layer for stage in stages for layer in range(*self.layers[stage])}
         absent: Any = ()
-        tied = isinstance(tree.head, tuple)
+        embeds = first or (last and (isinstance(tree.head, tuple) or tree.mtp != ()))
         return ModelParams(
-            tree.embedding if first or (last and tied) else absent,
+            tree.embedding if embeds else absent,
             tuple(layer if i in here else absent for i, layer in enumerate(tree.layers)),
             tree.norm if last else absent,
             tree.head if last else absent,
+            tree.mtp if last else (),
         )
 
 
@@ -70,8 +71,8 @@ def cut(
     ==========  =====================================================================
     ranks       for each stage, its rank along ``pp``, as ``Schedule.stage_to_rank``
     seq_len     of the tokens; ``None``: ``config.max_seq_len``, but at most 4096
-    costs       of the embedding, of each layer, and of the norm and the head together; ``None``: their
-                floating-point operations
+    costs       of the embedding, of each layer, and of the norm, the head and multi-token prediction
+                together; ``None``: their floating-point operations
     -> Stages   each of at least one layer
     ==========  =====================================================================
 
@@ -112,7 +113,7 @@ def _ends(costs: Sequence[float], parts: int) -> list[int]:
 
 
 def counted_once(tree: ModelParams) -> ModelParams:
-    """What a rank holds, without its copy of a tied embedding if the rank of the first stage has one.
+    """What a rank holds, without its copy of an embedding if the rank of the first stage has one.
 
     >>> from fmoe.models.decoder import init, preset
     >>> tied = init(dataclasses.replace(preset("debug"), tied_head=True), 0)

@@ -85,6 +85,24 @@ def halves_of(segments: Segments, rows: int) -> list[Segments]:
     return [Segments(first[:rows], before, valid[:rows]), Segments(first[rows:], behind, valid[rows:])]
 
 
+def shortened(segments: Segments, by: int) -> Segments:
+    """The segments of rows without their last ``by`` positions. Offsets remain as many.
+
+    A position is padding, too, if the one ``by`` later isn't in its segment.
+
+    >>> first, offsets, valid = shortened(segments_of(torch.tensor([[1, 1, 2, 2], [3, 3, 3, 0]])), 1)
+    >>> offsets, valid
+    (tensor([0, 2, 3, 6, 6], dtype=torch.int32), tensor([[ True, False,  True],
+            [ True,  True, False]]))
+    """
+    first, offsets, valid = segments
+    length = first.shape[1]
+    short = max(length - by, 0)
+    row, column = offsets // max(length, 1), offsets % max(length, 1)
+    same = first[:, length - short :] == first[:, :short]
+    return Segments(first[:, :short], row * short + column.clamp(max=short), valid[:, :short] & same)
+
+
 def _readable(t: torch.Tensor) -> bool:
     """Whether the host can look at a tensor's values."""
     key = torch._C._TorchDispatchModeKey

@@ -114,6 +114,7 @@ def plan(
     memory's. Kernels run one after another. Tokens and sums are exposed in full: nobody computes meanwhile.
     Parameters that ``stack`` gathers and sums ahead are exposed where they take longer than what is computed
     meanwhile. The host is left out: it is taken to be ahead of its device. So is the noise of routers.
+    Modules of multi-token prediction are planned with their loss.
 
     Raises ``ValueError`` for sizes below 1, for sizes that the mesh doesn't divide, for another ``zero``, for
     a schedule or stages that don't fit the mesh, and for other devices.

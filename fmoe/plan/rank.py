@@ -277,7 +277,8 @@ def _differentiated(
     def loss(params: ModelParams, tokens: torch.Tensor) -> Any:
         # Any tokens will do, also as targets.
         ids = torch.ones_like(tokens) if job.segments else None
-        out = stage_loss(params, tokens, tokens, job.config, job.per_layer, job.logits_bytes, ids)
+        how = job.per_layer, job.logits_bytes, mtp_weight(job)
+        out = stage_loss(params, tokens, tokens, job.config, *how, ids)
         run.mark("forward")
         return out
 
@@ -310,6 +311,11 @@ def _local(spec: Any, job: Job) -> torch.Tensor:
         check_divides(f"a dimension of a parameter of shape {spec.shape}", size, pieces, "*".join(axes))
         shape.append(size // pieces)
     return torch.empty(shape, dtype=spec.dtype or job.dtype)
+
+
+def mtp_weight(job: Job) -> float:
+    """Any weight costs the same, so a plan has multi-token prediction wherever there are modules of it."""
+    return 1.0 if job.config.mtp_layers else 0.0
 
 
 def check_divides(name: str, size: int, pieces: int, of: str) -> None:

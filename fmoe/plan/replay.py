@@ -23,7 +23,19 @@ from ..training import pipelined
 from ..training.pipelined import Setup
 from ..training.zero import collected
 from .dry_run import DryRun, Mark, Totals
-from .rank import Job, Memory, Owned, RankPlan, Stepped, described, on_device, on_its_devices, spent, step
+from .rank import (
+    Job,
+    Memory,
+    Owned,
+    RankPlan,
+    Stepped,
+    described,
+    mtp_weight,
+    on_device,
+    on_its_devices,
+    spent,
+    step,
+)
 from .time import of_pipeline
 
 
@@ -138,7 +150,7 @@ def sample(job: Job, schedule: Schedule, stages: Stages, rank: int, everywhere: 
     """Run a step of a rank in which every stage computes two micro-batches, or one if there is only one."""
     tree = stages.of_rank(specs(job.config), rank)
     mine = schedule.stages(rank)
-    each = dict(per_layer=job.per_layer, logits_bytes=job.logits_bytes)
+    each = dict(per_layer=job.per_layer, logits_bytes=job.logits_bytes, mtp_weight=mtp_weight(job))
     group = SimpleNamespace(group_name=f"pp={len(schedule.actions)}")
     on = {"dtype": job.compute_dtype}
     setup = Setup("plan", job.config, rank, group, job.mesh, everywhere, schedule, stages, on, each)

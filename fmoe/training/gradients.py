@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
 from ..models import decoder
+from ..models.checks import check_mtp
 from ..models.config import DecoderConfig
 from ..models.stages import Stages
 from ..ops.balance import MoEStats, merge_stats
@@ -167,7 +168,8 @@ def of_model(
             return accumulate(value_and_grad(loss, has_aux=True), micro_batches)(params, *inputs.values())
 
         return of_batch
-    stage = {k: how.pop(k) for k in ("per_layer", "logits_bytes") if k in how}
+    stage = {k: how.pop(k) for k in decoder.OF_STAGE if k in how}
+    check_mtp("of_model", config, stage.get("mtp_weight", 0.0))
 
     def call(params: Any, tokens: Any, targets: Any, segment_ids: Any = None, key: Any = None) -> Any:
         inputs = {"tokens": tokens, "targets": targets}

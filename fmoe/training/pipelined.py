@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
 from ..models import decoder
+from ..models.checks import check_mtp
 from ..models.config import DecoderConfig
 from ..models.params import ModelParams, specs
 from ..models.stages import Stages, check_stages, cut
@@ -27,7 +28,7 @@ from ..pipeline.run import Gradients, Line, Made, Stage, run, run_forwards, swap
 from ..pipeline.schedule import Schedule, make_schedule
 from .zero import by_parts, collected, parts_of, scattered
 
-NUMBERS = len(decoder.StageSums._fields) - 2  # all but the hidden states and the layers
+NUMBERS = len(decoder.NUMBERS)
 
 
 class Setup(NamedTuple):
@@ -71,15 +72,15 @@ def set_up(
 ) -> Setup:
     """Check what was asked for. All ranks call it, and raise together."""
     with together():
+        check_mtp(function, config, how.get("mtp_weight", 0.0))
         schedule, stages = chosen(function, config, mesh, micro_batches, schedule, stages)
     actions = [" ".join(map(str, rank)) for rank in schedule.actions]
     check_alike(function, {"schedule": actions, "stages": [list(ends) for ends in stages.layers]})
     inner = stage_mesh(function, mesh)
     group = mesh.get_group("pp")
     from_all((), group)  # NCCL wants all of a group's ranks in its first call
-    of_stage = "per_layer", "logits_bytes"
-    each = {name: value for name, value in how.items() if name in of_stage}
-    on = {name: value for name, value in how.items() if name not in of_stage}
+    each = {name: value for name, value in how.items() if name in decoder.OF_STAGE}
+    on = {name: value for name, value in how.items() if name not in decoder.OF_STAGE}
     everywhere = group_of(mesh, ("pp", *token_axes(mesh)))
     rank = mesh.get_local_rank("pp")
     return Setup(function, config, rank, group, inner, everywhere, schedule, stages, on, each)
@@ -182,17 +183,18 @@ def _on_mesh(
 
 def _check_held(setup: Setup, params: Any) -> None:
     """Raise ``ValueError`` unless params are those of this rank's stages."""
-    mine, theirs = ([part != () for part in parts_of(tree)] for tree in (setup.described, params))
+    mine, theirs = map(_held, (setup.described, params))
     if mine != theirs:
-        got = f"a tree that has {_held(theirs)}"
-        expected = f"{_held(mine)} on rank {setup.rank} along pp"
+        got = f"a tree that has {theirs}"
+        expected = f"{mine} on rank {setup.rank} along pp"
         remedy = "Give decoder.init the stages of the schedule, as fmoe.models.stages.cut makes them."
         raise argument_error(setup.function, "params", got=got, expected=expected, remedy=remedy)
 
 
-def _held(parts: list[bool]) -> str:
-    names = ["embedding", *(f"layers.{i}" for i in range(len(parts) - 3)), "norm", "head"]
-    return ", ".join(name for name, here in zip(names, parts) if here) or "nothing"
+def _held(tree: ModelParams) -> str:
+    layers, mtp = ([f"{name}.{i}" for i in range(len(getattr(tree, name)))] for name in ("layers", "mtp"))
+    names = ["embedding", *layers, "norm", "head", *mtp]
+    return ", ".join(name for name, part in zip(names, parts_of(tree)) if part != ()) or "nothing"
 
 
 # ---- on one device, inside shard_map ---------------------------------------------------------------
@@ -217,12 +219,13 @@ def _forward(setup: Setup, stage: int, params: ModelParams, parts: list[Any]) ->
         given = [leaf.view_as(leaf) for leaf in leaves]
         x = tokens if received is None else received.view_as(received)
         made = decoder.stage_sums(
-            structure.unflatten(given), x, targets, setup.config, **optional, **setup.each
+            structure.unflatten(given), x, targets, setup.config, tokens=tokens, **optional, **setup.each
         )
-        out, value = None if last else made.x, made.total + made.balance
+        out, value = None if last else made.x, made.total + made.balance + made.mtp
         check_captured([x, *given], [value] if out is None else [out, value])
-        numbers = [number.detach().double() for number in made[1:-1]]
-        sums = torch.cat([torch.stack(numbers), *(counted.detach() for counted in made.layers)])
+        numbers = [number.detach().double() for number in made.numbers]
+        counted = [found.detach() for found in (*made.layers, *made.mtp_layers)]
+        sums = torch.cat([torch.stack(numbers), *counted])
         return Made(out, value, sums)
 
     return forward
@@ -281,7 +284,8 @@ def _known_to_all(setup: Setup, sums: dict[int, torch.Tensor], like: torch.Tenso
     """``(loss, LossStats)`` on every rank, and the number that summed gradients are divided by."""
     c, width = setup.config, setup.config.num_experts + MORE_SUMS
     dense, sparse = c.num_dense_layers, c.num_layers - c.num_dense_layers
-    table = like.new_zeros(NUMBERS + sparse * width, dtype=torch.float64)
+    further = c.mtp_layers if setup.each.get("mtp_weight") else 0
+    table = like.new_zeros(NUMBERS + (sparse + further) * width, dtype=torch.float64)
     for stage, found in sums.items():
         table[:NUMBERS] += found[:NUMBERS]
         start = NUMBERS + max(0, setup.stages.layers[stage][0] - dense) * width
@@ -289,14 +293,15 @@ def _known_to_all(setup: Setup, sums: dict[int, torch.Tensor], like: torch.Tenso
     table = psum_op.raw(table, setup.everywhere.name)
     stats = tuple(moe_stats(row) for row in table[NUMBERS:].split(width))
     numbers = table[:NUMBERS].split(1)
-    out = decoder.loss_of_sums(accumulator(like.dtype), numbers, stats)
+    out = decoder.loss_of_sums(accumulator(like.dtype), numbers, stats[:sparse], stats[sparse:])
     return out, out[1].num_targets.clamp_min(1)
 
 
 def _with_tied(setup: Setup, grads: ModelParams) -> ModelParams:
-    """The ranks of the first and the last stage hold a tied embedding, and get the same sum of gradients."""
+    """The ranks of the first and the last stage may both hold the embedding, and get the same gradient."""
     first, last = setup.stages.ranks[0], setup.stages.ranks[-1]
-    if not setup.config.tied_head or first == last or setup.rank not in (first, last):
+    on_both = setup.config.tied_head or setup.config.mtp_layers
+    if not on_both or first == last or setup.rank not in (first, last):
         return grads
     mine = grads.embedding.contiguous()
     theirs = swap(mine, last if setup.rank == first else first, setup.group.group_name)

@@ -38,9 +38,11 @@ def collected(params: Any, grads: Any, specs: Any, mesh: DeviceMesh) -> Any:
 def by_parts(fn: Callable[..., Any], params: Any, *others: Any) -> Any:
     """``fn`` of a model's parts in turn, so that no more than a layer is on its way at once."""
 
-    embedding, *layers, norm, head = (fn(*trees) for trees in zip(*map(parts_of, (params, *others))))
-    return ModelParams(embedding, tuple(layers), norm, head)
+    number = len(params.layers)
+    parts = [fn(*trees) for trees in zip(*map(parts_of, (params, *others)))]
+    embedding, layers, (norm, head, *mtp) = parts[0], parts[1 : number + 1], parts[number + 1 :]
+    return ModelParams(embedding, tuple(layers), norm, head, tuple(mtp))
 
 
 def parts_of(tree: ModelParams) -> list[Any]:
-    return [tree.embedding, *tree.layers, tree.norm, tree.head]
+    return [tree.embedding, *tree.layers, tree.norm, tree.head, *tree.mtp]

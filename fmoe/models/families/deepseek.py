@@ -178,6 +178,7 @@ _PUBLISHED = family.Family(
     },
     family.NAMES
     | family.SELECTION_BIAS
+    | family.NEXTN_NAMES
     | {
         "attention.query": ("self_attn.q_proj.weight",),
         "attention.query.down": ("self_attn.q_a_proj.weight",),
@@ -190,13 +191,13 @@ _PUBLISHED = family.Family(
     },
     constants=family.GROUPED | {"attention.rope.interleaved": True},
     fixed=family.FIXED
+    | family.NEXTN
     | {
         "attention_bias": (False,),
         "mlp_bias": (False,),
         "moe_layer_freq": (1,),
         "rope_interleave": (True,),
         "num_key_value_heads": (lambda raw: raw.get("num_attention_heads"), None),
-        "num_nextn_predict_layers": (0, ...),  # passed over
         "scoring_func": ("sigmoid",),
         "topk_method": ("noaux_tc",),
     },

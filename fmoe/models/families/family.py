@@ -86,6 +86,16 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 SELECTION_BIAS = {"mlp.router.bias_E": ("mlp.gate.e_score_correction_bias",)}
 
+# Multi-token prediction: layers after the last. Each stores the embedding and the head, too, which it shares.
+NEXTN = {"num_nextn_predict_layers": (0, ...)}  # any number, passed over unless asked for
+NEXTN_NAMES = {
+    "mtp.embedding_norm": ("enorm.weight",),
+    "mtp.hidden_norm": ("hnorm.weight",),
+    "mtp.proj": ("eh_proj.weight",),
+    "mtp.norm": ("shared_head.norm.weight",),
+}
+NEXTN_SHARED = {"embedding": "embed_tokens.weight", "head": "shared_head.head.weight"}
+
 # Routers: softmax of all experts without groups, and DeepSeek-V3's.
 SOFTMAX = {
     "router.score_func": "softmax",

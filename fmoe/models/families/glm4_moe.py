@@ -65,9 +65,9 @@ FAMILIES = {
         | family.EXPERTS_FIELDS
         | family.GROUPED_FIELDS
         | {"qk_norm": "attention.qk_norm", "projections_with_bias": "attention.bias"},
-        family.NAMES | family.GQA_NAMES | family.QK_NORM_NAMES | family.SELECTION_BIAS,
+        family.NAMES | family.GQA_NAMES | family.QK_NORM_NAMES | family.SELECTION_BIAS | family.NEXTN_NAMES,
         constants=family.GROUPED,
-        fixed=family.FIXED | {"num_nextn_predict_layers": (0, ...)},  # passed over
+        fixed=family.FIXED | family.NEXTN,
         absent=family.ABSENT | {"rms_norm_eps": 1e-5},
         read=_read,
         written=_write,
