@@ -17,7 +17,7 @@ from ..ops.core.axes import axis_sizes, group_of
 from ..ops.core.primitive import Operator
 from ..ops.cross_entropy import LOGITS_BYTES, cross_entropy_sum, cross_entropy_terms
 from ..ops.dispatch import dispatch
-from ..ops.experts import Layout, experts_down, experts_down_backward, experts_up, experts_up_backward
+from ..ops.experts import experts_down, experts_down_backward, experts_up, experts_up_backward, layout_of
 from ..ops.route import RouterParams, route
 from ..parallel.collective_ops import all_gather_op, all_to_all_op
 from ..parallel.placement import token_axes
@@ -111,7 +111,7 @@ def _experts(shape: Shape, at: int, new: Any) -> Call:
     w_in, w_out = new(shape.experts, 2, shape.hidden, shape.dim), new(shape.experts, shape.dim, shape.hidden)
     router = RouterParams(new(shape.experts, shape.dim), torch.zeros(shape.experts, device=x.device))
     _, plan = dispatch(x, route(router, x, config_for(shape, "balanced")))
-    rows = Layout(plan.weights_SK, plan.slot_R, plan.row_SK, plan.offsets_e, plan.score_before_experts)
+    rows = layout_of(plan)
     h = new(rows.slot_R.shape[0], 2, shape.hidden)
     return (
         functools.partial(experts_up.raw, x, w_in, *rows),
