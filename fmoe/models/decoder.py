@@ -19,6 +19,7 @@ from ..ops.core.derive import Tensors
 from ..ops.core.dtypes import accumulator
 from ..ops.cross_entropy import LOGITS_BYTES
 from ..ops.experts import ExpertParams
+from ..ops.precision import Recipe, recipe_of
 from ..ops.random import check_one_key, fold_in
 from ..ops.segments import Segments, segments_of
 from ..parallel.backends import Backend, choose
@@ -44,6 +45,8 @@ from .vocabulary import IGNORED, embed, refuse_outside, summed_cross_entropy, wi
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 Stats = tuple[MoEStats, ...]
+
+OF_STAGE = ("per_layer", "logits_bytes", "precision")  # arguments of the loss that a stage takes
 
 
 class LossStats(NamedTuple):
@@ -113,6 +116,7 @@ def forward(
     places: torch.Tensor | None = None,
     backend: str | Backend = "auto",
     dtype: torch.dtype | None = None,
+    precision: str | Recipe | None = None,
     per_layer: Wrap = lambda layer: layer,
 ) -> tuple[torch.Tensor, Stats]:
     """The logits of every position's next token, and the statistics of every MoE layer.
@@ -130,6 +134,8 @@ def forward(
                                  which its noise depends. ``None``: in order, over all devices
     backend                      carries tokens to experts, as for :func:`fmoe.moe_forward`
     dtype                        to compute in; ``None``: that of the parameters
+    precision                    of products: ``"fp8_rowwise"``, say, or a :class:`fmoe.ops.precision.Recipe`,
+                                 which says it by kind of layer. ``None``: they take operands as they are
     per_layer                    wraps the function of one layer: ``fmoe.remat``, ``torch.compile``
     -> logits    (B, L, vocab)   in ``dtype``; for plain tokens this device's part, with
                                  ``tp`` also of the vocabulary
@@ -154,13 +160,14 @@ def forward(
     tensor(True)
     """
     inputs = inputs_of("forward", config, {"tokens": tokens}, segment_ids, key, places, mesh)
+    recipe = recipe_of("forward", precision)
 
     def run(params: ModelParams, tokens: torch.Tensor, *others: torch.Tensor) -> Any:
         layer, given = per_layer(one_layer), optional(inputs, others, key)
         segments, below = _segments("forward", given.get("segment_ids"), tokens)
         on_mesh = binding().mesh is not None
         tokens, outside = within(tokens, config.vocab_size) if on_mesh else (tokens, tokens.new_zeros(()))
-        x, sums, _ = hidden(params, tokens, config, layer, segments, given.get("noise", ()))
+        x, sums, _ = hidden(params, tokens, config, layer, segments, given.get("noise", ()), recipe)
         wrong, stats = _over_devices([outside, below], sums)
         if on_mesh:
             refuse_outside(*wrong)
@@ -189,6 +196,7 @@ def loss(
     backend: str | Backend = "auto",
     dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
+    precision: str | Recipe | None = None,
     per_layer: Wrap = lambda layer: layer,
     logits_bytes: int = LOGITS_BYTES,
 ) -> tuple[torch.Tensor, LossStats]:
@@ -221,10 +229,11 @@ def loss(
     """
     inputs = {"tokens": tokens, "targets": targets}
     inputs = inputs_of("loss", config, inputs, segment_ids, key, places, mesh)
+    recipe = recipe_of("loss", precision)
 
     def run(params: ModelParams, tokens: torch.Tensor, targets: torch.Tensor, *others: torch.Tensor) -> Any:
         given = optional(inputs, others, key)
-        return stage_loss(params, tokens, targets, config, per_layer, logits_bytes, **given)
+        return stage_loss(params, tokens, targets, config, per_layer, logits_bytes, precision=recipe, **given)
 
     def out_specs(*_: Any) -> Any:
         return P(), P()
@@ -395,13 +404,14 @@ def stage_loss(
     logits_bytes: int = LOGITS_BYTES,
     segment_ids: torch.Tensor | None = None,
     noise: Noise | tuple[()] = (),
+    precision: str | Recipe | None = None,
 ) -> tuple[torch.Tensor, LossStats]:
     """The loss or, unless the stage is the last, the input of the next.
 
     A stage before the last has no targets. Its ``balance`` is a sum, to be added to the loss. Every stage
     takes the same ``segment_ids`` and ``noise``.
     """
-    made = stage_sums(params, x, targets, config, per_layer, logits_bytes, segment_ids, noise)
+    made = stage_sums(params, x, targets, config, per_layer, logits_bytes, segment_ids, noise, precision)
     if isinstance(params.norm, tuple):
         stats = _over_devices([], made.layers)[1]
         return made.x, LossStats(x.new_zeros(()), stats, made.balance)
@@ -446,8 +456,10 @@ def stage_sums(
     logits_bytes: int = LOGITS_BYTES,
     segment_ids: torch.Tensor | None = None,
     noise: Noise | tuple[()] = (),
+    precision: str | Recipe | None = None,
 ) -> StageSums:
     """:class:`StageSums` of a stage, or of the whole model. Every stage takes all targets and segment ids."""
+    recipe = recipe_of("loss", precision)
     first, last = not x.is_floating_point(), not isinstance(params.norm, tuple)
     count = outside = torch.zeros((), dtype=torch.int64, device=x.device)
     # One function for all layers, so that a wrapper such as a compiler sees only one. It comes before the
@@ -462,7 +474,7 @@ def stage_sums(
         if last:
             targets, of_targets = within(targets, config.vocab_size, also=IGNORED)
             outside = outside + of_targets
-    x, sums, uneven = hidden(params, x, config, layer, segments, noise)
+    x, sums, uneven = hidden(params, x, config, layer, segments, noise, recipe)
     total = balance = x.new_zeros((), dtype=accumulator(x.dtype))
     if config.balance_loss:  # a sequence weighs as many as it has targets, as in the cross entropy
         weighed = (uneven * (targets != IGNORED).sum(-1)).sum(0, keepdim=True)
@@ -501,6 +513,7 @@ def hidden(
     layer: Callable[..., Any],
     segments: Segments | tuple[()] = (),
     noise: Noise | tuple[()] = (),
+    recipe: Recipe = Recipe(),  # noqa: B008  (frozen)
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     """The last layer's output (B, L, D), normalised if there is a norm; :func:`stats_sums` of each MoE layer;
     how uneven loads are (B,).
@@ -513,12 +526,12 @@ def hidden(
     if not x.is_floating_point():
         x = embed(x, use(params.embedding))
     layers: list[Any] = [*filter(None, params.layers)]
-    extra: list[Any] = [table, config, segments]
+    places: torch.Tensor | tuple[()] = ()
     if isinstance(noise, Noise):  # a key is a tensor, so that one compiled function serves all layers
         keys = fold_in(noise.key, torch.arange(len(params.layers), device=x.device))
         layers = [Keyed(held, key) for held, key in zip(params.layers, keys.unbind()) if held]
-        extra.append(noise.places)
-    x, found = stack(layer, layers, x, *extra)
+        places = noise.places
+    x, found = stack(layer, layers, x, table, config, segments, places, recipe)
     sums = [counted for layers, _ in found for counted in layers]
     uneven = torch.zeros((x.shape[0],), dtype=accumulator(x.dtype), device=x.device)
     uneven = sum((balance for _, balances in found for balance in balances), uneven)
@@ -540,6 +553,7 @@ def one_layer(
     config: DecoderConfig,
     segments: Segments | tuple[()] = (),
     places: torch.Tensor | tuple[()] = (),
+    recipe: Recipe = Recipe(),  # noqa: B008  (frozen)
 ) -> tuple[torch.Tensor, Tensors, Tensors]:
     """The layer's output, what it counted if it has experts, and with ``config.balance_loss`` that (B,)."""
     keys: torch.Tensor | tuple[()] = ()
@@ -550,11 +564,12 @@ def one_layer(
     params, eps = use(params), config.norm_eps
     normed = rms_norm(x, params.attention_norm, eps)
     within_segments = (segments,) if isinstance(segments, Segments) else ()
-    x = x + config.attention.forward(params.attention, normed, table, eps, *within_segments)
+    of_products: dict[str, Any] = {} if recipe.dense is None else {"precision": recipe.dense}
+    x = x + config.attention.forward(params.attention, normed, table, eps, *within_segments, **of_products)
     normed = rms_norm(x, params.mlp_norm, eps)
     if isinstance(params.mlp, ExpertParams):
-        return x + psum(mlp_forward(params.mlp, normed), present("tp")), (), ()
+        return x + psum(mlp_forward(params.mlp, normed, recipe.dense), present("tp")), (), ()
     valid = segments.valid if isinstance(segments, Segments) else ()
-    y, routing, overflow = moe_layer(params.mlp, normed, config.router, valid, keys)
+    y, routing, overflow = moe_layer(params.mlp, normed, config.router, valid, keys, recipe)
     balance = (balance_loss(routing, x.shape[0]),) if config.balance_loss else ()
     return x + y, (stats_sums(routing, overflow),), balance

@@ -15,6 +15,8 @@ from ..ops.core.axes import binding, present
 from ..ops.core.dynamo import rearrange
 from ..ops.dispatch import dispatch
 from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
+from ..ops.linear import linear
+from ..ops.precision import Recipe, recipe_of
 from ..ops.random import check_one_key, fold_in
 from ..ops.route import Router, RouterConfig, RouterParams, Routing, route, without_padding
 from ..parallel.backends import Backend, backend_of, choose
@@ -142,6 +144,7 @@ def moe_forward(
     valid: torch.Tensor | None = ...,
     key: torch.Tensor | None = ...,
     backend: str | Backend = ...,
+    precision: str | Recipe | None = ...,
     return_stats: Literal[False] = ...,
 ) -> torch.Tensor: ...
 
@@ -156,6 +159,7 @@ def moe_forward(
     valid: torch.Tensor | None = ...,
     key: torch.Tensor | None = ...,
     backend: str | Backend = ...,
+    precision: str | Recipe | None = ...,
     return_stats: Literal[True],
 ) -> tuple[torch.Tensor, MoEStats]: ...
 
@@ -169,6 +173,7 @@ def moe_forward(
     valid: torch.Tensor | None = None,
     key: torch.Tensor | None = None,
     backend: str | Backend = "auto",
+    precision: str | Recipe | None = None,
     return_stats: bool = False,
 ) -> Any:
     """A mixture-of-experts layer. Every token goes through its top-k experts and the shared ones.
@@ -187,6 +192,8 @@ def moe_forward(
     backend                    carries tokens along ``ep``: ``"auto"``, ``"local"``, ``"all_to_all"`` or
                                ``"deepep"``; or a :class:`fmoe.parallel.Backend`, whose host needn't wait.
                                With a ``capacity``, ``return_stats`` has to say whether it was enough
+    precision                  of products, as :class:`fmoe.ops.precision.Recipe` says: ``"fp8_rowwise"`` for
+                               routed and shared experts. ``None``: they take operands as they are
     -> y          (..., D)     dtype of ``x``; with ``return_stats``, ``(y, MoEStats)``, over all tokens
     ============  ===========  ===============================================================
 
@@ -229,6 +236,7 @@ def moe_forward(
     tensor(10)
     """
     check_layer(params, x, router, valid)
+    recipe = recipe_of("moe_forward", precision)
     check_drawing("moe_forward", router, key)
     if key is not None:
         check_one_key("moe_forward", key, x)
@@ -240,7 +248,7 @@ def moe_forward(
     def layer(params: MoEParams, x: torch.Tensor, *others: torch.Tensor) -> Any:
         given = dict(zip([*inputs][1:], others))
         keys = fold_in(key, given["places"]) if key is not None and noisy else ()
-        y, routing, overflow = moe_layer(use(params), x, router, given.get("valid", ()), keys)
+        y, routing, overflow = moe_layer(use(params), x, router, given.get("valid", ()), keys, recipe)
         if not return_stats:
             return y
         sums = stats_sums(routing, overflow)
@@ -273,6 +281,7 @@ def moe_layer(
     router: RouterConfig | Router,
     valid: torch.Tensor | tuple[()] = (),
     keys: torch.Tensor | tuple[()] = (),
+    recipe: Recipe = Recipe(),  # noqa: B008  (frozen)
 ) -> tuple[torch.Tensor, Routing, torch.Tensor | tuple[()]]:
     """The layer on this device's pieces, along ``ep`` and ``tp`` if bound. Also the routing and overflow."""
     x_TD = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # vmap over no example can't infer a size
@@ -286,9 +295,9 @@ def moe_layer(
     if isinstance(valid, torch.Tensor):
         routing = without_padding(routing, valid.reshape(x_TD.shape[0]))
     x_SD, plan = dispatch(x_TD, routing, axis="ep" if present("ep") else None)
-    y_SD = experts_grouped_mm(params.experts, x_SD, plan)
+    y_SD = experts_grouped_mm(params.experts, x_SD, plan, precision=recipe.experts)
     if params.shared:  # rows may be on their way back meanwhile
-        y_TD = join(combine_start(y_SD, plan), plan, _shared_experts(params, x_TD))
+        y_TD = join(combine_start(y_SD, plan), plan, _shared_experts(params, x_TD, recipe.dense))
     else:
         y_TD = combine(y_SD, plan)
     overflow = plan.overflow
@@ -297,17 +306,18 @@ def moe_layer(
     return psum(y_TD, present("tp")).reshape(x.shape), routing, overflow
 
 
-def _shared_experts(params: Any, x_TD: torch.Tensor) -> torch.Tensor:
-    y_TD = mlp_forward(params.shared, x_TD)
+def _shared_experts(params: Any, x_TD: torch.Tensor, precision: str | None) -> torch.Tensor:
+    y_TD = mlp_forward(params.shared, x_TD, precision)
     if isinstance(params.shared_gate, torch.Tensor):
         y_TD = F.linear(x_TD, params.shared_gate).sigmoid() * y_TD
     return y_TD.to(x_TD.dtype)  # autocast gives another
 
 
-def mlp_forward(params: ExpertParams, x: torch.Tensor) -> torch.Tensor:
+def mlp_forward(params: ExpertParams, x: torch.Tensor, precision: str | None = None) -> torch.Tensor:
     """``x`` (..., D) through one SwiGLU."""
-    h = F.linear(x, rearrange(params.w_in, "two F D -> (two F) D"))
-    return F.linear(swiglu(rearrange(h, "... (two F) -> ... two F", two=2)), params.w_out)
+    h = linear(x, rearrange(params.w_in, "two F D -> (two F) D"), precision=precision)
+    h = rearrange(h, "... (two F) -> ... two F", two=2)
+    return linear(swiglu(h), params.w_out, precision=precision)
 
 
 def shard_params(params: Any, mesh: DeviceMesh, specs: Any = None) -> Any:

@@ -79,6 +79,25 @@ def recipe_of(function: str, precision: str | Recipe | None) -> Recipe:
     return Recipe(precision, precision)
 
 
+def parse_recipe(text: str) -> Recipe:
+    """The recipe of a command's ``--precision``: one word for all products, or by kind of layer.
+
+    Raises ``ValueError`` for other words.
+
+    >>> parse_recipe("fp8_rowwise")
+    Recipe(experts='fp8_rowwise', dense='fp8_rowwise')
+    >>> parse_recipe("experts=fp8_rowwise")
+    Recipe(experts='fp8_rowwise', dense=None)
+    """
+    if text in PRECISIONS:
+        return Recipe(text, text)
+    kinds = dict(part.partition("=")[::2] for part in text.split(","))
+    if not kinds.keys() <= {field.name for field in fields(Recipe)}:
+        expected = f"one of {PRECISIONS}, or such as experts={ROWWISE},dense={ROWWISE}"
+        raise argument_error("parse_recipe", "precision", got=repr(text), expected=expected)
+    return Recipe(**kinds)
+
+
 class Scaled(NamedTuple):
     """Numbers as e4m3 ``values`` (..., K) times a float32 ``scale`` (...) for each row."""
 

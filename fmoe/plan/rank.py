@@ -16,6 +16,7 @@ from ..models.config import DecoderConfig
 from ..models.decoder import stage_loss
 from ..models.params import ModelParams, specs
 from ..ops.core.axes import Binding, axis_sizes, bound
+from ..ops.precision import Recipe
 from ..parallel.boundary import enter
 from ..parallel.placement import computing, moves, placed, token_axes
 from ..parallel.spec import axes_by_dim, known_axes
@@ -113,6 +114,7 @@ class Job(NamedTuple):
     on_cuda: bool
     rates: Rates | None = None
     compiled: bool = False
+    recipe: Recipe = Recipe()
 
 
 class Stepped(NamedTuple):
@@ -264,7 +266,10 @@ def _differentiated(
     def loss(params: ModelParams, tokens: torch.Tensor) -> Any:
         # Any tokens will do, also as targets.
         ids = torch.ones_like(tokens) if job.segments else None
-        out = stage_loss(params, tokens, tokens, job.config, job.per_layer, job.logits_bytes, ids)
+        how: dict[str, Any] = dict(
+            per_layer=job.per_layer, logits_bytes=job.logits_bytes, precision=job.recipe
+        )
+        out = stage_loss(params, tokens, tokens, job.config, segment_ids=ids, **how)
         run.mark("forward")
         return out
 

@@ -167,7 +167,7 @@ def of_model(
             return accumulate(value_and_grad(loss, has_aux=True), micro_batches)(params, *inputs.values())
 
         return of_batch
-    stage = {k: how.pop(k) for k in ("per_layer", "logits_bytes") if k in how}
+    stage = {k: how.pop(k) for k in decoder.OF_STAGE if k in how}
 
     def call(params: Any, tokens: Any, targets: Any, segment_ids: Any = None, key: Any = None) -> Any:
         inputs = {"tokens": tokens, "targets": targets}

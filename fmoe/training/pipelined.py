@@ -77,9 +77,8 @@ def set_up(
     inner = stage_mesh(function, mesh)
     group = mesh.get_group("pp")
     from_all((), group)  # NCCL wants all of a group's ranks in its first call
-    of_stage = "per_layer", "logits_bytes"
-    each = {name: value for name, value in how.items() if name in of_stage}
-    on = {name: value for name, value in how.items() if name not in of_stage}
+    each = {name: value for name, value in how.items() if name in decoder.OF_STAGE}
+    on = {name: value for name, value in how.items() if name not in decoder.OF_STAGE}
     everywhere = group_of(mesh, ("pp", *token_axes(mesh)))
     rank = mesh.get_local_rank("pp")
     return Setup(function, config, rank, group, inner, everywhere, schedule, stages, on, each)

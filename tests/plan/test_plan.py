@@ -388,9 +388,9 @@ def test_what_the_experts_hold(monkeypatch):
         (dry_run._experts_up_backward, experts._up_backward_kernel, (h, x, w_in)),
         (dry_run._experts_down, experts._down_kernel, (h, w_out)),
         (dry_run._experts_down_backward, experts._down_backward_kernel, (g, h, w_out)),
-        (dry_run._experts_up_backward, experts._up_inputs_kernel, (h, x, w_in)),
-        (dry_run._experts_up_backward, experts._up_weight_kernel, (h, x, w_in)),
-        (dry_run._experts_down_backward, experts._down_inputs_kernel, (g, h, w_out)),
+        (dry_run._experts_up_backward_inputs, experts._up_inputs_kernel, (h, x, w_in)),
+        (dry_run._experts_up_backward_weight, experts._up_weight_kernel, (h, x, w_in)),
+        (dry_run._experts_down_backward_inputs, experts._down_inputs_kernel, (g, h, w_out)),
         (dry_run._experts_down_backward_weight, experts._down_weight_kernel, (g, h, w_out)),
     ):
         got = beyond_results(lambda kernel=kernel, args=args: kernel(*args, *layout))
