@@ -99,7 +99,12 @@ def parse_recipe(text: str) -> Recipe:
 
 
 class Scaled(NamedTuple):
-    """Numbers as e4m3 ``values`` (..., K) times a float32 ``scale`` (...) for each row."""
+    """Numbers as e4m3 ``values`` (..., K) times a float32 ``scale`` (...) for each row.
+
+    >>> values, scale = quantise(torch.tensor([[2.0, -1.0]]))
+    >>> values.float() * scale[:, None]
+    tensor([[ 2., -1.]])
+    """
 
     values: torch.Tensor
     scale: torch.Tensor

@@ -134,11 +134,10 @@ def plan(
             raise error(name, got=number, expected="an integer of at least 1")
     check_zero("plan", zero)
     recipe = recipe_of("plan", precision)
-    if slow := {recipe.experts, recipe.dense} - {None, ROWWISE}:
-        remedy = "No kernel computes it, so nobody knows what one holds."
-        raise error(
-            "precision", got=", ".join(map(str, slow)), expected=f"{ROWWISE!r} or None", remedy=remedy
-        )
+    slow = {recipe.experts, recipe.dense} - {None, ROWWISE}
+    if slow and (rates or device_type == "cuda"):
+        got, expected = ", ".join(map(repr, slow)), f"{ROWWISE!r} or None, which kernels compute"
+        raise error("precision", got=got, expected=expected)
     if rates:
         _check_rates(rates, compute_dtype or dtype, recipe)
     bounded = backend_of("plan", backend)
