@@ -3,6 +3,10 @@
     git worktree add ../before 2468756
     python benchmarks/beside.py ../before --processes 2 -- --layers 3 --mesh ep=2 --steps 40
 
+``--more`` are options of this checkout's runs alone: with ``.`` as the other, it compares what they do.
+
+    python benchmarks/beside.py . --more=--ep-overlap --processes 2 -- --mesh ep=2 --steps 40
+
 What stands after ``--`` are options of ``examples/train_deepseek_v3.py`` that both know.
 """
 
@@ -44,14 +48,16 @@ if __name__ == "__main__":
         mine, theirs = mine[: mine.index("--")], mine[mine.index("--") + 1 :]
     parser = options.Parser(description=__doc__)
     parser.add_argument("before", type=Path, help="another checkout")
+    parser.add_argument("--more", type=str.split, default=[], help="options of this checkout's runs alone")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args(mine)
     trees = {"before": args.before.resolve(), "now": HERE}
+    more = {"before": [], "now": args.more}
     found: dict[str, list[float]] = {name: [] for name in trees}
     for _ in range(args.rounds):
         for name, tree in trees.items():
-            found[name].append(speed(tree, args.processes, theirs))
+            found[name].append(speed(tree, args.processes, theirs + more[name]))
     for name, several in found.items():
         print(
             f"{name:6s} {statistics.median(several):10,.0f} tokens/s, of", *(f"{one:,.0f}" for one in several)

@@ -5,8 +5,11 @@
 Each row runs in both, and shows the largest difference. The program fails if one is more than rounding.
 """
 
+import contextlib
 import functools
+import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fmoe
+from fmoe.introspect import saved_residuals
 from fmoe.ops.bases import grouped_mm
 from fmoe.parallel import all_gather, all_to_all, axis_index, distribute, pmean, ppermute, psum, psum_scatter
 from fmoe.parallel.layout import layouts_of
@@ -41,11 +45,12 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         import jax
+        import jax.ad_checkpoint
     except ImportError:
         sys.exit("beside_jax: needs jax: pip install jax")
     table, wrong = Table("JAX", "fmoe, or PyTorch", "largest difference", title=f"jax {jax.__version__}"), []
     with fmoe.parallel.Processes(DEVICES) as devices:
-        for row in [*random_rows(jax), *transform_rows(jax), *device_rows(jax, devices)]:
+        for row in [*random_rows(jax), *transform_rows(jax), *name_rows(jax), *device_rows(jax, devices)]:
             difference = max(map(distance, jax.tree.leaves(row.run_jax()), jax.tree.leaves(row.run_here())))
             table.add_row(row.jax, row.here, f"{difference:.1e}" if difference else "0")
             wrong += [row.here] if not difference <= row.near else []
@@ -147,6 +152,51 @@ def transform_rows(jax: Any) -> list[Row]:
             lambda: jax.lax.ragged_dot(x, jnp.asarray(groups.tolist()), sizes),
             lambda: grouped_mm(X, groups, ends), ROUNDING,
         ),
+    ]  # fmt: skip
+
+
+def name_rows(jax: Any) -> list[Row]:
+    jnp, named, policies = jax.numpy, jax.ad_checkpoint.checkpoint_name, jax.checkpoint_policies
+    x, w = jnp.asarray(X.tolist()), jnp.asarray(W.tolist())
+
+    def theirs(w: Any, x: Any) -> Any:
+        hidden = named(x @ w, "hidden")
+        return (named(jnp.sin(hidden), "active") @ w).sum()
+
+    def mine(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        hidden = fmoe.checkpoint_name(x @ w, "hidden")
+        return (fmoe.checkpoint_name(hidden.sin(), "active") @ w).sum()
+
+    def row(call: str, here: str, policy: Any, own: Any) -> Row:
+        run = jax.jit(jax.grad(jax.checkpoint(theirs, policy=policy)))
+        return Row(
+            call, here, lambda: run(w, x), lambda: torch.func.grad(fmoe.remat(mine, own))(W, X), ROUNDING
+        )
+
+    def kept_jax() -> list[int]:
+        """The sizes of what JAX says that it keeps by name."""
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown):
+            jax.ad_checkpoint.print_saved_residuals(jax.checkpoint(theirs, policy=one), w, x)
+        return [int(a) * int(b) for a, b in re.findall(r"\[(\d+),(\d+)\] named", shown.getvalue())]
+
+    def kept_here() -> list[int]:
+        found = saved_residuals(fmoe.remat(mine, fmoe.save("hidden")), W, X)
+        return [row.bytes // 4 for row in found if row.how == "kept"]
+
+    one, other = policies.save_only_these_names("hidden"), policies.save_only_these_names("active")
+    away = policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["hidden"], names_which_can_be_offloaded=["active"],
+        offload_src="device", offload_dst="pinned_host",
+    )  # fmt: skip
+    save, offload = fmoe.save, fmoe.offload
+    return [
+        row("checkpoint_name, save_only_these_names", "fmoe.checkpoint_name, fmoe.save", one, save("hidden")),
+        row("save_from_both_policies", "p | q", policies.save_from_both_policies(one, other),
+            save("hidden") | save("active")),
+        row("save_and_offload_only_these_names", "fmoe.save | fmoe.offload", away,
+            save("hidden") | offload("active")),
+        Row("print_saved_residuals", "fmoe.introspect.saved_residuals", kept_jax, kept_here, EXACT),
     ]  # fmt: skip
 
 

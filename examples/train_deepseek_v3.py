@@ -18,7 +18,6 @@ from rich.console import Console
 
 import fmoe
 from fmoe.models import decoder, huggingface, stages
-from fmoe.models.config import without_noise
 from fmoe.models.sampling import sample_text
 from fmoe.training import checkpoint, data, gradients, launch, metrics, optim, options, plot, schedules
 from fmoe.training.step import training_step
@@ -39,12 +38,7 @@ def parse():
     add("--learning-rate", type=float, default=3e-3, help="peak, after warm-up")
     add("--max-norm", type=float, default=1.0, help="gradients are clipped to this global norm; inf: never")
     add("--bias-rate", type=float, default=0.01, help="of balancing experts; DeepSeek-V3 had 0.001")
-    add(
-        "--router-noise",
-        type=rate,
-        default=0.0,
-        help="standard deviation, on the logits that choose experts",
-    )
+    add("--router-noise", type=rate, default=0.0, help="deviation, on the logits that choose experts")
     add("--seed", type=int, default=0, help="of parameters, batches, noise and samples")
     options.add_text(parser)
     options.add_layout(parser)
@@ -83,7 +77,7 @@ def main():
     else:
         config = decoder.preset(args.preset, layers=args.layers, dim=args.dim, vocab_size=args.vocab_size)
         params = decoder.init(config, args.seed, stages=stages_of(config), **where)
-    config = replace(config, router=replace(config.router, noise=args.router_noise))
+    noisy = replace(config, router=replace(config.router, noise=args.router_noise))
     key = fmoe.random.key(args.seed, device="cpu")
     data.check_vocabulary(tokenizer, config.vocab_size)
     share = args.held_out if args.eval_every else None
@@ -94,7 +88,7 @@ def main():
     batches_of = partial(data.batches, **cut, part=world.part, device=precision.device)
     tests = [] if test is None else [batch for _, batch in zip(range(8), batches_of(test))]
     optimizer = optim.adamw(moments_dtype=precision.moments)
-    run = {"model": asdict(config), "data": {**cut, "fingerprint": data.fingerprint(text)}}
+    run = {"model": asdict(noisy), "data": {**cut, "fingerprint": data.fingerprint(text)}}
     state = dict(params=params, optimizer=optimizer.init(params))
     saved = dict(run=run, mesh=world.mesh)
     state, first = checkpoint.start(args.out, state, resume=args.resume, saves=args.save_every > 0, **saved)
@@ -106,10 +100,10 @@ def main():
     )
 
     how = dict(**layout.how, dtype=precision.compute, precision=precision.recipe, stages=stages_of(config))
-    step_of = gradients.of_model(config, zero=layout.zero, **how)
-    loss_of = gradients.loss_of_model(without_noise(config), **how)
+    step_of = gradients.of_model(noisy, zero=layout.zero, **how)
+    loss_of = gradients.loss_of_model(config, **how)
     if layout.bounded:  # a step that had no room for all rows is done again, exactly
-        fast = gradients.of_model(config, zero=layout.zero, **how | dict(backend=layout.bounded))
+        fast = gradients.of_model(noisy, zero=layout.zero, **how | dict(backend=layout.bounded))
         step_of = fmoe.exact_on_overflow(fmoe.graphed(fast) if args.graph else fast, step_of)
     how = dict(max_norm=args.max_norm, bias_rate=args.bias_rate, mesh=world.mesh)
     train = training_step(step_of, optimizer, graph=args.graph and not layout.bounded, **how)
@@ -121,8 +115,8 @@ def main():
         for step, batch in zip(range(first, args.steps), batches_of(text, start_step=first)):
             began, done = time.perf_counter(), step + 1
             of_step = fmoe.random.fold_in(key, step).to(precision.device) if args.router_noise else None
-            batch = (*batch, None)[:3]  # without segments, None
-            params, state, value, norm, stats, grads = train(params, state, rate_of(step), *batch, of_step)
+            batch = *(*batch, None)[:3], of_step  # the third are segments, if there are any
+            params, state, value, norm, stats, grads = train(params, state, rate_of(step), *batch)
             gradients.check_finite(step, value := value.item(), norm := norm.item(), grads, world.mesh)
             del grads  # before the next step's are made
             counts = [layer.tokens_per_expert.tolist() for layer in stats.layers]

@@ -11,6 +11,7 @@ from .models.moe import MoEParams, moe_forward, moe_init, shard_params
 from .ops import random
 from .ops.balance import MoEStats, update_expert_bias
 from .ops.combine import combine, reduce
+from .ops.core.naming import checkpoint_name
 from .ops.dispatch import Plan, align_rows, dispatch, expand
 from .ops.experts import ExpertParams, experts_grouped_mm
 from .ops.random import dropout
@@ -18,7 +19,15 @@ from .ops.route import RouterConfig, RouterParams, Routing, route
 from .parallel.mesh import make_mesh
 from .parallel.shard_map import shard_map
 from .params import P
-from .transforms import exact_on_overflow, remat, save, save_everything, save_nothing, value_and_grad
+from .transforms import (
+    exact_on_overflow,
+    offload,
+    remat,
+    save,
+    save_everything,
+    save_nothing,
+    value_and_grad,
+)
 
 __version__ = "0.1.0"
 
@@ -32,6 +41,7 @@ __all__ = [
     "RouterParams",
     "Routing",
     "align_rows",
+    "checkpoint_name",
     "combine",
     "dispatch",
     "dropout",
@@ -42,6 +52,7 @@ __all__ = [
     "make_mesh",
     "moe_forward",
     "moe_init",
+    "offload",
     "random",
     "reduce",
     "remat",

@@ -206,7 +206,11 @@ def step_arguments(add: Add) -> None:
     add("--compute-dtype", choices=DTYPES, help="default: --dtype")
     add("--moments-dtype", choices=DTYPES, help="default: --dtype")
     add("--precision", type=recipe, metavar="RECIPE", help=PRECISION_HELP)
-    add("--remat", default="none", help="none, full, default or save:NAME,NAME")
+    add(
+        "--remat",
+        default="none",
+        help="none, full, default, save:NAME,NAME, offload:NAME,NAME, or several joined by +",
+    )
 
 
 def layer_arguments(add: Add) -> None:

@@ -31,15 +31,15 @@ from .ops.core.refuse import ALL_MOVE, Unsupported
 from .ops.core.tape import checkpoint
 from .ops.dispatch import DISPATCH, Plan, check_ids, layout, received_fake
 from .ops.route import Routing
-from .ops.transport import InFlight, Overlapping, Transport, check_experts_divide, set_default
+from .ops.transport import InFlight, InHalves, Overlapping, Transport, check_experts_divide, set_default
 from .parallel.collective_ops import all_gather_op, all_to_all_op, ppermute_op, psum_op, reduce_scatter_op
 
 __all__ = [
-    "ALL_MOVE", "COMBINE", "DISPATCH", "Fold", "Group", "InFlight", "Operator", "Overlapping", "Plan",
-    "Routing", "Transport", "Unsupported", "all_gather_op", "all_to_all_op", "argument_error",
-    "check_experts_divide", "check_ids", "checkpoint", "declare", "each", "elementwise", "fold_rows",
-    "front", "gather", "group_of", "grouped_mm", "grouped_outer", "layout", "linear", "more_rows",
-    "one_by_one", "operators", "ppermute_op", "psum_op", "pullback", "random", "received_fake",
-    "reduce_scatter_op", "scaled_grouped_mm", "scaled_grouped_outer", "scatter_add", "set_default",
-    "wider_rows",
+    "ALL_MOVE", "COMBINE", "DISPATCH", "Fold", "Group", "InFlight", "InHalves", "Operator",
+    "Overlapping", "Plan", "Routing", "Transport", "Unsupported", "all_gather_op", "all_to_all_op",
+    "argument_error", "check_experts_divide", "check_ids", "checkpoint", "declare", "each",
+    "elementwise", "fold_rows", "front", "gather", "group_of", "grouped_mm", "grouped_outer", "layout",
+    "linear", "more_rows", "one_by_one", "operators", "ppermute_op", "psum_op", "pullback", "random",
+    "received_fake", "reduce_scatter_op", "scaled_grouped_mm", "scaled_grouped_outer", "scatter_add",
+    "set_default", "wider_rows",
 ]  # fmt: skip

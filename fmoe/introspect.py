@@ -2,7 +2,6 @@
 
 import importlib
 import pkgutil
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +14,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from . import ops, parallel
 from .ops.core.primitive import NAMESPACE, Operator, operators
 from .ops.core.refuse import Unsupported
+from .ops.core.residuals import Residual, Residuals, residuals_of
 from .ops.core.tape import Policy, Tape, checkpoint_names, on_tape
 from .parallel.backends.wire import Traffic, close_count, open_count
-from .training.show import Shown as Shown
-from .training.show import show_placement as show_placement
-from .training.show import show_schedule as show_schedule
+from .training.show import Shown, show_placement, show_schedule
 from .transforms import save_declared
+
+__all__ = [
+    "Residual", "Residuals", "Shown", "Support", "kept_bytes", "operator_class", "operator_support",
+    "raw_calls", "saved_bytes", "saved_residuals", "show_placement", "show_schedule", "wire_bytes",
+]  # fmt: skip
 
 
 class Support(NamedTuple):
@@ -82,7 +85,7 @@ _CLASSES = {
     "experts": ("experts", "grouped", "_grouped_mm", "weighted_sum"),
     "communication": ("exchange", "send", "psum", "all_", "reduce_", "gather_params", "begin_", "ppermute",
                       "wait_tensor", "combine", "join", "deepep"),
-    "routing": ("product", "topk", "layout", "gather", "scatter"),
+    "routing": ("product", "topk", "weigh", "layout", "gather", "scatter"),
     "matrix products": ("mm", "bmm", "addmm", "baddbmm", "linear", "matmul", "scaled_grouped"),
     "embedding": ("embedding",),
 }  # fmt: skip
@@ -135,29 +138,62 @@ def saved_bytes(
     return dict(total)
 
 
+def saved_residuals(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Residuals:
+    """The values that live between ``fn(*args)`` and its backward, as rows and as a table. Runs ``fn`` once.
+
+    ============  ======================================================================
+    fn            any differentiable function, of fmoe or of plain PyTorch
+    args          differentiated are those that require a gradient, or all floating-point ones if none does
+    -> Residuals  a tuple of rows, one a storage; ``total("kept")`` adds up bytes
+    ============  ======================================================================
+
+    A row has these fields:
+
+    ============  ======================================================================
+    ``name``      its checkpoint name, if it has one; an argument's path
+    ``shape``     of the value, on this device; ``dtype``, too
+    ``bytes``     of its whole storage
+    ``operator``  what made it, such as ``aten::mm`` or ``fmoe::topk``
+    ``source``    the line that called it: the innermost outside PyTorch and fmoe's machinery
+    ``how``       ``"kept"``, ``"offloaded"``, ``"recomputed"``, ``"captured"`` or ``"argument"``
+    ============  ======================================================================
+
+    Recomputed are values with a checkpoint name that ``remat`` doesn't keep. Arguments, and leaves that
+    ``fn`` captures, such as a module's weights, live anyway. Tensors saved for a part of the graph that the
+    result doesn't need don't count. A compiled function's values have no operator.
+
+    Raises ``TransformError`` for a ``fn`` that calls ``torch.func.grad`` or ``vjp``, which forbid the hooks
+    that see saved tensors.
+
+    Source: ``jax.ad_checkpoint.print_saved_residuals``; torch.autograd.graph.saved_tensors_hooks.
+
+    >>> import fmoe
+    >>> def mlp(w, x):
+    ...     hidden = fmoe.checkpoint_name(x @ w["up"], "hidden")
+    ...     return hidden.relu() @ w["down"]
+    >>> w, x = {"up": torch.randn(4, 16), "down": torch.randn(16, 4)}, torch.randn(3, 4)
+    >>> for row in saved_residuals(mlp, w, x):
+    ...     print(row.name, row.shape, row.bytes, row.operator, row.how)
+     (3, 16) 192 aten::relu kept
+    0.down (16, 4) 256  argument
+    0.up (4, 16) 256  argument
+    1 (3, 4) 48  argument
+    >>> [row.name for row in saved_residuals(fmoe.remat(mlp, fmoe.save("hidden")), w, x) if row.how == "kept"]
+    ['hidden']
+    """
+    return residuals_of(fn, args, kwargs)
+
+
 def kept_bytes(fn: Callable[..., Any], *args: Any) -> int:
     """Measured bytes that live between ``fn(*args)`` and its backward, beyond what ``args`` hold.
 
-    Tensors saved for a part of the graph that the result doesn't need don't count. Each storage counts once,
-    in full. At least one tensor of ``args`` must require a gradient.
+    They are those of :func:`saved_residuals`. Each storage counts once, in full.
 
     >>> x = torch.randn(4, requires_grad=True)
     >>> kept_bytes(lambda x: (x * 2).sin().sum(), x)
     16
     """
-    held: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        kept = t.detach()  # undetached, an output would hold its own graph
-        held.add(kept)
-        return kept
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
-        out = fn(*args)  # its graph holds what was kept
-    storages = [kept.untyped_storage() for kept in held]
-    given = {t.untyped_storage()._cdata for t in optree.tree_leaves(args) if isinstance(t, torch.Tensor)}
-    del out
-    return sum({s._cdata: s.nbytes() for s in storages if s._cdata not in given}.values())
+    return saved_residuals(fn, *args).total("kept", "offloaded", "captured")
 
 
 @contextmanager

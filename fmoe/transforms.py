@@ -6,21 +6,24 @@ module adds checkpointing that works inside them, which PyTorch lacks.
 
 import functools
 import logging
+import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import optree
 import torch
 import torch.utils.checkpoint as torch_checkpoint
 
-from .errors import argument_error
+from .errors import TransformError, argument_error
 from .ops.balance import MoEStats
 from .ops.core.derive import replaced
 from .ops.core.dtensors import local
+from .ops.core.naming import check_names
 from .ops.core.primitive import operators
 from .ops.core.recompute import recomputing
 from .ops.core.refuse import refuse_transforms_inside_compile
-from .ops.core.tape import Policy, checkpoint_names
+from .ops.core.tape import OFFLOAD, Policy, checkpoint_names
 from .tree import check_tensors, dotted_names
 
 _LOG = logging.getLogger("fmoe")
@@ -28,23 +31,69 @@ _LOG = logging.getLogger("fmoe")
 # ---- policies ----------------------------------------------------------------------------------
 
 
-def save(*names: str) -> Policy:
-    """The policy that keeps the outputs of operators with these names, and recomputes the rest.
+@dataclass(frozen=True)
+class Names:
+    """What :func:`save` and :func:`offload` give: policies, of which the first that keeps a value decides."""
 
-    Raises ``ValueError`` for a name that no operator has.
+    policies: tuple[Policy, ...]
 
-    >>> save("dispatch", "topk")("topk")
-    True
+    def __call__(self, name: str) -> bool | str:
+        return _first(self.policies, name)
+
+    def __or__(self, other: Policy) -> "Names":
+        return Names((*self.policies, *_parts(other)))
+
+    def __ror__(self, other: Policy) -> "Names":
+        return Names((*_parts(other), *self.policies))
+
+
+def _first(policies: tuple[Policy, ...], name: str) -> bool | str:
+    for policy in policies:
+        if how := policy(name):
+            return how
+    return False
+
+
+def _parts(policy: Policy) -> tuple[Policy, ...]:
+    return policy.policies if isinstance(policy, Names) else (policy,)
+
+
+def _among(names: tuple[str, ...], answer: bool | str, name: str) -> bool | str:
+    return answer if name in names else False
+
+
+def save(*names: str) -> Names:
+    """The policy that keeps what has these names, and recomputes the rest.
+
+    They are names of operators, or those that :func:`fmoe.checkpoint_name` gives to values of your own.
+    ``save("topk") | offload("attention")`` does both.
+
+    Raises ``ValueError`` for a name that is nearly an operator's, but isn't.
+
+    >>> save("dispatch", "topk")("topk"), save("hidden")("topk")
+    (True, False)
     """
-    known = checkpoint_names()
-    for name in names:
-        if name not in known:
-            raise argument_error("save", "names", got=repr(name), expected=f"names of {sorted(known)}")
-    return functools.partial(_is_one_of, names)  # Dynamo takes a partial as a constant
+    check_names("save", "names", names)
+    return Names((functools.partial(_among, names, True),))
 
 
-def _is_one_of(names: tuple[str, ...], name: str) -> bool:
-    return name in names
+def offload(*names: str) -> Names:
+    """The policy that keeps what has these names in the host's memory, and recomputes the rest.
+
+    On CUDA, values go to pinned memory on a stream of their own, while the next layers compute. They begin to
+    come back when the backward of the region after theirs begins, and their own waits for the last of them.
+    On a CPU they stay where they are. Beside ``save``, the first that names a value decides.
+
+    Raises ``ValueError`` as :func:`save` does. On CUDA, raises ``TransformError`` under ``torch.compile`` and
+    inside :func:`fmoe.graphed`.
+
+    >>> import fmoe
+    >>> params, x = fmoe.moe_init(0, dim=8, hidden_dim=16, num_experts=16), torch.randn(4, 8)
+    >>> layer = fmoe.remat(fmoe.moe_forward, fmoe.save("topk") | fmoe.offload("experts_grouped_mm"))
+    >>> grads = torch.func.grad(lambda p, x: layer(p, x).sum())(params, x)
+    """
+    check_names("offload", "names", names)
+    return Names((functools.partial(_among, names, OFFLOAD),))
 
 
 def save_nothing(name: str) -> bool:
@@ -81,7 +130,7 @@ def save_declared(name: str) -> bool:
     >>> save_declared("topk"), save_declared("experts_grouped_mm")
     (True, False)
     """
-    return checkpoint_names()[name]
+    return checkpoint_names().get(name, False)
 
 
 # ---- remat -------------------------------------------------------------------------------------
@@ -92,8 +141,8 @@ def remat(fn: Callable[..., Any], policy: Policy | None = None) -> Callable[...,
 
     ===========  ======================================================================
     fn           a function of pytrees of tensors; everything differentiable must be an argument
-    policy       :func:`save`, :func:`save_nothing`, :func:`save_everything`, or any function
-                 of an operator's checkpoint name; ``None``: each operator's own declaration
+    policy       :func:`save`, :func:`offload`, :func:`save_nothing`, :func:`save_everything`, or any
+                 function of a checkpoint name; ``None``: each operator's own declaration
     -> function  gives the same values and gradients, bit for bit
     ===========  ======================================================================
 
@@ -111,17 +160,18 @@ def remat(fn: Callable[..., Any], policy: Policy | None = None) -> Callable[...,
     >>> grads = torch.func.grad(lambda p, x: layer(p, x).sum())(params, torch.randn(4, 8))
     """
     policy = save_declared if policy is None else policy
-    if not callable(policy) or policy is save:
-        got = "save itself" if policy is save else repr(policy)
+    if not callable(policy) or policy in (save, offload):
+        got = f"{policy.__name__} itself" if callable(policy) else repr(policy)
         expected = "a function of an operator's checkpoint name, or None"
         remedy = 'Use fmoe.save("topk"), say.'
         raise argument_error("remat", "policy", got=got, expected=expected, remedy=remedy)
+    policies = _parts(policy)
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             refuse_transforms_inside_compile("remat")
-            contexts = functools.partial(_selective_contexts, policy)  # Dynamo wants a module's function
+            contexts = functools.partial(_selective_contexts, policies)  # Dynamo wants a module's function
             # checkpoint has keywords of its own
             whole = functools.partial(fn, **kwargs) if kwargs else fn
             return torch_checkpoint.checkpoint(whole, *args, use_reentrant=False, context_fn=contexts)
@@ -134,31 +184,42 @@ def per_layer(remat_policy: str = "none", *, compiled: bool = False) -> Callable
     """The wrapper of a model's layer that a command line's words ask for.
 
     ``remat_policy`` is ``"none"``, ``"full"`` (recompute everything), ``"default"`` (each operator's own
-    declaration) or ``"save:NAME,NAME"``. ``compiled`` compiles each layer whole, by Inductor. A second
-    backward (``retain_graph``) is right or an error.
+    declaration), ``"save:NAME,NAME"``, ``"offload:NAME,NAME"``, or several of these with ``+`` between them.
+    ``compiled`` compiles each layer whole, by Inductor. A second backward (``retain_graph``) is right or an
+    error.
 
-    Raises ``ValueError`` for other words.
+    Raises ``ValueError`` for other words, and for names that nobody declared.
 
-    >>> per_layer("save:topk,dispatch")(lambda x: x.sin())(torch.zeros(2))
+    >>> per_layer("save:topk+offload:dispatch")(lambda x: x.sin())(torch.zeros(2))
     tensor([0., 0.])
     """
-    kind, _, names = remat_policy.partition(":")
-    policies: dict[str, Policy | None] = {"full": save_nothing, "default": None}
-    if kind == "save":
-        policies["save"] = save(*names.split(","))
-    if kind not in ("none", *policies):
-        expected = "none, full, default or save:NAME,NAME"
-        raise argument_error("per_layer", "remat_policy", got=repr(remat_policy), expected=expected)
+    policy = None if remat_policy == "none" else _spoken(remat_policy)
 
     def wrap(layer: Callable[..., Any]) -> Callable[..., Any]:
-        layer = remat(layer, policies[kind]) if kind in policies else layer
+        layer = layer if policy is None else remat(layer, policy)
         return torch.compile(layer, fullgraph=True, backend=_inductor) if compiled else layer
 
     return wrap
 
 
+def _spoken(words: str) -> Policy:
+    found: list[Policy] = []
+    alone: dict[str, Policy] = {"full": save_nothing, "default": save_declared}
+    for word in words.split("+"):
+        kind, colon, names = word.partition(":")
+        if colon and kind in ("save", "offload"):
+            check_names(kind, "names", tuple(names.split(",")), own=False)
+            found.append((save if kind == "save" else offload)(*names.split(",")))
+        elif word in alone:
+            found.append(alone[word])
+        else:
+            expected = "none, full, default, save:NAME,NAME, offload:NAME,NAME, or several joined by +"
+            raise argument_error("per_layer", "remat_policy", got=repr(words), expected=expected)
+    return Names(tuple(found))
+
+
 def _inductor(graph: Any, inputs: Any) -> Any:
-    """Inductor, which never takes a backward from its cache that differs in what it may write into.
+    """Inductor, which leaves exchanges in parts in order, and takes no wrong backward from its cache.
 
     A backward that runs once may write into *donated buffers*, which are tensors that the forward kept. Run
     twice, it would spoil them. Inductor's own key is the same for both.
@@ -166,22 +227,46 @@ def _inductor(graph: Any, inputs: Any) -> Any:
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.utils import get_donated_idxs
 
-    def compile_one(*args: Any, **kwargs: Any) -> Any:
+    def compile_one(graph: Any, *args: Any, **kwargs: Any) -> Any:
         config: Any = torch.compiler.config
         tag = f"{config.cache_key_tag} donated: {get_donated_idxs()}"
+        _in_order(graph.graph)
         with config.patch(cache_key_tag=tag):
-            return compile_fx_inner(*args, **kwargs)
+            return compile_fx_inner(graph, *args, **kwargs)
 
     return compile_fx(graph, inputs, inner_compile=compile_one)
 
 
-def _selective_contexts(policy: Policy) -> Any:
-    decide = functools.partial(_selective_policy, policy)
+def _in_order(graph: Any) -> None:
+    """Make each part of an exchange depend on the one before, or a compiler may choose another order."""
+    parts, before = {op.raw for op in operators().values() if op.example is None}, None
+    for node in [node for node in graph.nodes if node.target in parts]:
+        if before is not None:
+            others = len(node.target._schema.arguments) - 1
+            node.args = (*node.args[:others], before)
+            args, kwargs = node.meta.get("eager_input_vals", ((), {}))
+            if args:
+                node.meta["eager_input_vals"] = (*args[:others], before.meta["val"]), kwargs
+        before = node
+        if isinstance(node.meta["val"], tuple | list):
+            with graph.inserting_after(node):
+                before = graph.call_function(operator.getitem, (node, 0))
+            before.meta["val"] = node.meta["val"][0]
+
+
+def _selective_contexts(policies: tuple[Policy, ...]) -> Any:
+    decide = functools.partial(_selective_policy, policies)
     return torch_checkpoint.create_selective_checkpoint_contexts(decide)
 
 
-def _selective_policy(policy: Policy, ctx: Any, raw: Any, *args: Any, **kwargs: Any) -> Any:
-    kept = any(op.raw is raw and policy(op.checkpoint) for op in operators().values())
+def _selective_policy(policies: tuple[Policy, ...], ctx: Any, raw: Any, *args: Any, **kwargs: Any) -> Any:
+    names = [op.checkpoint_of(args) for op in operators().values() if op.raw is raw]
+    kept = [how for name in names if (how := _first(policies, name))]
+    if OFFLOAD in kept and any(isinstance(a, torch.Tensor) and a.is_cuda for a in args):
+        raise TransformError(
+            "remat: policy: got one that offloads, on CUDA, expected none under torch.compile. Use fmoe.save "
+            "or compile nothing."
+        )
     choices = torch_checkpoint.CheckpointPolicy
     return choices.MUST_SAVE if kept else choices.PREFER_RECOMPUTE
 

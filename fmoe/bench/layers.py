@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from ..introspect import kept_bytes, saved_bytes
 from ..models.moe import MoEParams, moe_forward, moe_init, moe_specs
 from ..ops.combine import combine
+from ..ops.core.tape import Policy
 from ..ops.dispatch import align_rows, dispatch
 from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
 from ..ops.route import RouterConfig, RouterParams, route
@@ -43,6 +44,10 @@ SHAPES = {
     "16B": Shape(16384, 2048, 1408, 64, 6),
     "30B-A3B": Shape(32768, 2048, 768, 128, 8),
     "671B-like": Shape(8192, 7168, 2048, 32, 8),
+    "OLMoE": Shape(16384, 2048, 1024, 64, 8),
+    "Qwen3-Next-like": Shape(16384, 2048, 512, 512, 10),
+    "Granite-like": Shape(24576, 1536, 512, 40, 8),
+    "16B-4096": Shape(4096, 2048, 1408, 64, 6),
     "small": Shape(512, 128, 64, 16, 4),
 }
 
@@ -71,7 +76,7 @@ def layer_memory(shape: Shape) -> dict[str, dict[str, int]]:
 
     params = optree.tree_map(empty, specs, is_leaf=is_spec)
     x = torch.empty(shape.tokens, shape.dim, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    policies = {
+    policies: dict[str, Policy | None] = {
         "save_everything": save_everything,
         'save("experts_grouped_mm")': save("experts_grouped_mm"),
         'save("topk")': save("topk"),

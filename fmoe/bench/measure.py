@@ -1,4 +1,4 @@
-"""Measuring layers side by side: time, rate and memory. Gradients are checked before anything is timed."""
+"""Measuring layers side by side: times, rate and memory. Gradients are checked before anything is timed."""
 
 import functools
 import importlib.util
@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import optree
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..errors import argument_error
+from ..graphs import graphed
 from ..introspect import kept_bytes
 from ..models.moe import MoEParams
 from ..ops.experts import ExpertParams
@@ -20,7 +21,7 @@ from ..ops.kernels import grouped
 from ..ops.route import RouterConfig, route
 from .layers import Layer, Shape, config_for, layers, plain_layer, random_params, skewed
 from .peers import PEERS
-from .timing import check_number, in_turns, launches, matmul_rate, syncs
+from .timing import check_number, in_turns, matmul_rate, of_host, on_device, syncs, timed
 
 ROUNDING = 0.05  # a relative error below this is rounding
 FP8_ROUNDING = 0.1  # the same of products in fp8
@@ -32,30 +33,37 @@ class Measured(NamedTuple):
     =============  ========================================
     forward, step  ms without and with backward, medians of rounds
     spread         the middle half of the steps over their median
-    rate           TFLOP/s of the experts' products in a step
+    device         ms of a step's kernels, by the profiler: what layers are compared by
+    host           ms until the host has handed a step to an idle device
+    replay         ms of a step replayed as a CUDA graph; ``None`` where none can hold it
+    launches       kernels in a step
+    rate           TFLOP/s of the experts' products in ``device``, on a CPU in ``step``
     share          ``rate`` over that of a large matrix product in the same run
     saved, peak    MiB beyond the arguments: between forward and backward, and at most
-    launches       kernels started in a step
     syncs          how often the host waits for the device in a step
     error          largest relative error of output and gradients against float32
     =============  ========================================
 
-    ``peak``, ``launches`` and ``syncs`` are ``None`` on a CPU, where they can't be known.
+    ``device``, ``host``, ``replay``, ``launches``, ``peak`` and ``syncs`` are ``None`` on a CPU, where they
+    can't be known.
 
-    >>> row = Measured("fmoe", 2.0, 6.0, 0.01, 450.0, 0.6, 90.0, 300.0, 21, 1, 4e-3)
-    >>> f"backward {row.step - row.forward} ms; a matrix product has {row.rate / row.share:.0f} TFLOP/s"
-    'backward 4.0 ms; a matrix product has 750 TFLOP/s'
+    >>> row = Measured("fmoe", 2.0, 6.0, 0.01, 5.5, 2.5, 5.75, 33, 450.0, 0.6, 90.0, 300.0, 0, 4e-3)
+    >>> f"the device is idle for {1 - row.device / row.step:.0%} of a step, in a graph for 4%"
+    'the device is idle for 8% of a step, in a graph for 4%'
     """
 
     layer: str
     forward: float
     step: float
     spread: float
+    device: float | None
+    host: float | None
+    replay: float | None
+    launches: float | None
     rate: float
     share: float
     saved: float
     peak: float | None
-    launches: int | None
     syncs: int | None
     error: float
 
@@ -84,13 +92,22 @@ class Run(NamedTuple):
         return self._replace(params=self.params._replace(experts=weights))
 
 
+class Apart(NamedTuple):
+    """The parts of a step on CUDA; ``Measured`` says what they are."""
+
+    device: float | None = None
+    host: float | None = None
+    replay: float | None = None
+    launches: float | None = None
+
+
 class Entry(NamedTuple):
     """A layer with its arguments, and what was found before anything is timed."""
 
     layer: Layer
     run: Run
     error: float
-    costs: tuple[float, float | None, int | None, int | None]
+    costs: tuple[float, float | None, int | None]
 
 
 def bench_layer(
@@ -144,6 +161,7 @@ def bench_layer(
     peers, not_measured, wrong = _peers(run, expected, shape, config, wanted)
     entries |= peers
     forward, step = (_times(entries, rounds, call) for call in (Run.forward, Run.step))
+    times = {name: (forward[name], step[name], apart) for name, apart in _apart(entries, rounds).items()}
     peak_rate = matmul_rate(dtype, device)
     w_in, counts = run.params.experts.w_in.flatten(1, 2).mT, route(run.params.router, run.x, config).counts_E
     product = run.x[:1], w_in, run.x.new_empty(1, w_in.shape[2])
@@ -153,7 +171,7 @@ def bench_layer(
         matmul_tflops=peak_rate, engine=grouped.choice("mm transposed", *product, w_in.shape).engine,
         overload=float(counts.max() / counts.float().mean()),
         layers=[
-            _measured(name, entry, forward[name], step[name], 3 * shape.flops, peak_rate)._asdict()
+            _measured(name, entry, *times[name], 3 * shape.flops, peak_rate)._asdict()
             for name, entry in entries.items()
         ],
         not_measured=not_measured, wrong=wrong,
@@ -220,21 +238,27 @@ def _peers(
 
 
 def _measured(
-    name: str, entry: Entry, forward: list[float], step: list[float], flops: int, peak_rate: float
+    name: str,
+    entry: Entry,
+    forward: list[float],
+    step: list[float],
+    apart: Apart,
+    flops: int,
+    peak_rate: float,
 ) -> Measured:
     median = statistics.median(step)
     low, _, high = statistics.quantiles(step, n=4)
-    rate = flops / median / 1e9
+    rate = flops / (median if apart.device is None else apart.device) / 1e9
     return Measured(
-        name, statistics.median(forward), median, (high - low) / median, rate, rate / peak_rate,
+        name, statistics.median(forward), median, (high - low) / median, *apart, rate, rate / peak_rate,
         *entry.costs, entry.error,
     )  # fmt: skip
 
 
-def _costs(run: Run, layer: Layer) -> tuple[float, float | None, int | None, int | None]:
-    """MiB saved between forward and backward, MiB at the peak, kernel launches, host syncs."""
+def _costs(run: Run, layer: Layer) -> tuple[float, float | None, int | None]:
+    """MiB saved between forward and backward, MiB at the peak, host syncs."""
     if not run.x.is_cuda:
-        return kept_bytes(layer, run.params, run.x) / 2**20, None, None, None
+        return kept_bytes(layer, run.params, run.x) / 2**20, None, None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -245,8 +269,32 @@ def _costs(run: Run, layer: Layer) -> tuple[float, float | None, int | None, int
     grads = torch.autograd.grad(edge, run.leaves(), run.cotangent)
     peak = torch.cuda.max_memory_allocated() - before
     del edge, grads
-    step = functools.partial(run.step, layer)
-    return saved / 2**20, peak / 2**20, launches(step), syncs(step)
+    return saved / 2**20, peak / 2**20, syncs(functools.partial(run.step, layer))
+
+
+def _apart(entries: dict[str, Entry], rounds: int) -> dict[str, Apart]:
+    """The parts of each layer's step, which take turns as whole steps do; medians of rounds."""
+    steps = {
+        name: functools.partial(entry.run.step, entry.layer)
+        for name, entry in entries.items()
+        if entry.run.x.is_cuda
+    }
+    turns = [{name: (*on_device(call), of_host(call)) for name, call in steps.items()} for _ in range(rounds)]
+    found = {name: Apart() for name in entries}
+    for name, call in steps.items():
+        device, launches, host = map(statistics.median, zip(*(turn[name] for turn in turns)))
+        found[name] = Apart(device, host, _replay(call, rounds), launches)
+    return found
+
+
+def _replay(step: Callable[[], Any], rounds: int) -> float | None:
+    """Milliseconds of a step as a CUDA graph, or ``None`` where a graph can't hold it."""
+    replay = graphed(step)
+    try:
+        replay()
+    except Exception:  # any kind, of a peer
+        return None
+    return statistics.median(timed(replay, on_cuda=True) for _ in range(rounds))
 
 
 def _times(
@@ -259,6 +307,10 @@ def _times(
     return in_turns(calls, rounds, any(entry.run.x.is_cuda for entry in entries.values()))
 
 
+def _or_dash(value: float | None, digits: str) -> str:
+    return "-" if value is None else format(value, digits)
+
+
 def report(result: dict[str, Any], console: Console) -> None:
     """Print a table of one result."""
     shape = " ".join(f"{k}={v}" for k, v in result["shape"].items())
@@ -268,18 +320,20 @@ def report(result: dict[str, Any], console: Console) -> None:
         f"matrix product {result['matmul_tflops']:.1f} TFLOP/s, "
         f"our grouped products by {result['engine']!r}, seed {result['seed']}"
     )
-    table = Table("layer", *("forward ms", "fwd+bwd ms", "spread", "TFLOP/s", "of matmul"),
-                  *("saved MiB", "peak MiB", "launches", "syncs", "error"))  # fmt: skip
+    times = "forward ms", "fwd+bwd ms", "spread", "device ms", "TFLOP/s", "of matmul", "host ms", "launches"
+    costs = "replay ms", "saved MiB", "peak MiB", "syncs"
+    layer, error = (Column(name, no_wrap=True) for name in ("layer", "error"))
+    table = Table(layer, *times, *costs, error)
     for row in result["layers"]:
         m = Measured(**row)
         table.add_row(
-            m.layer, f"{m.forward:.2f}", f"{m.step:.2f}", f"{m.spread:.1%}", f"{m.rate:.3g}",
-            f"{m.share:.1%}", f"{m.saved:.1f}",
-            *("-" if v is None else f"{v:.0f}" for v in (m.peak, m.launches, m.syncs)),
+            m.layer, f"{m.forward:.2f}", f"{m.step:.2f}", f"{m.spread:.1%}", _or_dash(m.device, ".2f"),
+            f"{m.rate:.3g}", f"{m.share:.1%}", _or_dash(m.host, ".2f"), _or_dash(m.launches, ".0f"),
+            _or_dash(m.replay, ".2f"), f"{m.saved:.1f}", _or_dash(m.peak, ".0f"), _or_dash(m.syncs, ".0f"),
             f"{m.error:.1e}",
         )  # fmt: skip
     for name, error in result["wrong"].items():
-        table.add_row(name, *["-"] * 9, f"{error:.1e}, wrong")
+        table.add_row(name, *["-"] * 12, f"{error:.1e}, wrong")
     console.print(table)
     for name, reason in result["not_measured"].items():
         console.print(f"{name}: not measured: {reason}", markup=False, highlight=False, soft_wrap=True)

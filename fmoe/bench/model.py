@@ -26,7 +26,7 @@ from ..training.optim import Optimizer, adamw
 from ..training.step import training_step
 from ..transforms import per_layer, value_and_grad
 from .breakdown import breakdown
-from .timing import check_number, matmul_rate, syncs
+from .timing import check_number, matmul_rate, of_host, syncs
 
 Batch = tuple[torch.Tensor, ...]
 Step = Callable[[Batch], torch.Tensor]
@@ -229,13 +229,7 @@ def _times(step: Step, batches: list[Batch], on_cuda: bool) -> tuple[list[float]
 
 def _host_ms(step: Step, batches: list[Batch]) -> float:
     """Milliseconds until the host has handed a step to an idle device, for which it needn't wait."""
-    ms = []
-    for batch in batches:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step(batch)
-        ms.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(ms)
+    return statistics.median(of_host(functools.partial(step, batch)) for batch in batches)
 
 
 def report(result: dict[str, Any], console: Console, title: str = "a model") -> None:

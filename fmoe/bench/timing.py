@@ -25,13 +25,24 @@ def syncs(call: Callable[[], Any]) -> int:
     return sum("synchroniz" in str(w.message) and "prototype" not in str(w.message) for w in caught)
 
 
-def launches(call: Callable[[], Any]) -> int:
-    """Count the kernels that a call starts on the CUDA device."""
+def on_device(call: Callable[[], Any]) -> tuple[float, float]:
+    """Milliseconds of a call's kernels on the CUDA device, and their number, by the profiler."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities, acc_events=True) as profile:
-        call()
+        for _ in range(IN_A_ROW):
+            call()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    rows = [r for r in profile.key_averages() if r.device_type == torch.autograd.DeviceType.CUDA]
+    spent, number = sum(r.self_device_time_total for r in rows), sum(r.count for r in rows)
+    return spent / IN_A_ROW / 1e3, number / IN_A_ROW
+
+
+def of_host(call: Callable[[], Any]) -> float:
+    """Milliseconds until the host has handed a call to an idle device, for which it needn't wait."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
 
 
 def timed(call: Callable[[], Any], on_cuda: bool) -> float:

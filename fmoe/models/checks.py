@@ -65,12 +65,14 @@ def check_layer(params: Any, x: torch.Tensor, router: Any, valid: torch.Tensor |
         got = f"shape {tuple(params.shared.w_in.shape)}"
         remedy = "Plain params on a mesh are whole but for experts along ep and hidden dimensions along tp."
         raise error("params.shared.w_in", got, f"(2, F, {dim})", remedy)
-    for name, leaf in zip(dotted_names(params), leaves):
+    num_router = len(optree.tree_leaves(params.router))  # the first leaves, of any dtype
+    for i, leaf in enumerate(leaves):
         if leaf.device != x.device:
-            raise error(f"params.{name}", leaf.device, f"{x.device}, as x", "Move one of the two with .to().")
-        if product_dtype(leaf) != product_dtype(x) and name.split(".")[0] != "router":
-            remedy = "Convert one of the two with .to()."
-            raise error(f"params.{name}", leaf.dtype, f"{x.dtype}, as x", remedy)
+            name, remedy = f"params.{dotted_names(params)[i]}", "Move one of the two with .to()."
+            raise error(name, leaf.device, f"{x.device}, as x", remedy)
+        if i >= num_router and product_dtype(leaf) != product_dtype(x):
+            name, remedy = f"params.{dotted_names(params)[i]}", "Convert one of the two with .to()."
+            raise error(name, leaf.dtype, f"{x.dtype}, as x", remedy)
 
 
 def check_routing(routing: Any, num_tokens: int, num_experts: int) -> None:

@@ -21,7 +21,8 @@ from ..ops.cross_entropy import LOGITS_BYTES
 from ..ops.experts import ExpertParams
 from ..ops.precision import Recipe, recipe_of
 from ..ops.random import check_one_key, fold_in
-from ..ops.segments import Segments, segments_of
+from ..ops.segments import Segments, halves_of, segments_of
+from ..ops.transport import in_halves
 from ..parallel.backends import Backend, choose
 from ..parallel.collectives import psum
 from ..parallel.mesh import is_pipeline
@@ -33,7 +34,7 @@ from .config import DecoderConfig as DecoderConfig  # re-exported
 from .counts import flops_per_token as flops_per_token
 from .counts import num_params as num_params
 from .families import preset as preset
-from .moe import MoEParams, mlp_forward, moe_layer
+from .moe import Begun, MoEParams, begin_layer, end_layer, experts_of, mlp_forward, send_layer
 from .norm import rms_norm
 from .on_mesh import on_mesh, token_places
 from .params import LayerParams as LayerParams
@@ -561,15 +562,58 @@ def one_layer(
         params, key = params
         if isinstance(params.mlp, MoEParams) and isinstance(places, torch.Tensor):
             keys = fold_in(key, places)
-    params, eps = use(params), config.norm_eps
-    normed = rms_norm(x, params.attention_norm, eps)
-    within_segments = (segments,) if isinstance(segments, Segments) else ()
-    of_products: dict[str, Any] = {} if recipe.dense is None else {"precision": recipe.dense}
-    x = x + config.attention.forward(params.attention, normed, table, eps, *within_segments, **of_products)
-    normed = rms_norm(x, params.mlp_norm, eps)
+    params = use(params)
     if isinstance(params.mlp, ExpertParams):
+        x, normed = _attended(params, x, table, config, segments, recipe.dense)
         return x + psum(mlp_forward(params.mlp, normed, recipe.dense), present("tp")), (), ()
-    valid = segments.valid if isinstance(segments, Segments) else ()
-    y, routing, overflow = moe_layer(params.mlp, normed, config.router, valid, keys, recipe)
-    balance = (balance_loss(routing, x.shape[0]),) if config.balance_loss else ()
-    return x + y, (stats_sums(routing, overflow),), balance
+    # In halves, one's rows are on their way while the other computes. What a half launches comes before what
+    # waits for the rows of the other, here and, in reverse, in the backward.
+    parts = _halves(x, table, segments, keys) if in_halves("ep") else [(x, table, segments, keys)]
+    before: list[torch.Tensor] = []
+    begun: list[Begun] = []
+    for x, table, segments, keys in parts:
+        x, normed = _attended(params, x, table, config, segments, recipe.dense)
+        before.append(x)
+        begun = [send_layer(half) for half in begun]
+        valid = segments.valid if isinstance(segments, Segments) else ()
+        begun.append(begin_layer(params.mlp, normed, config.router, valid, keys))
+    for i in range(len(begun)):
+        begun = experts_of(params.mlp, begun, i, recipe)
+    made = [end_layer(params.mlp, half, recipe) for half in begun]
+    y = [x + y for x, (y, _, _) in zip(before, made)]
+    sums = [stats_sums(routing, overflow) for _, routing, overflow in made]
+    sequences = [(half.routing, len(x)) for half, x in zip(begun, before) if config.balance_loss]
+    uneven = [balance_loss(routing, number) for routing, number in sequences if number or len(begun) == 1]
+    if len(made) > 1:
+        y, sums, uneven = [torch.cat(y)], [torch.stack(sums).sum(0)], [torch.cat(uneven)] if uneven else []
+    return y[0], (sums[0],), (*uneven,)
+
+
+def _attended(
+    params: LayerParams,
+    x: torch.Tensor,
+    table: Angles,
+    config: DecoderConfig,
+    segments: Segments | tuple[()],
+    precision: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x`` with the attention added, and the same normalised for what follows."""
+    eps = config.norm_eps
+    within_segments = (segments,) if isinstance(segments, Segments) else ()
+    normed = rms_norm(x, params.attention_norm, eps)
+    of_products: dict[str, Any] = {} if precision is None else {"precision": precision}
+    x = x + config.attention.forward(params.attention, normed, table, eps, *within_segments, **of_products)
+    return x, rms_norm(x, params.mlp_norm, eps)
+
+
+def _halves(
+    x: torch.Tensor, table: Angles, segments: Segments | tuple[()], keys: torch.Tensor | tuple[()]
+) -> list[tuple[Any, ...]]:
+    """Halves of a device's sequences, the second of which may have none."""
+    sizes = [rows := (x.shape[0] + 1) // 2, x.shape[0] - rows]
+    tables = [table] * 2
+    if table.cos.dim() > 2:  # positions begin again in every segment
+        tables = [Angles(*angles) for angles in zip(*(t.split(sizes) for t in table))]
+    parts: Any = halves_of(segments, rows) if isinstance(segments, Segments) else [()] * 2
+    drawn: Any = keys.split(sizes) if isinstance(keys, torch.Tensor) else [()] * 2
+    return [*zip(x.split(sizes), tables, parts, drawn)]

@@ -1,6 +1,7 @@
 """The mixture-of-experts layer: ``moe_init`` and ``moe_forward``."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import optree
@@ -13,12 +14,13 @@ from ..ops.balance import MoEStats, moe_stats, stats_sums
 from ..ops.combine import combine, combine_start, join
 from ..ops.core.axes import binding, present
 from ..ops.core.dynamo import rearrange
-from ..ops.dispatch import dispatch
+from ..ops.dispatch import dispatch_join, dispatch_send, dispatch_start
 from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
 from ..ops.linear import linear
 from ..ops.precision import Recipe, recipe_of
 from ..ops.random import check_one_key, fold_in
 from ..ops.route import Router, RouterConfig, RouterParams, Routing, route, without_padding
+from ..ops.transport import InFlight, in_halves
 from ..parallel.backends import Backend, backend_of, choose
 from ..parallel.collectives import axis_size, psum
 from ..parallel.placement import computing, init_on, use
@@ -240,7 +242,11 @@ def moe_forward(
     check_drawing("moe_forward", router, key)
     if key is not None:
         check_one_key("moe_forward", key, x)
-    if backend_of("moe_forward", backend).capacity is not None and not return_stats:
+    wish = backend_of("moe_forward", backend)
+    if wish.in_halves:
+        got, expected = "in_halves", "a backend without it: only a model's layers take halves of tokens"
+        raise argument_error("moe_forward", "backend", got=got, expected=expected)
+    if wish.capacity is not None and not return_stats:
         got, expected = "False, with a capacity", "True: the stats say whether it was enough"
         remedy = "Read stats.overflow, or leave capacity out."
         raise argument_error("moe_forward", "return_stats", got=got, expected=expected, remedy=remedy)
@@ -284,6 +290,28 @@ def moe_layer(
     recipe: Recipe = Recipe(),  # noqa: B008  (frozen)
 ) -> tuple[torch.Tensor, Routing, torch.Tensor | tuple[()]]:
     """The layer on this device's pieces, along ``ep`` and ``tp`` if bound. Also the routing and overflow."""
+    (begun,) = experts_of(params, [begin_layer(params, x, router, valid, keys)], 0, recipe)
+    return end_layer(params, begun, recipe)
+
+
+class Begun(NamedTuple):
+    """A layer under way: its tokens, how they are routed, and what is coming: a dispatch, then a combine."""
+
+    x_TD: torch.Tensor
+    shape: tuple[int, ...]
+    routing: Routing
+    coming: Any
+    plan: Any = None
+
+
+def begin_layer(
+    params: MoEParams,
+    x: torch.Tensor,
+    router: RouterConfig | Router,
+    valid: torch.Tensor | tuple[()] = (),
+    keys: torch.Tensor | tuple[()] = (),
+) -> Begun:
+    """Route, and begin to dispatch."""
     x_TD = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # vmap over no example can't infer a size
     if isinstance(router, RouterConfig):
         keys_T2 = keys.reshape(x_TD.shape[0], 2) if isinstance(keys, torch.Tensor) else ()
@@ -294,16 +322,37 @@ def moe_layer(
         check_routing(routing, x_TD.shape[0], num_experts)
     if isinstance(valid, torch.Tensor):
         routing = without_padding(routing, valid.reshape(x_TD.shape[0]))
-    x_SD, plan = dispatch(x_TD, routing, axis="ep" if present("ep") else None)
+    return Begun(x_TD, x.shape, routing, dispatch_start(x_TD, routing, axis="ep" if present("ep") else None))
+
+
+def send_layer(begun: Begun) -> Begun:
+    """Go on with the dispatch, for which the host may have to wait."""
+    return begun._replace(coming=dispatch_send(begun.coming))
+
+
+def experts_of(params: MoEParams, parts: Sequence[Begun], i: int, recipe: Recipe) -> list[Begun]:
+    """The experts of part ``i``, and begin to combine. The next one's dispatch goes on between the two."""
+    found = [*parts]
+    x_SD, plan = dispatch_join(parts[i].coming)
     y_SD = experts_grouped_mm(params.experts, x_SD, plan, precision=recipe.experts)
-    if params.shared:  # rows may be on their way back meanwhile
-        y_TD = join(combine_start(y_SD, plan), plan, _shared_experts(params, x_TD, recipe.dense))
-    else:
-        y_TD = combine(y_SD, plan)
+    if i + 1 < len(parts):
+        found[i + 1] = send_layer(parts[i + 1])
+    coming = combine_start(y_SD, plan) if params.shared or in_halves("ep") else combine(y_SD, plan)
+    found[i] = parts[i]._replace(coming=coming, plan=plan)
+    return found
+
+
+def end_layer(
+    params: MoEParams, begun: Begun, recipe: Recipe
+) -> tuple[torch.Tensor, Routing, torch.Tensor | tuple[()]]:
+    """The shared experts, while rows may be on their way back, and the sum."""
+    plan = begun.plan
+    shared = _shared_experts(params, begun.x_TD, recipe.dense) if params.shared else None
+    y_TD = join(begun.coming, plan, shared) if isinstance(begun.coming, InFlight) else begun.coming
     overflow = plan.overflow
     if isinstance(overflow, torch.Tensor) and "ep" not in binding().tokens:
         overflow = psum(overflow, present("ep"))  # all have the same tokens, but each its own experts
-    return psum(y_TD, present("tp")).reshape(x.shape), routing, overflow
+    return psum(y_TD, present("tp")).reshape(begun.shape), begun.routing, overflow
 
 
 def _shared_experts(params: Any, x_TD: torch.Tensor, precision: str | None) -> torch.Tensor:

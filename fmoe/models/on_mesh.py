@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..ops.core.axes import Binding, axis_names, axis_sizes, binding, bound, group_of
 from ..ops.core.dtensors import is_dtensor
 from ..ops.random import places
-from ..parallel.backends import Backend, choose
+from ..parallel.backends import Backend, backend_of, choose
 from ..parallel.boundary import dtensor_beneath, unwrapped
 from ..parallel.collective_ops import all_gather_op
 from ..parallel.placement import moves, placed, token_axes, where_placed
@@ -48,6 +48,7 @@ def on_mesh(
         check_token_spec(function, name, value, spec)
         check_same(function, "placed by", name, spec, where[0])
     how = moves(function, "params", params, have, wanted, mesh)
+    in_halves = backend_of(function, backend).in_halves
     along = tuple(axis for axis in axis_names(mesh) if axis in named_axes(where[0]))
 
     def here(params: Any, *tokens: torch.Tensor) -> Any:
@@ -59,19 +60,21 @@ def on_mesh(
         mesh,
         in_specs=(have, *where),
         out_specs=out_specs(where[0], have),
-        backends=choose(function, backend, mesh, rows, _tokens_of_each(tokens[0], along, mesh)),
+        backends=choose(function, backend, mesh, rows, _tokens_at_once(tokens[0], along, mesh, in_halves)),
         local_results=not dtensor_beneath(tokens[0]),
     )(params, *tokens)
 
 
-def _tokens_of_each(x: torch.Tensor, along: tuple[str, ...], mesh: DeviceMesh) -> int | None:
-    """How many tokens of ``x``, ids or vectors, each device has, if it is a DTensor."""
+def _tokens_at_once(x: Any, along: tuple[str, ...], mesh: DeviceMesh, in_halves: bool) -> int | None:
+    """How many tokens of ``x``, ids or vectors, each device dispatches at once, if it is a DTensor."""
     if not dtensor_beneath(x):
         return None
     shape = unwrapped(x).shape
     tokens = math.prod(shape[:-1] if x.is_floating_point() else shape)
     for axis in along:
         tokens = tokens // axis_sizes(mesh)[axis]
+    if in_halves:  # of ids (B, L), the larger half of a device's sequences
+        tokens = (tokens // shape[1] + 1) // 2 * shape[1] if shape[1] else 0
     return tokens
 
 

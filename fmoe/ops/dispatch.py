@@ -1,7 +1,7 @@
 """Send tokens to where their experts are, and lay them out by expert."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -82,6 +82,74 @@ def dispatch(
     >>> plan.slot_R, plan.offsets_e
     (tensor([0, 2, 1]), tensor([2, 3], dtype=torch.int32))
     """
+    _check(x_TD, routing)
+    transport = transport_along("dispatch", axis)
+    if transport is not None:
+        return transport.dispatch(x_TD, routing)
+    ids_TK, before = routing.expert_ids_TK, routing.score_before_experts
+    slot_R, row_SK, offsets_e = layout(ids_TK, routing.counts_E.shape[0], ids_TK.numel())
+    return x_TD, Plan(routing.weights_TK, slot_R, row_SK, offsets_e, (), before)
+
+
+class Dispatching(NamedTuple):
+    """A dispatch that :func:`dispatch_start` began; ``coming`` is what its backend knows of it."""
+
+    transport: Any
+    coming: Any
+
+
+def dispatch_start(
+    x_TD: torch.Tensor, routing: Routing, *, axis: Axes | DeviceMesh | None = None
+) -> Dispatching:
+    """Begin to :func:`fmoe.dispatch`, and go on with other tokens; :func:`dispatch_join` gets rows and plan.
+
+    Takes what :func:`fmoe.dispatch` takes, and raises what it raises. A backend that isn't ``in_halves``
+    dispatches at once.
+
+    >>> import fmoe
+    >>> params = fmoe.moe_init(0, dim=4, hidden_dim=8, num_experts=16)
+    >>> coming = dispatch_start(x := torch.randn(3, 4), fmoe.route(params.router, x, fmoe.RouterConfig()))
+    >>> x_SD, plan = dispatch_join(dispatch_send(coming))
+    >>> torch.equal(x_SD, x)  # with one device nothing moves
+    True
+    """
+    _check(x_TD, routing)
+    transport: Any = transport_along("dispatch_start", axis)
+    if getattr(transport, "in_halves", False):
+        return Dispatching(transport, transport.dispatch_start(x_TD, routing))
+    return Dispatching(None, dispatch(x_TD, routing, axis=axis))
+
+
+def dispatch_send(coming: Dispatching) -> Dispatching:
+    """Go on with a dispatch for which the host has to wait. Launch before it what shall run meanwhile.
+
+    :func:`dispatch_join` does it too, if nobody has.
+
+    >>> import fmoe
+    >>> params = fmoe.moe_init(0, dim=4, hidden_dim=8, num_experts=16)
+    >>> coming = dispatch_start(x := torch.randn(3, 4), fmoe.route(params.router, x, fmoe.RouterConfig()))
+    >>> meanwhile = torch.ones(3, 4)  # what other tokens need
+    >>> dispatch_join(dispatch_send(coming))[0].shape
+    torch.Size([3, 4])
+    """
+    transport = coming.transport
+    return coming._replace(coming=transport.dispatch_send(coming.coming)) if transport else coming
+
+
+def dispatch_join(coming: Dispatching) -> tuple[torch.Tensor, Plan]:
+    """The rows and the plan of a dispatch that was begun, as :func:`fmoe.dispatch` gives them.
+
+    >>> import fmoe
+    >>> params = fmoe.moe_init(0, dim=4, hidden_dim=8, num_experts=16)
+    >>> routing = fmoe.route(params.router, x := torch.randn(3, 4), fmoe.RouterConfig())
+    >>> plans = dispatch_join(dispatch_start(x, routing))[1], fmoe.dispatch(x, routing)[1]
+    >>> torch.equal(plans[0].slot_R, plans[1].slot_R)
+    True
+    """
+    return coming.transport.dispatch_join(coming.coming) if coming.transport else coming.coming
+
+
+def _check(x_TD: torch.Tensor, routing: Routing) -> None:
     if x_TD.dim() != 2 or routing.expert_ids_TK.shape[:1] != x_TD.shape[:1]:
         got = f"shape {tuple(x_TD.shape)}"
         expected = f"({routing.expert_ids_TK.shape[0]}, D), a row for each row of routing.expert_ids_TK"
@@ -92,12 +160,6 @@ def dispatch(
         expected = f"{tuple(routing.expert_ids_TK.shape)}, as routing.expert_ids_TK"
         remedy = "Give each chosen expert one weight."
         raise argument_error("dispatch", "routing.weights_TK", got=got, expected=expected, remedy=remedy)
-    transport = transport_along("dispatch", axis)
-    if transport is not None:
-        return transport.dispatch(x_TD, routing)
-    ids_TK, before = routing.expert_ids_TK, routing.score_before_experts
-    slot_R, row_SK, offsets_e = layout(ids_TK, routing.counts_E.shape[0], ids_TK.numel())
-    return x_TD, Plan(routing.weights_TK, slot_R, row_SK, offsets_e, (), before)
 
 
 def expand(x_SD: torch.Tensor, plan: Plan) -> torch.Tensor:

@@ -180,12 +180,12 @@ def _activation_backward(g_act: torch.Tensor, h: torch.Tensor, rows: Layout, *, 
     if kernels.fused(h, weights):
         from .kernels import activation
 
-        return activation.swiglu_backward(g_act, h, slot, weights, offsets, weighted=scaled)
+        return activation.swiglu_backward(g_act, h, slot, row, weights, offsets, weighted=scaled)
     wide = accumulator(h.dtype)
     gate, up, g_act = h[:, 0].to(wide), h[:, 1].to(wide), g_act.to(wide)
     sigmoid = gate.sigmoid()
     silu = gate * sigmoid
-    g_weights = torch.zeros_like(weights)
+    g_weights = weights.new_empty(0)
     if scaled:
         g_weights_R = (g_act * silu * up).sum(1)
         g_weights = gather_kernel(g_weights_R, row.flatten()).view(weights.shape).to(weights.dtype)
@@ -271,7 +271,7 @@ def _up_inputs_kernel(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, *f
     if rows.score_before:
         g_weights = weight_gradients_kernel(x, g_x_RD, weights, slot, row)
         return weighted_sum_kernel(g_x_RD, weights, slot, row), g_weights
-    return weighted_sum_kernel(g_x_RD, None, slot, row), torch.zeros_like(weights)
+    return weighted_sum_kernel(g_x_RD, None, slot, row), weights.new_empty(0)
 
 
 def _up_weight_kernel(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> torch.Tensor:
@@ -314,8 +314,22 @@ def _down_weight_kernel(g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor, *
     return _outer(_expanded_columns(g, w_out, rows, weighted=False), act, rows).to(h.dtype)
 
 
-def _backward_fake(g: Any, rows: Any, weight: Any, weights: Any, *rest: Any) -> Tensors:
-    return tuple(t.new_empty(t.shape) for t in (rows, weight, weights))
+# Weights that don't multiply these rows have no cotangent here: a tensor without elements stands for it.
+def _backward_fake(scaled_before: bool) -> Any:
+    def fake(g: Any, rows: Any, weight: Any, weights: Any, *rest: Any) -> Tensors:
+        shape = weights.shape if Layout(weights, *rest).score_before == scaled_before else (0,)
+        return rows.new_empty(rows.shape), weight.new_empty(weight.shape), weights.new_empty(shape)
+
+    return fake
+
+
+def _backward_reference(reference: Any, scaled_before: bool) -> Any:
+    def call(*args: Any) -> Tensors:
+        g_rows, g_weight, g_weights = pullback(reference)(*args)
+        multiplied = Layout(*args[3:]).score_before == scaled_before
+        return g_rows, g_weight, g_weights if multiplied else g_weights.new_empty(0)
+
+    return call
 
 
 def _layout_example() -> tuple[Any, ...]:
@@ -329,10 +343,10 @@ _LAYOUT = "Tensor weights, Tensor slot, Tensor row, Tensor offsets, bool score_b
 experts_up_backward: Operator = declare(
     f"experts_up_backward(Tensor g, Tensor x, Tensor w_in, {_LAYOUT}) -> (Tensor, Tensor, Tensor)",
     impl=_up_backward_kernel,
-    fake=_backward_fake,
+    fake=_backward_fake(True),
     checkpoint=EXPERTS,
     example=lambda: (random(8, 2, 2), random(4, 3), random(3, 2, 2, 3), *_layout_example()),
-    reference=pullback(_up_reference),
+    reference=_backward_reference(_up_reference, True),
 )
 
 # x (S, D), w_in (e, 2, F, D) -> (R, 2, F): the pre-activation of each row; undefined past the last offset.
@@ -350,10 +364,10 @@ experts_up: Operator = declare(
 experts_down_backward: Operator = declare(
     f"experts_down_backward(Tensor g, Tensor h, Tensor w_out, {_LAYOUT}) -> (Tensor, Tensor, Tensor)",
     impl=_down_backward_kernel,
-    fake=_backward_fake,
+    fake=_backward_fake(False),
     checkpoint=EXPERTS,
     example=lambda: (random(4, 3), random(8, 2, 2), random(3, 3, 2), *_layout_example()),
-    reference=pullback(_down_reference),
+    reference=_backward_reference(_down_reference, False),
 )
 
 # h (R, 2, F), w_out (e, D, F) -> (S, D): activated, multiplied, weighted and summed per row.
@@ -368,43 +382,51 @@ experts_down: Operator = declare(
     reference=_down_reference,
 )
 
-_Backwards = tuple[Operator, Operator, Operator]
 
-
-def _in_halves(whole: Operator, inputs: Any, weight: Any, reference: Any) -> _Backwards:
+class _Backwards(NamedTuple):
     """A backward, and its halves: all but the weight's cotangent, and that alone."""
+
+    whole: Operator
+    of_inputs: Operator
+    of_weight: Operator
+    scaled_before: bool
+
+
+def _in_halves(whole: Operator, inputs: Any, weight: Any, reference: Any, scaled_before: bool) -> _Backwards:
     takes = str(whole.raw._schema).partition("(")[2].partition(")")[0]
+    fake, both = _backward_fake(scaled_before), _backward_reference(reference, scaled_before)
     how: Any = dict(checkpoint=EXPERTS, example=whole.example)
     of_inputs = declare(
         f"{whole.name}_inputs({takes}) -> (Tensor, Tensor)",
         impl=inputs,
-        fake=lambda g, rows, weight, weights, *rest: (
-            rows.new_empty(rows.shape),
-            weights.new_empty(weights.shape),
-        ),
-        reference=lambda *args: pullback(reference)(*args)[::2],
+        fake=lambda *args: fake(*args)[::2],
+        reference=lambda *args: both(*args)[::2],
         **how,
     )
     of_weight = declare(
         f"{whole.name}_weight({takes}) -> Tensor",
         impl=weight,
-        fake=lambda g, rows, weight, *rest: weight.new_empty(weight.shape),
-        reference=lambda *args: pullback(reference)(*args)[1],
+        fake=lambda *args: fake(*args)[1],
+        reference=lambda *args: both(*args)[1],
         **how,
     )
-    return whole, of_inputs, of_weight
+    return _Backwards(whole, of_inputs, of_weight, scaled_before)
 
 
-_UP: _Backwards = _in_halves(experts_up_backward, _up_inputs_kernel, _up_weight_kernel, _up_reference)
+_UP: _Backwards = _in_halves(experts_up_backward, _up_inputs_kernel, _up_weight_kernel, _up_reference, True)
 _DOWN: _Backwards = _in_halves(
-    experts_down_backward, _down_inputs_kernel, _down_weight_kernel, _down_reference
+    experts_down_backward, _down_inputs_kernel, _down_weight_kernel, _down_reference, False
 )
 
 
 def _by_need(backwards: _Backwards, inputs: Any, needs: Any, g: torch.Tensor) -> tuple[Any, ...]:
     """The cotangents of the first three inputs, or of those that need one."""
-    whole, of_inputs, of_weight = backwards
-    if not needs[1]:
-        g_rows, g_weights = of_inputs(g, *inputs)
-        return g_rows, None, g_weights
-    return whole(g, *inputs) if needs[0] or needs[2] else (None, of_weight(g, *inputs))
+    multiplied = Layout(*inputs[2:]).score_before == backwards.scaled_before
+    g_weight = None
+    if not (needs[0] or (needs[2] and multiplied)):
+        return (None, backwards.of_weight(g, *inputs)) if needs[1] else ()
+    if needs[1]:
+        g_rows, g_weight, g_weights = backwards.whole(g, *inputs)
+    else:
+        g_rows, g_weights = backwards.of_inputs(g, *inputs)
+    return g_rows, g_weight, g_weights if multiplied else None

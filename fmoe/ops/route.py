@@ -6,22 +6,21 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange, reduce
 
 from ..errors import argument_error
 from ..tree import node, static
 from . import kernels
-from .bases import bilinear_jvp, gather, random
+from .bases import bilinear_jvp, random
 from .core.batches import Fold, fold_rows, front, more_rows, same_rows
-from .core.derive import Dims
+from .core.derive import Dims, Tensors
 from .core.dtypes import accumulator
 from .core.primitive import Operator, declare
 from .core.tape import checkpoint
 from .random import normal
+from .weigh import ROUTER, weigh
 
 TOPK = checkpoint("topk", save=True)
-ROUTER = checkpoint("router", save=False)
 
 
 class RouterParams(NamedTuple):
@@ -194,19 +193,11 @@ def route(
         ids_TK = (slot % num_experts).view(x_TD.shape[0], config.top_k)
     else:
         groups = config.num_groups, config.top_groups, config.group_best
-        ids_TK = topk(scores_TE + bias_E, *groups, config.top_k)
+        ids_TK = topk(scores_TE, bias_E, *groups, config.top_k)
     # From the chosen logits, where they suffice: autograd then keeps T x K numbers, not T x E.
-    of_logits = sigmoid or config.normalize
-    cell_TK = ids_TK + num_experts * torch.arange(x_TD.shape[0], device=x_TD.device)[:, None]
-    rows_TE = logits_TE if of_logits else scores_TE
-    chosen_TK = gather(rows_TE.flatten(), cell_TK.flatten()).view(ids_TK.shape)
-    if config.normalize:  # the chosen scores over their sum, by logarithms, so that small ones don't vanish
-        weights_TK = (F.logsigmoid(chosen_TK) if sigmoid else chosen_TK).softmax(-1)
-    else:
-        weights_TK = chosen_TK.sigmoid() if sigmoid else chosen_TK
-    ones = torch.ones_like(ids_TK).flatten()
-    counts_E = ids_TK.new_zeros(num_experts).scatter_add(0, ids_TK.flatten(), ones)
-    return Routing(ids_TK, weights_TK * config.scale, counts_E, scores_TE, config.score_before_experts)
+    rows_TE = logits_TE if sigmoid or config.normalize else scores_TE
+    weights_TK, counts_E, _ = weigh(rows_TE, ids_TK, sigmoid, config.normalize, config.scale)
+    return Routing(ids_TK, weights_TK, counts_E, scores_TE, config.score_before_experts)
 
 
 def _noise(keys_T2: torch.Tensor | tuple[()], tokens: int, experts: int) -> torch.Tensor:
@@ -249,12 +240,13 @@ def check_bias(function: str, argument: str, bias_E: torch.Tensor) -> None:
 
 
 def _topk_kernel(
-    choice_TE: torch.Tensor, num_groups: int, top_groups: int, group_best: int, k: int
+    scores_TE: torch.Tensor, bias_E: torch.Tensor, num_groups: int, top_groups: int, group_best: int, k: int
 ) -> torch.Tensor:
-    if kernels.installed() and choice_TE.is_cuda and choice_TE.dtype == torch.float32:
+    if kernels.installed() and scores_TE.is_cuda and scores_TE.dtype == bias_E.dtype == torch.float32:
         from .kernels import router
 
-        return router.topk(choice_TE, num_groups, top_groups, group_best, k)
+        return router.topk(scores_TE, bias_E, num_groups, top_groups, group_best, k)
+    choice_TE = scores_TE + bias_E
     if top_groups < num_groups:
         grouped = choice_TE.unflatten(1, (num_groups, -1))
         group_scores = grouped.topk(min(group_best, grouped.shape[2]), dim=2).values.sum(2)
@@ -265,27 +257,35 @@ def _topk_kernel(
 
 
 def _topk_plain(
-    choice: torch.Tensor, num_groups: int, top_groups: int, group_best: int, k: int
+    scores: torch.Tensor, bias: torch.Tensor, num_groups: int, top_groups: int, group_best: int, k: int
 ) -> torch.Tensor:
     def from_rank(scores: torch.Tensor, rank: int) -> torch.Tensor:
         return scores >= scores.sort(-1, descending=True).values[..., rank - 1 : rank]
 
-    grouped = rearrange(choice, "t (g e) -> t g e", g=num_groups)
+    grouped = rearrange(scores + bias, "t (g e) -> t g e", g=num_groups)
     best = grouped.sort(-1, descending=True).values[..., :group_best]
     open_groups = from_rank(reduce(best, "t g e -> t g", "sum"), top_groups)
     choice = rearrange(torch.where(open_groups[..., None], grouped, -torch.inf), "t g e -> t (g e)")
     return choice.argsort(1, descending=True)[:, :k]
 
 
-# choice (T, E) -> (T, k) int64: the k best experts of the best groups.
+def _topk_vmap(size: int, dims: Dims, scores: torch.Tensor, bias: torch.Tensor, *statics: int) -> Fold:
+    if dims[1] is not None:
+        scores, bias = scores + bias[:, None], torch.zeros_like(bias[0])
+    return more_rows(size, fold_rows(scores), bias, *statics)
+
+
+_GROUPS = "SymInt num_groups, SymInt top_groups, SymInt group_best"
+
+# scores (T, E), bias (E,) -> (T, k) int64: the k best experts of the best groups by the sum of the two.
 topk: Operator = declare(
-    "topk(Tensor choice, SymInt num_groups, SymInt top_groups, SymInt group_best, SymInt k) -> Tensor",
+    f"topk(Tensor scores, Tensor bias, {_GROUPS}, SymInt k) -> Tensor",
     impl=_topk_kernel,
-    fake=lambda choice, *statics: choice.new_empty(choice.shape[0], statics[-1], dtype=torch.int64),
+    fake=lambda scores, *rest: scores.new_empty(scores.shape[0], rest[-1], dtype=torch.int64),
     checkpoint=TOPK,
-    example=lambda: (random(4, 8), 4, 2, 1, 3),
+    example=lambda: (random(4, 8), random(8), 4, 2, 1, 3),
     plain=_topk_plain,
-    vmap=lambda size, dims, choice, *statics: more_rows(size, fold_rows(choice), *statics),
+    vmap=_topk_vmap,
 )
 
 
@@ -305,6 +305,9 @@ def _product_plain(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torc
 
 def _product_vjp(inputs: tuple[Any, ...], needs: Any, g: torch.Tensor) -> tuple[Any, ...]:
     a, b, _ = inputs
+    if needs[0] and needs[1]:
+        g_a, g_b = product_backward(g, a, b)
+        return g_a, g_b.mT
     return (
         product(g, b.mT, a.dtype) if needs[0] else None,
         product(a.mT, g, b.dtype) if needs[1] else None,
@@ -329,4 +332,28 @@ product: Operator = declare(
     by_need=True,
     jvp=bilinear_jvp(lambda: product),
     vmap=_product_vmap,
+)
+
+
+def _product_backward_reference(g: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Tensors:
+    return product(g, b.mT, a.dtype), product(g.mT, a, b.dtype)
+
+
+def _product_backward_kernel(g: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Tensors:
+    if kernels.installed() and a.is_cuda and g.dtype == torch.float32:
+        from .kernels import router
+
+        if a.dtype == b.dtype and router.multiplies(g, a) and router.multiplies(g, b):
+            return router.product_backward(g, a, b)
+    return _product_kernel(g, b.mT, a.dtype), _product_kernel(g.mT, a, b.dtype)
+
+
+# Both cotangents of a product, that of b transposed: what they need of g is made once.
+product_backward: Operator = declare(
+    "product_backward(Tensor g, Tensor a, Tensor b) -> (Tensor, Tensor)",
+    impl=_product_backward_kernel,
+    fake=lambda g, a, b: (a.new_empty(a.shape), b.new_empty(b.mT.shape)),
+    checkpoint=ROUTER,
+    example=lambda: (random(4, 2), random(4, 3), random(3, 2)),
+    reference=_product_backward_reference,
 )

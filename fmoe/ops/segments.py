@@ -72,6 +72,19 @@ def segments_of(segment_ids: torch.Tensor, function: str | None = None) -> Segme
     return Segments(first, offsets, valid)
 
 
+def halves_of(segments: Segments, rows: int) -> list[Segments]:
+    """The segments of the first rows, and of the others. Offsets remain as many: some segments are empty.
+
+    >>> first, second = halves_of(segments_of(torch.tensor([[1, 2], [3, 0]])), 1)
+    >>> first.offsets, second.offsets
+    (tensor([0, 1, 2, 2, 2], dtype=torch.int32), tensor([0, 0, 0, 1, 2], dtype=torch.int32))
+    """
+    first, offsets, valid = segments
+    end = rows * first.shape[1]
+    before, behind = offsets.clamp(max=end), (offsets - end).clamp(min=0)
+    return [Segments(first[:rows], before, valid[:rows]), Segments(first[rows:], behind, valid[rows:])]
+
+
 def _readable(t: torch.Tensor) -> bool:
     """Whether the host can look at a tensor's values."""
     key = torch._C._TorchDispatchModeKey

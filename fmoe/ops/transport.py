@@ -57,8 +57,8 @@ class Overlapping(Transport, Protocol):
     Of another backend, :func:`fmoe.ops.combine.combine_start` combines at once.
 
     >>> import fmoe
-    >>> hasattr(fmoe.parallel.DeepEP, "combine_start"), hasattr(fmoe.parallel.AllToAll, "combine_start")
-    (True, False)
+    >>> hasattr(fmoe.parallel.DeepEP, "combine_start")
+    True
     """
 
     def combine_start(self, y_SD: torch.Tensor, plan: Any) -> InFlight:
@@ -66,6 +66,39 @@ class Overlapping(Transport, Protocol):
 
     def join(self, coming: InFlight, plan: Any, plus: torch.Tensor | None) -> torch.Tensor:
         """Wait for what ``combine_start`` began, and add ``plus`` (T, D) to it, if there is any."""
+
+
+class InHalves(Overlapping, Protocol):
+    """A backend whose exchanges may all be in flight: a layer then takes halves of a device's tokens in turn.
+
+    Autograd runs backward what ran forward. So the derivative of each function that waits begins an exchange,
+    and that of each that begins waits.
+
+    >>> import fmoe
+    >>> fmoe.parallel.AllToAll(Group("", 1, 0)).in_halves
+    False
+    """
+
+    in_halves: bool
+
+    def dispatch_start(self, x_TD: torch.Tensor, routing: Any) -> Any:
+        """Begin ``dispatch``."""
+
+    def dispatch_send(self, coming: Any) -> Any:
+        """Go on with what the host has to wait for, if anything. What was launched since runs meanwhile."""
+
+    def dispatch_join(self, coming: Any) -> tuple[torch.Tensor, Any]:
+        """Wait for the rows of ``dispatch``, and their plan."""
+
+
+def in_halves(axis: Axes) -> bool:
+    """Whether the backend that is bound to ``axis`` wants a layer to take halves of its tokens in turn.
+
+    >>> in_halves("ep")  # no backend is bound here
+    False
+    """
+    bound = [backend for name, backend in binding().backends if (name,) == names_of(axis)]
+    return any(getattr(backend, "in_halves", False) for backend in bound)
 
 
 # How to carry tokens along a group that nothing was bound to; fmoe.parallel sets it.
@@ -80,7 +113,7 @@ def set_default(make: Callable[[Group], Transport]) -> None:
     >>> set_default(AllToAll)  # as it is from the start
     >>> with bound(Binding(MeshOfSizes({"ep": 2}))):
     ...     transport_along("dispatch", "ep")
-    AllToAll(group=Group(name='ep=2', size=2, position=0), bound=None)
+    AllToAll(group=Group(name='ep=2', size=2, position=0), bound=None, in_halves=False)
     """
     global _default
     _default = make

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from ..errors import argument_error
 from ..ops.core.derive import Tensors, pull, replaced
 from ..ops.core.modes import Modes, Rng
+from ..ops.core.recompute import begin_offloaded
 from ..ops.core.refuse import refusing_combinations
 from ..ops.core.tape import current_tape
 from . import buckets
@@ -310,6 +311,10 @@ def _backward(
             if graph.again:
                 graph.again.whole = call.finish(i, coming)
                 coming = call.begin(i - 1, tensors)
+            for one in reversed(
+                graphs[max(0, i - 1) : i + 1]
+            ):  # what remat offloaded comes a layer ahead, too
+                begin_offloaded(edge.node for edge in one.gave if edge)
             rest, mine = rest[: len(rest) - len(graph.gave) + 1], rest[len(rest) - len(graph.gave) + 1 :]
             grads = _grads(graph, [g_x, *mine], keep)
             if graph.again:

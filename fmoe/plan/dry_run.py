@@ -51,7 +51,8 @@ class DryRun(TorchDispatchMode):
 
     ``timeline`` has the number of each storage that came or went, and which of the two it did. ``totals``
     has, by purpose, the bytes ``"sent"``, and what ``watch`` counts. ``marks`` are places, by name, in order.
-    ``copies`` are storages of nothing but ``params``, gathered, cast or laid out anew. Enter it inside a
+    ``copies`` are storages of nothing but ``params``, gathered, cast or laid out anew. ``host``
+    has the bytes of those in the host's memory, which take none of the device's. Enter it inside a
     ``FakeTensorMode``.
     """
 
@@ -65,6 +66,7 @@ class DryRun(TorchDispatchMode):
         self.marks: defaultdict[str, list[Mark]] = defaultdict(list)
         self.params: set[int] = set()
         self.copies: set[int] = set()
+        self.host: dict[int, int] = {}
         self.watch: Any = None  # a Stopwatch
         self._numbers: dict[int, int] = {}
 
@@ -93,6 +95,21 @@ class DryRun(TorchDispatchMode):
         if name in SENT:
             self.totals["sent", PURPOSE.get(name, "sums")] += SENT[name](args, outputs)
         return out
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor in the host's memory."""
+        taken = self.give(tensor)
+        number = self.number(taken)
+        self.host[number], self.bytes_of[number] = taken.nbytes, 0
+        return taken
+
+    def give(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the host's in the device's memory. Copies between them take no kernel's time."""
+        watch, self.watch = self.watch, None
+        try:
+            return tensor.clone()
+        finally:
+            self.watch = watch
 
     def mark(self, name: str) -> Mark:
         self.marks[name].append(mark := Mark(len(self.timeline), self.totals.copy()))

@@ -141,6 +141,9 @@ def plan(
     if rates:
         _check_rates(rates, compute_dtype or dtype, recipe)
     bounded = backend_of("plan", backend)
+    if bounded.in_halves:
+        expected = "a backend without in_halves, which changes what a layer holds, and its time"
+        raise error("backend", got="in_halves", expected=expected, remedy="Plan it without.")
     if not 1 <= imbalance < math.inf:
         expected, remedy = "a number of at least 1", "An even router has 1."
         raise error("imbalance", got=imbalance, expected=expected, remedy=remedy)
@@ -222,6 +225,8 @@ def copies_per_token(config: DecoderConfig, ep: int) -> float:
     with torch.device("cpu"):
         scores = torch.rand(SAMPLED_TOKENS, config.num_experts, generator=generator)
         reached = torch.zeros(SAMPLED_TOKENS, ep, dtype=torch.bool)
-    ids = topk(scores, c.num_groups, c.top_groups, c.group_best, c.top_k)
+    ids = topk(
+        scores, scores.new_zeros(config.num_experts), c.num_groups, c.top_groups, c.group_best, c.top_k
+    )
     reached.scatter_(1, ids // (config.num_experts // ep), True)
     return reached.sum().item() / SAMPLED_TOKENS

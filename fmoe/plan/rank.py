@@ -16,6 +16,7 @@ from ..models.config import DecoderConfig
 from ..models.decoder import stage_loss
 from ..models.params import ModelParams, specs
 from ..ops.core.axes import Binding, axis_sizes, bound
+from ..ops.core.host import on_host
 from ..ops.precision import Recipe
 from ..parallel.boundary import enter
 from ..parallel.placement import computing, moves, placed, token_axes
@@ -31,7 +32,8 @@ from .stopwatch import Stopwatch
 
 PARTS = ("parameters", "converted", "gradients", "optimizer", "activations", "workspace")
 
-Memory = Counter[tuple[str, str]]  # bytes by part and, of activations and workspace, by kind of operator
+# Bytes by part and, of activations and workspace, by kind of operator; what is offloaded is of part "host".
+Memory = Counter[tuple[str, str]]
 Owned = dict[str, set[int]]  # storages by part
 
 
@@ -46,6 +48,7 @@ class RankPlan(NamedTuple):
     ``gradients``    as the optimizer gets them; in ``phases`` also the sums of micro-batches
     ``optimizer``    its state
     ``activations``  between forward and backward, by kind of operator, of all micro-batches in flight
+    ``offloaded``    in the host's memory between forward and backward, of all micro-batches in flight
     ``in_flight``    how many forwards those are of, at most
     ``phases``       for each phase of a step, the parts of its peak
     ``workspaces``   the workspace among those parts, by kind of operator
@@ -67,6 +70,7 @@ class RankPlan(NamedTuple):
     gradients: int
     optimizer: int
     activations: dict[str, int]
+    offloaded: int
     in_flight: int
     phases: dict[str, dict[str, int]]
     workspaces: dict[str, dict[str, int]]
@@ -130,6 +134,8 @@ class Stepped(NamedTuple):
             part = next((part for part, mine in self.owned.items() if number in mine), "workspace")
             kind = operator_class(self.run.maker[number]) if part in ("activations", "workspace") else ""
             found[part, kind] += self.run.bytes_of[number]
+            if number in self.run.host:
+                found["host", ""] += self.run.host[number]
         return found
 
     def most(self, *spans: tuple[Mark, Mark]) -> Memory:
@@ -143,6 +149,11 @@ class Stepped(NamedTuple):
         return {"clip": self.most((start, clipped)), "update": self.most((clipped, done))}
 
 
+def on_device(memory: Memory) -> int:
+    """Bytes of all parts but the host's."""
+    return memory.total() - memory["host", ""]
+
+
 Differentiate = Callable[[DryRun, Owned, ModelParams], Any]
 
 
@@ -154,8 +165,9 @@ def step(job: Job, tree: ModelParams, differentiate: Differentiate) -> Stepped:
     run = DryRun(rows=job.rows, on_cuda=job.on_cuda)
     watch = run.watch = job.rates and Stopwatch(job.rates, run.number)
     binding = Binding(job.mesh, tokens=token_axes(job.mesh))
+    host = on_host(run if job.on_cuda else None)
     # Always on the CPU, whose backward runs in this thread, which the dry run watches.
-    with torch.device("cpu"), FakeTensorMode(), bound(binding), run:
+    with torch.device("cpu"), FakeTensorMode(), bound(binding), host, run:
         params = optree.tree_map(lambda spec: _local(spec, job), tree, is_leaf=is_spec)
         state = job.optimizer.init(params)
         owned = {"parameters": run.numbers(params), "optimizer": run.numbers(state), "gradients": set[int]()}
@@ -236,6 +248,7 @@ def described(
         done.gradients,
         size(done.owned["optimizer"]),
         _by_kind(held, "activations"),
+        held["host", ""],
         in_flight,
         {
             phase: {part: sum(n for (mine, _), n in memory.items() if mine == part) for part in PARTS}

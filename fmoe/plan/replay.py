@@ -23,7 +23,7 @@ from ..training import pipelined
 from ..training.pipelined import Setup
 from ..training.zero import collected
 from .dry_run import DryRun, Mark, Totals
-from .rank import Job, Memory, Owned, RankPlan, Stepped, described, on_its_devices, spent, step
+from .rank import Job, Memory, Owned, RankPlan, Stepped, described, on_device, on_its_devices, spent, step
 from .time import of_pipeline
 
 
@@ -245,7 +245,7 @@ def replay(job: Job, schedule: Schedule, stages: Stages, rank: int, sample: Samp
         phase = "forward" if kind == "F" else "backward"
         peak = live + effect.peak
         peak["workspace", "pipeline"] += waiting.total()
-        phases[phase] = max(phases[phase], peak, key=Counter.total)
+        phases[phase] = max(phases[phase], peak, key=on_device)
         totals.update(effect.totals)
         if kind in ("B", "W"):
             if stage not in summed:

@@ -56,6 +56,7 @@ def report(plan: Plan, console: Console, title: str = "") -> None:
     rows("", lambda s: {part: getattr(s, part) for part in PARTS[:4]})
     row("saved activations", lambda s: sum(s.activations.values()))
     rows("  ", lambda s: s.activations)
+    row("offloaded to the host", lambda s: s.offloaded)
     if plan.schedule:
         table.add_row("micro-batches in flight", *(str(s.in_flight) for s in ranks))
     table.add_row(end_section=True)

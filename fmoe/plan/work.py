@@ -94,6 +94,12 @@ def _router(args: Any, outs: Any) -> Product:
     return "products", 2.0 * times * outs[0].numel() * a.shape[-1], 0
 
 
+def _router_backward(args: Any, outs: Any) -> Product:
+    g, a, b = args
+    of_a, of_b = _router((g, b.mT, None), outs), _router((a.mT, g, None), outs[1:])
+    return "products", of_a[1] + of_b[1], 0
+
+
 def _grouped(args: Any, outs: Any) -> Product:
     x, w = args[:2]
     return "experts", 2.0 * x.shape[0] * x.shape[1] * w.shape[-1], 0
@@ -236,6 +242,7 @@ PRODUCTS: dict[str, Callable[[Any, Any], Product]] = {
     "aten::addmm": _mm(1),
     "aten::baddbmm": _mm(1),
     "fmoe::product": _router,
+    "fmoe::product_backward": _router_backward,
     "fmoe::grouped_mm": _grouped,
     "fmoe::grouped_outer": _grouped,
     "fmoe::scaled_grouped_mm": _scaled_grouped,

@@ -134,14 +134,16 @@ class Layout(NamedTuple):
         """
         sizes = dict(pp=world.pp, micro_batches=args.micro_batches, stages_per_rank=args.stages_per_rank)
         schedule = make_schedule(args.pp_schedule, **sizes)
-        how = dict(
-            mesh=world.mesh, backend=args.ep_backend, micro_batches=args.micro_batches, schedule=schedule
-        )
+        backend = Backend(args.ep_backend, in_halves=args.ep_overlap)
+        how = dict(mesh=world.mesh, backend=backend, micro_batches=args.micro_batches, schedule=schedule)
         how["per_layer"] = per_layer(args.remat, compiled=args.compile)
         bounded = None
         if args.ep_capacity is not None:
-            rows = -(-args.batch_size // (world.part[1] * args.micro_batches))
-            bounded = Backend(args.ep_backend, False, args.ep_capacity, max_tokens=rows * args.seq_len)
+            at_once = args.micro_batches * (2 if args.ep_overlap else 1)
+            rows = -(-args.batch_size // (world.part[1] * at_once))
+            bounded = backend._replace(
+                host_sync=False, capacity=args.ep_capacity, max_tokens=rows * args.seq_len
+            )
         return cls(schedule, how, args.zero, bounded)
 
 
@@ -161,7 +163,12 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     add("--stages-per-rank", type=at_least(1), help="of --pp-schedule (default: 1 for 1f1b, else 2)")
     add("--ep-backend", default="auto", help="what carries tokens along ep: auto, all_to_all or deepep")
     add("--ep-capacity", type=float, help="room for this times the mean of rows; nobody asks how many come")
-    add("--remat", default="none", help="what layers recompute: none, full, default, or save:NAME,NAME")
+    add("--ep-overlap", action="store_true", help="halves of a device's sequences in turn: one's rows travel")
+    add(
+        "--remat",
+        default="none",
+        help="what layers recompute: none, full, default, save:NAMES, offload:NAMES, or several joined by +",
+    )
     add("--compile", action="store_true", help="compile each layer with torch.compile")
     add("--graph", action="store_true", help="on a GPU: hold the step in a CUDA graph, after the first one")
 

@@ -163,6 +163,8 @@ def plot_memory(kept: Mapping[str, Mapping[str, int]]) -> "Figure":
 def plot_layers(results: Sequence[Mapping[str, Any]]) -> "Figure":
     """TFLOP/s of layers: a group of bars for each result, with a line for a matrix product of the same run.
 
+    On a GPU they are those of the time that the device works.
+
     ``results`` are those of :func:`fmoe.bench.measure.bench_layer`, as ``python -m fmoe bench layer --json``
     writes them. Raises ``ValueError`` if they have no layer, and ``ImportError`` without matplotlib.
 
@@ -191,7 +193,9 @@ def plot_layers(results: Sequence[Mapping[str, Any]]) -> "Figure":
     shapes = [SHAPE.format(**each["shape"], routing=each["routing"]) for each in results]
     ax.set_xticks(range(len(results)), shapes)
     where = dict.fromkeys(f"{each['device']}, {each['dtype'].removeprefix('torch.')}" for each in results)
-    ax.set(ylabel="TFLOP/s, forward and backward", title="; ".join(where))
+    on_device = any(row.get("device") is not None for each in rows for row in each)
+    label = f"TFLOP/s{' of device time' * on_device}, forward and backward"
+    ax.set(ylabel=label, title="; ".join(where))
     ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 

@@ -1,6 +1,8 @@
 """The benchmark measures what it says, and refuses to time what is wrong."""
 
+import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -43,7 +45,8 @@ def test_the_command_measures_every_layer_and_writes_json(command, tmp_path):
         assert row["error"] < 1e-5
         assert row["rate"] == pytest.approx(3 * TINY.flops / row["step"] / 1e9)
         assert row["share"] == pytest.approx(row["rate"] / result["matmul_tflops"])
-        assert row["peak"] is row["launches"] is row["syncs"] is None
+        on_cuda = "device", "host", "replay", "launches", "peak", "syncs"
+        assert not any(row[name] is not None for name in on_cuda)
     assert f"{result['layers'][0]['rate']:.3g}" in file.with_suffix(".svg").read_text()
     saved = {row["layer"]: row["saved"] for row in result["layers"]}
     pairs = TINY.tokens * TINY.top_k
@@ -58,6 +61,37 @@ def test_layers_in_fp8_are_measured_beside_others():
     found = measure.bench_layer(shape, only=only, **how)["layers"]
     assert [row["layer"] for row in found] == only
     assert found[0]["error"] < 1e-5 and all(0.03 < row["error"] < 0.1 for row in found[1:])
+
+
+def test_device_time_decides():
+    apart = measure.Apart(device=2.0, host=3.0, replay=2.5, launches=30)
+    entry = measure.Entry(None, None, 1e-3, (9.0, 10.0, 0))
+    row = measure._measured("ours", entry, [1.0], [4.0, 5.0, 6.0], apart, 10**12, 1000.0)
+    assert (row.step, row.rate, row.share) == (5.0, 500.0, 0.5)
+    shown = Console(width=200, file=io.StringIO(), record=True)
+    how = dict(routing="random", overload=1.0, dtype="torch.bfloat16", device="A GPU", torch="2.11")
+    how |= dict(matmul_tflops=1000.0, engine="triton", seed=0, wrong={}, not_measured={})
+    measure.report(how | {"shape": TINY._asdict(), "layers": [row._asdict()]}, shown)
+    lines = [re.split("[┃│]", line) for line in shown.export_text().splitlines()]
+    titles, cells = ([cell.strip() for cell in line] for line in lines if len(line) > 1)
+    found = dict(zip(titles, cells))
+    assert (found["device ms"], found["host ms"], found["replay ms"]) == ("2.00", "3.00", "2.50")
+    assert (found["launches"], found["TFLOP/s"], found["of matmul"]) == ("30", "500", "50.0%")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", [(512, 128, 64, 16, 4), (2048, 256, 128, 300, 10)])
+def test_a_step_is_taken_apart_on_a_gpu(shape):
+    found = measure.bench_layer(Shape(*shape), rounds=3, only=["fmoe", "PyTorch eager"])["layers"]
+    for row in found:
+        assert 0 < row["device"] < row["step"]
+        assert row["rate"] == pytest.approx(3 * Shape(*shape).flops / row["device"] / 1e9)
+        assert row["host"] > 0
+    ours, _ = found
+    assert ours["syncs"] == 0
+    assert ours["launches"] <= 40
+    assert 0.5 * ours["device"] < ours["replay"] < ours["step"]
 
 
 def test_a_wrong_layer_is_not_timed(monkeypatch):

@@ -173,8 +173,8 @@ def batch(rows=4):
 
 def test_layers_draw_by_their_numbers_and_tokens_by_their_places(monkeypatch):
     key, params, (tokens, targets, _) = fresh_key(), fresh_model(), batch()
-    drawn, layer = [], decoder.moe_layer
-    monkeypatch.setattr(decoder, "moe_layer", lambda *args: drawn.append(args[-1]) or layer(*args))
+    drawn, layer = [], decoder.begin_layer
+    monkeypatch.setattr(decoder, "begin_layer", lambda *args: drawn.append(args[-1]) or layer(*args))
     decoder.loss(params, tokens, targets, MODEL, key=key)
     places = torch.arange(32).view(4, 8)
     decoder.loss(params, tokens[2:], targets[2:], MODEL, key=key, places=places[2:])

@@ -10,6 +10,7 @@ import pathlib
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import optree
 import pytest
@@ -17,10 +18,11 @@ import torch
 from helpers import error, fresh_seed, quick, random_layer
 
 import fmoe
-from fmoe.ops import combine, dispatch, experts, kernels, route
+from fmoe.ops import combine, dispatch, experts, kernels, route, weigh
 from fmoe.ops.bases import gather_kernel
 from fmoe.ops.experts import Layout
 from fmoe.ops.kernels import grouped
+from fmoe.parallel.backends import ways
 
 triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -79,6 +81,7 @@ def random_ids(tokens, num_experts, top_k, *, dropped=0.2):
 IDS = {
     "some dropped": lambda: (random_ids(21, 5, 3), 5),
     "many experts, several blocks": lambda: (random_ids(130, 150, 4), 150),
+    "blocks of blocks": lambda: (random_ids(8300, 3, 2), 3),
     "all on one": lambda: (torch.full((141, 1), 2, device=DEVICE), 3),
     "nowhere": lambda: (torch.full((5, 2), -1, device=DEVICE), 4),
     "no token": lambda: (torch.empty(0, 2, dtype=torch.int64, device=DEVICE), 7),
@@ -93,10 +96,24 @@ def test_layout(ids):
 
     ids, num_experts = ids()
     held = torch.where(ids < num_experts, ids, -1)
-    expected = dispatch.layout_kernel(held.cpu(), num_experts, ids.numel())
-    for got, want in zip(plan.layout(ids, num_experts, ids.numel()), expected):
-        assert got.dtype == want.dtype
-        assert torch.equal(got.cpu(), want)
+    for num_rows in (ids.numel(), ids.numel() // 2):
+        expected = dispatch.layout_kernel(held.cpu(), num_experts, num_rows)
+        for got, want in zip(plan.layout(ids, num_experts, num_rows), expected):
+            assert got.dtype == want.dtype
+            assert torch.equal(got.cpu(), want)
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("copies", [200, 30, 1])
+@pytest.mark.parametrize("tokens", [0, 1, 150])
+def test_ways(tokens, copies):
+    from fmoe.ops.kernels import plan
+
+    ids = random_ids(tokens, 12, 5, dropped=0.4)
+    want = ways.ways(ids.cpu(), 4, 3, copies)
+    for got, expected in zip(plan.ways(ids, 4, 3, copies), want):
+        assert got.dtype == expected.dtype
+        assert torch.equal(got.cpu(), expected)
 
 
 KINDS = [(torch.bfloat16, 1), (torch.float32, 8), (torch.float16, 4)]
@@ -190,10 +207,10 @@ def test_swiglu_and_its_backward(layer, scaled, uninitialized_is_nan):
     layout = Layout(weights, slot, row, offsets, scaled)
     want = wide(experts._activation, h, layout, scaled=scaled)
     assert error(got[:held].cpu(), want[:held]) < tolerance
-    g_h, g_weights = activation.swiglu_backward(g, h, slot, weights, offsets, weighted=scaled)
+    g_h, g_weights = activation.swiglu_backward(g, h, slot, layer["row"], weights, offsets, weighted=scaled)
     want = wide(experts._activation_backward, g, h, layout, scaled=scaled)
     assert error(g_h[:held].cpu(), want[0][:held]) < tolerance
-    assert error(g_weights.cpu(), want[1]) < tolerance
+    assert error(g_weights.cpu(), want[1]) < tolerance if scaled else g_weights.numel() == 0
 
 
 @ON_KERNELS
@@ -421,9 +438,9 @@ def test_topk(sizes):
 
     num_experts, *how = sizes
     for tokens in (0, 1, 133):
-        choice = torch.randn(tokens, num_experts)
-        got = router.topk(choice.to(DEVICE), *how).cpu()
-        assert torch.equal(got, route._topk_kernel(choice, *how))
+        scores, bias = torch.randn(tokens, num_experts), torch.randn(num_experts)
+        got = router.topk(scores.to(DEVICE), bias.to(DEVICE), *how).cpu()
+        assert torch.equal(got, route._topk_kernel(scores, bias, *how))
 
 
 @ON_KERNELS
@@ -432,12 +449,48 @@ def test_topk_always_finds_k_different_experts():
 
     choice = torch.randn(40, 12)
     choice[:10], choice[10:20, ::2], choice[20:30] = torch.nan, torch.nan, -torch.inf
-    ids = router.topk(choice.to(DEVICE), 3, 2, 2, 8).cpu()
+    bias = torch.zeros(12, device=DEVICE)
+    ids = router.topk(choice.to(DEVICE), bias, 3, 2, 2, 8).cpu()
     assert all(len(set(row)) == 8 and set(row) <= set(range(12)) for row in ids.tolist())
     one_nan = torch.randn(5, 12).index_fill(1, torch.tensor([7]), torch.nan)  # the greatest, as to torch.topk
-    assert torch.equal(router.topk(one_nan.to(DEVICE), 1, 1, 1, 3).cpu(), one_nan.topk(3, dim=1).indices)
-    equal = router.topk(torch.zeros(3, 12, device=DEVICE), 1, 1, 1, 4)
+    assert torch.equal(
+        router.topk(one_nan.to(DEVICE), bias, 1, 1, 1, 3).cpu(), one_nan.topk(3, dim=1).indices
+    )
+    equal = router.topk(torch.zeros(3, 12, device=DEVICE), bias, 1, 1, 1, 4)
     assert equal.tolist() == [[0, 1, 2, 3]] * 3
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("size", [0, 100])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_weights_of_the_chosen(sigmoid, normalize, size, uninitialized_is_nan):
+    """The logits may be of any size; without one sigmoid, exponentials of 100 are too large to normalize."""
+    from fmoe.ops.kernels import router
+
+    how = sigmoid, normalize, 2.5
+    for tokens, num_experts, top_k in ((0, 7, 2), (133, 7, 3), (70, 8, 8), (5, 300, 10)):
+        ids = torch.rand(tokens, num_experts).argsort(1)[:, :top_k]
+        rows = torch.randn(tokens, num_experts) + size * torch.randn(tokens, 1)
+        g = torch.randn(tokens, top_k)
+        weights, counts, chosen = router.weigh(rows.to(DEVICE), ids.to(DEVICE), *how)
+        want, want_counts, want_chosen = wide(weigh._kernel, rows, ids, *how)
+        assert error(weights.cpu(), want) < 1e-5
+        assert torch.equal(counts.cpu(), want_counts) and counts.dtype == torch.int64
+        assert torch.equal(chosen.cpu().double(), want_chosen)
+        got = router.weigh_backward(g.to(DEVICE), chosen, ids.to(DEVICE), num_experts, *how).cpu()
+        assert error(got, wide(weigh._backward_kernel, g, want_chosen, ids, num_experts, *how)) < 1e-5
+
+
+@ON_KERNELS
+def test_sums_of_thirds():
+    from fmoe.ops.kernels import router
+
+    parts = torch.randn(3, 7, 190)
+    for dtype in (torch.bfloat16, torch.float32):
+        got = router.sum_thirds(parts.to(DEVICE), dtype).cpu()
+        assert error(got, parts.double().sum(0)) < ROUNDED[dtype]
+        assert got.dtype == dtype
 
 
 @ON_KERNELS
@@ -458,6 +511,11 @@ def test_router_products_are_as_right_as_float32():
     for a, b in ((x, w), (g, w.mT), (x.mT, g)):
         got = route.product.raw(a, b, torch.float32)
         assert error(got, a.double() @ b.double()) < 1e-5
+    both = route.product_backward.raw(g, x, w)
+    assert error(both, (g.double() @ w.mT.double(), g.mT.double() @ x.double())) < 1e-2
+    for got, (a, b) in zip(both, ((g, w.mT), (g.mT, x))):
+        assert error(got, route.product.raw(a, b, torch.bfloat16)) < 1e-2
+        assert got.is_contiguous()  # as compilers expect
 
 
 @ON_KERNELS
@@ -482,6 +540,71 @@ def test_persistent_products(ends):
     out = torch.full((4, 48, 72), 7.0, dtype=dtype, device=DEVICE)
     persistent.outer(x, y, on_device, out, tile)
     assert error(out.cpu(), wide(grouped.outer, x, y, offsets)) < ROUNDED[dtype]
+
+
+# ---- starting kernels ----------------------------------------------------------------------------------
+
+
+def test_a_kernel_is_compiled_for_what_its_code_depends_on():
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from fmoe.ops.kernels.launch import kind
+
+    x = torch.zeros(64, 64)
+    boxes = [TensorDescriptor.from_tensor(x, [n, 32]) for n in (16, 16, 32)]
+    equal = [(16, 1600), (3, 7), (2**31, 2**40), (0.5, 1.0), (x, x + 1), boxes[:2]]
+    different = [(1, 3), (16, 3), (16, 2**31), (x, x[0, 1:]), (x, x.half()), (x, 16), boxes[1:]]
+    assert all(kind(a) == kind(b) for a, b in equal)
+    assert not any(kind(a) == kind(b) for a, b in different)
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="Triton is to see another device")
+def test_a_kernel_started_again_gets_what_triton_would_give_it(monkeypatch):
+    """Triton compiles for a device that isn't there, and what it starts is noted."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from fmoe.ops.kernels import launch, rows
+
+    class Driver:
+        get_current_device = get_current_stream = lambda *_: 0
+        get_current_target = lambda _: GPUTarget("cuda", 90, 32)  # noqa: E731
+        launcher_cls = lambda *_: lambda *started: noted.append(started)  # noqa: E731
+        utils = SimpleNamespace(
+            load_binary=lambda *_: ("module", "function", 0, 0, 1024),
+            get_device_properties=lambda _: {"max_shared_mem": 2**17},
+        )
+
+    noted = []
+    before, compiled = driver._active, {}
+    monkeypatch.setattr(launch, "_COMPILED", compiled)
+    driver.set_active(Driver())
+    try:
+        for width, kinds in ((16, 1), (17, 2), (33, 2), (1, 3), (32, 3)):
+            x = torch.randn(4, width)
+            for _ in range(2):
+                rows.gather(x, torch.tensor([3, -1, 2]))
+            assert len(compiled) == kinds
+    finally:
+        driver._active = before
+    for first, again in zip(noted[::2], noted[1::2]):
+        assert first[:3] == (3, 1, 1)
+        assert again[:6] == first[:6] and again[6:9] == (None, None, None)  # no hooks
+        assert again[9] is first[9] and again[12:] == first[12:]
+        assert [t.dtype for t in again[10:12]] == [torch.int64, torch.float32]
+
+
+@pytest.mark.gpu
+@GPU
+def test_kernels_started_again_take_new_arguments():
+    from fmoe.ops.kernels import rows
+
+    data = torch.randn(4000, device="cuda")
+    for width, start in ((16, 0), (16, 1), (1, 0), (17, 0), (32, 4), (16, 0), (17, 3)):
+        for num in (9, 16):
+            x = data[start : start + num * width].view(num, width)
+            index = torch.randint(-1, num, (2 * num,), device="cuda")
+            assert torch.equal(rows.gather(x, index), torch.where(index[:, None] < 0, 0, x[index]))
 
 
 MOMENTS = [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]

@@ -16,6 +16,7 @@ from helpers import (
     random_layer,
     squared,
 )
+from torch.autograd import forward_ad
 from torch.func import grad, jvp, vjp, vmap
 
 import fmoe
@@ -55,7 +56,7 @@ cube = declare(
 )
 
 operator_support()  # imports whatever declares one
-OPERATORS = operators()
+OPERATORS = {name: op for name, op in operators().items() if op.example}  # parts compute nothing alone
 
 
 def test_the_registry_lists_every_operator():
@@ -96,6 +97,29 @@ def test_a_float_output_without_a_vjp_is_refused(device):
         TypeError, match=f"test_no_rule_{device}: declared without a vjp, yet it has a floating-point"
     ):
         grad(lambda x: wrong(x).sum())(torch.randn(3))
+
+
+def test_a_backward_makes_no_graph_unless_it_is_asked_for(monkeypatch):
+    x, w, ends = torch.randn(5, 2), torch.randn(3, 2, 4), torch.tensor([1, 1, 5], dtype=torch.int32)
+    for leaf in (x, w):
+        leaf.requires_grad_()
+    applied, apply = [], grouped_mm.function.apply
+    monkeypatch.setattr(grouped_mm.function, "apply", lambda *args: applied.append(args) or apply(*args))
+    y = grouped_mm(x, w, ends)
+    for graph, calls in ((False, 1), (True, 2)):
+        (g,) = torch.autograd.grad(y.sum(), x, create_graph=graph, retain_graph=True)
+        assert len(applied) == calls and g.requires_grad == graph
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_forward_derivatives_exist_without_grad_mode():
+    x, t, index = torch.randn(4), torch.randn(4), torch.tensor([2, -1, 0])
+    with torch.no_grad(), forward_ad.dual_level():
+        y = gather(forward_ad.make_dual(x, t), index)
+        assert torch.equal(forward_ad.unpack_dual(y).tangent, gather(t, index))
+    with torch.no_grad():
+        assert torch.equal(grad(lambda x: gather(x, index).sum())(x), torch.tensor([1.0, 0, 1, 0]))
+        assert torch.equal(vmap(gather)(x[None], index[None])[0], gather(x, index))
 
 
 def test_an_operator_that_equals_nothing_is_refused():

@@ -26,7 +26,7 @@ from fmoe.models import decoder, deepseek_v3
 from fmoe.ops.core.axes import Binding, MeshOfSizes, bound, group_of
 from fmoe.ops.dispatch import layout
 from fmoe.parallel import AllToAll, Backend, Bound, distribute
-from fmoe.parallel.backends import all_to_all, bounds, choose
+from fmoe.parallel.backends import all_to_all, bounds, choose, ways
 from fmoe.testing import check_backend
 from fmoe.testing.samples import same_bits
 from fmoe.training import gradients, optim
@@ -164,13 +164,13 @@ def test_a_training_step_asks_the_host_for_nothing():
 
 def test_no_kernel_reads_what_is_on_the_device(monkeypatch):
     """Each runs on tensors without values; what was read only where it is on the host is left out."""
-    for module in (all_to_all, bounds):
+    for module in (all_to_all, bounds, ways):
         monkeypatch.setattr(
             module, "layout_kernel", layout.raw
         )  # the CPU's, unlike the GPU's, sorts by values
-    monkeypatch.setattr(all_to_all, "check_ids", lambda *_: None)  # looks at the CPU's tensors only
-    monkeypatch.setattr(all_to_all, "agree", lambda *_: None)
-    monkeypatch.setattr(all_to_all, "process_group", lambda name: name)
+    monkeypatch.setattr(ways, "check_ids", lambda *_: None)  # looks at the CPU's tensors only
+    monkeypatch.setattr(ways, "agree", lambda *_: None)
+    monkeypatch.setattr(ways, "process_group", lambda name: name)
     splits = torch.full((2, 2), 4)  # always on the host
     with FakeTensorMode(allow_non_fake_inputs=True):
         x, weights, ids = torch.randn(5, 4), torch.rand(5, 2), torch.zeros(5, 2, dtype=torch.int64)

@@ -174,7 +174,7 @@ def test_other_versions_are_refused_by_what_they_lack(monkeypatch):
 
     made.Buffer = Old
     text = said(adapter.load)
-    lacking = "topk_weights, num_tokens_per_rdma_rank, num_worst_tokens"
+    lacking = "topk_weights, num_tokens_per_rdma_rank, num_worst_tokens, async_finish"
     assert f"without Buffer.dispatch({lacking}), expected the interface of" in text
     monkeypatch.setitem(sys.modules, "deep_ep", types.ModuleType("deep_ep"))
     assert "Install a version between" in said(adapter.load)

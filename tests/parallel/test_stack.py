@@ -15,6 +15,7 @@ import fmoe
 from fmoe import P
 from fmoe.errors import TransformError
 from fmoe.models import decoder
+from fmoe.ops.core.host import on_host
 from fmoe.parallel import buckets, distribute, psum
 from fmoe.parallel.placement import Placed, computing, moves, placed, use
 from fmoe.parallel.stack import stack
@@ -380,3 +381,46 @@ def test_a_step_leaves_nothing_of_its_layers_in_memory():
     stage = plan(config, "dp=2", batch_size=2, seq_len=64, device_type="cpu").ranks[0]
     scores = 4 * 64 * config.num_experts
     assert stage.phases["clip"]["activations"] < scores < stage.phases["forward"]["activations"]
+
+
+# ---- what remat offloads ---------------------------------------------------------------------------------
+
+
+class Logged:
+    """Stands for the host's memory, and notes what goes there and comes back."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def take(self, tensor):
+        self.log.append("take")
+        return -tensor
+
+    def give(self, tensor):
+        self.log.append("give")
+        return -tensor
+
+
+def offloaded(axes):
+    """The order of copies and layers, and whether gradients are those of the loop."""
+    mesh, log = bare_mesh(axes), []
+
+    def named(params, x, factor, name):
+        log.append("run")
+        y, *more = layer(params, fmoe.checkpoint_name(x.cos(), "cosine"), factor, name)
+        return y, *more
+
+    args = arguments(mesh)
+    expected = fmoe.value_and_grad(program(lambda f, *rest: plain_loop(named, *rest), mesh), (0, 1, 2))(*args)
+    log.clear()
+    remat = fmoe.remat(named, fmoe.offload("cosine"))
+    with on_host(Logged(log)):
+        found = fmoe.value_and_grad(program(lambda f, *rest: stack(remat, *rest), mesh), (0, 1, 2))(*args)
+    return error(whole(found), whole(expected)), log
+
+
+def test_what_a_layer_offloaded_comes_back_while_the_layer_after_it_runs_backward(pool):
+    for wrong, log in pool.run(2, offloaded, "dp=2"):
+        assert wrong < 1e-12
+        ahead = ["give", "run"] * (LAYERS - 1)
+        assert log == ["run", "take"] * LAYERS + ["give", *ahead, "run"]

@@ -33,7 +33,8 @@ from fmoe.training import gradients, optim
 
 SMALL = dataclasses.replace(preset("debug"), num_layers=3, vocab_size=1000)
 TIED = change(SMALL, tied_head=True, q_lora_rank=24)
-FULL = functools.partial(fmoe.remat, policy=fmoe.save_nothing)
+NOTHING = fmoe.save_nothing
+FULL = functools.partial(fmoe.remat, policy=NOTHING)
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 
 
@@ -85,6 +86,27 @@ def test_parts_are_those_of_a_real_step(config, dtype, compute, wrap):
     most = allocated_at_once(step)[0] + nbytes(params) + nbytes(state)
     # The CPU's kernels hold float32 copies while they run, which a plan for it leaves out.
     assert 0.7 * most < stage.peak <= 1.01 * most
+
+
+@pytest.mark.parametrize("mesh", ["", "pp=2"])
+def test_what_is_offloaded_leaves_the_device(mesh):
+    """Its bytes are in the host's memory between forward and backward, and come back layer by layer."""
+
+    def ranks(policy, device_type="cuda"):
+        how = dict(batch_size=8, seq_len=64, micro_batches=2 if "pp" in mesh else 1, device_type=device_type)
+        wrap = functools.partial(fmoe.remat, policy=policy)
+        return plan(dataclasses.replace(SMALL, num_layers=4), mesh, per_layer=wrap, **how).ranks
+
+    names = "experts_grouped_mm", "attention"
+    for kept, offloaded, none in zip(ranks(fmoe.save(*names)), ranks(fmoe.offload(*names)), ranks(NOTHING)):
+        assert offloaded.offloaded > 0 == kept.offloaded
+        assert sum(kept.activations.values()) - sum(offloaded.activations.values()) == offloaded.offloaded
+        assert offloaded.activations == none.activations
+        assert none.peaks["forward"] <= offloaded.peaks["forward"] < kept.peaks["forward"]
+        assert offloaded.seconds == kept.seconds
+        assert none.peak < offloaded.peak <= kept.peak  # the last two layers have all they kept
+    on_cpu = [ranks(policy(*names), "cpu") for policy in (fmoe.save, fmoe.offload)]
+    assert on_cpu[0] == on_cpu[1]
 
 
 @pytest.mark.parametrize("wrap", [same, fmoe.remat], ids=["all kept", "remat"])
@@ -541,8 +563,15 @@ def test_what_is_no_size_or_device_is_named(options, text):
         dict(batch_size=8, seq_len=2048, remat="default"),
         dict(batch_size=8, seq_len=1024, remat="full", dtype=FLOAT32, compute_dtype=BFLOAT16),
         dict(batch_size=2, seq_len=4096, remat="save:topk,experts_grouped_mm", balanced=True),
+        dict(batch_size=4, seq_len=4096, remat="default+offload:attention,experts_grouped_mm"),
     ],
-    ids=["nothing recomputed", "defaults", "float32 weights, all recomputed", "experts kept"],
+    ids=[
+        "nothing recomputed",
+        "defaults",
+        "float32 weights, all recomputed",
+        "experts kept",
+        "most offloaded",
+    ],
 )
 def test_the_peak_is_within_a_twentieth_of_what_the_allocator_says(how):
     result = bench_model(preset("16B", layers=3), steps=2, **how)

@@ -125,7 +125,8 @@ class Buffer:
             goes, prefix, source = self._unpacked(handle)
             host_assert(len(goes) == len(x), "is_token_in_rank.size(0) == x.size(0)")
             came = torch.cat(wire.exchange([x[g] for g in goes.T], self._from_prefix(prefix)))
-            return with_room(came, len(source)), *[None] * 4, EventOverlap()
+            out, event = self._given([with_room(came, len(source))], [x, *handle], async_finish)
+            return *out, *[None] * 4, event
         assert num_tokens_per_rank is not None and num_tokens_per_expert is not None
         assert self.between_nodes == (num_tokens_per_rdma_rank is not None)
         assert not (self.between_nodes and num_worst_tokens), "Internode dispatch does not support it"
@@ -148,7 +149,15 @@ class Buffer:
             recv_x, recv_weights, source = (with_room(t, room) for t in (recv_x, recv_weights, source))
             recv_ids, per_expert = with_room(recv_ids, room).masked_fill_(_past(recv_ids, room), -1), []
         made = self._packed(goes, matrix, source)
-        return recv_x, recv_ids, recv_weights, per_expert, made, EventOverlap()
+        out, reads = [recv_x, recv_ids, recv_weights], [x, topk_idx, topk_weights]
+        out, event = self._given(out, reads, async_finish)
+        return *out, per_expert, made, event
+
+    def _given(self, out: list[torch.Tensor], reads: list[torch.Tensor], late: bool) -> tuple[Any, ...]:
+        if not late:
+            self.runtime.stream.wait(self.runtime.stream.begun)
+            return out, EventOverlap()
+        return [self.runtime.stream.launch(t, reads) for t in out], EventOverlap(self.runtime.stream)
 
     def _packed(self, goes: torch.Tensor, matrix: torch.Tensor, source: torch.Tensor) -> tuple[Any, ...]:
         n, int32 = self.group_size, torch.int32
@@ -210,10 +219,11 @@ class Buffer:
         if topk_weights is not None:
             host_assert(topk_weights.dtype == torch.float32, "topk_weights->scalar_type() == torch::kFloat32")
             host_assert(topk_weights.is_contiguous() and len(topk_weights) == len(x), "num_tokens")
-            weights = back(topk_weights)
+            weights = back(topk_weights).contiguous()
         if not self.between_nodes:
             handle[5].data.masked_fill_(handle[5] < 0, -1 - 2**25)  # as the kernel does, unseen
         if async_finish:
+            weights = None if weights is None else wire.stream.launch(weights, [topk_weights])
             out = wire.stream.launch(out, [x, *handle])
             return out, weights, EventOverlap(wire.stream)
         wire.stream.wait(wire.stream.begun)

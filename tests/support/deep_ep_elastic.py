@@ -117,7 +117,8 @@ class ElasticBuffer:
             out[_arrival(handle)] = came
             out = with_room(out, len(handle.recv_src_metadata))
             ids = torch.zeros(len(out), handle.topk_idx.shape[1], dtype=topk_idx_t)
-            return out, ids, None, handle, EventOverlap()
+            (out,), event = self._given([out], [x], async_with_compute_stream)
+            return out, ids, None, handle, event
         check_choices(topk_idx, topk_weights, len(x))
         host_assert(num_experts % self.num_ranks == 0, "num_experts % num_ranks == 0")
         goes = goes_to(topk_idx, num_experts, self.num_ranks)
@@ -151,7 +152,14 @@ class ElasticBuffer:
             made.num_recv_tokens, made.num_recv_tokens_per_expert_list = max_tokens * self.num_ranks, []
         if self.deterministic:
             made.cached_recv_src_metadata_before_sort = made.recv_src_metadata.clone()
-        return *rows, made, EventOverlap()
+        rows, event = self._given([*rows], [x, topk_idx, topk_weights], async_with_compute_stream)
+        return *rows, made, event
+
+    def _given(self, out: list[torch.Tensor], reads: list[torch.Tensor], late: bool) -> tuple[Any, ...]:
+        if not late:
+            self.runtime.stream.wait(self.runtime.stream.begun)
+            return out, EventOverlap()
+        return [self.runtime.stream.launch(t, reads) for t in out], EventOverlap(self.runtime.stream)
 
     def combine(
         self,
@@ -184,6 +192,7 @@ class ElasticBuffer:
             ]  # of each choice its owner's
             weights = summed(mine, rows, topk_weights, len(home))
         if async_with_compute_stream:
+            weights = None if weights is None else wire.stream.launch(weights, [topk_weights])
             out = wire.stream.launch(out, [x, handle.recv_src_metadata, handle.topk_idx])
             return out, weights, EventOverlap(wire.stream)
         wire.stream.wait(wire.stream.begun)

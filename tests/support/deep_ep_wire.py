@@ -30,7 +30,7 @@ class Stream:
         self.done = self.begun = 0
 
     def launch(self, out: torch.Tensor, reads: list[torch.Tensor]) -> torch.Tensor:
-        hidden = torch.full_like(out, torch.nan)
+        hidden = torch.full_like(out, torch.nan if out.is_floating_point() else 2**20)
         self.pending.append((hidden, out, [(t, t.clone()) for t in reads]))
         self.begun += 1
         return hidden
@@ -40,7 +40,7 @@ class Stream:
             hidden, out, reads = self.pending.pop(0)
             for now, then in reads:
                 assert torch.equal(now, then), "memory was used again while a kernel still read it"
-            hidden.copy_(out)
+            hidden.data.copy_(out)  # as a kernel does, unseen by PyTorch
             self.done += 1
 
 

@@ -212,6 +212,18 @@ def test_a_foreign_checkpoint_is_an_error(tmp_path: Path) -> None:
             checkpoint.load(description.parent, state)
 
 
+def test_options_that_came_later_may_be_off(tmp_path: Path) -> None:
+    """A checkpoint from before they existed goes on, unless they are used."""
+    params = {"w": torch.zeros(1)}
+    checkpoint.save(tmp_path, 3, params, run={"seed": 0, "model": {"dim": 8}})
+    new = {"noise": 0.0, "key": None, "more": {}}
+    run = {"seed": 0, "model": {"dim": 8, **new}, **new}
+    assert checkpoint.start(tmp_path, params, resume=True, run=run).step == 3
+    run["model"]["noise"] = 0.1
+    with pytest.raises(ValueError, match=r"got run.model.noise is absent, here 0.1, expected"):
+        checkpoint.start(tmp_path, params, resume=True, run=run)
+
+
 def test_another_architecture_is_an_error_that_lists_every_difference(tmp_path: Path) -> None:
     def run(config: Any, seed: int) -> Any:
         return {"model": dataclasses.asdict(config), "data": {"seed": seed}}

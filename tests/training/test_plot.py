@@ -189,6 +189,9 @@ def test_layers_have_bars_and_runs_their_matrix_product(tmp_path):
     assert ours[0].get_x() + ours[0].get_width() <= one.get_x() + 1e-9
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert sorted(labels) == ["a large matrix product", "ours", "theirs"]
+    assert ax.get_ylabel() == "TFLOP/s, forward and backward"
+    results[0]["layers"][0]["device"] = 0.5
+    assert plot_layers(results).axes[0].get_ylabel() == "TFLOP/s of device time, forward and backward"
     save_figure(plot_layers(results), tmp_path / "layers.svg")
     assert {"A GPU, bfloat16", "2 of 4 experts, hot", "5", "2.5"} <= texts(tmp_path / "layers.svg")
 

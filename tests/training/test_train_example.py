@@ -119,7 +119,7 @@ def test_it_learns_repeatably_and_recomputation_changes_nothing(train):
         (["--preset", "17B"], "preset: name: got '17B', expected one of ['16B', '235B-A22B', "),
         (
             ["--remat", "some"],
-            "per_layer: remat_policy: got 'some', expected none, full, default or save:NAME,NAME",
+            "per_layer: remat_policy: got 'some', expected none, full, default, save:NAME,NAME,",
         ),
         (["--remat", "save:nope"], "save: names: got 'nope', expected names of"),
         (["--data", "/nowhere"], "/nowhere"),

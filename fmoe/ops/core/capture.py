@@ -10,20 +10,28 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.overrides import TorchFunctionMode
 
 from ...errors import captured_error
+from .naming import observed
+from .tape import Tape
 
 
 class Guard(TorchFunctionMode):
-    """Find the captured tensors of a region.
+    """Tells a region's tape of the calls of PyTorch's functions and, with ``check``, finds captured tensors.
 
-    Inside the region nothing requires a gradient and no transform from outside is active, so whatever
-    does, or belongs to such a transform, was captured. Detaching it does not count as a use.
+    Inside the first run of a region nothing requires a gradient and no transform from outside is active. So
+    whatever does, or belongs to such a transform, was captured. Detaching it does not count as a use.
     """
 
+    def __init__(self, tape: Tape, check: bool) -> None:
+        super().__init__()
+        self.tape, self.check = tape, check
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.Tensor.detach:
+        if func is observed:  # no call of PyTorch's
+            return func(*args, **(kwargs or {}))
+        if self.check and func is not torch.Tensor.detach:
             with torch._C.DisableTorchFunction():
                 check_captured((args, kwargs), getattr(func, "__name__", str(func)))
-        return func(*args, **(kwargs or {}))
+        return self.tape.torch_call(func, args, kwargs or {})
 
 
 def check_captured(values: Any, operation: str) -> None:

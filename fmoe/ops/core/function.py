@@ -7,14 +7,14 @@ methods close over objects, hence two Functions. ``jvp`` rules run with forward 
 drops second tangents, hence :func:`primal`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch._C import _functorch as functorch
 from torch._functorch.utils import unwrap_dead_wrappers
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd import forward_ad
 
 from ...errors import TransformError
 from .batches import Fold, each, front, one_more
@@ -76,7 +76,7 @@ def eager_function(op: Any) -> Any:
     def jvp(ctx: Any, *tangents: Any) -> Any:
         found: Any = ()
         if rules.jvp is not None:
-            with _rule(op, "jvp", rules.jvp), _set_fwd_grad_enabled(True):
+            with _rule(op, "jvp", rules.jvp), forward_ad._set_fwd_grad_enabled(True):
                 kept = _restored(ctx.kept, [primal(t) for t in ctx.saved_tensors])
                 found = as_tuple(rules.jvp(kept, *tangents[:n]))[: op.num_values]
                 found = [zeros(*like) if t is None else t for t, like in zip(found, ctx.outputs)]
@@ -105,28 +105,53 @@ def eager_function(op: Any) -> Any:
                 out = tuple(o[:0] for o in out)
             return few(out), few((0,) * op.num_outputs)
 
-    function = _make(op.name, forward, setup_context, backward, jvp=jvp, vmap=vmap)
+    function = _make(op.name, forward, setup_context, backward, base=_Unbound, jvp=jvp, vmap=vmap)
     function.by_need = op.by_need
     return function
 
 
-def _make(name: str, forward: Any, setup_context: Any, backward: Any, **more: Any) -> Any:
+class _Unbound(torch.autograd.Function):
+    """A Function whose arguments aren't bound to the signature of ``forward`` anew at each call."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        plainly: Any = super(torch.autograd.Function, cls)
+        return plainly.apply(*unwrap_dead_wrappers(args))
+
+
+def no_derivative() -> bool:
+    """Whether nothing is differentiated or mapped now, as in a backward that makes no graph."""
+    some = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    return not some and forward_ad._current_level < 0
+
+
+def _make(
+    name: str,
+    forward: Any,
+    setup_context: Any,
+    backward: Any,
+    base: type[torch.autograd.Function] = torch.autograd.Function,
+    **more: Any,
+) -> Any:
     methods = {"forward": forward, "setup_context": setup_context, "backward": backward, **more}
     title = "".join(word.capitalize() for word in name.split("_"))
-    return type(title, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()})
+    return type(title, (base,), {k: staticmethod(f) for k, f in methods.items()})
 
 
 def _asked_for(ctx: Any) -> list[bool]:
     """Which inputs want a cotangent in this run of the engine: not all that require a gradient need one."""
     needs = [*ctx.needs_input_grad]
     following = ctx.next_functions
-    if len(following) == len(ctx.where):  # one for each tensor
+    if sum(needs) > 1 and len(following) == len(ctx.where):  # one for each tensor
         for i, (node, _) in zip(ctx.where, following):
-            needs[i] = needs[i] and (node is None or _runs(node))
+            needs[i] = needs[i] and (node is None or runs(node))
     return needs
 
 
-def _runs(node: Any) -> bool:
+def runs(node: Any) -> bool:
+    """Whether a node is part of this run of the engine."""
     try:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # a leaf whose gradient is asked for; of no other node the engine says so
@@ -159,10 +184,9 @@ def zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.
 
 def _keep(ctx: Any, residuals: Any, outputs: Tensors, num_values: int) -> list[torch.Tensor]:
     """Save an operator's residuals; say which of its outputs have no derivative."""
-    tensors = _tensors(residuals)
+    tensors: list[torch.Tensor] = []
+    ctx.kept = _apart(residuals, tensors)
     ctx.save_for_backward(*tensors)
-    # The class of tensors stands where one was.
-    ctx.kept = _map(lambda leaf: torch.Tensor if isinstance(leaf, torch.Tensor) else leaf, residuals)
     ctx.set_materialize_grads(False)
     constant = [o for i, o in enumerate(outputs) if i >= num_values or not o.is_floating_point()]
     if constant:
@@ -170,22 +194,28 @@ def _keep(ctx: Any, residuals: Any, outputs: Tensors, num_values: int) -> list[t
     return tensors
 
 
-def _restored(kept: Any, tensors: Sequence[torch.Tensor]) -> Any:
-    rest = iter(tensors)
-    return _map(lambda leaf: next(rest) if leaf is torch.Tensor else leaf, kept)
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
+def _apart(value: Any, tensors: list[torch.Tensor]) -> Any:
+    """Nested tuples, named or not, without their tensors, which go to a list: their class stands there."""
     if isinstance(value, tuple):
-        return [tensor for item in value for tensor in _tensors(item)]
-    return [value] if isinstance(value, torch.Tensor) else []
+        return _like(value, [_apart(item, tensors) for item in value])
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return torch.Tensor
+    return value
 
 
-def _map(fn: Callable[[Any], Any], value: Any) -> Any:
-    """``fn`` of every leaf of nested tuples, named or not."""
-    if not isinstance(value, tuple):
-        return fn(value)
-    items = [_map(fn, item) for item in value]
+def _restored(kept: Any, tensors: Sequence[torch.Tensor]) -> Any:
+    """The reverse."""
+    return _together(kept, iter(tensors))
+
+
+def _together(kept: Any, rest: Iterator[torch.Tensor]) -> Any:
+    if isinstance(kept, tuple):
+        return _like(kept, [_together(item, rest) for item in kept])
+    return next(rest) if kept is torch.Tensor else kept
+
+
+def _like(value: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:
     return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
 
 

@@ -21,15 +21,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from .derive import Rules, Tensors, as_tuple, derive, few, inputs_alone
 from .dynamo import hidden_from_dynamo
-from .function import eager_function, traced_function
+from .function import eager_function, no_derivative, traced_function
 from .modes import without_autocast
 from .refuse import Unsupported, refuse_transforms_inside_compile
 from .tape import current_tape
 
 NAMESPACE = "fmoe"
+GIVEN = "given"  # the checkpoint name of the operator whose second argument is one
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _REGISTRY: "dict[str, Operator]" = {}
@@ -53,7 +55,7 @@ class Operator:
     rules: Rules
     by_hand: frozenset[str]
     checkpoint: str
-    example: Callable[[], tuple[Any, ...]]
+    example: Any
     plain: Any
     dependent: Callable[..., Tensors]
     residual_outputs: int
@@ -73,8 +75,13 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         return few(self.outputs(*args)[: self.num_values])
 
+    def checkpoint_of(self, args: tuple[Any, ...]) -> str:
+        """The checkpoint name of a call: the operator's own, or what ``checkpoint_name`` was given."""
+        return args[1] if self.checkpoint == GIVEN else self.checkpoint
+
     def outputs(self, *args: Any) -> Tensors:
-        """All outputs, those for the backward included."""
+        """All outputs, those for the backward included. Arguments left out are ``None``."""
+        args = (*args, *[None] * (self.num_inputs - len(args)))
         if torch.compiler.is_dynamo_compiling():
             refuse_transforms_inside_compile(self.name)
             return as_tuple(self.traced(*args))
@@ -84,7 +91,9 @@ class Operator:
 @hidden_from_dynamo  # in frames it gave up, Dynamo would look into rules and tapes
 def _eager(op: Operator, args: tuple[Any, ...]) -> Any:
     tape = current_tape()
-    return op.function.apply(*args) if tape is None else tape.call(op, args)
+    if tape is not None:
+        return tape.call(op, args)
+    return op.raw(*unwrap_dead_wrappers(args)) if no_derivative() else op.function.apply(*args)
 
 
 def declare(
@@ -93,7 +102,7 @@ def declare(
     impl: Callable[..., Any],
     fake: Callable[..., Any],
     checkpoint: str,
-    example: Callable[[], tuple[Any, ...]],
+    example: Callable[[], tuple[Any, ...]] | None,
     plain: Callable[..., Any] | None = None,
     dependent: Callable[..., Tensors] = lambda *inputs: (),
     residual_outputs: int = 0,
@@ -111,7 +120,8 @@ def declare(
     impl              the kernel, on any device; never sees autograd
     fake              output shapes and dtypes from input shapes and dtypes
     checkpoint        a name declared with :func:`fmoe.extend.checkpoint`
-    example           random arguments in float64, of the same shapes each time
+    example           random arguments in float64, of the same shapes each time; ``None`` for a part of an
+                      operator, which computes nothing alone, and equals nothing
     plain             the same function in plain PyTorch, the oracle; not needed with a ``reference``
     dependent         the example's last arguments where they follow from the others, as in a backward
     residual_outputs  how many trailing outputs exist for the backward only; callers don't see them
@@ -131,7 +141,7 @@ def declare(
     An operator without floating-point outputs needs no ``vjp`` and no ``jvp``. Where a rule can't
     exist, :class:`~fmoe.ops.core.refuse.Unsupported` takes its place. ``docs/operators.md`` declares some.
 
-    Raises ``TypeError`` with neither ``plain`` nor ``reference``.
+    Raises ``TypeError`` for an ``example`` with neither ``plain`` nor ``reference``.
 
     >>> from fmoe.ops.bases import random
     >>> from fmoe.ops.core.tape import checkpoint
@@ -150,7 +160,7 @@ def declare(
         derived = derive(reference, len(raw._schema.arguments))
         vjp, jvp, vmap = vjp or derived.vjp, jvp or derived.jvp, vmap or derived.vmap
     plain = plain or reference
-    if plain is None:
+    if plain is None and example is not None:
         raise TypeError(f"{name}: declared with neither a plain function nor a reference.")
     rules = Rules(vjp, jvp, vmap, residuals or (inputs_alone if vjp else _nothing))
     op = Operator(raw, rules, by_hand, checkpoint, example, plain, dependent, residual_outputs, by_need)

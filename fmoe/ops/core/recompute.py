@@ -17,6 +17,7 @@ from typing import Any
 import optree
 import torch
 import torch.utils._pytree as torch_pytree
+from torch._C import _functorch as functorch
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
@@ -25,13 +26,14 @@ from .batches import front
 from .capture import Guard, check_captured
 from .derive import pull, replaced
 from .dynamo import hidden_from_dynamo
-from .function import primal
+from .function import primal, runs
+from .host import away, begin, finish, leave, may_leave
 from .modes import Modes, Rng
 from .refuse import refusing_combinations
-from .tape import Entry, PlainTape, Policy, Tape, current_tape, on_tape, replay_error
+from .tape import Entry, Place, PlainTape, Policy, Tape, current_tape, on_tape, replay_error
 
-# For every entry of a tape its operator, its checkpoint name, and how many outputs it has, if any.
-Layout = Sequence[tuple[str, str, int | None]]
+# Every entry of a tape without its outputs, and how many those are, if it has any.
+Layout = Sequence[tuple[Entry, int | None]]
 
 
 def _nothing(name: str) -> bool:
@@ -48,7 +50,7 @@ def recomputing(fn: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) 
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     given = outer.rest() if outer else ()
     found = _Found()
-    region = _Region(
+    region = Region(
         fn,
         treedef,
         _statics(leaves),
@@ -58,8 +60,10 @@ def recomputing(fn: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) 
         handed=_layout(given),
         found=found,
         modes=Modes.now(tensors),
+        place=outer.next_place() if outer else (),
     )
-    out = _Remat.apply(region, *tensors, *_outputs(given))
+    with outer.inside() if outer else nullcontext():
+        out = _Remat.apply(region, *tensors, *_outputs(given))
     num_outputs = len(found.differentiable)
     if outer:
         outer.absorb(found.served, _entries(out[num_outputs:], found.recorded))
@@ -74,12 +78,13 @@ class _Found:
     out_statics: Sequence[Any] = ()
     differentiable: Sequence[bool] = ()
     recorded: Layout = ()
+    homes: Sequence[torch.device | None] = ()
     served: int = 0
     rng: Rng | None = None
 
 
 @dataclass(frozen=True)
-class _Region:
+class Region:
     """One call of a remat'ed function: all of it but the tensors.
 
     ``statics`` has a 1-tuple for every leaf of the arguments that isn't a tensor. ``batches`` has ``in_dims``
@@ -95,6 +100,7 @@ class _Region:
     handed: Layout
     found: _Found
     modes: Modes
+    place: Place
     batches: tuple[tuple[Any, str], ...] = ()
 
     def execute(self, tensors: Sequence[torch.Tensor], *, check: bool = False) -> tuple[torch.Tensor, ...]:
@@ -108,26 +114,28 @@ class _Region:
             args, kwargs = optree.tree_unflatten(self.treedef, _merge(self.statics, tensors[:n]))
             entries = _entries(tensors[n:], self.handed)
             look = check_captured if check else None
-            tape = Tape(record=self.record, serve=self.serve, entries=entries, check=look)
+            tape = Tape(record=self.record, serve=self.serve, entries=entries, check=look, place=self.place)
             with self.modes.entered(), on_tape(tape):
-                with Guard() if check else nullcontext():
+                with Guard(tape, check) if check or tape.hands else nullcontext():
                     out = self.fn(*args, **kwargs)
                 outputs, found.out_treedef = optree.tree_flatten(out, none_is_leaf=True)
                 if check:
                     check_captured(outputs, "its result")
             found.out_statics = _statics(outputs)
             found.served = tape.position
-            found.recorded = _layout(tape.recorded)
+            tape.check_unchanged()
             values = [o for o in outputs if isinstance(o, torch.Tensor)]
             found.differentiable = [_differentiable(v) for v in values]
-            return (*values, *[t.detach() for t in _outputs(tape.recorded)])
+            recorded = [*map(_left, tape.recorded)]
+            found.recorded, found.homes = _layout(recorded), _homes(recorded)
+            return (*values, *_outputs(recorded))
 
         run = body
         for in_dims, randomness in self.batches:
             run = torch.vmap(run, in_dims=in_dims + (0,) * (len(tensors) - n), randomness=randomness)
         return run(*tensors)
 
-    def replayed(self) -> "_Region":
+    def replayed(self) -> "Region":
         """The same region, handed back what its forward recorded."""
         found = dataclasses.replace(self.found)
         return dataclasses.replace(
@@ -145,7 +153,9 @@ class _Region:
             with rng.replayed() if rng else nullcontext():
                 outputs = region.execute(replaced(saved, where, values))
             if region.found.served < len(region.handed):
-                raise replay_error(f"no {region.handed[region.found.served][0]} where it was called first")
+                raise replay_error(
+                    f"no {region.handed[region.found.served][0].operator} where it was called first"
+                )
             return tuple(compress(outputs, differentiable))
 
         return call, where
@@ -172,26 +182,39 @@ def _merge(statics: Sequence[Any], tensors: Sequence[torch.Tensor]) -> list[Any]
 
 
 def _layout(entries: Iterable[Entry]) -> Layout:
-    return [(e.operator, e.checkpoint, None if e.outputs is None else len(e.outputs)) for e in entries]
+    return [(e._replace(outputs=None), None if e.outputs is None else len(e.outputs)) for e in entries]
 
 
 def _outputs(entries: Iterable[Entry]) -> list[torch.Tensor]:
     return [t for entry in entries for t in entry.outputs or ()]
 
 
+def _left(entry: Entry) -> Entry:
+    """An entry to keep: detached and, if it is offloaded, on its way to the host's memory."""
+    outputs = entry.outputs and tuple(t.detach() for t in entry.outputs)
+    if outputs and entry.homes and not entry.left:
+        return entry._replace(outputs=tuple(map(leave, outputs)), left=True)
+    return entry._replace(outputs=outputs)
+
+
+def _homes(entries: Iterable[Entry]) -> list[torch.device | None]:
+    """For each output where it comes back to, if it is offloaded."""
+    return [home for e in entries for home in e.homes or (None,) * len(e.outputs or ())]
+
+
 def _entries(outputs: Sequence[torch.Tensor], layout: Layout) -> list[Entry]:
     rest = iter(outputs)
     return [
-        Entry(operator, name, None if n is None else tuple(next(rest) for _ in range(n)))
-        for operator, name, n in layout
+        entry if n is None else entry._replace(outputs=tuple(next(rest) for _ in range(n)))
+        for entry, n in layout
     ]
 
 
 class _Remat(torch.autograd.Function):
-    """``_Region.execute`` with the derivatives that recompute; ``(region, *tensors)``."""
+    """``Region.execute`` with the derivatives that recompute; ``(region, *tensors)``."""
 
     @staticmethod
-    def forward(region: _Region, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(region: Region, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         n = region.num_tensors
         rng = Rng.now(tensors)
         with refusing_combinations("remat"):
@@ -204,7 +227,8 @@ class _Remat(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         region, *tensors = inputs
         recorded = output[len(region.found.differentiable) :]
-        ctx.region, ctx.num_tensors = region, len(tensors)
+        ctx.region, ctx.num_tensors, ctx.coming = region, len(tensors), None
+        ctx.away = None if functorch.get_interpreter_stack() else away(recorded, region.found.homes)
         ctx.save_for_backward(*tensors[: region.num_tensors], *recorded)
         ctx.save_for_forward(*tensors[: region.num_tensors], *recorded)
         constant = [o for o, smooth in zip(output, region.found.differentiable) if not smooth]
@@ -213,12 +237,17 @@ class _Remat(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[Any, ...]:
         region = ctx.region
-        saved = unwrap_dead_wrappers(ctx.saved_tensors)
+        saved, n, homes = [*unwrap_dead_wrappers(ctx.saved_tensors)], region.num_tensors, region.found.homes
+        coming, ctx.coming = ctx.coming or begin(saved[n:], homes), None
+        for i, (tensor, home) in enumerate(zip(finish(coming), homes), n):
+            saved[i] = saved[i] if home is None else tensor
+        if may_leave(saved):
+            begin_offloaded((earlier for earlier, _ in ctx.next_functions), runs)
         call, where = region.derivative(saved, ctx.needs_input_grad[1 : 1 + region.num_tensors])
         given = tuple(compress(unwrap_dead_wrappers(cotangents), region.found.differentiable))
         with refusing_combinations("remat"):
-            found = dict(zip(where, pull(call, [saved[i] for i in where], given, inputs=saved)))
-        return None, *(found.get(i) for i in range(ctx.num_tensors))
+            pulled = dict(zip(where, pull(call, [saved[i] for i in where], given, inputs=saved)))
+        return None, *(pulled.get(i) for i in range(ctx.num_tensors))
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Any, ...]:
@@ -227,6 +256,8 @@ class _Remat(torch.autograd.Function):
             return (None,) * (len(region.found.differentiable) + len(ctx.saved_tensors) - region.num_tensors)
         with _set_fwd_grad_enabled(True), refusing_combinations("remat"):
             saved = [primal(t) for t in ctx.saved_tensors]
+            kept: list[Any] = finish(begin(saved[region.num_tensors :], region.found.homes))
+            saved = [*saved[: region.num_tensors], *kept]
             call, where = region.derivative(saved, [t is not None for t in tangents[: region.num_tensors]])
             moving = tuple(saved[i] for i in where), tuple(tangents[i] for i in where)
             moved = iter(torch.func.jvp(call, *moving)[1])
@@ -234,7 +265,7 @@ class _Remat(torch.autograd.Function):
         return *(next(moved) if f else None for f in region.found.differentiable), *[None] * num_recorded
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], region: _Region, *tensors: torch.Tensor) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], region: Region, *tensors: torch.Tensor) -> Any:
         n, dims = region.num_tensors, in_dims[1:]
         handed = [front(t, d, info.batch_size) for t, d in zip(tensors[n:], dims[n:])]
         batch = dims[:n], info.randomness
@@ -242,3 +273,20 @@ class _Remat(torch.autograd.Function):
             dataclasses.replace(region, batches=(*region.batches, batch)), *tensors[:n], *handed
         )
         return outputs, (0,) * len(outputs)
+
+
+def begin_offloaded(nodes: Iterable[Any], wanted: Callable[[Any], bool] = lambda node: True) -> None:
+    """Begin to bring back what the nearest regions, at some nodes of a graph or before them, offloaded."""
+    coming, seen = [*nodes], set[Any]()
+    while coming and len(seen) < 256:
+        node = coming.pop(0)
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if not isinstance(region := getattr(node, "region", None), Region):
+            coming += [earlier for earlier, _ in node.next_functions]
+        elif any(region.found.homes) and node.coming is None and wanted(node):
+            kept = node.away
+            if kept is None:
+                kept = unwrap_dead_wrappers(node.saved_tensors[region.num_tensors :])
+            node.coming = begin(kept, region.found.homes)

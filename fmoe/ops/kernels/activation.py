@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import cdiv, launch
+
 BLOCK = 512
 
 
@@ -35,21 +37,36 @@ def swiglu(
     h = h.contiguous()
     act = h.new_empty(h.shape[0], h.shape[2])
     if act.numel():
-        grid = act.shape[0], triton.cdiv(act.shape[1], BLOCK)
+        grid = act.shape[0], cdiv(act.shape[1], BLOCK)
         scale = slot if weights is None else weights.contiguous()
-        _swiglu[grid](
-            h, slot, scale, offsets, act, offsets.shape[0], act.shape[1], weights is not None, BLOCK
+        launch(
+            _swiglu,
+            grid,
+            h,
+            slot,
+            scale,
+            offsets,
+            act,
+            offsets.shape[0],
+            act.shape[1],
+            weights is not None,
+            BLOCK,
         )
     return act
 
 
 @triton.jit
 def _swiglu_backward(
-    g_act, h, slot, weights, offsets, g_h, g_weights, num_groups, num_cols,
+    g_act, h, slot, row_of, weights, offsets, g_h, g_weights, num_groups, num_cols, num_rows, num_pairs,
     WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    if row < tl.load(offsets + num_groups - 1):
+    if row >= num_rows:  # programs beyond the rows look for pairs without one
+        other = (row - num_rows) * BLOCK + tl.arange(0, BLOCK)
+        place = tl.load(row_of + other, mask=other < num_pairs, other=0)
+        nowhere = (other < num_pairs) & ((place < 0) | (place >= num_rows))
+        tl.store(g_weights + other, tl.zeros([BLOCK], tl.float32), mask=nowhere)
+    elif row < tl.load(offsets + num_groups - 1):
         weight = 1.0
         if WEIGHTED:
             pair = tl.load(slot + row)
@@ -75,17 +92,23 @@ def swiglu_backward(
     g_act: torch.Tensor,
     h: torch.Tensor,
     slot: torch.Tensor,
+    row: torch.Tensor,
     weights: torch.Tensor,
     offsets: torch.Tensor,
     *,
     weighted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cotangents of the pre-activation and of the weights, from that of the activation before weights."""
-    h, g_act = h.contiguous(), g_act.contiguous()
-    g_h, g_weights = torch.empty_like(h), torch.zeros_like(weights)
-    if h.numel():
-        _swiglu_backward[(h.shape[0],)](
-            g_act, h, slot, weights.contiguous(), offsets, g_h, g_weights,
-            offsets.shape[0], h.shape[2], weighted, BLOCK,
+    """Cotangents of the pre-activation and of the weights, from that of the activation before weights.
+
+    The weight of a pair without a row gets zero. That of the weights has no element unless ``weighted``.
+    """
+    h, g_act, num_rows = h.contiguous(), g_act.contiguous(), h.shape[0]
+    num_pairs = row.numel() if weighted else 0
+    g_h, g_weights = torch.empty_like(h), weights.new_empty(weights.shape if weighted else 0)
+    if grid := num_rows + cdiv(num_pairs, BLOCK):
+        launch(
+            _swiglu_backward, (grid,),
+            g_act, h, slot, row.contiguous(), weights.contiguous(), offsets, g_h, g_weights,
+            offsets.shape[0], h.shape[2], num_rows, num_pairs, weighted, BLOCK,
         )  # fmt: skip
     return g_h, g_weights

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import cdiv, launch
+
 BLOCK = 2048
 
 
@@ -52,7 +54,8 @@ def adamw(
     weight_decay: float,
 ) -> None:
     """Update a contiguous param and its moments in place. A ``rate`` goes before ``lr``."""
-    _adamw[(triton.cdiv(p.numel(), BLOCK),)](
+    launch(
+        _adamw, (cdiv(p.numel(), BLOCK),),
         p, g, m, v, step, step if rate is None else rate, step if scale is None else scale,
         p.numel(), lr, eps, weight_decay,
         *betas, *map(math.log2, (max(beta, 1e-300) for beta in betas)),

@@ -9,6 +9,8 @@ The first two want rows of whole 16 bytes. The first of them that can is used, u
 """
 
 import functools
+import math
+import os
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -20,6 +22,7 @@ from .tuned import Choice
 
 ENGINES = ("triton", "torch", "loop")
 OVERRIDE = "FMOE_GROUPED_MM"
+BEST = {engine: Choice(engine) for engine in ENGINES}
 
 
 def mm(x_RI: torch.Tensor, w_eIO: torch.Tensor, offsets_e: torch.Tensor) -> torch.Tensor:
@@ -69,10 +72,13 @@ def groups(offsets: torch.Tensor) -> list[tuple[int, int]]:
 
 def choice(product: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, sizes: Sequence[int]) -> Choice:
     """The engine and tile for a product of rows ``a`` with ``b``, into ``out``; ``sizes`` are (e, I, O)."""
-    found = tuned.choices(a.device).get(tuned.key(product, sizes, a.dtype))
+    known = tuned.choices(a.device)
+    found = known.get(tuned.key(product, sizes, a.dtype)) if known else None
+    if found is None and OVERRIDE not in os.environ:
+        return BEST[next(name for name in ENGINES if _able(name, a, b, out))]
     able = sorted(engines(a, b, out), key=lambda name: found is None or name != found.engine)
     engine = chosen("grouped_mm", OVERRIDE, able, f"{a.dtype} of shape {tuple(a.shape)} on {a.device}")
-    return found if found and found.engine == engine else Choice(engine)
+    return found if found and found.engine == engine else BEST[engine]
 
 
 def engines(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> list[str]:
@@ -83,7 +89,7 @@ def engines(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> list[str]:
 def _able(name: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> bool:
     if name == "loop":
         return True
-    if not a.is_cuda or 0 in (*a.shape, *b.shape) or not (_aligned(a) and _aligned(b)):
+    if not a.is_cuda or not a.numel() or not b.numel() or not (_aligned(a) and _aligned(b)):
         return False
     if name == "torch":
         return a.dtype == torch.bfloat16
@@ -92,8 +98,8 @@ def _able(name: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> boo
 
 def _aligned(x: torch.Tensor) -> bool:
     """Whether rows start at whole 16 bytes."""
-    *outer, inner = sorted(x.stride(), reverse=True)
-    return inner == 1 and not any(s * x.element_size() % 16 for s in outer) and x.data_ptr() % 16 == 0
+    inner, *outer = sorted(x.stride())
+    return inner == 1 and math.gcd(*outer) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 @functools.cache

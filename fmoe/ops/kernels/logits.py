@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import cdiv, launch
+
 BLOCK = 2048
 
 
@@ -28,8 +30,16 @@ def add_sums(
 ) -> None:
     """Take a block (N, v) of logits, beginning at entry ``start``, into each token's terms, in place."""
     if logits.numel():
-        _add_sums[(logits.shape[0],)](
-            logits, index.contiguous(), total, chosen, start, logits.shape[1], BLOCK
+        launch(
+            _add_sums,
+            (logits.shape[0],),
+            logits,
+            index.contiguous(),
+            total,
+            chosen,
+            start,
+            logits.shape[1],
+            BLOCK,
         )
 
 
@@ -55,10 +65,20 @@ def cotangents(
     """The cotangent of a block of logits, in ``dtype``; in place if that is float32."""
     out = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
     if logits.numel():
-        grid = logits.shape[0], triton.cdiv(logits.shape[1], BLOCK)
+        grid = logits.shape[0], cdiv(logits.shape[1], BLOCK)
         g_total, g_chosen = g.contiguous()
-        _cotangents[grid](
-            logits, index.contiguous(), total, g_total, g_chosen, out, start, logits.shape[1], BLOCK
+        launch(
+            _cotangents,
+            grid,
+            logits,
+            index.contiguous(),
+            total,
+            g_total,
+            g_chosen,
+            out,
+            start,
+            logits.shape[1],
+            BLOCK,
         )
     return out
 

@@ -6,6 +6,7 @@ and *ragged* descriptors keep them from being stored. Where rows are summed over
 gradients, ragged loads give zeros for them instead.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ import triton.language as tl
 from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .launch import cdiv, launch, power_of_2
 from .tuned import Tile
 
 
@@ -46,10 +48,18 @@ def _blocks(
 def row_blocks(offsets: torch.Tensor, num_rows: int, rows: int) -> Tiles:
     """The blocks of ``rows`` rows that cover every expert's rows."""
     num_experts = offsets.shape[0]
-    expert = offsets.new_empty(triton.cdiv(num_rows, rows) + num_experts)
+    expert = offsets.new_empty(cdiv(num_rows, rows) + num_experts)
     start = offsets.new_empty(num_experts + 1)
-    _blocks[(num_experts,)](
-        offsets, expert, start, num_experts, rows, triton.next_power_of_2(num_experts), 128
+    launch(
+        _blocks,
+        (num_experts,),
+        offsets,
+        expert,
+        start,
+        num_experts,
+        rows,
+        power_of_2(num_experts),
+        128,
     )
     return Tiles(expert, start)
 
@@ -128,6 +138,7 @@ def _outer(
         out.store([expert, row * ROWS, col * COLS + COLS // 2], tl.reshape(right, [1, ROWS, COLS // 2]))
 
 
+@functools.cache
 def _grid(device: torch.device) -> tuple[int]:
     """A program per multiprocessor, which stays and takes tile after tile."""
     if device.type != "cuda":
@@ -147,7 +158,8 @@ def mm(
     tile, transposed = tile or TILE, w.stride(1) == 1
     blocks = row_blocks(offsets, x.shape[0], tile.rows)
     box = (1, tile.cols, tile.depth) if transposed else (1, tile.depth, tile.cols)
-    _mm[_grid(x.device)](
+    launch(
+        _mm, _grid(x.device),
         TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(w.mT if transposed else w, list(box)),
         create_ragged_descriptor(out, [tile.rows, tile.cols // 2]),
@@ -162,7 +174,8 @@ def outer(
 ) -> None:
     """``x`` (R, I), ``y`` (R, O) in groups into ``out`` (e, I, O): each group's x transposed times its y."""
     tile = tile or TILE
-    _outer[_grid(x.device)](
+    launch(
+        _outer, _grid(x.device),
         create_ragged_descriptor(x, [tile.depth, tile.rows]),
         create_ragged_descriptor(y, [tile.depth, tile.cols]),
         TensorDescriptor.from_tensor(out, [1, tile.rows, tile.cols // 2]),

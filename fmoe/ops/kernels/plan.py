@@ -1,12 +1,14 @@
 """Laying (token, choice) pairs out by expert: a stable counting sort that never asks the host.
 
-Blocks of pairs are counted, and the counts are summed up expert by expert. A pair's place is where its block
-starts plus how many equal ones come before it in the block.
+Blocks of pairs are counted, and each expert's counts summed up block by block. A pair's place is where its
+expert starts, plus those of earlier blocks, plus how many equal ones come before it in its block.
 """
 
 import torch
 import triton
 import triton.language as tl
+
+from .launch import cdiv, launch, power_of_2
 
 BLOCK = 128
 
@@ -23,7 +25,23 @@ def _count(ids, counts, num_pairs, num_experts, num_blocks, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _place(ids, ends, slot, row, num_pairs, num_rows, num_experts, num_blocks, BLOCK: tl.constexpr):
+def _sum_up(counts, totals, num_blocks, BLOCK: tl.constexpr):
+    """Turn each expert's counts into those of earlier blocks."""
+    expert = tl.program_id(0).to(tl.int64)
+    earlier = 0
+    for start in range(0, num_blocks, BLOCK):
+        block = start + tl.arange(0, BLOCK)
+        cell = counts + expert * num_blocks + block
+        count = tl.load(cell, mask=block < num_blocks, other=0)
+        tl.store(cell, earlier + tl.cumsum(count, 0) - count, mask=block < num_blocks)
+        earlier += tl.sum(count, 0)
+    tl.store(totals + expert, earlier)
+
+
+@triton.jit
+def _place(
+    ids, counts, totals, slot, row, ends, num_pairs, num_rows, num_experts, num_blocks, BLOCK: tl.constexpr
+):
     block = tl.program_id(0)
     index = tl.arange(0, BLOCK)
     pair = block * BLOCK + index
@@ -32,11 +50,20 @@ def _place(ids, ends, slot, row, num_pairs, num_rows, num_experts, num_blocks, B
     other = tl.load(ids + block * BLOCK + index, mask=pair < num_pairs, other=-1)
     before = tl.sum(((expert[:, None] == other[None, :]) & (index[None, :] < index[:, None])).to(tl.int32), 1)
     held = (expert >= 0) & (expert < num_experts)
-    cell = expert * num_blocks + block - 1  # the counts before this block's
-    start = tl.load(ends + cell, mask=held & (cell >= 0), other=0)
-    place = tl.where(held, start + before, -1).to(tl.int64)
+    earlier = tl.load(counts + expert * num_blocks + block, mask=held, other=0)
+    start, all_held, narrow = tl.zeros([BLOCK], tl.int32), 0, expert.to(tl.int32)
+    for first in range(0, num_experts, BLOCK):
+        column = first + index
+        total = tl.load(totals + column, mask=column < num_experts, other=0)
+        start += tl.sum(tl.where(column[None, :] < narrow[:, None], total[None, :], 0), 1)
+        mine = (column < num_experts) & (block == 0)
+        tl.store(ends + column, all_held + tl.cumsum(total, 0), mask=mine)
+        all_held += tl.sum(total, 0)
+    place = tl.where(held, start + earlier + before, -1).to(tl.int64)
     tl.store(row + pair, place, mask=pair < num_pairs)
     tl.store(slot + place, pair.to(tl.int64), mask=held & (place < num_rows))
+    nothing = tl.zeros([BLOCK], tl.int64) - 1
+    tl.store(slot + pair, nothing, mask=(pair >= all_held) & (pair < num_rows))
 
 
 def layout(
@@ -44,12 +71,69 @@ def layout(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The raw kernel of :data:`fmoe.ops.dispatch.layout`; ids of no expert are dropped."""
     ids, num_pairs = ids.contiguous(), ids.numel()
-    slot, row = ids.new_full((num_rows,), -1, dtype=torch.int64), torch.empty_like(ids, dtype=torch.int64)
     if num_pairs == 0:
-        return slot, row, ids.new_zeros(num_experts, dtype=torch.int32)
-    num_blocks = triton.cdiv(num_pairs, BLOCK)
+        slot = ids.new_full((num_rows,), -1, dtype=torch.int64)
+        return slot, torch.empty_like(ids, dtype=torch.int64), ids.new_zeros(num_experts, dtype=torch.int32)
+    num_blocks = cdiv(num_pairs, BLOCK)
+    slot, row = ids.new_empty(num_rows, dtype=torch.int64), torch.empty_like(ids, dtype=torch.int64)
     counts = ids.new_empty(num_experts, num_blocks, dtype=torch.int32)
-    _count[(num_blocks,)](ids, counts, num_pairs, num_experts, num_blocks, BLOCK)
-    ends = counts.view(-1).cumsum(0, dtype=torch.int32)
-    _place[(num_blocks,)](ids, ends, slot, row, num_pairs, num_rows, num_experts, num_blocks, BLOCK)
-    return slot, row, ends.view(num_experts, num_blocks)[:, -1].contiguous()
+    totals, ends = (ids.new_empty(num_experts, dtype=torch.int32) for _ in range(2))
+    launch(_count, (num_blocks,), ids, counts, num_pairs, num_experts, num_blocks, BLOCK)
+    launch(_sum_up, (num_experts,), counts, totals, num_blocks, BLOCK)
+    launch(
+        _place,
+        (cdiv(max(num_pairs, num_rows), BLOCK),),
+        ids,
+        counts,
+        totals,
+        slot,
+        row,
+        ends,
+        num_pairs,
+        num_rows,
+        num_experts,
+        num_blocks,
+        BLOCK,
+    )
+    return slot, row, ends
+
+
+@triton.jit
+def _ways(
+    ids, slot, copy, lost, num_tokens, copies, held,
+    TOP_K: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    device, size = tl.program_id(0), tl.num_programs(0)
+    choice, index = tl.arange(0, CHOICES), tl.arange(0, BLOCK)
+    before = device * 0
+    for start in range(0, num_tokens, BLOCK):
+        token = (start + index).to(tl.int64)
+        inside = token < num_tokens
+        mask = inside[:, None] & (choice < TOP_K)[None, :]
+        expert = tl.load(ids + token[:, None] * TOP_K + choice[None, :], mask=mask, other=-1)
+        goes = (expert >= device * held) & (expert < (device + 1) * held)
+        hit = tl.max(goes.to(tl.int32), 1)
+        place = before + tl.cumsum(hit, 0) - hit
+        fits = (hit > 0) & (place < copies)
+        row = tl.where(fits, device * copies + place, -1).to(tl.int64)
+        tl.store(copy + token * size + device, row, mask=inside)
+        tl.store(slot + row, token * size + device, mask=fits)
+        before += tl.sum(hit, 0)
+    tl.store(lost + device, tl.maximum(before - copies, 0).to(tl.int64))
+    for start in range(0, copies, BLOCK):
+        place = start + index
+        empty = (place >= before) & (place < copies)
+        tl.store(slot + device * copies + place, tl.full([BLOCK], -1, tl.int64), mask=empty)
+
+
+def ways(
+    ids: torch.Tensor, size: int, held: int, copies: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The raw kernel of ``bounded_way``: one program for each of ``size`` devices goes through all tokens."""
+    ids, (num_tokens, top_k) = ids.contiguous(), ids.shape
+    slot, copy = ids.new_empty(size * copies), ids.new_empty(num_tokens, size)
+    lost = ids.new_empty(size)
+    choices = power_of_2(top_k)
+    block = max(4096 // choices, 16)
+    launch(_ways, (size,), ids, slot, copy, lost, num_tokens, copies, held, top_k, choices, block)
+    return slot, copy, lost

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ..precision import E4M3, LARGEST, SMALLEST_SCALE, Scaled
+from .launch import cdiv, launch, power_of_2
 from .scaled import MULTIPLE, Columns
 
 BLOCK, ROWS, COLS = 1024, 64, 64
@@ -86,9 +87,10 @@ def _run_rows(x: torch.Tensor, end: torch.Tensor | None) -> Scaled:
     shape = x.shape if end is None else (x.shape[0], x.shape[2])
     out, scale = x.new_empty(shape, dtype=E4M3), x.new_empty(shape[:-1], dtype=torch.float32)
     if out.numel():
-        block = min(BLOCK, triton.next_power_of_2(shape[-1]))
+        block = min(BLOCK, power_of_2(shape[-1]))
         how = end is not None, block, LARGEST, SMALLEST_SCALE
-        _rows[(scale.numel(),)](x, x if end is None else end, out, scale, shape[-1], *how)
+        grid, values = (scale.numel(),), (x, x if end is None else end, out, scale, shape[-1])
+        launch(_rows, grid, *values, *how)
     return Scaled(out, scale)
 
 
@@ -198,10 +200,11 @@ def _run_columns(
     width = -(-(num_rows + num_groups * (MULTIPLE - 1)) // MULTIPLE) * MULTIPLE
     out, ends = x.new_empty(num_cols, width, dtype=E4M3), torch.empty_like(offsets)
     scale = x.new_empty(num_groups, num_cols, dtype=torch.float32)
-    _columns[num_groups, triton.cdiv(num_cols, COLS)](
+    launch(
+        _columns, (num_groups, cdiv(num_cols, COLS)),
         x, offsets if slot is None else slot, offsets if weights is None else weights.contiguous(), offsets,
         out, scale, ends, num_groups, num_cols, width, top_k, kind, weights is not None, False,
-        triton.next_power_of_2(num_groups), MULTIPLE, ROWS, COLS, LARGEST, SMALLEST_SCALE,
+        power_of_2(num_groups), MULTIPLE, ROWS, COLS, LARGEST, SMALLEST_SCALE,
     )  # fmt: skip
     return Columns(Scaled(out, scale), ends)
 
@@ -211,7 +214,8 @@ def weights(w_eIO: torch.Tensor) -> Scaled:
     num_groups, width, num_cols = w_eIO.shape
     out = w_eIO.new_empty(num_groups, num_cols, width, dtype=E4M3)
     scale = w_eIO.new_empty(num_groups, num_cols, dtype=torch.float32)
-    _columns[num_groups, triton.cdiv(num_cols, COLS)](
+    launch(
+        _columns, (num_groups, cdiv(num_cols, COLS)),
         w_eIO, w_eIO, w_eIO, w_eIO, out, scale, w_eIO, num_groups, num_cols, width, 1, PLAIN, False, True,
         1, MULTIPLE, ROWS, COLS, LARGEST, SMALLEST_SCALE,
     )  # fmt: skip
@@ -229,5 +233,5 @@ def _zero_empty(out, ends, size, BLOCK: tl.constexpr):
 
 def zero_empty(out: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Zeros, in place, for groups without rows, of which PyTorch's product says nothing."""
-    _zero_empty[len(out), 32](out, ends, out[0].numel(), BLOCK)
+    launch(_zero_empty, (len(out), 32), out, ends, out[0].numel(), BLOCK)
     return out

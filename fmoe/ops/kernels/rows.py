@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import cdiv, launch
+
 BLOCK, SLOTS = 1024, 128
 
 
@@ -27,7 +29,7 @@ def gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
     out = x.new_empty(index.shape[0], x.shape[1])
     if out.numel():
-        _gather[out.shape[0], triton.cdiv(out.shape[1], BLOCK)](x, index, out, out.shape[1], BLOCK)
+        launch(_gather, (out.shape[0], cdiv(out.shape[1], BLOCK)), x, index, out, out.shape[1], BLOCK)
     return out
 
 
@@ -72,9 +74,10 @@ def expand(
     x, (num_tokens, top_k) = x.contiguous(), row.shape
     out = x.new_empty(slot.shape[0], x.shape[1])
     if x.numel() and out.numel():
-        grid = num_tokens + triton.cdiv(out.shape[0], SLOTS), triton.cdiv(out.shape[1], BLOCK)
+        grid = num_tokens + cdiv(out.shape[0], SLOTS), cdiv(out.shape[1], BLOCK)
         scale = row if weights is None else weights.contiguous()
-        _expand[grid](
+        launch(
+            _expand, grid,
             x, row.contiguous(), slot, offsets, scale, out, num_tokens, offsets.shape[0], out.shape[1],
             top_k, weights is not None, BLOCK, SLOTS,
         )  # fmt: skip
@@ -103,10 +106,19 @@ def weighted_sum(y: torch.Tensor, row: torch.Tensor, weights: torch.Tensor | Non
     y = y.contiguous()
     out = y.new_empty(row.shape[0], y.shape[1])
     if out.numel():
-        grid = out.shape[0], triton.cdiv(out.shape[1], BLOCK)
+        grid = out.shape[0], cdiv(out.shape[1], BLOCK)
         scale = row if weights is None else weights.contiguous()
-        _weighted_sum[grid](
-            y, row.contiguous(), scale, out, out.shape[1], row.shape[1], weights is not None, BLOCK
+        launch(
+            _weighted_sum,
+            grid,
+            y,
+            row.contiguous(),
+            scale,
+            out,
+            out.shape[1],
+            row.shape[1],
+            weights is not None,
+            BLOCK,
         )
     return out
 
@@ -156,7 +168,8 @@ def weight_gradients(
 def _run_spread(g: torch.Tensor, y: torch.Tensor, slot: torch.Tensor, weights: torch.Tensor, g_y: Any) -> Any:
     g, y, g_weights = g.contiguous(), y.contiguous(), weights.new_zeros(weights.shape)
     if y.shape[0]:
-        _spread[(y.shape[0],)](
+        launch(
+            _spread, (y.shape[0],),
             g, y, slot, weights.contiguous(), y if g_y is None else g_y, g_weights,
             y.shape[1], weights.shape[1], g_y is not None, BLOCK,
         )  # fmt: skip

@@ -27,6 +27,8 @@ class Backend(NamedTuple):
     name         ``"auto"``, ``"local"``, ``"all_to_all"`` or ``"deepep"``, as one may pass it alone
     host_sync    false: the host never asks how many rows come. There is room for a number that is known
                  before, so a CUDA graph can hold a step
+    in_halves    a model's layers take halves of a device's sequences in turn. The rows of one are on their
+                 way while the other computes
     ===========  ========================================================================
 
     The others are for ``host_sync=False``:
@@ -48,6 +50,7 @@ class Backend(NamedTuple):
     host_sync: bool = True
     capacity: float | None = None
     max_tokens: int | None = None
+    in_halves: bool = False
 
 
 def backend_of(function: str, backend: str | Backend) -> Backend:
@@ -77,7 +80,7 @@ def choose(
     ``"auto"`` logs what it chose and why. ``rows`` are their dtype and last dimension, and ``max_tokens`` the
     most of a device, if the tokens say it. Raises ``ValueError`` if the wish can't be met.
     """
-    name, host_sync, capacity, most = backend_of(function, backend)
+    name, host_sync, capacity, most, in_halves = backend_of(function, backend)
     if mesh is None or "ep" not in axis_names(mesh):
         return {}
     group = group_of(mesh, ("ep",))
@@ -97,8 +100,8 @@ def choose(
         name, why = _best(group.name, mesh.device_type, *rows, host_sync)
         _say(f"backend {name} along ep={group.size}: {why}")
     if name == "deepep":
-        return {"ep": DeepEP(group, deepep_buffers.kept(group.name, host_sync), bound)}
-    return {"ep": AllToAll(group, bound)}
+        return {"ep": DeepEP(group, deepep_buffers.kept(group.name, host_sync), bound, in_halves)}
+    return {"ep": AllToAll(group, bound, in_halves)}
 
 
 @constant_to_dynamo  # devices talk to each other, which Dynamo needn't see

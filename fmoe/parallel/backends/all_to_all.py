@@ -9,7 +9,6 @@ backwards. With a :class:`~fmoe.parallel.Bound` it never waits: every device sen
 each, some of them empty.
 """
 
-import zlib
 from typing import Any, NamedTuple
 
 import torch
@@ -21,12 +20,26 @@ from ...ops.core.batches import wider_rows
 from ...ops.core.derive import Tensors
 from ...ops.core.primitive import Operator, declare, linear
 from ...ops.core.refuse import ALL_MOVE
-from ...ops.dispatch import DISPATCH, Plan, check_ids, layout_fake, layout_kernel, layout_plain, received_fake
+from ...ops.dispatch import DISPATCH, Plan, layout_fake, layout_kernel, layout_plain, received_fake
 from ...ops.route import Routing
-from ...ops.transport import check_experts_divide, set_default
+from ...ops.transport import InFlight, check_experts_divide, set_default
 from ..collectives import group_alone
-from .bounds import Bound, agree, check_alike, laid_out
-from .wire import process_group, swap_rows
+from .bounds import Bound
+from .in_parts import back, begin_send, end_post, end_send, end_send_back, ids_of, pack, post, with_ids
+from .ways import (
+    begin_sizes,
+    begin_sizes_kernel,
+    bounded_way,
+    bounded_way_kernel,
+    end_sizes,
+    end_sizes_kernel,
+    held_here,
+    kind_of,
+    layout_bounded,
+    layout_bounded_kernel,
+    layout_posted,
+)  # fmt: skip
+from .wire import swap_rows
 
 
 class Sent(NamedTuple):
@@ -58,6 +71,7 @@ class AllToAll(NamedTuple):
 
     group: Group
     bound: Bound | None = None
+    in_halves: bool = False
 
     def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Plan]:
         num_experts, (name, size, position) = routing.counts_E.shape[0], self.group
@@ -77,6 +91,74 @@ class AllToAll(NamedTuple):
     def combine(self, y_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
         return send_back(y_SD, *plan.sent, self.group.name)
 
+    def dispatch_start(self, x_TD: torch.Tensor, routing: Routing) -> "_Coming":
+        num_experts, (name, size, _) = routing.counts_E.shape[0], self.group
+        check_experts_divide(num_experts, size)
+        ids_TK, before = routing.expert_ids_TK, routing.score_before_experts
+        described, top_k = kind_of(x_TD, routing.weights_TK, before), ids_TK.shape[1]
+        tokens = x_TD, with_ids(routing.weights_TK, ids_TK)
+        if self.bound is None:
+            slot_Q, copy_Tn, *sizes = begin_sizes(ids_TK, num_experts, size, described, name)
+            begun = tuple(pack(t, slot_Q, copy_Tn, name) for t in tokens)
+            more = (*sizes, described)
+            return _Coming(begun, (slot_Q, copy_Tn), top_k, num_experts, before, more)
+        self.bound.check(x_TD.shape[0])
+        copies, _ = self.bound.room(size, top_k, num_experts // size)
+        slot_Q, copy_Tn, splits, lost = bounded_way(ids_TK, num_experts, size, described, copies, name)
+        sent = Sent(slot_Q, copy_Tn, splits)
+        begun = tuple(begin_send(t, *sent, name) for t in tokens)
+        return _Coming(begun, sent, top_k, num_experts, before, (lost,))
+
+    def dispatch_send(self, coming: "_Coming") -> "_Coming":
+        if self.bound is not None or coming.posted:
+            return coming
+        (slot_Q, copy_Tn), (splits, pairs) = coming.sent, end_sizes(*coming.more)
+        posted = tuple(post(ticket, splits, self.group.name) for ticket in coming.begun)
+        return coming._replace(sent=Sent(slot_Q, copy_Tn, splits), more=(pairs,), posted=posted)
+
+    def dispatch_join(self, coming: "_Coming") -> tuple[torch.Tensor, Plan]:
+        coming, (name, size, position) = self.dispatch_send(coming), self.group
+        held, top_k, way = coming.num_experts // size, coming.top_k, (*coming.sent, name)
+        if self.bound is None:
+            tokens, others = zip(coming.begun, coming.posted)
+            x_SD = end_post(*tokens, *way, None)
+            beside = end_post(*others, *way, x_SD.shape[0])
+            slot_R, row_SK, offsets_e = layout_posted(
+                ids_of(beside, top_k), *coming.more, position * held + 1, held
+            )
+            overflow: tuple[torch.Tensor, ...] = ()
+        else:
+            copies, pairs = self.bound.room(size, top_k, held)
+            x_SD, beside = (end_send(begun, *way, size * copies) for begun in coming.begun)
+            arrived = ids_of(beside, top_k), *coming.more, position * held + 1, held, pairs
+            slot_R, row_SK, offsets_e, *overflow = layout_bounded(*arrived)
+        weights_SK = beside[:, :top_k].contiguous()
+        return x_SD, Plan(weights_SK, slot_R, row_SK, offsets_e, coming.sent, coming.before, self, *overflow)
+
+    def combine_start(self, y_SD: torch.Tensor, plan: Plan) -> InFlight:
+        if not self.in_halves:
+            return InFlight(self.combine(y_SD, plan))
+        return InFlight(back(y_SD, plan.sent, self.group.name))
+
+    def join(self, coming: InFlight, plan: Plan, plus: torch.Tensor | None) -> torch.Tensor:
+        y_TD = end_send_back(coming.y_TD, *plan.sent, self.group.name) if self.in_halves else coming.y_TD
+        return y_TD if plus is None else y_TD + plus
+
+
+class _Coming(NamedTuple):
+    """A dispatch that has begun: tickets of tokens and of weights with ids, and what is known of their way.
+
+    ``more`` are the sizes that come, then the number of pairs; with a bound, how many rows had no room.
+    """
+
+    begun: tuple[torch.Tensor, ...]
+    sent: Any
+    top_k: int
+    num_experts: int
+    before: bool
+    more: tuple[Any, ...]
+    posted: tuple[torch.Tensor, ...] = ()
+
 
 def rows_sent(plan: Plan) -> torch.Tensor:
     """The number of rows sent from here to each device of the axis, this one too: int64 (n,), on the host."""
@@ -90,25 +172,26 @@ def _exchange_rows(
     tensors: Tensors, received: list[int], sent: list[int], group: str, sender: str
 ) -> Tensors:
     """Rows of several tensors as one message: row ``i`` of each goes where ``sent`` says."""
+    return _parts(swap_rows(_message(tensors), received, sent, group, sender), tensors)
+
+
+def _message(tensors: Tensors) -> torch.Tensor:
     messages = [_as_bytes(t) for t in tensors]
-    whole = messages[0] if len(messages) == 1 else torch.cat(messages, 1)
-    came = swap_rows(whole, received, sent, group, sender)
-    parts = came.split([m.shape[1] for m in messages], 1)
-    if len(messages) > 1:  # cloned, as a view into the message may lie where its dtype can't
+    return messages[0] if len(messages) == 1 else torch.cat(messages, 1)
+
+
+def _parts(message: torch.Tensor, like: Tensors) -> Tensors:
+    """The tensors that a message was made of."""
+    parts = message.split([t.shape[1:].numel() * t.itemsize for t in like], 1)
+    if len(like) > 1:  # cloned, as a view into the message may lie where its dtype can't
         parts = tuple(p.clone(memory_format=torch.contiguous_format) for p in parts)
-    return tuple(part.view(t.dtype).view(-1, *t.shape[1:]) for part, t in zip(parts, tensors))
+    return tuple(part.view(t.dtype).view(-1, *t.shape[1:]) for part, t in zip(parts, like))
 
 
 def _as_bytes(t: torch.Tensor) -> torch.Tensor:
     rows = t.contiguous().flatten(1)
     # Without elements, or one wide, an expanded cotangent counts as contiguous whatever its strides.
     return rows.as_strided(rows.shape, (rows.shape[1], 1)).view(torch.uint8)
-
-
-def _described(x: torch.Tensor, weights: torch.Tensor, before: bool) -> str:
-    when = "before" if before else "after"
-    weighed = f"{weights.shape[1]} weights of {weights.dtype} {when} the experts"
-    return f"rows of shape {tuple(x.shape[1:])} and {x.dtype} with {weighed}"
 
 
 def _exchange_kernel(
@@ -121,28 +204,18 @@ def _exchange_kernel(
     before: bool,
     group: str,
 ) -> Tensors:
-    check_ids(ids, num_experts)
-    held, (num_tokens, top_k) = num_experts // size, ids.shape
-    home_TK, hit_Tn = _homes(ids, held, size)
-    every = home_TK.flatten()  # not by bincount, which waits for the device
-    pairs_n = ids.new_zeros(size + 1).scatter_add_(0, every, torch.ones_like(every))[:size]
-    devices_Tn = torch.where(hit_Tn, torch.arange(size, device=ids.device), -1)
-    slot_Q, copy_Tn, _ = layout_kernel(devices_Tn, size, num_tokens * min(size, top_k))
-
-    kind = zlib.crc32((described := _described(x, weights, before)).encode())
-    out_n3 = torch.stack([hit_Tn.sum(0), pairs_n, torch.full_like(pairs_n, kind)], 1)
-    each = [1] * size
-    in_n3 = swap_rows(out_n3, each, each, group, "sizes")
-    sizes = torch.stack([out_n3, in_n3]).cpu()  # here the host waits
-    check_alike(sizes[1, :, 2].tolist(), kind, described)
-    splits = sizes[:, :, 0].contiguous()
-    sent, received = splits.tolist()
-    slot_Q = slot_Q[: sum(sent)].clone()
+    described = kind_of(x, weights, before)
+    slot_Q, copy_Tn, out_n3, ticket = begin_sizes_kernel(ids, num_experts, size, described, group)
+    # What doesn't depend on the sizes is launched before the host waits for them.
     token_Q = torch.div(slot_Q, size, rounding_mode="floor")
     rows = tuple(gather_kernel(t, token_Q) for t in (x, weights, ids))
-    x_SD, weights_SK, ids_SK = _exchange_rows(rows, received, sent, group, "exchange")
-    local_SK = _held_here(ids_SK, position, held)
-    slot_R, row_SK, offsets_e = layout_kernel(local_SK, held, int(sizes[1, :, 1].sum()))
+    message = _message(rows)
+    splits, pairs = end_sizes_kernel(out_n3, ticket, described)
+    sent, received = splits.tolist()
+    came = swap_rows(message[: sum(sent)], received, sent, group, "exchange")
+    x_SD, weights_SK, ids_SK = _parts(came, rows)
+    held = num_experts // size
+    slot_R, row_SK, offsets_e = layout_kernel(held_here(ids_SK, position * held, held), held, int(pairs))
     return x_SD, weights_SK, slot_R, row_SK, offsets_e, slot_Q, copy_Tn, splits
 
 
@@ -158,41 +231,14 @@ def _bounded_kernel(
     pairs: int,
     group: str,
 ) -> Tensors:
-    check_ids(ids, num_experts)
-    if size > 1:
-        agree(process_group(group), f"{_described(x, weights, before)}, {copies} to each device")
-    held, num_slots = num_experts // size, ids.shape[0] * size
-    _, hit_Tn = _homes(ids, held, size)
-    place_Tn, enough = hit_Tn.cumsum(0) - 1, ids.shape[0] <= copies
-    fits_Tn = hit_Tn if enough else hit_Tn & (place_Tn < copies)
-    copy_Tn = torch.where(fits_Tn, place_Tn + torch.arange(size, device=ids.device) * copies, -1)
-    # The inverse. One row more than there is room for takes what isn't sent.
-    slot_Q, slots = ids.new_full((size * copies + 1,), -1), torch.arange(num_slots, device=ids.device)
-    slot_Q.scatter_(0, torch.where(fits_Tn, copy_Tn, size * copies).flatten(), slots)
-    slot_Q = slot_Q[:-1].clone()
+    described, held = kind_of(x, weights, before), num_experts // size
+    slot_Q, copy_Tn, splits, lost = bounded_way_kernel(ids, num_experts, size, described, copies, group)
     token_Q = torch.div(slot_Q, size, rounding_mode="floor")
-    ids_Q = gather_kernel(ids + 1, token_Q) - 1  # -1 in empty rows
-    rows = gather_kernel(x, token_Q), gather_kernel(weights, token_Q), ids_Q
+    rows = tuple(gather_kernel(t, token_Q) for t in (x, weights, ids + 1))  # ids of 0 in empty rows
     each = [copies] * size
     x_SD, weights_SK, ids_SK = _exchange_rows(rows, each, each, group, "exchange_bounded")
-    slot_R, row_SK, offsets_e, overflow = laid_out(_held_here(ids_SK, position, held), held, pairs)
-    if not enough:
-        overflow = overflow + (hit_Tn & ~fits_Tn).sum()
-    splits = torch.full((2, size), copies, device="cpu")
-    return x_SD, weights_SK, slot_R, row_SK, offsets_e, slot_Q, copy_Tn, splits, overflow
-
-
-def _homes(ids: torch.Tensor, held: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The device of every pair, ``size`` for none, and whether a token goes to a device (T, n)."""
-    home_TK = torch.where(ids < 0, size, torch.div(ids, held, rounding_mode="floor"))
-    hit_Tn = ids.new_zeros(ids.shape[0], size + 1, dtype=torch.bool).scatter_(1, home_TK, True)
-    return home_TK, hit_Tn[:, :size]
-
-
-def _held_here(ids_SK: torch.Tensor, position: int, held: int) -> torch.Tensor:
-    """Ids among the experts held here, or -1."""
-    local_SK = ids_SK - position * held
-    return torch.where((local_SK >= 0) & (local_SK < held), local_SK, -1)
+    laid = layout_bounded_kernel(ids_SK, lost, position * held + 1, held, pairs)
+    return x_SD, weights_SK, *laid[:3], slot_Q, copy_Tn, splits, laid[3]
 
 
 def _exchange_fake(x: Any, weights: Any, ids: Any, num_experts: int, size: int, *group: Any) -> Tensors:
@@ -224,7 +270,7 @@ def _send_kernel(
     x: torch.Tensor, slot_Q: torch.Tensor, copy_Tn: torch.Tensor, splits: torch.Tensor, rows: int, group: str
 ) -> torch.Tensor:
     sent, received = splits.tolist()
-    token_Q = torch.div(slot_Q, copy_Tn.shape[1], rounding_mode="floor")
+    token_Q = torch.div(slot_Q[: sum(sent)], copy_Tn.shape[1], rounding_mode="floor")
     return _exchange_rows((gather_kernel(x, token_Q),), received, sent, group, "send")[0]
 
 
@@ -233,7 +279,7 @@ def _send_back_kernel(
 ) -> torch.Tensor:
     sent, received = splits.tolist()
     (came,) = _exchange_rows((y,), sent, received, group, "send_back")
-    summed = weighted_sum_kernel(came.flatten(1), None, slot_Q, copy_Tn)
+    summed = weighted_sum_kernel(came.flatten(1), None, slot_Q[: sum(sent)], copy_Tn)
     return summed.view(copy_Tn.shape[0], *y.shape[1:])
 
 
@@ -242,7 +288,7 @@ def _send_both_back_kernel(
 ) -> Tensors:
     sent, received = splits.tolist()
     came = _exchange_rows((y, weights), sent, received, group, "send_both_back")
-    return tuple(weighted_sum_kernel(c, None, slot_Q, copy_Tn) for c in came)
+    return tuple(weighted_sum_kernel(c, None, slot_Q[: sum(sent)], copy_Tn) for c in came)
 
 
 # ---- operators: slot, copy and splits are a plan's ``sent`` --------------------------------------------

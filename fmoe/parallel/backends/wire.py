@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 _c10d = torch.ops._c10d_functional
+arrived: Any = _c10d.wait_tensor
 process_group: Any = dist.distributed_c10d._resolve_process_group  # versions type the name differently
 
 
@@ -35,8 +36,15 @@ def swap_rows(
     rows: torch.Tensor, received: list[int], sent: list[int], group: str, sender: str
 ) -> torch.Tensor:
     """Send ``sent[i]`` rows to device ``i`` of the group, and receive ``received[i]`` from it, in order."""
+    return arrived(begin_swap(rows, received, sent, group, sender))
+
+
+def begin_swap(
+    rows: torch.Tensor, received: list[int], sent: list[int], group: str, sender: str
+) -> torch.Tensor:
+    """The same, only begun: nothing may read the result before it has :func:`arrived`."""
     rows = rows.contiguous()
-    came = _c10d.wait_tensor(_c10d.all_to_all_single(rows, received, sent, group))
+    came = _c10d.all_to_all_single(rows, received, sent, group)
     if _counts:
         here = process_group(group).rank()
         kept = rows[: sent[here]].nbytes

@@ -181,11 +181,19 @@ def _check_same(
 ) -> None:
     found = differences("state", description["leaves"], described)
     if run is not None:
-        found = differences("run", description["run"], json.loads(json.dumps(run))) + found
+        theirs = description["run"]
+        found = differences("run", theirs, _known(theirs, json.loads(json.dumps(run)))) + found
     if found:
         expected = "a checkpoint of this model and data"
         remedy = "Resume with the options it was saved with, or train into another folder."
         raise argument_error("load", str(path), got="; ".join(found), expected=expected, remedy=remedy)
+
+
+def _known(theirs: Any, ours: Any) -> Any:
+    """A run's description without options that an older one doesn't know, where they are off."""
+    if not (isinstance(theirs, Mapping) and isinstance(ours, Mapping)):
+        return ours
+    return {key: _known(theirs.get(key), value) for key, value in ours.items() if key in theirs or value}
 
 
 def _damaged(path: Path, damage: str) -> ValueError:

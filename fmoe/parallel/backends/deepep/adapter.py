@@ -3,16 +3,18 @@
 An *engine* is a communication buffer of one group, and moves rows through it:
 
 ``dispatch(x, weights, ids, num_experts,    tokens to the devices that hold their experts ->
-max_tokens)``                               :class:`Arrived`. With ``max_tokens``, as many rows as would come
+max_tokens, wait)``                         :class:`Arrived`. With ``max_tokens``, as many rows as would come
                                             if every device sent so many here, and no wait of the host
-``send(x, handle)``                         other rows the same way
-``combine(y, handle, weights, wait)``       rows back, summed, and with them their weights;
-                                            without ``wait`` the current stream goes on meanwhile
+``send(x, handle, wait)``                   other rows the same way
+``combine(y, handle, weights, wait)``       rows back, summed, and with them their weights
 ``send_weights``, ``combine_weights``       weights alone, either way
 ``join()``                                  the current stream waits for the latest combine
 ``destroy()``                               frees the buffer
 ``rows(size)``                              the multiple that a row's length must be in a group of
                                             this size, and the most it may be
+
+Without ``wait`` the current stream goes on meanwhile, and ``latest`` is the event to wait for. ``dispatch``
+and ``send`` then give a function, to be called after that, of which their results are.
 
 A handle says how rows were sent. It has tensors, the first with a row per token, and a few numbers. With
 ``max_tokens``, rows that didn't come are zeros, and their ids -1. Users install DeepEP themselves, since it
@@ -118,13 +120,14 @@ def _not_loaded(error: Exception) -> ValueError:
 
 _CALLED = {
     "Buffer.__init__": "num_nvl_bytes num_rdma_bytes explicitly_destroy",
-    "Buffer.dispatch": "handle topk_idx topk_weights num_tokens_per_rdma_rank num_worst_tokens config",
+    "Buffer.dispatch": "handle topk_idx topk_weights num_tokens_per_rdma_rank num_worst_tokens config "
+    "async_finish",
     "Buffer.combine": "topk_weights config async_finish",
     "Buffer.get_dispatch_layout": "topk_idx num_experts",
     "Buffer.get_dispatch_config": "num_ranks",
     "ElasticBuffer.__init__": "num_max_tokens_per_rank hidden num_topk deterministic explicitly_destroy",
     "ElasticBuffer.dispatch": "topk_idx topk_weights num_experts num_max_tokens_per_rank num_sms handle "
-    "do_cpu_sync",
+    "do_cpu_sync async_with_compute_stream",
     "ElasticBuffer.combine": "topk_weights num_sms async_with_compute_stream",
 }
 
@@ -257,7 +260,9 @@ class Alone(Engine):
 
     id_dtype = torch.int64
 
-    def dispatch(self, x: Any, weights: Any, ids: Any, num_experts: int, max_tokens: int = 0) -> Arrived:
+    def dispatch(
+        self, x: Any, weights: Any, ids: Any, num_experts: int, max_tokens: int = 0, wait: bool = True
+    ) -> Any:
         stays, num_pairs = (ids >= 0).any(1), None
         if max_tokens:  # every token has the row of its place
             row = torch.where(stays, torch.arange(len(stays), device=ids.device), -1)
@@ -270,12 +275,14 @@ class Alone(Engine):
             gather_kernel(weights, token),
             gather_kernel(ids + 1, token) - 1,
         )
-        return Arrived(x, weights, ids, num_pairs, Handle((row[:, None], token)))
+        came = Arrived(x, weights, ids, num_pairs, Handle((row[:, None], token)))
+        return came if wait else lambda: came
 
-    def send(self, x: torch.Tensor, handle: Handle) -> torch.Tensor:
+    def send(self, x: torch.Tensor, handle: Handle, wait: bool = True) -> Any:
         token = handle.tensors[1]
         assert token is not None
-        return gather_kernel(x, token)
+        rows = gather_kernel(x, token)
+        return rows if wait else lambda: rows
 
     def combine(self, y: Any, handle: Handle, weights: Any = None, wait: bool = True) -> tuple[Any, Any]:
         weights = None if weights is None else self.combine_weights(weights, handle)

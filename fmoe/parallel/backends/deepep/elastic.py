@@ -39,19 +39,32 @@ class Elastic(Engine):
         # Combine must use as many SMs as the dispatch did.
         self.num_sms = self.buffer.get_theoretical_num_sms(sizes.num_experts, sizes.top_k)
 
-    def dispatch(self, x: Any, weights: Any, ids: Any, num_experts: int, max_tokens: int = 0) -> Arrived:
+    def dispatch(
+        self, x: Any, weights: Any, ids: Any, num_experts: int, max_tokens: int = 0, wait: bool = True
+    ) -> Any:
         bound = dict(num_max_tokens_per_rank=max_tokens, do_cpu_sync=False) if max_tokens else {}
-        x, ids, weights, handle, _ = self.buffer.dispatch(
-            x, topk_idx=ids, topk_weights=weights, num_experts=num_experts, num_sms=self.num_sms, **bound
+        x, ids, weights, handle, event = self.buffer.dispatch(
+            x,
+            topk_idx=ids,
+            topk_weights=weights,
+            num_experts=num_experts,
+            num_sms=self.num_sms,
+            async_with_compute_stream=not wait,
+            **bound,
         )
-        tensors = (*(getattr(handle, name) for name in _TENSORS), getattr(handle, _SORTED))
-        numbers = handle.num_experts, handle.num_max_tokens_per_rank, handle.num_sms
-        if not max_tokens:
-            pairs = sum(handle.num_recv_tokens_per_expert_list)
-            return Arrived(x, weights, ids, pairs, Handle(tensors, numbers))
-        made = Handle(tensors, (*numbers, max_tokens))
-        came = self._came(made)
-        return Arrived(emptied(x, came), weights, emptied(ids, came, -1), None, made)
+        self.latest = self.latest if wait else event
+
+        def arrived() -> Arrived:  # a deterministic buffer sorts its handle when the event was waited for
+            tensors = (*(getattr(handle, name) for name in _TENSORS), getattr(handle, _SORTED))
+            numbers = handle.num_experts, handle.num_max_tokens_per_rank, handle.num_sms
+            if not max_tokens:
+                pairs = sum(handle.num_recv_tokens_per_expert_list)
+                return Arrived(x, weights, ids, pairs, Handle(tensors, numbers))
+            made = Handle(tensors, (*numbers, max_tokens))
+            came = self._came(made)
+            return Arrived(emptied(x, came), weights, emptied(ids, came, -1), None, made)
+
+        return arrived() if wait else arrived
 
     def _came(self, handle: Handle) -> torch.Tensor:
         """How many rows came, on the device."""
@@ -76,9 +89,16 @@ class Elastic(Engine):
         setattr(made, _SORTED, handle.tensors[len(_TENSORS)])
         return made
 
-    def send(self, x: torch.Tensor, handle: Handle) -> torch.Tensor:
-        rows = self.buffer.dispatch(x, handle=self._handle(handle), num_sms=handle.numbers[2])[0]
-        return emptied(rows, self._came(handle)) if len(handle.numbers) > 3 else rows
+    def send(self, x: torch.Tensor, handle: Handle, wait: bool = True) -> Any:
+        rows, *_, event = self.buffer.dispatch(
+            x, handle=self._handle(handle), num_sms=handle.numbers[2], async_with_compute_stream=not wait
+        )
+        self.latest = self.latest if wait else event
+
+        def arrived() -> torch.Tensor:
+            return emptied(rows, self._came(handle)) if len(handle.numbers) > 3 else rows
+
+        return arrived() if wait else arrived
 
     def combine(self, y: Any, handle: Handle, weights: Any = None, wait: bool = True) -> tuple[Any, Any]:
         made, num_sms = self._handle(handle), handle.numbers[2]

@@ -30,9 +30,11 @@ class Legacy(Engine):
         far = max((c.get_rdma_buffer_size_hint(row, group.size()) for c in across), default=0)
         self.buffer = module.Buffer(group, near, far, explicitly_destroy=True)
 
-    def dispatch(self, x: Any, weights: Any, ids: Any, num_experts: int, max_tokens: int = 0) -> Arrived:
+    def dispatch(
+        self, x: Any, weights: Any, ids: Any, num_experts: int, max_tokens: int = 0, wait: bool = True
+    ) -> Any:
         to_rank, to_node, to_expert, goes, _ = self.buffer.get_dispatch_layout(ids, num_experts)
-        x, ids, weights, counts, handle, _ = self.buffer.dispatch(
+        x, ids, weights, counts, handle, event = self.buffer.dispatch(
             x,
             topk_idx=ids,
             topk_weights=weights,
@@ -42,13 +44,20 @@ class Legacy(Engine):
             is_token_in_rank=goes,
             num_worst_tokens=self.size * max_tokens,
             config=self.configs[0],
+            async_finish=not wait,
         )
+        self.latest = self.latest if wait else event
         first = 4 if self.within_node else 0  # the place of is_token_in_rank
         tensors = (handle[first], *handle[:first], *handle[first + 1 :])
-        if not max_tokens:
-            return Arrived(x, weights, ids, sum(counts), Handle(tensors))
-        made = Handle(tensors, (max_tokens,))
-        return Arrived(emptied(x, self._came(made)), weights, ids, None, made)
+        made = Handle(tensors, (max_tokens,) if max_tokens else ())
+
+        def arrived() -> Arrived:
+            return Arrived(self._emptied(x, made), weights, ids, None if max_tokens else sum(counts), made)
+
+        return arrived() if wait else arrived
+
+    def _emptied(self, rows: torch.Tensor, handle: Handle) -> torch.Tensor:
+        return emptied(rows, self._came(handle)) if handle.numbers else rows
 
     def _came(self, handle: Handle) -> torch.Tensor:
         """How many rows came, on the device."""
@@ -60,9 +69,12 @@ class Legacy(Engine):
         goes, *rest = handle.tensors
         return (*rest[:4], goes, *rest[4:]) if self.within_node else (goes, *rest)
 
-    def send(self, x: torch.Tensor, handle: Handle) -> torch.Tensor:
-        rows = self.buffer.dispatch(x, handle=self._handle(handle), config=self.configs[0])[0]
-        return emptied(rows, self._came(handle)) if handle.numbers else rows
+    def send(self, x: torch.Tensor, handle: Handle, wait: bool = True) -> Any:
+        rows, *_, event = self.buffer.dispatch(
+            x, handle=self._handle(handle), config=self.configs[0], async_finish=not wait
+        )
+        self.latest = self.latest if wait else event
+        return self._emptied(rows, handle) if wait else lambda: self._emptied(rows, handle)
 
     def combine(self, y: Any, handle: Handle, weights: Any = None, wait: bool = True) -> tuple[Any, Any]:
         y, weights, event = self.buffer.combine(

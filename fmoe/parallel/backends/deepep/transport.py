@@ -21,6 +21,7 @@ from ....ops.transport import InFlight, check_experts_divide
 from ..bounds import Bound, check_bound
 from .adapter import Sizes, refuse
 from .buffers import opened
+from .in_parts import deepep_begin_back, deepep_end_back, deepep_end_dispatch, deepep_pack, deepep_post
 from .operators import deepep_combine, deepep_dispatch, deepep_dispatch_bounded, deepep_join
 
 
@@ -39,6 +40,7 @@ class DeepEP(NamedTuple):
     group: Group
     buffer: str
     bound: Bound | None = None
+    in_halves: bool = False
 
     def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Plan]:
         num_experts, size = routing.counts_E.shape[0], self.group.size
@@ -63,11 +65,54 @@ class DeepEP(NamedTuple):
     def combine(self, y_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
         return deepep_combine(y_SD, True, self.buffer, *plan.sent)
 
+    def dispatch_start(self, x_TD: torch.Tensor, routing: Routing) -> "_Coming":
+        check_experts_divide(routing.counts_E.shape[0], self.group.size)
+        if self.bound is not None:
+            self.bound.check(x_TD.shape[0])
+        tickets = deepep_pack(x_TD, routing.weights_TK.float(), torch.compiler.is_compiling(), self.buffer)
+        coming = _Coming(tickets[0], tickets[1], routing)
+        return coming if self.bound is None else self.dispatch_send(coming)
+
+    def dispatch_send(self, coming: "_Coming") -> "_Coming":
+        if coming.posted:
+            return coming
+        ids_TK, num_experts = coming.routing.expert_ids_TK, coming.routing.counts_E.shape[0]
+        most = self.bound.max_tokens if self.bound else 0
+        posted = deepep_post(coming.rows, ids_TK, num_experts, self.group.size, most, self.buffer)
+        return coming._replace(posted=(posted,))
+
+    def dispatch_join(self, coming: "_Coming") -> tuple[torch.Tensor, Plan]:
+        coming, held = self.dispatch_send(coming), coming.routing.counts_E.shape[0] // self.group.size
+        rows, pairs = 0, -1
+        if self.bound is not None:
+            rows = self.group.size * self.bound.max_tokens
+            pairs = self.bound.room(self.group.size, coming.routing.expert_ids_TK.shape[1], held).pairs
+        tickets = coming.rows, coming.weights, *coming.posted
+        x_SD, weights_SK, slot_R, row_SK, offsets_e, overflow, *sent = deepep_end_dispatch.outputs(
+            *tickets, held, rows, pairs, torch.compiler.is_compiling(), self.buffer
+        )
+        plan = slot_R, row_SK, offsets_e, tuple(sent), coming.routing.score_before_experts, self
+        return x_SD, Plan(weights_SK, *plan, () if self.bound is None else overflow)
+
     def combine_start(self, y_SD: torch.Tensor, plan: Plan) -> InFlight:
+        if self.in_halves:
+            return InFlight(deepep_begin_back(y_SD, torch.compiler.is_compiling(), self.buffer, *plan.sent))
         return InFlight(deepep_combine(y_SD, False, self.buffer, *plan.sent), (y_SD,))
 
     def join(self, coming: InFlight, plan: Plan, plus: torch.Tensor | None) -> torch.Tensor:
+        if self.in_halves:
+            y_TD = deepep_end_back(coming.y_TD, self.buffer, *plan.sent)
+            return y_TD if plus is None else y_TD + plus
         return deepep_join(coming.y_TD, plus, *coming.held, self.buffer, *plan.sent)
+
+
+class _Coming(NamedTuple):
+    """A dispatch that has begun: tickets of its rows and of their weights, and of both when they are sent."""
+
+    rows: torch.Tensor
+    weights: torch.Tensor
+    routing: Routing
+    posted: tuple[torch.Tensor, ...] = ()
 
 
 @contextmanager
