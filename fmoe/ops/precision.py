@@ -43,7 +43,7 @@ class Recipe:
     All numbers are e4m3, those of gradients too. Routers, embedding, head, norms and what attention does
     between its projections keep their dtype. So do parameters, gradients and what is sent.
 
-    Float64 is never rounded, as :class:`torch.autocast` leaves it alone, so that derivatives can be checked.
+    Float64 is never rounded, as ``torch.autocast`` leaves it alone, so that derivatives can be checked.
 
     Raises ``ValueError`` for other precisions.
 

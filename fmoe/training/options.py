@@ -62,7 +62,7 @@ class Precision(NamedTuple):
         compute = args.compute_dtype or ("bfloat16" if mixed else args.dtype)
         names = args.dtype, args.moments_dtype or args.dtype, compute
         dtype, moments, compute = (getattr(torch, name) for name in names)
-        return cls(device, dtype, moments, compute, args.precision)
+        return cls(device, dtype, moments, compute, args.precision or Recipe())
 
     def __str__(self) -> str:
         dtype, moments, compute = (str(name).removeprefix("torch.") for name in self[1:4])
@@ -86,7 +86,7 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     add("--dtype", **dtypes, default="float32", help="of parameters and gradients")
     add("--compute-dtype", **dtypes, help="default: bfloat16 on CUDA with --dtype float32, else --dtype")
     add("--moments-dtype", **dtypes, help="of the optimiser's moments (default: --dtype)")
-    add("--precision", type=recipe, default=Recipe(), metavar="RECIPE", help=PRECISION_HELP)
+    add("--precision", type=recipe, metavar="RECIPE", help=PRECISION_HELP)
 
 
 PRECISION_HELP = "of products: fp8_rowwise, or by kind of layer, as experts=fp8_rowwise"
