@@ -220,8 +220,9 @@ def _expanded(x: torch.Tensor, weight: torch.Tensor, rows: Layout, *, weighted: 
     from .kernels import rows as fused
 
     values, scale = scaled.rows(x)
-    copies = fused.expand(values.view(torch.int8), rows.row_SK, rows.slot_R, rows.offsets_e, None)
-    return scaled.Scaled(copies.view(values.dtype), gather_kernel(scale, rows.source_R))
+    where = rows.row_SK, rows.slot_R, rows.offsets_e, None
+    copies = fused.expand(values.view(torch.int8), *where).view(values.dtype)
+    return scaled.Scaled(copies, fused.expand(scale[:, None], *where)[:, 0])
 
 
 def _expanded_columns(x: torch.Tensor, weight: torch.Tensor, rows: Layout, *, weighted: bool) -> Any:

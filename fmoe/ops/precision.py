@@ -1,8 +1,8 @@
 """Precisions of products: the fp8 numbers that operands are rounded to before they are multiplied.
 
 An operand is scaled along the dimension that the product sums over, so that its largest number there is the
-largest of e4m3. Products are held in float32, and their derivatives are those of the product without
-rounding, themselves computed in fp8: *straight-through*.
+largest of e4m3. Sums are in float32. Derivatives are those of the product without rounding, themselves
+computed in fp8: *straight-through*.
 """
 
 from dataclasses import dataclass, fields

@@ -112,10 +112,12 @@ def test_a_recipe_says_which_layers_round(recipe, experts, dense):
     assert abs(rounding - plain) < 0.02
 
 
-def test_recomputed_compiled_and_repeated_steps_have_the_same_bits(aot_eager):
+def test_recomputed_compiled_and_repeated_steps_have_the_same_bits(aot_eager, slow):
     params, tokens = decoder.init(MODEL, fresh_seed()), torch.randint(256, (2, 16))
     (value, _), grads = step(params, tokens, "fp8_rowwise")
-    wraps = [lambda f: f, fmoe.remat, lambda f: torch.compile(f, fullgraph=True)]
+    wraps = [lambda f: f, fmoe.remat]
+    if slow:
+        wraps.append(lambda f: torch.compile(f, fullgraph=True))
     for wrap in wraps:
         (again, _), same = step(params, tokens, "fp8_rowwise", per_layer=wrap)
         assert torch.equal(again, value)

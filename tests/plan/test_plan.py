@@ -439,7 +439,6 @@ def test_what_the_experts_hold_in_fp8(monkeypatch):
     monkeypatch.setattr(scaled, "fast", lambda precision, x, *dims: precision is not None)
     monkeypatch.setattr(scaled, "rows", lambda x: scaled_rows(*x.shape))
     monkeypatch.setattr(fused, "expand", lambda x, *how: x.new_empty(rows, x.shape[1]))
-    monkeypatch.setattr(experts, "gather_kernel", lambda scale, index: scale.new_empty(rows))
     monkeypatch.setattr(scaled, "_weights", lambda w: scaled_rows(num, w.shape[2], w.shape[1]))
     monkeypatch.setattr(scaled, "columns", lambda x, ends: columns(x.shape[1]))
     monkeypatch.setattr(quantise, "gathered_columns", lambda x, *how: columns(x.shape[1]))

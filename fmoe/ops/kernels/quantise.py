@@ -110,7 +110,7 @@ def _tile(
     """Rows of one group by columns, zeros past its last row."""
     here = (row < last)[:, None] & (col < num_cols)[None, :]
     place, cols = row[:, None], col[None, :]
-    if KIND == 1 or WEIGHTED:
+    if KIND != 0:
         pair = tl.load(slot + row, mask=row < last, other=-1)[:, None]
     if KIND == 1:
         here = here & (pair >= 0)
