@@ -1,15 +1,17 @@
 """How Sphinx builds these pages: ``sphinx-build -W --keep-going -n docs docs/_build``."""
 
-import importlib.metadata
+import fmoe
 
 project = "fmoe"
 author = "the authors of fmoe"
-version = release = importlib.metadata.version("fmoe")
+version = release = fmoe.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"fmoe {release}"
+html_static_path = ["_static"]
+html_css_files = ["fmoe.css"]
 
 # Links to headings, by the names GitHub gives them.
 myst_heading_anchors = 4

@@ -2,9 +2,11 @@
 
 import warnings
 
-with warnings.catch_warnings():  # without numpy PyTorch warns once
+with warnings.catch_warnings():  # without numpy PyTorch warns once, when it first looks for it
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
-    import torch  # noqa: F401
+    import torch
+
+    torch.device("cpu")
 
 from .graphs import graphed
 from .models.moe import MoEParams, moe_forward, moe_init, shard_params
@@ -29,7 +31,7 @@ from .transforms import (
     value_and_grad,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ExpertParams",

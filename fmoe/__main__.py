@@ -1,6 +1,7 @@
-"""``python -m fmoe``: facts about the library, and what it costs on this machine."""
+"""Train a model, plan or measure a run, draw pictures, and see what this machine can do."""
 
 import argparse
+import functools
 import itertools
 import json
 import sys
@@ -36,9 +37,9 @@ from .pipeline.orders import KINDS
 from .plan import plan as plan_step
 from .plan import read_rates
 from .plan import report as planned
-from .training import plot
+from .training import launch, loop, plot
 from .training.optim import adamw
-from .training.options import PRECISION_HELP, recipe
+from .training.options import PRECISION_HELP, Help, recipe
 from .transforms import per_layer
 
 Add = Callable[..., Any]  # a parser's add_argument
@@ -196,6 +197,10 @@ def _schedule(args: argparse.Namespace) -> str | Schedule:
     return make_schedule(args.pp_schedule, pp=pp, **sizes)
 
 
+def train(args: argparse.Namespace) -> None:
+    launch.run(functools.partial(loop.train, args))
+
+
 def step_arguments(add: Add) -> None:
     """Add the options that a plan and a benchmark of a model share."""
     add("--model", default="16B", choices=PRESETS)
@@ -276,6 +281,12 @@ def arguments() -> argparse.ArgumentParser:
     add("--precision", nargs="+", choices=PRECISIONS, default=[], help="also with such products")
     add("--json", metavar="FILE", help="write what was measured")
     add("--picture", type=Path, metavar="FILE", help="draw it, as .svg or .png")
+    training = commands.add_parser(
+        "train", help="train a small model, or another, on text", usage="python -m fmoe train [options]",
+        description=loop.__doc__, formatter_class=Help,
+    )  # fmt: skip
+    training.set_defaults(run=train)
+    loop.add_options(training)
     fastest = "find and keep the fastest grouped products for a layer, here"
     layer_arguments(command(commands, "tune", tuned, fastest))
     return parser
@@ -283,8 +294,9 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = arguments().parse_args()
+    run = vars(args).pop("run")  # it is no option, which ranks compare
     try:
-        args.run(args)
+        run(args)
     except (ValueError, ImportError, OSError) as error:  # the user's error, whose text says what to do
         print(error, file=sys.stderr)
         sys.exit(2)

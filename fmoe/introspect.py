@@ -162,8 +162,8 @@ def saved_residuals(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Residu
     ``fn`` captures, such as a module's weights, live anyway. Tensors saved for a part of the graph that the
     result doesn't need don't count. A compiled function's values have no operator.
 
-    Raises ``TransformError`` for a ``fn`` that calls ``torch.func.grad`` or ``vjp``, which forbid the hooks
-    that see saved tensors.
+    Raises ``TransformError`` for a ``fn`` that calls ``torch.func.grad`` or ``vjp``, and beneath these. They
+    forbid the hooks that see saved tensors.
 
     Source: ``jax.ad_checkpoint.print_saved_residuals``; torch.autograd.graph.saved_tensors_hooks.
 

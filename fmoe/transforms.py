@@ -41,10 +41,10 @@ class Names:
         return _first(self.policies, name)
 
     def __or__(self, other: Policy) -> "Names":
-        return Names((*self.policies, *_parts(other)))
+        return Names((*self.policies, *_parts(other))) if callable(other) else NotImplemented
 
     def __ror__(self, other: Policy) -> "Names":
-        return Names((*_parts(other), *self.policies))
+        return Names((*_parts(other), *self.policies)) if callable(other) else NotImplemented
 
 
 def _first(policies: tuple[Policy, ...], name: str) -> bool | str:

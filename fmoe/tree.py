@@ -85,4 +85,6 @@ def check_tensors(function: str, argument: str, tree: Any) -> list[torch.Tensor]
     name, leaf = next((name, leaf) for name, leaf in named if not isinstance(leaf, torch.Tensor))
     got = type(leaf).__name__
     remedy = "Leaves are tensors only; write an absent subtree as ()."
-    raise argument_error(function, f"{argument}.{name}", got=got, expected="a tensor", remedy=remedy)
+    raise argument_error(
+        function, ".".join(filter(None, (argument, name))), got=got, expected="a tensor", remedy=remedy
+    )

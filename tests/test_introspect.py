@@ -144,3 +144,11 @@ def test_residuals_are_a_table_and_display_themselves():
 def test_residuals_beneath_torch_func_are_refused():
     with pytest.raises(TransformError, match=r"saved_residuals: got saved-tensor hooks .* expected none"):
         saved_residuals(torch.func.grad(lambda x: x.sin().sum()), torch.ones(3))
+    with pytest.raises(TransformError, match=r"saved_residuals: got saved-tensor hooks .* expected none"):
+        torch.func.grad(lambda x: (saved_residuals(torch.sin, x), x.sum())[1])(torch.ones(3))
+
+
+def test_names_in_brackets_are_shown_as_they_are():
+    params = {"[bold]": torch.randn(3), "[/]": torch.randn(3)}
+    shown = str(saved_residuals(lambda params: params["[bold]"] * params["[/]"], params))
+    assert "│ 0.[bold] │" in shown and "│ 0.[/]    │" in shown

@@ -124,7 +124,7 @@ def test_importing_is_silent_and_loads_nothing_heavy(absent):
 import sys; sys.modules |= dict.fromkeys({absent})
 import fmoe, fmoe.training.plot, fmoe.training.tokenizer, torch; {CALL}
 print([name for name in {HEAVY} if sys.modules.get(name)])
-if {absent}: import fmoe.models.huggingface
+if {absent}: import fmoe.models.huggingface, torch.distributed.tensor
 """
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -35,6 +35,7 @@ from fmoe.models import decoder
 from fmoe.ops.bases import gather, scatter_add
 from fmoe.ops.core.tape import checkpoint_names
 from fmoe.ops.reference import moe_reference
+from fmoe.transforms import save_declared
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -561,6 +562,15 @@ def test_unknown_names_raise():
         ValueError, match=re.escape("save: names: got 'dispach', expected names of ['all_gather',")
     ):
         fmoe.save("dispach")
+    with pytest.raises(ValueError, match=re.escape("save: names: got ['topk'], expected names of ['all_ga")):
+        fmoe.save(["topk"])
+
+
+def test_policies_join_policies_alone():
+    assert (fmoe.save("a") | save_declared)("topk") and (save_declared | fmoe.save("a"))("topk")
+    for join in (lambda: fmoe.save("a") | "b", lambda: None | fmoe.offload("a")):
+        with pytest.raises(TypeError, match="unsupported operand type"):
+            join()
 
 
 # ---- value_and_grad --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,11 +25,11 @@ WITHOUT_FILES = ("memory", "placement", "schedule")
 def arguments(add: Callable[..., Any]) -> None:
     add("metrics", nargs="*", type=Path, help="metrics.jsonl of a run, or of several to compare")
     add(
-        "--what", choices=["loss", "load", "layers", *WITHOUT_FILES],
+        "--what", choices=["loss", "load", "layers", "table", *WITHOUT_FILES],
         help="loss: curves, of all runs in one picture; load: of experts over time, a picture for each run; "
-        "layers: of files that bench layer --json wrote; memory: what a layer keeps under remat's policies; "
-        "placement: of a model's parameters on a mesh; schedule: of a pipeline. "
-        "Default: loss and, where it is known, load",
+        "layers: of files that bench layer --json wrote; table: of numbers on a Markdown page; "
+        "memory: what a layer keeps under remat's policies; placement: of a model's parameters on a mesh; "
+        "schedule: of a pipeline. Default: loss and, where it is known, load",
     )  # fmt: skip
     add("--out", type=Path, help="file of the one picture; default: WHAT.svg beside the metrics")
     line = "a line among the losses"
@@ -37,6 +38,7 @@ def arguments(add: Callable[..., Any]) -> None:
         "--sizes", nargs=5, type=int, metavar=tuple("TDFEK"), default=SHAPES["small"],
         help="with memory: tokens, dimension, hidden dimension, experts, top-k of a bfloat16 layer",
     )  # fmt: skip
+    add("--table", default="", metavar="TEXT", help="with table: how its first heading begins")
     add("--model", default="16B", choices=PRESETS, help="with --what placement, as the next one")
     add("--mesh", default="", help='as "dp=2,ep=8"')
     add("--schedule", choices=KINDS, default="1f1b", help="with --what schedule, as the next four")
@@ -79,6 +81,10 @@ def _pictures(args: argparse.Namespace) -> Iterator[tuple[Path, Callable[[], Any
         results = [result for path in args.metrics for result in _layers(path)]
         yield args.metrics[0].with_suffix(".svg"), lambda: plot.plot_layers(results)
         return
+    if args.what == "table":
+        unit, table = _table(args.metrics[0], args.table)
+        yield args.metrics[0].with_suffix(".svg"), lambda: plot.plot_table(table, unit=unit)
+        return
     runs = {path: read_metrics(path) for path in args.metrics}
     if args.what != "load":
         losses = dict(zip(_labels([*runs]), runs.values()))
@@ -99,6 +105,31 @@ def _layers(path: Path) -> list[dict[str, Any]]:
         expected = "a file of bench layer --json, for --what layers"
         raise argument_error("plot", "metrics", got=f"{path}: {error}", expected=expected) from error
     return found
+
+
+def _table(path: Path, begins: str) -> tuple[str, dict[str, dict[str, float]]]:
+    """The first table of a page whose first heading begins so: the heading, numbers by row and column."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip(" *") for cell in line.strip().strip("|").split("|")] for line in lines]
+    start = next((i for i, line in enumerate(lines) if line.startswith(f"| {begins}")), None)
+    if start is None:
+        got, expected = repr(begins), f"how the first heading of a table in {path} begins"
+        raise argument_error("plot", "--table", got=got, expected=expected)
+    end = next((i for i in range(start, len(lines)) if not lines[i].startswith("|")), len(lines))
+    unit, *columns = rows[start]
+    table = {name: dict(zip(columns, cells)) for name, *cells in rows[start + 2 : end]}
+    return unit, {
+        name: {column: _cell(path, name, column, text) for column, text in row.items() if text}
+        for name, row in table.items()
+    }
+
+
+def _cell(path: Path, row: str, column: str, text: str) -> float:
+    """A number as pages have it: 74,483."""
+    if not re.fullmatch(r"\d[\d,]*(\.\d+)?", text):
+        got, expected = f"{text!r} in row {row!r}, column {column!r}", f"a number, in the table of {path}"
+        raise argument_error("plot", "--table", got=got, expected=expected)
+    return float(text.replace(",", ""))
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

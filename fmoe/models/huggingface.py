@@ -193,7 +193,7 @@ def save(
 
 def _check_installed(function: str) -> None:
     if not INSTALLED:
-        remedy = "Install it with: pip install -e '.[huggingface]'."
+        remedy = "Install it with: pip install safetensors numpy."
         raise ImportError(f"huggingface.{function}: needs safetensors. {remedy}")
 
 

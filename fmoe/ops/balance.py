@@ -131,6 +131,7 @@ def balance_loss(routing: Routing, num_sequences: int = 1) -> torch.Tensor:
     return (frequency * (share.sum(1) / length)).sum(-1)
 
 
+@torch.no_grad()
 def update_expert_bias(params: Any, counts_E: torch.Tensor, rate: float) -> Any:
     """New router params whose selection bias leans towards the experts that got too few tokens.
 
@@ -138,7 +139,7 @@ def update_expert_bias(params: Any, counts_E: torch.Tensor, rate: float) -> Any:
     params                     :class:`RouterParams`, or params with a field ``router`` of them
     counts_E     (E,)          tokens per expert, over all devices
     rate                       how far a bias moves; DeepSeek-V3 uses 0.001
-    -> params                  the same structure; nothing passed in is modified
+    -> params                  the same structure; nothing passed in is modified. A bias does not require grad
     ===========  ============  =============================================================
 
     Raises ``ValueError`` unless there is one count per expert, and for a bias that is cut over devices or

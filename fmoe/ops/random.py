@@ -69,7 +69,8 @@ def fold_in(key: torch.Tensor, data: int | torch.Tensor) -> torch.Tensor:
     -> key   (..., 2)
     =======  ====================  ===================================================================
 
-    Raises ``ValueError`` for what is no key, and for ``data`` that isn't of integers.
+    Raises ``ValueError`` for what is no key, for ``data`` that isn't of integers, and for an integer out of
+    range. A tensor's numbers aren't looked at.
 
     Source: ``jax.random.fold_in``, whose data are below ``2**32``.
 
@@ -84,6 +85,8 @@ def fold_in(key: torch.Tensor, data: int | torch.Tensor) -> torch.Tensor:
     if not integers:
         got = data.dtype if isinstance(data, torch.Tensor) else repr(data)
         raise argument_error("fold_in", "data", got=got, expected="an integer, or a tensor of integers")
+    if isinstance(data, int) and not 0 <= data < 2**63:
+        raise argument_error("fold_in", "data", got=data, expected="an integer from 0 to 2**63 - 1")
     data = data.long() if isinstance(data, torch.Tensor) else data
     return torch.stack(threefry2x32(key, (data >> 32) & WORD, data & WORD), -1)
 
@@ -187,12 +190,20 @@ def bernoulli(
 ) -> torch.Tensor:
     """Bools that are true with probability ``p``, a number or a tensor broadcast to the result.
 
-    The rest is as for :func:`uniform`. Source: ``jax.random.bernoulli``.
+    Raises ``ValueError`` for a ``p`` that isn't. The rest is as for :func:`uniform`.
+
+    Source: ``jax.random.bernoulli``.
 
     >>> bernoulli(key(0), 0.5, (3,))
     tensor([False, False,  True])
     """
     number, width = _mantissas("bernoulli", key, shape, torch.float32, spec)
+    if isinstance(p, torch.Tensor) and torch.broadcast_shapes(number.shape, p.shape) != number.shape:
+        got, expected = (
+            f"shape {tuple(p.shape)}",
+            f"one that broadcasts to the result's, {tuple(number.shape)}",
+        )
+        raise argument_error("bernoulli", "p", got=got, expected=expected)
     return number.float() * 2.0**-width < p
 
 
@@ -235,7 +246,8 @@ def dropout(
     Which elements depends on ``key`` and their place alone, so ``fmoe.remat`` drops the same when it runs
     again, and so does any mesh. Under ``vmap``, examples drop the same elements unless keys are mapped, too.
 
-    Raises ``ValueError`` for a rate out of range, for a key on another device, and for what is no key.
+    Raises ``ValueError`` for a rate out of range, for a key on another device, for what is no key, and for
+    ``x`` that isn't floating.
 
     >>> import fmoe
     >>> fmoe.dropout(torch.ones(6), key(1), 0.5)
@@ -244,10 +256,12 @@ def dropout(
     check_one_key("dropout", key, x)
     if not 0 <= rate <= 1:
         raise argument_error("dropout", "rate", got=rate, expected="from 0 to 1")
+    if not x.is_floating_point():
+        raise argument_error("dropout", "x", got=x.dtype, expected="a floating dtype")
     if rate == 0:
         return x
     kept = bernoulli(key, 1 - rate, x.shape, spec=spec)
-    return torch.where(kept, x / (1 - rate) if rate < 1 else 0, 0).to(x.dtype)
+    return torch.where(kept, x / (1 - rate) if rate < 1 else x, 0)
 
 
 def threefry2x32(
@@ -298,7 +312,7 @@ def places(function: str, shape: Sequence[int], spec: P, device: torch.device) -
         raise argument_error(function, "spec", got=repr(spec), expected=expected)
     cuts = [resolve(function, () if axes is None else names_of(axes)) for axes in spec]
     if all(cut.size == 1 for cut in cuts):
-        return torch.arange(math.prod(shape), device=device).view(*shape)
+        return torch.arange(math.prod(shape), device=device).view(tuple(shape))
     place = torch.zeros((), dtype=torch.int64, device=device)
     for n, cut in zip(shape, [*cuts, *[Group("", 1, 0)] * (len(shape) - len(cuts))]):
         first = cut.position * n

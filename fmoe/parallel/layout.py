@@ -130,6 +130,9 @@ def _placed(function: str, name: str, leaf: Any, spec: P | None, mesh: Any) -> t
         got = f"a {type(leaf).__name__}, of which nothing says where it lies"
         expected = "a DTensor or a ParamSpec, or specs"
         raise argument_error(function, argument, got=got, expected=expected)
+    if not (isinstance(leaf, torch.Tensor) or is_spec(leaf)):
+        got, expected = type(leaf).__name__, "a tensor or a ParamSpec"
+        raise argument_error(function, argument, got=got, expected=expected)
     if mesh is None:
         got, expected = "None", f"a mesh, as {argument} is no DTensor"
         remedy = 'Pass one, or axes and sizes, as "dp=2,ep=4".'

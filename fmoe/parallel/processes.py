@@ -142,7 +142,7 @@ class Processes:
         if getattr(function, "__module__", None) == "__main__" and not find_spec("cloudpickle"):
             raise ImportError(
                 f"Processes.run: other processes can't import {function.__qualname__!r} from here. Install "
-                "cloudpickle, as pip install -e '.[examples]' does, or put the function into a module."
+                "cloudpickle (pip install cloudpickle), or put the function into a module."
             )
         return _pickled((function, args))
 

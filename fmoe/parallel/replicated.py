@@ -57,7 +57,7 @@ def fingerprint(value: torch.Tensor) -> torch.Tensor:
     """
     size = value.numel() * value.element_size()
     raw = torch.zeros(-(-size // 8) * 8, dtype=torch.uint8, device=value.device)
-    raw[:size] = value.contiguous().view(-1).view(torch.uint8)
+    raw[:size] = value.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
     # A sum of one-to-one functions of each word, so that a single one that differs is always seen.
     words = torch.arange(len(raw) // 8, device=value.device).mul_(ODD[1]).bitwise_xor_(raw.view(torch.int64))
     for factor in ODD:
@@ -84,5 +84,6 @@ def _differs(value: torch.Tensor, group: Group) -> bool:
     if not value.is_floating_point():
         return bool((copies != copies[:1]).any())
     rtol = torch.finfo(value.dtype).eps ** 0.5
-    atol = rtol * value.abs().nan_to_num().sum().item() / max(1, value.numel())
+    size = value.abs().nan_to_num(nan=0, posinf=0).sum(dtype=torch.float64).item()
+    atol = rtol * size / max(1, value.numel())
     return not torch.allclose(copies, copies[:1].expand_as(copies), rtol=rtol, atol=atol, equal_nan=True)

@@ -32,9 +32,12 @@ class PackedBatch(NamedTuple):
     """A :class:`Batch` of packed documents, with the segment of each token: int64 ``(batch_size, seq_len)``.
 
     >>> options = dict(batch_size=1, seq_len=5, seed=0)
-    >>> batch_at(0, torch.tensor([7, 8, 0, 9, 0, 5]), **options, separator=0, ignore_boundaries=True)
-    PackedBatch(tokens=tensor([[7, 8, 0, 9, 0]]), targets=tensor([[   8,    0, -100,    0, -100]]), \
-segment_ids=tensor([[1, 1, 1, 2, 2]]))
+    >>> text = torch.tensor([7, 8, 0, 9, 0, 5])
+    >>> batch = batch_at(0, text, **options, separator=0, ignore_boundaries=True)
+    >>> batch.tokens, batch.segment_ids
+    (tensor([[7, 8, 0, 9, 0]]), tensor([[1, 1, 1, 2, 2]]))
+    >>> batch.targets
+    tensor([[   8,    0, -100,    0, -100]])
     """
 
     tokens: torch.Tensor

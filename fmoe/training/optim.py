@@ -117,7 +117,8 @@ def adamw(
     ``grads``. As with jax's ``donate_argnums``, the caller must not use them again. It still copies leaves
     that share memory, also with another tree, and gradients that are part of a graph.
 
-    Raises ``ValueError`` where the trees or their leaves do not match.
+    Raises ``ValueError`` where the trees or their leaves do not match, and for a learning rate or a ``scale``
+    of another dtype or shape.
 
     >>> optimizer = adamw(weight_decay=0.0, trained={"w": True, "frozen": False})
     >>> params = {"w": torch.ones(2), "frozen": torch.ones(2)}
@@ -190,6 +191,9 @@ class _AdamW(NamedTuple):
         donate: bool = False,
     ) -> tuple[Any, AdamWState]:
         leaves, structure = optree.tree_flatten(params)
+        _check_number("learning_rate", learning_rate)
+        if scale is not None:
+            _check_number("scale", scale, tensor=True)
         moves = leaf_mask("adamw.update", "trained", self.trained, params)
         g = _checked("grads", grads, params, moves)
         m = _checked("state.exp_avg", state.exp_avg, params, moves, self._moments_of)
@@ -265,6 +269,17 @@ def _checked(
         remedy = "Cast or redistribute first."
         raise argument_error("adamw.update", argument, got=got, expected=wanted, remedy=remedy)
     return leaves
+
+
+def _check_number(argument: str, value: Any, *, tensor: bool = False) -> None:
+    """Raise ``ValueError`` for what is neither a float32 scalar tensor nor, unless ``tensor``, a number."""
+    expected = f"{'' if tensor else 'a number or '}a float32 scalar tensor"
+    if isinstance(value, torch.Tensor):
+        if (value.dtype, value.ndim) != (torch.float32, 0):
+            got = f"{value.dtype} of shape {tuple(value.shape)}"
+            raise argument_error("adamw.update", argument, got=got, expected=expected)
+    elif tensor or not isinstance(value, int | float):
+        raise argument_error("adamw.update", argument, got=repr(value), expected=expected)
 
 
 def _layout(leaf: Any, dtype_of: DtypeOf) -> tuple[Any, ...]:

@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"formatter_class": _Help, **options})
+        super().__init__(**{"formatter_class": Help, **options})
 
     def error(self, message: str) -> NoReturn:
         raise SystemExit(f"error: {message}")
@@ -207,7 +207,9 @@ def tokenizer_of(args: argparse.Namespace) -> tuple[Tokenizer, str]:
     return BYTES, "byte"
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, but for those that say nothing, and keeps the description's lines."""
+
     def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default in (None, "") or action.default is False
         return action.help if silent else super()._get_help_string(action)

@@ -169,7 +169,7 @@ def _table(layouts: Sequence[Layout], merged: Sequence[Layout]) -> RenderableTyp
         table.add_column(title, justify="right")
     for x in merged:
         copies = len(next(iter(x.devices.values())))
-        table.add_row(x.name, str(x.shape), repr(x.spec), str(x.held), str(len(x.devices)), str(copies))
+        table.add_row(Text(x.name), str(x.shape), repr(x.spec), str(x.held), str(len(x.devices)), str(copies))
     return table
 
 

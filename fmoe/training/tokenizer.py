@@ -64,7 +64,7 @@ def load_tokenizer(path: str | Path, *, separator: str | None = None) -> Tokeniz
     except ImportError as error:
         raise ImportError(
             f"load_tokenizer: reading {path} needs the package tokenizers. "
-            "Install it with: pip install -e '.[tokenizers]'. Without it, train on bytes."
+            "Install it with: pip install tokenizers. Without it, train on bytes."
         ) from error
     try:
         # The package raises plain Exception for everything.

@@ -319,5 +319,5 @@ def test_a_picture_without_matplotlib_is_refused_before_anything_is_measured(mon
     monkeypatch.setattr(sys, "argv", ["fmoe", "bench", "layer", "--picture", str(picture)])
     with pytest.raises(SystemExit, match="2"):
         __main__.main()
-    assert capsys.readouterr().err == "bench layer needs matplotlib: pip install -e '.[plots]'\n"
+    assert capsys.readouterr().err == "bench layer needs matplotlib: pip install matplotlib\n"
     assert not picture.exists()

@@ -391,5 +391,5 @@ def test_weights_are_not_written_over(tmp_path):
 def test_without_safetensors_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr("fmoe.models.huggingface.INSTALLED", False)
     for call in (lambda: load("nowhere"), lambda: save("nowhere", TINY, init(TINY))):
-        with pytest.raises(ImportError, match=re.escape("pip install -e '.[huggingface]'")):
+        with pytest.raises(ImportError, match=re.escape("pip install safetensors numpy")):
             call()

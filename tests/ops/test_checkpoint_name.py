@@ -179,6 +179,21 @@ def test_what_is_kept_is_the_named_value():
     assert fmoe.checkpoint_name(x, "up") is x
 
 
+@pytest.mark.parametrize("policy", [fmoe.save("a", "b"), fmoe.save("a") | fmoe.offload("b"), fmoe.save("b")])
+def test_a_value_may_have_two_names(policy):
+    def fn(w, x):
+        return fmoe.checkpoint_name(fmoe.checkpoint_name(x @ w, "a"), "b").sin().sum()
+
+    w, x = torch.randn(4, 5, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    for twice in (lambda f: grad(f)(w, x), lambda f: grad(lambda w: grad(f)(w, x).sin().sum())(w)):
+        assert torch.equal(twice(fmoe.remat(fn, policy)), twice(fn))
+    leaf = w.clone().requires_grad_()
+    with Kernels() as kernels:
+        out = fmoe.remat(fn, policy)(leaf, x)
+        (found,) = torch.autograd.grad(out, leaf)
+    assert torch.equal(found, grad(fn)(w, x)) and kernels.counts["mm"] == 2  # and the one of its derivative
+
+
 def on_a_mesh(axes):
     mesh, x = bare_mesh(axes), torch.randn(8, 6, dtype=torch.float64)
     w = torch.randn(6, 6, dtype=torch.float64)
@@ -229,6 +244,7 @@ def test_names_in_a_compiled_region(aot_eager):
         ((torch.ones(1), "dispach"), "Write 'dispatch', or choose a name that is less like it."),
         ((torch.ones(1), ""), "name: got '', expected names of"),
         ((torch.ones(1), 3), "name: got 3, expected names of"),
+        ((torch.ones(1), ["up"]), "name: got ['up'], expected names of"),
         (([1.0], "up"), "x: got a float, expected tensors, or trees of them."),
     ],
 )

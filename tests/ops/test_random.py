@@ -109,6 +109,15 @@ def test_draws_are_the_same_under_vmap_compile_and_remat(name, device, aot_eager
     assert torch.equal(fmoe.remat(draw)(keys[1]), expected[1])
 
 
+@pytest.mark.parametrize("name", DRAWS)
+def test_a_single_number_is_the_first_of_a_row(name, device):
+    key = fresh_key()
+    single = DRAWS[name](key, ())
+    assert single.shape == () and torch.equal(single, DRAWS[name](key, (3,))[0])
+    keys = random.split(key, 4)
+    assert torch.equal(DRAWS[name](keys, ()), vmap(lambda key: DRAWS[name](key, (1,))[0])(keys))
+
+
 @pytest.mark.slow
 def test_inductor_draws_the_same_bits(device):
     key = fresh_key()
@@ -136,6 +145,8 @@ def test_dropout_drops_the_same_wherever_it_runs_again(device):
         assert torch.equal(torch.autograd.grad(wrapped(leaf), leaf)[0], grad(loss)(x))
     assert error(jvp(loss, (x,), (t,))[1], (slope * t).sum()) < 1e-12
     assert torch.equal(fmoe.dropout(x, key, 1), torch.zeros_like(x))
+    leaf = x.clone().requires_grad_()
+    assert torch.equal(torch.autograd.grad(fmoe.dropout(leaf, key, 1).sum(), leaf)[0], torch.zeros_like(x))
     assert fmoe.dropout(x, key, 0) is x
     half = fmoe.dropout(x.bfloat16(), key, rate)
     assert half.dtype == torch.bfloat16 and torch.equal(half == 0, ~kept)
@@ -197,6 +208,16 @@ KEY = "got {}, expected torch.int64 of shape (2,). Make one with fmoe.random.key
         (lambda k: random.split(k, 0), "split: num: got 0, expected at least 1."),
         (lambda k: random.fold_in(k.int(), 0), "fold_in: key: " + KEY.format("torch.int32 of shape (2,)")),
         (lambda k: random.fold_in(k, 0.5), "fold_in: data: got 0.5, expected an integer, or a tensor of"),
+        (lambda k: random.fold_in(k, -1), "fold_in: data: got -1, expected an integer from 0 to 2**63 - 1."),
+        (lambda k: random.fold_in(k, 2**63), f"fold_in: data: got {2**63}, expected an integer from 0"),
+        (
+            lambda k: random.bernoulli(k, torch.ones(3, 4), (4,)),
+            "bernoulli: p: got shape (3, 4), expected one that broadcasts to the result's, (4,).",
+        ),
+        (
+            lambda k: fmoe.dropout(torch.arange(3), k, 0.5),
+            "dropout: x: got torch.int64, expected a floating dtype.",
+        ),
         (lambda k: random.fold_in(k, k > 0), "fold_in: data: got torch.bool, expected an integer"),
         (lambda k: random.bits(k[:1], (2,)), "bits: key: " + KEY.format("torch.int64 of shape (1,)")),
         (

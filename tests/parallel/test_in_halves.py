@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import weakref
 
 import deep_ep_double
 import laws
@@ -356,6 +357,16 @@ def test_what_has_not_begun_cannot_arrive():
         ):
             in_parts.taken(lost)
     in_parts._COMING.clear()
+
+
+def test_rows_whose_ticket_is_lost_are_not_kept():
+    like, lost = torch.randn(3, 2), [torch.randn(5, 2) for _ in range(4)]
+    alive = [*map(weakref.ref, lost)]
+    tickets = [in_parts.ticket(like, rows) for rows in lost]
+    del tickets, lost  # as where an error comes before they are waited for
+    rows = in_parts.ticket(like, "rows")
+    assert not any(rows() is not None for rows in alive)
+    assert in_parts.taken(rows) == "rows" and not in_parts._COMING
 
 
 def test_other_transforms_are_refused():

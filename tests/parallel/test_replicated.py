@@ -180,7 +180,10 @@ def test_it_costs_two_small_collectives(pool):
 
 
 def near_and_far():
-    """Rounding passes; other shapes, NaN here and not there, and one element among many don't."""
+    """Rounding passes; other shapes, NaN here and not there, and one element among many don't.
+
+    Nor does it beside infinities, or where float16 can't hold the sum of all.
+    """
     mesh, rank = bare_mesh("dp=2"), torch.distributed.get_rank()
     check = CHECKED(lambda x: x.clone(), mesh, in_specs=P(), out_specs=P())
     x = torch.randn(1000, generator=torch.Generator().manual_seed(1))
@@ -195,6 +198,8 @@ def near_and_far():
         x[: 1000 - rank],
         torch.arange(5) ** (1 + (torch.arange(5) == 4) * rank),
         x > rank * 100,
+        torch.where(torch.arange(1000) == 3, -torch.inf, x + rank),
+        (1000 * x + 200 * rank).half(),
     ):
         with pytest.raises(ValueError, match=r"got 1 that don't fit") as caught:
             check(other)
@@ -219,6 +224,9 @@ def test_fingerprints_see_every_bit_place_and_shape(device):
             other[place] = 1 - other[place].int()
             assert fingerprint(other.view(3, 7))[0] != mine[0], (dtype, place)
         assert fingerprint(x.flatten())[1] != mine[1]
+    z = torch.randn(3, 4, dtype=torch.complex64)
+    assert torch.equal(fingerprint(z.conj()), fingerprint(z.conj().clone()))
+    assert torch.equal(fingerprint(z.conj().imag), fingerprint(-z.imag))
     x = torch.eye(16)  # full of equal words
     seen = {int(fingerprint(x[torch.randperm(16)])[0]) for _ in range(200)}
     assert len(seen) > 190

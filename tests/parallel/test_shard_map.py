@@ -237,6 +237,8 @@ def test_other_misuses():
     with pytest.raises(ValueError, match="shard_map: mesh: got a mesh whose axes have no names"):
         fmoe.shard_map(identity, bare, in_specs=P(), out_specs=P())
     call = fmoe.shard_map(lambda x: (x, 3), one_device(), in_specs=P(), out_specs=P())
+    with pytest.raises(ValueError, match=re.escape("shard_map: fn(...): got NoneType, expected a tensor")):
+        fmoe.shard_map(lambda x: None, one_device(), in_specs=P(), out_specs=P())(torch.ones(2))
     with pytest.raises(ValueError, match=re.escape("shard_map: fn(...).1: got int, expected a tensor")):
         call(torch.ones(2))
     text = "shard_map: backends: got 'experts', expected an axis of the mesh (pp=1, dp=1, ep=1, tp=1)."

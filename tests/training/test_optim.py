@@ -239,6 +239,26 @@ def test_trees_that_differ_are_refused() -> None:
         adamw(betas=(0.9, 1.0))
 
 
+@pytest.mark.parametrize(
+    ("rate", "scale", "expected"),
+    [
+        (
+            torch.ones(2),
+            None,
+            "learning_rate: got torch.float32 of shape (2,), expected a number or a float32",
+        ),
+        (torch.tensor(1), None, "learning_rate: got torch.int64 of shape (), expected a number or a"),
+        ("0.1", None, "learning_rate: got '0.1', expected a number or a float32 scalar tensor."),
+        (0.1, 0.5, "scale: got 0.5, expected a float32 scalar tensor."),
+        (0.1, torch.tensor(0.5).double(), "scale: got torch.float64 of shape (), expected a float32 scalar"),
+    ],
+)
+def test_what_is_no_rate_or_scale_is_refused(rate, scale, expected) -> None:
+    params, optimizer = [torch.ones(2)], adamw()
+    with pytest.raises(ValueError, match=re.escape("adamw.update: " + expected)):
+        optimizer.update(params, params, optimizer.init(params), rate, scale=scale)
+
+
 # ---- moments of another dtype ------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Pictures hold what they were given; ``python -m fmoe plot`` draws them from files."""
 
 import json
+import re
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -8,13 +9,23 @@ from pathlib import Path
 import optree
 import pytest
 import torch
+from pages import DOCS
 
 import fmoe
 from fmoe import __main__ as commands
+from fmoe.bench import pictures
 from fmoe.bench.layers import Shape, config_for, layer_memory
 from fmoe.introspect import kept_bytes
 from fmoe.pipeline import Costs, make_schedule, timeline
-from fmoe.training.plot import plot_layers, plot_load, plot_loss, plot_memory, plot_schedule, save_figure
+from fmoe.training.plot import (
+    plot_layers,
+    plot_load,
+    plot_loss,
+    plot_memory,
+    plot_schedule,
+    plot_table,
+    save_figure,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -105,12 +116,75 @@ def test_a_long_run_stays_a_small_picture_and_equal_figures_are_equal_files(tmp_
         ),
         (lambda: plot_memory({}), "plot_memory: kept: got no policy"),
         (lambda: plot_layers([]), "plot_layers: results: got no layer, expected results of bench_layer"),
+        (
+            lambda: plot_table({"large": {}}, unit="s"),
+            "plot_table: table: got no number, expected at least one",
+        ),
         (lambda: plot_layers({"layers": 3}), "plot_layers: results: got no layer"),  # of another benchmark
     ],
 )
 def test_what_cannot_be_drawn_is_named(draw, text):
     with pytest.raises(ValueError, match=text):
         draw()
+
+
+PAGE = """
+| TFLOP/s, higher is better | **ours** | theirs |
+|---|---|---|
+| large | **1,234.5** | 70 |
+| small | 6 | |
+
+| TFLOP/s | others |
+|---|---|
+| any | fast |
+"""
+
+
+def test_a_table_of_a_page_is_drawn(command, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    assert command("plot", page, "--what", "table", "--table", "TFLOP/s, h") == f"{tmp_path / 'page.svg'}\n"
+    expected = {"TFLOP/s, higher is better", "ours", "theirs", "large", "small", "1,234.5", "70"}
+    assert expected <= texts(tmp_path / "page.svg")
+    ours, theirs = (
+        plot_table({"large": {"ours": 1234.5, "theirs": 70.0}, "small": {"ours": 6.0}}, unit="")
+        .axes[0]
+        .containers
+    )
+    assert [bar.get_height() for bar in ours] == [1234.5, 6.0]
+    assert [bar.get_height() for bar in theirs] == [70.0]
+
+
+@pytest.mark.parametrize(
+    ("begins", "text"),
+    [
+        ("GFLOP/s", "plot: --table: got 'GFLOP/s', expected how the first heading of a table in "),
+        (
+            "TFLOP/s |",
+            "plot: --table: got 'fast' in row 'any', column 'others', expected a number, in the table",
+        ),
+    ],
+)
+def test_a_page_without_such_a_table_is_named(command, tmp_path, capsys, begins, text):
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    with pytest.raises(SystemExit):
+        command("plot", page, "--what", "table", "--table", begins)
+    assert capsys.readouterr().err.startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("picture", "begins"), [("beside-layer", "TFLOP/s |"), ("beside-step", "tokens/s |")]
+)
+def test_pictures_of_performance_are_of_rows_of_its_tables(picture, begins):
+    """A figure that changes changes in all three places."""
+    page = DOCS / "performance.md"
+    _, table = pictures._table(page, begins)
+    numbers = {f"{number:,.10g}" for row in table.values() for number in row.values()}
+    assert numbers | {*table} <= texts(DOCS / f"{picture}.svg")
+    below = page.read_text().partition("\n## ")[2]
+    cells = {cell.strip(" *").removesuffix(" tokens/s") for cell in re.split(r"[|\n]", below)}
+    assert numbers <= cells
 
 
 # ---- load and memory ------------------------------------------------------------------------------------
@@ -318,7 +392,7 @@ def test_errors_are_texts_and_a_status(plot, files, tmp_path, capsys):
 
 def test_without_matplotlib_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"plot_loss needs matplotlib: pip install -e '.\[plots\]'"):
+    with pytest.raises(ImportError, match=r"plot_loss needs matplotlib: pip install matplotlib"):
         plot_loss({"run": [{"step": 0, "loss": 1.0}]})
 
 
@@ -326,4 +400,4 @@ def test_the_command_says_so_too(plot, files, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit, match="2"):
         plot(files[0])
-    assert capsys.readouterr().err == "plot_loss needs matplotlib: pip install -e '.[plots]'\n"
+    assert capsys.readouterr().err == "plot_loss needs matplotlib: pip install matplotlib\n"

@@ -92,6 +92,11 @@ def test_a_tree_has_a_line_for_tensors_that_are_alike():
     assert f"a device holds {here:,} of {total:,} numbers" in repr(shown)
 
 
+def test_names_in_brackets_are_shown_as_they_are():
+    shown = show_placement({"[bold]": torch.empty(2), "[/]": torch.empty(2)}, "tp=2", specs=fmoe.P("tp"))
+    assert "│ [bold] │" in str(shown) and "│ [/]    │" in str(shown)
+
+
 def test_a_notebook_shows_a_picture_or_without_matplotlib_colours(monkeypatch):
     shown = show_placement(torch.empty(8, 6), "ep=2,tp=3", specs=P("ep", "tp"))
     bundle = shown._repr_mimebundle_(include=None, exclude=None)
@@ -123,6 +128,7 @@ def test_a_picture_has_the_tensors_that_are_cut():
     [
         ((torch.ones(2),), None, "show_placement: tree: got a Tensor, of which nothing says where it lies"),
         (({"a": torch.ones(2)},), P(), "show_placement: mesh: got None, expected a mesh, as tree.a is no DT"),
+        (({"a": 3}, "ep=2"), P(), "show_placement: tree.a: got int, expected a tensor or a ParamSpec."),
         (({"a": torch.ones(2)}, 3), P(), "show_placement: mesh: got 3, expected a mesh, or axes and sizes"),
         (({"a": torch.ones(2)}, "q=2"), P(), "show_placement: axes: got q=2, expected each of ('pp', 'dp'"),
         (({"a": torch.ones(3)}, "ep=2"), P("ep"), "tree.a: P('ep') for shape (3,): dimension 0 of size 3"),

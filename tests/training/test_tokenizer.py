@@ -61,7 +61,7 @@ def test_what_is_wrong_with_a_tokenizer_is_named(path: Path, monkeypatch: pytest
         load_tokenizer(path)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(
-        ImportError, match=r"needs the package tokenizers. Install it with: pip install -e '.\[tokenizers"
+        ImportError, match=r"needs the package tokenizers. Install it with: pip install tokenizers"
     ):
         load_tokenizer(path)
 

@@ -16,13 +16,16 @@ import tokenizers
 import torch
 
 from fmoe.models import decoder, deepseek_v3, huggingface
-from fmoe.training import checkpoint, data, gradients, launch, options
+from fmoe.training import checkpoint, data, gradients, launch, loop, options
 from fmoe.training.metrics import read_metrics
 from fmoe.training.optim import adamw
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "train_deepseek_v3.py"
+TEXT = pathlib.Path(loop.__file__)
 TWO_LAYERS = ["--layers", "2"]
-SMALL = ["--steps", "3", "--batch-size", "2", "--seq-len", "32", "--device", "cpu", "--data", str(SCRIPT)]
+# It wants a stderr with a file number.
+WITHOUT_FAULT_HANDLER = pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
+SMALL = ["--steps", "3", "--batch-size", "2", "--seq-len", "32", "--device", "cpu", "--data", str(TEXT)]
 
 
 @pytest.fixture
@@ -68,7 +71,7 @@ def test_a_second_run_in_one_folder_is_refused(train, tmp_path):
 def test_without_matplotlib_it_says_how_to_get_pictures(train, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert len(train()) == 3
-    remedy = f"for pictures: pip install -e '.[plots]' && python -m fmoe plot {tmp_path / 'metrics.jsonl'}\n"
+    remedy = f"for pictures: pip install matplotlib && python -m fmoe plot {tmp_path / 'metrics.jsonl'}\n"
     assert remedy in capsys.readouterr().out
     assert not [*tmp_path.glob("*.svg")]
 
@@ -99,6 +102,26 @@ def test_products_may_be_in_fp8(train, capsys):
     assert "products by Recipe(experts='fp8_block', dense=None)" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"error: argument --precision: .* got 'fp8', expected one of"):
         train("--precision", "fp8")
+
+
+@WITHOUT_FAULT_HANDLER
+def test_the_command_runs_the_same_loop(train, command, tmp_path):
+    losses = train(*TWO_LAYERS)
+    said = command("train", *SMALL, *TWO_LAYERS, "--out", tmp_path / "command")
+    assert "final loss" in said
+    assert [record["loss"] for record in read_metrics(tmp_path / "command" / "metrics.jsonl")] == losses
+
+
+@WITHOUT_FAULT_HANDLER
+def test_the_command_says_in_a_line_what_is_wrong(command, capsys):
+    with pytest.raises(SystemExit):
+        command("train", "--data", "/nowhere")
+    assert capsys.readouterr().err.startswith("error: read_documents: paths: got [Errno 2] No such file")
+    with pytest.raises(SystemExit):
+        command("train", "--top-k", "0")
+    usage, told = capsys.readouterr().err.splitlines()
+    assert usage == "usage: python -m fmoe train [options]"
+    assert told == "python -m fmoe train: error: argument --top-k: got 0, expected at least 1"
 
 
 @pytest.mark.usefixtures("aot_eager")
@@ -165,7 +188,7 @@ def test_errors_are_one_line(module, monkeypatch, capfd, options, text):
 
 
 def test_it_imports_public_names_only():
-    nodes = ast.walk(ast.parse(SCRIPT.read_text()))
+    nodes = ast.walk(ast.parse(TEXT.read_text()))
     ours = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and "fmoe" in node.module}
     assert all(name.startswith(("fmoe.models", "fmoe.pipeline", "fmoe.training")) for name in ours)
 
@@ -187,7 +210,7 @@ def test_it_starts_from_published_weights(train, tmp_path):
     huggingface.save(tmp_path / "model", config, params)
     how = ["--init-from", str(tmp_path / "model"), "--dtype", "float64", "--save-every", "1"]
     losses = train(*how, "--out", str(tmp_path / "run"))
-    text = data.pack([SCRIPT.read_bytes()])
+    text = data.pack([TEXT.read_bytes()])
     batches = [data.batch_at(step, text, batch_size=2, seq_len=32, seed=0) for step in (0, 3)]
     first, fourth = (deepseek_v3.loss(params, *batch, config)[0].item() for batch in batches)
     assert losses[0] == pytest.approx(first, rel=1e-12)
@@ -340,7 +363,7 @@ def test_micro_batches_dtypes_and_schedules(train):
 
 
 def test_jsonl_through_a_tokenizer(train, tmp_path, capsys, monkeypatch):
-    lines = [json.dumps({"body": text}) for text in SCRIPT.read_text().split("\n\n")]
+    lines = [json.dumps({"body": text}) for text in TEXT.read_text().split("\n\n")]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     words = tokenizers.Tokenizer(tokenizers.models.BPE())
     words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
@@ -351,7 +374,7 @@ def test_jsonl_through_a_tokenizer(train, tmp_path, capsys, monkeypatch):
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    words.train_from_iterator([SCRIPT.read_text()], trainer)
+    words.train_from_iterator([TEXT.read_text()], trainer)
     words.save(str(tmp_path / "tokenizer.json"))
     options = ["--data", str(tmp_path / "data.jsonl"), "--field", "body", "--sample", "def main"]
     options += ["--tokenizer", str(tmp_path / "tokenizer.json"), "--sample-tokens", "3"]

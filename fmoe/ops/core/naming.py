@@ -71,7 +71,7 @@ def check_names(function: str, argument: str, names: tuple[Any, ...], *, own: bo
     """Raise ``ValueError`` for what is no name, or nearly an operator's; without ``own``, for any other."""
     known = frozenset(checkpoint_names()) - {GIVEN}
     for name in names:
-        if name in known:
+        if isinstance(name, str) and name in known:
             continue
         expected = f"names of {sorted(known)}" + (", or of your own for checkpoint_name" if own else "")
         remedy = None if own else "Declare others with fmoe.extend.checkpoint."

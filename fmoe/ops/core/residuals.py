@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.jupyter import JupyterMixin
 from rich.table import Table
+from rich.text import Text
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -67,7 +68,8 @@ class Residuals(tuple[Residual, ...], JupyterMixin):
             table.add_column(column, justify="right" if column == "bytes" else "left", overflow="fold")
         for row in self:
             shape, dtype = ", ".join(map(str, row.shape)), str(row.dtype).removeprefix("torch.")
-            table.add_row(row.name, shape, dtype, f"{row.bytes:,}", row.operator, row.source, row.how)
+            cells = row.name, shape, dtype, f"{row.bytes:,}", row.operator, row.source, row.how
+            table.add_row(*map(Text, cells))  # names and paths may have what rich takes for markup
         return table
 
     def __str__(self) -> str:
@@ -88,7 +90,7 @@ def residuals_of(fn: Callable[..., Any], args: Any, kwargs: Any) -> Residuals:
     args, kwargs = optree.tree_unflatten(structure, leaves)
     watch, saved = _Watch(), _Saved()
     hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda kept: kept)
-    with torch.enable_grad(), hooks, watch, _Names(watch), refusing_combinations("saved_residuals"):
+    with refusing_combinations("saved_residuals"), torch.enable_grad(), hooks, watch, _Names(watch):
         out = fn(*args, **kwargs)  # its graph holds what was kept
         offloaded = _offloaded(out)
     named = [*zip(dotted_names(args), optree.tree_leaves(args))]

@@ -132,8 +132,8 @@ class Tape:
         if self.check is not None:
             self.check(x, op.name)
         entry, made = self._next(op.name, name), self._made(x)
-        if entry and entry.outputs:
-            if entry.made and x is not self._handed.get(entry.made, x):
+        if entry and entry.outputs and not (entry.made and x is self._handed.get(entry.made)):
+            if entry.made in self._handed:
                 raise replay_error(f"{entry.made[1]} for another value than the one named {name!r}")
             with self.inside():
                 x = op.function.apply(x, name, *entry.outputs)

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ...errors import TransformError
 from ...ops.bases import gather_kernel
@@ -26,20 +27,22 @@ from .wire import arrived, begin_swap
 NOT_IN_HALVES = Unsupported("Its exchanges can't be in flight there: leave in_halves out of the backend.")
 
 # What tickets stand for, by their storage, until somebody waits.
-_COMING: dict[int, Any] = {}
+_COMING: dict[StorageWeakRef, Any] = {}
 
 
 def ticket(like: torch.Tensor, coming: Any) -> torch.Tensor:
     """The ticket of ``coming``, which are rows like those of ``like``."""
+    for lost in [storage for storage in _COMING if storage.expired()]:  # by an error between two parts
+        del _COMING[lost]
     made = like.new_empty(0, *like.shape[1:])
-    _COMING[made.untyped_storage()._cdata] = coming
+    _COMING[StorageWeakRef(made.untyped_storage())] = coming
     return made
 
 
 def taken(ticket: torch.Tensor) -> Any:
     """What a ticket stands for, once."""
     try:
-        return _COMING.pop(ticket.untyped_storage()._cdata)
+        return _COMING.pop(StorageWeakRef(ticket.untyped_storage()))
     except KeyError:
         raise RuntimeError(
             "exchange in parts: got a ticket of no rows, expected one that was begun and not yet waited for. "
