@@ -28,6 +28,7 @@ from .doctor import report as diagnosis
 from .introspect import Support, operator_support
 from .models import decoder
 from .models.families import PRESETS
+from .ops.precision import PRECISIONS
 from .parallel import Backend
 from .parallel.mesh import AXES, make_mesh, parse_axes
 from .parallel.together import this_rank
@@ -38,7 +39,7 @@ from .plan import read_rates
 from .plan import report as planned
 from .training import launch, loop, plot
 from .training.optim import adamw
-from .training.options import Help
+from .training.options import PRECISION_HELP, Help, recipe
 from .transforms import per_layer
 
 Add = Callable[..., Any]  # a parser's add_argument
@@ -79,7 +80,8 @@ def bench(args: argparse.Namespace) -> None:
     _check_writable(args.json, args.picture)
     results = []
     for shape, routing in itertools.product(_shapes(args), args.routing):
-        result = bench_layer(shape, routing=routing, only=args.only, align=args.align, **_how(args))
+        also = dict(only=args.only, align=args.align, precision=args.precision)
+        result = bench_layer(shape, routing=routing, **also, **_how(args))
         report(result, console())
         results.append(result)
     _write_json(results, args.json)
@@ -123,7 +125,7 @@ def model(args: argparse.Namespace) -> None:
         decoder.preset(args.model, layers=args.layers), batch_size=args.batch_size, seq_len=args.seq_len,
         steps=args.steps, remat=args.remat, compiled=args.compile, graph=args.graph,
         balanced=args.balanced, data=args.data, segments=args.segments, device=args.device,
-        trace=args.trace, seed=args.seed,
+        trace=args.trace, seed=args.seed, precision=args.precision,
         rates=args.rates and read_rates(args.rates), **_dtypes(args),
     )  # fmt: skip
     result["model"] = args.model
@@ -172,6 +174,7 @@ def plan(args: argparse.Namespace) -> None:
         config, args.mesh, batch_size=args.batch_size, seq_len=args.seq_len, micro_batches=args.micro_batches,
         zero=args.zero, per_layer=per_layer(args.remat), imbalance=args.imbalance, optimizer=optimizer,
         schedule=_schedule(args), rates=args.rates and read_rates(args.rates), compiled=args.compile,
+        precision=args.precision,
         backend=Backend(host_sync=args.ep_capacity is None, capacity=args.ep_capacity), **dtypes,
     )  # fmt: skip
     if args.json:
@@ -207,6 +210,7 @@ def step_arguments(add: Add) -> None:
     add("--dtype", choices=DTYPES, default="bfloat16", help="of parameters and gradients")
     add("--compute-dtype", choices=DTYPES, help="default: --dtype")
     add("--moments-dtype", choices=DTYPES, help="default: --dtype")
+    add("--precision", type=recipe, metavar="RECIPE", help=PRECISION_HELP)
     add(
         "--remat",
         default="none",
@@ -274,6 +278,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--routing", nargs="+", choices=ROUTINGS, default=["random"])
     add("--only", nargs="+", metavar="LAYER", help="names of layers, as in the table")
     add("--align", nargs="+", type=int, default=[], metavar="N", help="also with rows aligned to N")
+    add("--precision", nargs="+", choices=PRECISIONS, default=[], help="also with such products")
     add("--json", metavar="FILE", help="write what was measured")
     add("--picture", type=Path, metavar="FILE", help="draw it, as .svg or .png")
     training = commands.add_parser(

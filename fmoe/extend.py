@@ -13,7 +13,15 @@ tensor(24.)
 """
 
 from .errors import argument_error
-from .ops.bases import gather, grouped_mm, grouped_outer, random, scatter_add
+from .ops.bases import (
+    gather,
+    grouped_mm,
+    grouped_outer,
+    random,
+    scaled_grouped_mm,
+    scaled_grouped_outer,
+    scatter_add,
+)  # fmt: skip
 from .ops.combine import COMBINE
 from .ops.core.axes import Group, group_of
 from .ops.core.batches import Fold, each, elementwise, fold_rows, front, more_rows, one_by_one, wider_rows
@@ -32,5 +40,6 @@ __all__ = [
     "argument_error", "check_experts_divide", "check_ids", "checkpoint", "declare", "each",
     "elementwise", "fold_rows", "front", "gather", "group_of", "grouped_mm", "grouped_outer", "layout",
     "linear", "more_rows", "one_by_one", "operators", "ppermute_op", "psum_op", "pullback", "random",
-    "received_fake", "reduce_scatter_op", "scatter_add", "set_default", "wider_rows",
+    "received_fake", "reduce_scatter_op", "scaled_grouped_mm", "scaled_grouped_outer", "scatter_add",
+    "set_default", "wider_rows",
 ]  # fmt: skip

@@ -86,7 +86,7 @@ _CLASSES = {
     "communication": ("exchange", "send", "psum", "all_", "reduce_", "gather_params", "begin_", "ppermute",
                       "wait_tensor", "combine", "join", "deepep"),
     "routing": ("product", "topk", "weigh", "layout", "gather", "scatter"),
-    "matrix products": ("mm", "bmm", "addmm", "baddbmm", "linear", "matmul"),
+    "matrix products": ("mm", "bmm", "addmm", "baddbmm", "linear", "matmul", "scaled_grouped"),
     "embedding": ("embedding",),
 }  # fmt: skip
 

@@ -42,6 +42,7 @@ def test_the_pages_run():
         "pipelines.md",
         "planning.md",
         "transforms.md",
+        "fp8.md",
     )
     program = [sys.executable, str(ROOT / "tests/support/pages.py"), *pages]
     done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, env=os.environ | ON_CPU)

@@ -42,7 +42,17 @@ MAY_IMPORT = {
     "parallel/backends/deepep/adapter.py": {"deep_ep"},
 } | {
     f"ops/kernels/{name}.py": {"triton"}
-    for name in ("activation", "adamw", "launch", "logits", "persistent", "plan", "router", "rows")
+    for name in (
+        "activation",
+        "adamw",
+        "launch",
+        "logits",
+        "persistent",
+        "plan",
+        "quantise",
+        "router",
+        "rows",
+    )
 }
 
 

@@ -152,9 +152,15 @@ def _grouped(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tens
     return torch.cat([x[a:b] @ w[e] for e, (a, b) in enumerate(pairwise(starts))])
 
 
-def layers(shape: Shape, config: RouterConfig, align: Sequence[int] = ()) -> dict[str, Layer]:
-    """The layers by name: ours, ours with rows aligned to each of ``align``, and plain PyTorch."""
+def layers(
+    shape: Shape, config: RouterConfig, align: Sequence[int] = (), precision: Sequence[str] = ()
+) -> dict[str, Layer]:
+    """The layers by name: ours, ours with rows aligned to each of ``align``, ours with products in each
+    ``precision``, and plain PyTorch.
+    """
     found: dict[str, Layer] = {"fmoe": functools.partial(moe_forward, router=config)}
+    for name in precision:
+        found[f"fmoe, {name}"] = functools.partial(moe_forward, router=config, precision=name)
     for multiple in align:
         found[f"fmoe, rows aligned to {multiple}"] = functools.partial(_aligned, config, multiple)
     if not config.force_balance:

@@ -24,6 +24,7 @@ from .peers import PEERS
 from .timing import check_number, in_turns, matmul_rate, of_host, on_device, syncs, timed
 
 ROUNDING = 0.05  # a relative error below this is rounding
+FP8_ROUNDING = 0.1  # the same of products in fp8
 
 
 class Measured(NamedTuple):
@@ -118,6 +119,7 @@ def bench_layer(
     rounds: int = 20,
     only: list[str] | None = None,
     align: Sequence[int] = (),
+    precision: Sequence[str] = (),
     seed: int | None = None,
 ) -> dict[str, Any]:
     """Measure every layer that can run here, on the same random weights and tokens.
@@ -128,6 +130,7 @@ def bench_layer(
     rounds     of a few steps of each layer in turn
     only       names of layers; ``None``: all
     align      multiples for :func:`fmoe.align_rows`, each of which adds a layer
+    precision  of the experts' products, as ``"fp8_rowwise"``, each of which adds a layer
     -> dict    for JSON. ``layers`` has the fields of :class:`Measured`, ``not_measured``
                the reasons of peers that didn't run, ``wrong`` the errors of wrong ones
     =========  ===============================================================
@@ -146,11 +149,11 @@ def bench_layer(
     config = config_for(shape, routing)
     run = random_run(shape, config, routing, dtype, device, seed)
     expected = _reference(run, shape, config)
-    found = layers(shape, config, align)
+    found = layers(shape, config, align, precision)
     known = [*found, *PEERS]
     wanted = known if only is None else only
     if unknown := sorted({*wanted}.difference(known)):
-        remedy = "Correct it, or pass the align that makes such a layer."
+        remedy = "Correct it, or pass the align or the precision that makes such a layer."
         raise argument_error(
             "bench_layer", "only", got=unknown, expected=f"names among {known}", remedy=remedy
         )
@@ -197,7 +200,7 @@ def _reference(run: Run, shape: Shape, config: RouterConfig) -> tuple[torch.Tens
 
 def _entered(name: str, layer: Layer, run: Run, expected: tuple[torch.Tensor, ...]) -> Entry:
     entry = _tried(layer, run, expected)
-    if not entry.error < ROUNDING:
+    if not entry.error < (FP8_ROUNDING if "fp8" in name else ROUNDING):
         raise RuntimeError(f"bench layer: {name}: relative error {entry.error:.2g} against float32.")
     return entry
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from ..errors import argument_error
 from ..models import decoder
 from ..models.config import DecoderConfig
+from ..ops.precision import Recipe, recipe_of
 from ..plan import Rates, plan
 from ..training import data as text
 from ..training.documents import read_documents
@@ -46,6 +47,7 @@ def bench_model(
     dtype: torch.dtype = torch.bfloat16,
     compute_dtype: torch.dtype | None = None,
     moments_dtype: torch.dtype | None = None,
+    precision: str | Recipe | None = None,
     balanced: bool = False,
     data: str | None = None,
     segments: int | None = None,
@@ -60,6 +62,7 @@ def bench_model(
     steps      to time, after a few that aren't
     remat      words of ``transforms.per_layer``
     graph      hold the step in a CUDA graph; then its kernels' kinds aren't known
+    precision  of products, as for :func:`fmoe.models.decoder.loss`
     balanced   choose experts round robin, whatever their scores
     data       a file of text, read as bytes; ``None``: random tokens
     segments   as many segments a row, about equally long; ``None``: no segment ids
@@ -84,18 +87,19 @@ def bench_model(
         raise argument_error("bench_model", "segments", got=segments, expected=expected)
     seed = time.time_ns() % 2**31 if seed is None else seed
     config = dataclasses.replace(config, router=dataclasses.replace(config.router, force_balance=balanced))
+    recipe = recipe_of("bench_model", precision)
     compute_dtype, moments_dtype = compute_dtype or dtype, moments_dtype or dtype
     optimizer, on_cuda = adamw(moments_dtype=moments_dtype), torch.device(device).type == "cuda"
     whole = plan(
         config, batch_size=batch_size, seq_len=seq_len, dtype=dtype, compute_dtype=compute_dtype,
         per_layer=per_layer(remat), optimizer=optimizer, device_type=torch.device(device).type,
-        segments=(segments or 1) > 1, rates=rates, compiled=compiled,
+        segments=(segments or 1) > 1, rates=rates, compiled=compiled, precision=recipe,
     )  # fmt: skip
     (planned,) = whole.ranks
     if not on_cuda:
         _check_memory(planned.peak)
     wrap = per_layer(remat, compiled=compiled)
-    how: dict[str, Any] = dict(config=config, dtype=compute_dtype, per_layer=wrap)
+    how: dict[str, Any] = dict(config=config, dtype=compute_dtype, precision=recipe, per_layer=wrap)
 
     def loss(params: Any, tokens: Any, targets: Any, segment_ids: Any = None) -> Any:
         return decoder.loss(params, tokens, targets, segment_ids=segment_ids, **how)
@@ -112,7 +116,7 @@ def bench_model(
         num_params=decoder.num_params(config)[0], batch_size=batch_size, seq_len=seq_len, steps=steps,
         remat=remat, compiled=compiled, graph=graph, dtype=str(dtype), compute_dtype=str(compute_dtype),
         moments_dtype=str(moments_dtype), balanced=balanced, data=data or "random tokens",
-        segments=segments,
+        segments=segments, precision=dataclasses.asdict(recipe),
         device=name, torch=torch.__version__, seed=seed,
     )  # fmt: skip
     tokens_per_second, peak = batch_size * seq_len / found["ms"] * 1e3, found["peak_bytes"]
@@ -237,7 +241,8 @@ def report(result: dict[str, Any], console: Console, title: str = "a model") -> 
         f"batch {r['batch_size']} x {r['seq_len']} of {r['data']}"
         f"{'' if r['segments'] is None else ', segments a row: ' + str(r['segments'])}"
         f"{', experts balanced' if r['balanced'] else ''}; remat {r['remat']}"
-        f"{', compiled' if r['compiled'] else ''}{', graphed' if r['graph'] else ''}; "
+        f"{_recipe(r['precision'])}{', compiled' if r['compiled'] else ''}"
+        f"{', graphed' if r['graph'] else ''}; "
         f"{r['device']}, torch {r['torch']}, seed {r['seed']}"
     )
     rows = {
@@ -265,6 +270,11 @@ def report(result: dict[str, Any], console: Console, title: str = "a model") -> 
         times.add_row(kind, f"{share:.1%}", *[f"{ms:.2f}"] * bool(planned))
     console.print(table)
     console.print(times)
+
+
+def _recipe(precision: dict[str, str | None]) -> str:
+    of = [f"{kind} in {name}" for kind, name in precision.items() if name]
+    return f", products of {', of '.join(of)}" if of else ""
 
 
 def _or_dash(value: Any, form: str) -> str:

@@ -13,16 +13,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..ops.attention import attention, attention_backward
+from ..ops.bases import scaled_grouped_mm, scaled_grouped_outer
 from ..ops.core.axes import axis_sizes, group_of
 from ..ops.core.primitive import Operator
 from ..ops.cross_entropy import LOGITS_BYTES, cross_entropy_sum, cross_entropy_terms
 from ..ops.dispatch import dispatch
-from ..ops.experts import Layout, experts_down, experts_down_backward, experts_up, experts_up_backward
+from ..ops.experts import experts_down, experts_down_backward, experts_up, experts_up_backward, layout_of
+from ..ops.kernels import scaled
+from ..ops.precision import ROWWISE
 from ..ops.route import RouterParams, route
 from ..parallel.collective_ops import all_gather_op, all_to_all_op
 from ..parallel.placement import token_axes
 from ..plan.rates import PRODUCTS, Rates
-from ..plan.work import Work, Works
+from ..plan.work import IN_FP8, Work, Works
 from ..training.metrics import PEAK_FLOPS
 from ..training.optim import adamw
 from .layers import SHAPES, Shape, config_for
@@ -79,7 +82,7 @@ class Case(NamedTuple):
     make: Make
 
 
-def cases(sizes: Sizes) -> Iterator[Case]:
+def cases(sizes: Sizes, *, fp8: bool = True) -> Iterator[Case]:
     """Everything that is measured. The kinds of operators are those of training."""
     copied = 4 * sizes.numbers
     yield Case(f"copy {copied}", "memory", lambda new: new(copied).clone)
@@ -88,9 +91,15 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     for m, k, n in sizes.products:
         for what in ("", "rows' gradient ", "weight's "):
             yield Case(f"{what}{m}, {k} -> {n}", "products", functools.partial(_product, what, m, k, n))
+            if fp8 and not (m % 16 or k % 16 or n % 16):
+                make = functools.partial(_product_in_fp8, what, m, k, n)
+                yield Case(f"{what}in fp8 {m}, {k} -> {n}", IN_FP8["products"], make)
     for shape in sizes.experts:
         for at, name in enumerate(("up", "down", "up backward", "down backward")):
-            yield Case(f"{name} {(*shape,)}", "experts", functools.partial(_experts, shape, at))
+            yield Case(f"{name} {(*shape,)}", "experts", functools.partial(_experts, shape, at, None))
+            if fp8:
+                make = functools.partial(_experts, shape, at, ROWWISE)
+                yield Case(f"{name} in fp8 {(*shape,)}", IN_FP8["experts"], make)
     for each in sizes.attention:
         yield Case(f"forward {each}", "attention", functools.partial(_attention, each, False))
         yield Case(f"backward {each}", "attention_backward", functools.partial(_attention, each, True))
@@ -106,12 +115,21 @@ def _product(what: str, m: int, k: int, n: int, new: Any) -> Call:
     return functools.partial(torch.mm, *((new(m, n), weight) if what else (new(m, k), weight.mT)))
 
 
-def _experts(shape: Shape, at: int, new: Any) -> Call:
+def _product_in_fp8(what: str, m: int, k: int, n: int, new: Any) -> Call:
+    x, g, weight = new(m, k), new(m, n), new(n, k)
+    ends = torch.full((1,), m, dtype=torch.int32, device=x.device)
+    if what.startswith("weight"):
+        return functools.partial(scaled_grouped_outer.raw, x, g, ends, ROWWISE)
+    rows, matrix = (g, weight) if what else (x, weight.mT)
+    return functools.partial(scaled_grouped_mm.raw, rows, matrix[None], ends, ROWWISE)
+
+
+def _experts(shape: Shape, at: int, precision: str | None, new: Any) -> Call:
     x = new(shape.tokens, shape.dim)
     w_in, w_out = new(shape.experts, 2, shape.hidden, shape.dim), new(shape.experts, shape.dim, shape.hidden)
     router = RouterParams(new(shape.experts, shape.dim), torch.zeros(shape.experts, device=x.device))
     _, plan = dispatch(x, route(router, x, config_for(shape, "balanced")))
-    rows = Layout(plan.weights_SK, plan.slot_R, plan.row_SK, plan.offsets_e, plan.score_before_experts)
+    rows = layout_of(plan, precision)
     h = new(rows.slot_R.shape[0], 2, shape.hidden)
     return (
         functools.partial(experts_up.raw, x, w_in, *rows),
@@ -160,14 +178,16 @@ def measure_rates(
     =======  =================================================================
 
     >>> found = measure_rates(dtype=torch.float32, device="cpu", seed=0)
-    >>> sorted(found["flops"]), min(found["flops"].values()) > 0, found["dtype"]
-    (['attention', 'attention_backward', 'experts', 'loss', 'products'], True, 'float32')
+    >>> {*PRODUCTS} <= {*found["flops"]}, min(found["flops"].values()) > 0, found["dtype"]
+    (True, True, 'float32')
     """
     seed = time.time_ns() % 2**31 if seed is None else seed
     on_cuda = torch.device(device).type == "cuda"
     generator = torch.Generator(device).manual_seed(seed)
     measured = []
-    for name, rate, make in cases(LARGE if on_cuda else SMALL):
+    like = torch.empty(16, 16, dtype=dtype, device=device)
+    fp8 = not on_cuda or scaled.fast(ROWWISE, like, 16)
+    for name, rate, make in cases(LARGE if on_cuda else SMALL, fp8=fp8):
         with torch.device("cpu"), FakeTensorMode():
             call = make(lambda *shape: torch.empty(shape, dtype=dtype))
             with Works() as counted:
@@ -239,7 +259,8 @@ def fitted(measured: list[dict[str, Any]]) -> dict[str, Any]:
         """Seconds without those of other passes, which can't be nearly all."""
         return max(total(rate, "seconds") - total(rate, "passed") / memory, 0.1 * total(rate, "seconds"))
 
-    flops = {rate: total(rate, "flops") / beside(rate) for rate in PRODUCTS}
+    found = [*PRODUCTS, *(rate for rate in IN_FP8.values() if total(rate, "flops"))]
+    flops = {rate: total(rate, "flops") / beside(rate) for rate in found}
     return dict(flops=flops, memory=memory, optimizer=total("optimizer", "moved") / beside("optimizer"))
 
 

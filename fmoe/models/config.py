@@ -42,6 +42,7 @@ class Attention(Protocol):
         table: Angles,
         norm_eps: float,
         segments: Segments | tuple[()] = (),
+        precision: str | None = None,
     ) -> torch.Tensor: ...
 
 

@@ -19,6 +19,7 @@ from ..ops.core.derive import Tensors
 from ..ops.core.dtypes import accumulator
 from ..ops.cross_entropy import LOGITS_BYTES
 from ..ops.experts import ExpertParams
+from ..ops.precision import Recipe, recipe_of
 from ..ops.random import check_one_key, fold_in
 from ..ops.segments import Segments, halves_of, segments_of
 from ..ops.transport import in_halves
@@ -57,7 +58,8 @@ from .vocabulary import IGNORED, embed, refuse_outside, summed_cross_entropy, wi
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 Stats = tuple[MoEStats, ...]
 
-OF_STAGE = "per_layer", "logits_bytes", "mtp_weight"  # options of the loss that stage_sums takes
+# Options of the loss that stage_sums takes.
+OF_STAGE = "per_layer", "logits_bytes", "mtp_weight", "precision"
 NUMBERS = "total", "balance", "mtp", "num_targets", "outside", "below"  # of StageSums
 
 
@@ -132,6 +134,7 @@ def forward(
     places: torch.Tensor | None = None,
     backend: str | Backend = "auto",
     dtype: torch.dtype | None = None,
+    precision: str | Recipe | None = None,
     per_layer: Wrap = lambda layer: layer,
 ) -> tuple[torch.Tensor, Stats]:
     """The logits of every position's next token, and the statistics of every MoE layer.
@@ -149,6 +152,8 @@ def forward(
                                  which its noise depends. ``None``: in order, over all devices
     backend                      carries tokens to experts, as for :func:`fmoe.moe_forward`
     dtype                        to compute in; ``None``: that of the parameters
+    precision                    of products: ``"fp8_rowwise"``, say, or a :class:`fmoe.ops.precision.Recipe`,
+                                 which says it by kind of layer. ``None``: they take operands as they are
     per_layer                    wraps the function of one layer: ``fmoe.remat``, ``torch.compile``
     -> logits    (B, L, vocab)   in ``dtype``; for plain tokens this device's part, with
                                  ``tp`` also of the vocabulary
@@ -173,13 +178,14 @@ def forward(
     tensor(True)
     """
     inputs = inputs_of("forward", config, {"tokens": tokens}, segment_ids, key, places, mesh)
+    recipe = recipe_of("forward", precision)
 
     def run(params: ModelParams, tokens: torch.Tensor, *others: torch.Tensor) -> Any:
         layer, given = per_layer(one_layer), optional(inputs, others, key)
         segments, below = _segments("forward", given.get("segment_ids"), tokens)
         on_mesh = binding().mesh is not None
         tokens, outside = within(tokens, config.vocab_size) if on_mesh else (tokens, tokens.new_zeros(()))
-        x, sums, _ = hidden(params, tokens, config, layer, segments, given.get("noise", ()))
+        x, sums, _ = hidden(params, tokens, config, layer, segments, given.get("noise", ()), recipe)
         wrong, stats = _over_devices([outside, below], sums)
         if on_mesh:
             refuse_outside(*wrong)
@@ -208,6 +214,7 @@ def loss(
     backend: str | Backend = "auto",
     dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
+    precision: str | Recipe | None = None,
     per_layer: Wrap = lambda layer: layer,
     logits_bytes: int = LOGITS_BYTES,
     mtp_weight: float = 0.0,
@@ -247,10 +254,12 @@ def loss(
     check_mtp("loss", config, mtp_weight)
     inputs = {"tokens": tokens, "targets": targets}
     inputs = inputs_of("loss", config, inputs, segment_ids, key, places, mesh)
+    recipe = recipe_of("loss", precision)
 
     def run(params: ModelParams, tokens: torch.Tensor, targets: torch.Tensor, *others: torch.Tensor) -> Any:
         given = optional(inputs, others, key)
-        return stage_loss(params, tokens, targets, config, per_layer, logits_bytes, mtp_weight, **given)
+        options = per_layer, logits_bytes, mtp_weight
+        return stage_loss(params, tokens, targets, config, *options, precision=recipe, **given)
 
     def out_specs(*_: Any) -> Any:
         return P(), P()
@@ -413,13 +422,15 @@ def stage_loss(
     mtp_weight: float = 0.0,
     segment_ids: torch.Tensor | None = None,
     noise: Noise | tuple[()] = (),
+    precision: str | Recipe | None = None,
 ) -> tuple[torch.Tensor, LossStats]:
     """The loss or, unless the stage is the last, the input of the next.
 
     A stage before the last has no targets. Its ``balance`` is a sum, to be added to the loss. Every stage
     takes the same ``segment_ids`` and ``noise``.
     """
-    made = stage_sums(params, x, targets, config, per_layer, logits_bytes, mtp_weight, segment_ids, noise)
+    options = per_layer, logits_bytes, mtp_weight
+    made = stage_sums(params, x, targets, config, *options, segment_ids, noise, precision=precision)
     if isinstance(params.norm, tuple):
         stats = _over_devices([], made.layers)[1]
         return made.x, LossStats(x.new_zeros(()), stats, made.balance, made.mtp)
@@ -476,11 +487,13 @@ def stage_sums(
     segment_ids: torch.Tensor | None = None,
     noise: Noise | tuple[()] = (),
     tokens: torch.Tensor | None = None,
+    precision: str | Recipe | None = None,
 ) -> StageSums:
     """:class:`StageSums` of a stage, or of the whole model. Every stage takes all targets and segment ids.
 
     The last one also takes the ``tokens`` for multi-token prediction. The whole model has them.
     """
+    recipe = recipe_of("loss", precision)
     first, last = not x.is_floating_point(), not isinstance(params.norm, tuple)
     count = outside = torch.zeros((), dtype=torch.int64, device=x.device)
     # One function for all layers, so that a wrapper such as a compiler sees only one. It comes before the
@@ -496,7 +509,7 @@ def stage_sums(
             targets, of_targets = within(targets, config.vocab_size, also=IGNORED)
             outside = outside + of_targets
     tokens = x if first else tokens
-    x, sums, uneven = hidden(params, x, config, layer, segments, noise)
+    x, sums, uneven = hidden(params, x, config, layer, segments, noise, recipe)
     total = balance = mtp = x.new_zeros((), dtype=accumulator(x.dtype))
     further: list[torch.Tensor] = []
     if last:
@@ -509,7 +522,7 @@ def stage_sums(
             found = predict_further(
                 params.mtp, x, tokens, targets, config,
                 layer=layer, embedding=use(params.embedding), head=weight,
-                segments=segments, noise=noise, logits_bytes=logits_bytes,
+                segments=segments, noise=noise, logits_bytes=logits_bytes, recipe=recipe,
             )  # fmt: skip
             mtp, further = mtp_weight / len(params.mtp) * found.total, found.layers
             uneven = uneven + found.uneven
@@ -550,6 +563,7 @@ def hidden(
     layer: Callable[..., Any],
     segments: Segments | tuple[()] = (),
     noise: Noise | tuple[()] = (),
+    recipe: Recipe = Recipe(),  # noqa: B008  (frozen)
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     """The last layer's output (B, L, D), normalised if there is a norm; :func:`stats_sums` of each MoE layer;
     how uneven loads are (B,).
@@ -560,7 +574,7 @@ def hidden(
     if not x.is_floating_point():
         x = embed(x, use(params.embedding))
     layers, places = keyed(params.layers, noise)
-    x, found = stack(layer, layers, x, table, config, segments, *places)
+    x, found = stack(layer, layers, x, table, config, segments, places, recipe)
     sums = [counted for layers, _ in found for counted in layers]
     uneven = torch.zeros((x.shape[0],), dtype=accumulator(x.dtype), device=x.device)
     uneven = sum((balance for _, balances in found for balance in balances), uneven)
@@ -582,6 +596,7 @@ def one_layer(
     config: DecoderConfig,
     segments: Segments | tuple[()] = (),
     places: torch.Tensor | tuple[()] = (),
+    recipe: Recipe = Recipe(),  # noqa: B008  (frozen)
 ) -> tuple[torch.Tensor, Tensors, Tensors]:
     """The layer's output, what it counted if it has experts, and with ``config.balance_loss`` that (B,)."""
     keys: torch.Tensor | tuple[()] = ()
@@ -591,22 +606,22 @@ def one_layer(
             keys = fold_in(key, places)
     params = use(params)
     if isinstance(params.mlp, ExpertParams):
-        x, normed = _attended(params, x, table, config, segments)
-        return x + psum(mlp_forward(params.mlp, normed), present("tp")), (), ()
+        x, normed = _attended(params, x, table, config, segments, recipe.dense)
+        return x + psum(mlp_forward(params.mlp, normed, recipe.dense), present("tp")), (), ()
     # In halves, one's rows are on their way while the other computes. What a half launches comes before what
     # waits for the rows of the other, here and, in reverse, in the backward.
     parts = _halves(x, table, segments, keys) if in_halves("ep") else [(x, table, segments, keys)]
     before: list[torch.Tensor] = []
     begun: list[Begun] = []
     for x, table, segments, keys in parts:
-        x, normed = _attended(params, x, table, config, segments)
+        x, normed = _attended(params, x, table, config, segments, recipe.dense)
         before.append(x)
         begun = [send_layer(half) for half in begun]
         valid = segments.valid if isinstance(segments, Segments) else ()
         begun.append(begin_layer(params.mlp, normed, config.router, valid, keys))
     for i in range(len(begun)):
-        begun = experts_of(params.mlp, begun, i)
-    made = [end_layer(params.mlp, half) for half in begun]
+        begun = experts_of(params.mlp, begun, i, recipe)
+    made = [end_layer(params.mlp, half, recipe) for half in begun]
     y = [x + y for x, (y, _, _) in zip(before, made)]
     sums = [stats_sums(routing, overflow) for _, routing, overflow in made]
     sequences = [(half.routing, len(x)) for half, x in zip(begun, before) if config.balance_loss]
@@ -617,13 +632,19 @@ def one_layer(
 
 
 def _attended(
-    params: LayerParams, x: torch.Tensor, table: Angles, config: DecoderConfig, segments: Segments | tuple[()]
+    params: LayerParams,
+    x: torch.Tensor,
+    table: Angles,
+    config: DecoderConfig,
+    segments: Segments | tuple[()],
+    precision: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``x`` with the attention added, and the same normalised for what follows."""
     eps = config.norm_eps
     within_segments = (segments,) if isinstance(segments, Segments) else ()
     normed = rms_norm(x, params.attention_norm, eps)
-    x = x + config.attention.forward(params.attention, normed, table, eps, *within_segments)
+    of_products: dict[str, Any] = {} if precision is None else {"precision": precision}
+    x = x + config.attention.forward(params.attention, normed, table, eps, *within_segments, **of_products)
     return x, rms_norm(x, params.mlp_norm, eps)
 
 

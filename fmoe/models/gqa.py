@@ -7,12 +7,12 @@ import dataclasses
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 
 from ..errors import argument_error
 from ..ops.attention import causal_attention
 from ..ops.core.axes import present
 from ..ops.core.dynamo import rearrange
+from ..ops.linear import linear
 from ..ops.segments import Segments
 from ..parallel.collectives import psum
 from ..params import P, param
@@ -112,15 +112,17 @@ class GQA:
         table: Angles,
         norm_eps: float,
         segments: Segments | tuple[()] = (),
+        precision: str | None = None,
     ) -> torch.Tensor:
         """``x`` (B, L, D) -> (B, L, D), with heads that may be cut along ``tp``.
 
-        With ``segments``, a position sees its own only, and ``table`` is of its place in there.
+        With ``segments``, a position sees its own only, and ``table`` is of its place in there. ``precision``
+        is that of projections.
         """
 
         def heads(projection: Projection) -> torch.Tensor:
             weight, bias, norm = projection
-            y = F.linear(x, weight, given(bias))
+            y = linear(x, weight, given(bias), precision)
             if self.qk_norm == "all" and isinstance(norm, torch.Tensor):
                 y = rms_norm(y, norm, norm_eps, present("tp"))
             y = rearrange(y, "B L (heads N) -> B L heads N", N=self.head_dim)
@@ -131,7 +133,8 @@ class GQA:
         q, k, v = (heads(projection) for projection in params[:3])
         q, k = self.rope.turn(q, table), self.rope.turn(k, table)
         y = causal_attention(q, k, v, self.scale, segments)
-        y = psum(F.linear(rearrange(y, "B L H N -> B L (H N)"), params.out.weight), present("tp"))
+        y = linear(rearrange(y, "B L H N -> B L (H N)"), params.out.weight, precision=precision)
+        y = psum(y, present("tp"))
         bias = given(params.out.bias)
         return y if bias is None else y + bias
 

@@ -5,14 +5,15 @@ head's query and key without and with position. V is the dimension of its value.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from ..ops.attention import causal_attention
 from ..ops.core.axes import present
 from ..ops.core.dynamo import rearrange, repeat
+from ..ops.linear import linear
 from ..ops.segments import Segments
 from ..parallel.collectives import psum
 from ..params import P, param
@@ -104,24 +105,27 @@ class MLA:
         table: Angles,
         norm_eps: float,
         segments: Segments | tuple[()] = (),
+        precision: str | None = None,
     ) -> torch.Tensor:
         """``x`` (B, L, D) -> (B, L, D), with heads that may be cut along ``tp``.
 
-        With ``segments``, a position sees its own only, and ``table`` is of its place in there.
+        With ``segments``, a position sees its own only, and ``table`` is of its place in there. ``precision``
+        is that of projections.
         """
         nope, eps = self.qk_nope_head_dim, LATENT_NORM_EPS
+        project = functools.partial(linear, precision=precision)
         if isinstance(params.query, LowRankQuery):
             down, norm, up = params.query
-            q = F.linear(rms_norm(F.linear(x, down), norm, eps), up)
+            q = project(rms_norm(project(x, down), norm, eps), up)
         else:
-            q = F.linear(x, params.query)
+            q = project(x, params.query)
         q = rearrange(q, "B L (H head) -> B L H head", head=self.widths[0])  # the heads held here
         q_nope, q_rope = q.split([nope, self.rope.dim], -1)
-        latent, k_rope = F.linear(x, params.kv_down).split([self.kv_lora_rank, self.rope.dim], -1)
-        kv = F.linear(rms_norm(latent, params.kv_norm, eps), params.kv_up)
+        latent, k_rope = project(x, params.kv_down).split([self.kv_lora_rank, self.rope.dim], -1)
+        kv = project(rms_norm(latent, params.kv_norm, eps), params.kv_up)
         kv = rearrange(kv, "B L (H head) -> B L H head", H=q.shape[2])
         k_nope, v = kv.split([nope, self.v_head_dim], -1)
         k_rope = repeat(self.rope.turn(k_rope[:, :, None], table), "B L 1 R -> B L H R", H=q.shape[2])
         q, k = torch.cat([q_nope, self.rope.turn(q_rope, table)], -1), torch.cat([k_nope, k_rope], -1)
         y = causal_attention(q, k, v, self.scale, segments)
-        return psum(F.linear(rearrange(y, "B L H V -> B L (H V)"), params.out), present("tp"))
+        return psum(project(rearrange(y, "B L H V -> B L (H V)"), params.out), present("tp"))

@@ -16,6 +16,8 @@ from ..ops.core.axes import binding, present
 from ..ops.core.dynamo import rearrange
 from ..ops.dispatch import dispatch_join, dispatch_send, dispatch_start
 from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
+from ..ops.linear import linear
+from ..ops.precision import Recipe, recipe_of
 from ..ops.random import check_one_key, fold_in
 from ..ops.route import Router, RouterConfig, RouterParams, Routing, route, without_padding
 from ..ops.transport import InFlight, in_halves
@@ -144,6 +146,7 @@ def moe_forward(
     valid: torch.Tensor | None = ...,
     key: torch.Tensor | None = ...,
     backend: str | Backend = ...,
+    precision: str | Recipe | None = ...,
     return_stats: Literal[False] = ...,
 ) -> torch.Tensor: ...
 
@@ -158,6 +161,7 @@ def moe_forward(
     valid: torch.Tensor | None = ...,
     key: torch.Tensor | None = ...,
     backend: str | Backend = ...,
+    precision: str | Recipe | None = ...,
     return_stats: Literal[True],
 ) -> tuple[torch.Tensor, MoEStats]: ...
 
@@ -171,6 +175,7 @@ def moe_forward(
     valid: torch.Tensor | None = None,
     key: torch.Tensor | None = None,
     backend: str | Backend = "auto",
+    precision: str | Recipe | None = None,
     return_stats: bool = False,
 ) -> Any:
     """A mixture-of-experts layer. Every token goes through its top-k experts and the shared ones.
@@ -189,6 +194,8 @@ def moe_forward(
     backend                    carries tokens along ``ep``: ``"auto"``, ``"local"``, ``"all_to_all"`` or
                                ``"deepep"``; or a :class:`fmoe.parallel.Backend`, whose host needn't wait.
                                With a ``capacity``, ``return_stats`` has to say whether it was enough
+    precision                  of products, as :class:`fmoe.ops.precision.Recipe` says: ``"fp8_rowwise"`` for
+                               routed and shared experts. ``None``: they take operands as they are
     -> y          (..., D)     dtype of ``x``; with ``return_stats``, ``(y, MoEStats)``, over all tokens
     ============  ===========  ===============================================================
 
@@ -231,6 +238,7 @@ def moe_forward(
     tensor(10)
     """
     check_layer(params, x, router, valid)
+    recipe = recipe_of("moe_forward", precision)
     check_drawing("moe_forward", router, key)
     if key is not None:
         check_one_key("moe_forward", key, x)
@@ -246,7 +254,7 @@ def moe_forward(
     def layer(params: MoEParams, x: torch.Tensor, *others: torch.Tensor) -> Any:
         given = dict(zip([*inputs][1:], others))
         keys = fold_in(key, given["places"]) if key is not None and noisy else ()
-        y, routing, overflow = moe_layer(use(params), x, router, given.get("valid", ()), keys)
+        y, routing, overflow = moe_layer(use(params), x, router, given.get("valid", ()), keys, recipe)
         if not return_stats:
             return y
         sums = stats_sums(routing, overflow)
@@ -279,9 +287,11 @@ def moe_layer(
     router: RouterConfig | Router,
     valid: torch.Tensor | tuple[()] = (),
     keys: torch.Tensor | tuple[()] = (),
+    recipe: Recipe = Recipe(),  # noqa: B008  (frozen)
 ) -> tuple[torch.Tensor, Routing, torch.Tensor | tuple[()]]:
     """The layer on this device's pieces, along ``ep`` and ``tp`` if bound. Also the routing and overflow."""
-    return end_layer(params, experts_of(params, [begin_layer(params, x, router, valid, keys)], 0)[0])
+    (begun,) = experts_of(params, [begin_layer(params, x, router, valid, keys)], 0, recipe)
+    return end_layer(params, begun, recipe)
 
 
 class Begun(NamedTuple):
@@ -320,11 +330,11 @@ def send_layer(begun: Begun) -> Begun:
     return begun._replace(coming=dispatch_send(begun.coming))
 
 
-def experts_of(params: MoEParams, parts: Sequence[Begun], i: int) -> list[Begun]:
+def experts_of(params: MoEParams, parts: Sequence[Begun], i: int, recipe: Recipe) -> list[Begun]:
     """The experts of part ``i``, and begin to combine. The next one's dispatch goes on between the two."""
     found = [*parts]
     x_SD, plan = dispatch_join(parts[i].coming)
-    y_SD = experts_grouped_mm(params.experts, x_SD, plan)
+    y_SD = experts_grouped_mm(params.experts, x_SD, plan, precision=recipe.experts)
     if i + 1 < len(parts):
         found[i + 1] = send_layer(parts[i + 1])
     coming = combine_start(y_SD, plan) if params.shared or in_halves("ep") else combine(y_SD, plan)
@@ -332,10 +342,12 @@ def experts_of(params: MoEParams, parts: Sequence[Begun], i: int) -> list[Begun]
     return found
 
 
-def end_layer(params: MoEParams, begun: Begun) -> tuple[torch.Tensor, Routing, torch.Tensor | tuple[()]]:
+def end_layer(
+    params: MoEParams, begun: Begun, recipe: Recipe
+) -> tuple[torch.Tensor, Routing, torch.Tensor | tuple[()]]:
     """The shared experts, while rows may be on their way back, and the sum."""
     plan = begun.plan
-    shared = _shared_experts(params, begun.x_TD) if params.shared else None
+    shared = _shared_experts(params, begun.x_TD, recipe.dense) if params.shared else None
     y_TD = join(begun.coming, plan, shared) if isinstance(begun.coming, InFlight) else begun.coming
     overflow = plan.overflow
     if isinstance(overflow, torch.Tensor) and "ep" not in binding().tokens:
@@ -343,17 +355,18 @@ def end_layer(params: MoEParams, begun: Begun) -> tuple[torch.Tensor, Routing, t
     return psum(y_TD, present("tp")).reshape(begun.shape), begun.routing, overflow
 
 
-def _shared_experts(params: Any, x_TD: torch.Tensor) -> torch.Tensor:
-    y_TD = mlp_forward(params.shared, x_TD)
+def _shared_experts(params: Any, x_TD: torch.Tensor, precision: str | None) -> torch.Tensor:
+    y_TD = mlp_forward(params.shared, x_TD, precision)
     if isinstance(params.shared_gate, torch.Tensor):
         y_TD = F.linear(x_TD, params.shared_gate).sigmoid() * y_TD
     return y_TD.to(x_TD.dtype)  # autocast gives another
 
 
-def mlp_forward(params: ExpertParams, x: torch.Tensor) -> torch.Tensor:
+def mlp_forward(params: ExpertParams, x: torch.Tensor, precision: str | None = None) -> torch.Tensor:
     """``x`` (..., D) through one SwiGLU."""
-    h = F.linear(x, rearrange(params.w_in, "two F D -> (two F) D"))
-    return F.linear(swiglu(rearrange(h, "... (two F) -> ... two F", two=2)), params.w_out)
+    h = linear(x, rearrange(params.w_in, "two F D -> (two F) D"), precision=precision)
+    h = rearrange(h, "... (two F) -> ... two F", two=2)
+    return linear(swiglu(h), params.w_out, precision=precision)
 
 
 def shard_params(params: Any, mesh: DeviceMesh, specs: Any = None) -> Any:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from ..ops.core.dtypes import accumulator
+from ..ops.linear import linear
+from ..ops.precision import Recipe
 from ..ops.segments import Segments, shortened
 from ..parallel.placement import use
 from ..parallel.stack import stack
@@ -50,6 +51,7 @@ def predict_further(
     segments: Segments | tuple[()],
     noise: Noise | tuple[()],
     logits_bytes: int,
+    recipe: Recipe,
 ) -> Further:
     """The cross entropies of tokens after the next, from what the model gives its head, ``x`` (B, L, D).
 
@@ -69,11 +71,11 @@ def predict_further(
             ids = torch.where(within.valid, ids, IGNORED)
         embedded = rms_norm(later[:, length - short :], own.embedding_norm, eps)
         x = rms_norm(x[:, :short], own.hidden_norm, eps)
-        x = F.linear(torch.cat([embedded, x], -1), own.proj)
+        x = linear(torch.cat([embedded, x], -1), own.proj, precision=recipe.dense)
         drawn = noise._replace(places=noise.places[:, :short]) if isinstance(noise, Noise) else ()
         layers, places = keyed([module.layer], drawn, first=config.num_layers + k - 1)
         table = angles(config.attention.rope, x, within)
-        x, ((counted, balances),) = stack(layer, layers, x, table, config, within, *places)
+        x, ((counted, balances),) = stack(layer, layers, x, table, config, within, places, recipe)
         x = rms_norm(x, own.norm, eps)
         total = total + summed_cross_entropy(x, head, ids, logits_bytes=logits_bytes)[0]
         uneven, sums = sum(balances, uneven), [*sums, *counted]

@@ -23,12 +23,14 @@ class Keyed(NamedTuple):
     key: torch.Tensor
 
 
-def keyed(layers: Sequence[Any], noise: Noise | tuple[()], first: int = 0) -> tuple[list[Any], list[Any]]:
+def keyed(
+    layers: Sequence[Any], noise: Noise | tuple[()], first: int = 0
+) -> tuple[list[Any], torch.Tensor | tuple[()]]:
     """The layers that are held, and the places of tokens: layer ``i`` has the key ``first + i``.
 
     A key is a tensor, so that one compiled function serves all layers.
     """
     if not isinstance(noise, Noise):
-        return [*filter(None, layers)], []
+        return [*filter(None, layers)], ()
     keys = fold_in(noise.key, torch.arange(first, first + len(layers), device=noise.places.device))
-    return [Keyed(held, key) for held, key in zip(layers, keys.unbind()) if held], [noise.places]
+    return [Keyed(held, key) for held, key in zip(layers, keys.unbind()) if held], noise.places

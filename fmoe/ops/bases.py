@@ -5,6 +5,7 @@ Rows past the last group of a grouped product belong to nobody; their values are
 reach no result.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from .core.derive import Dims, Tensors
 from .core.dtypes import accumulator
 from .core.primitive import Operator, declare, linear
 from .core.tape import checkpoint
-from .kernels import grouped
+from .kernels import grouped, scaled
+from .precision import PRECISIONS
 
 GATHER = checkpoint("gather", save=False)
 GROUPED_MM = checkpoint("grouped_mm", save=False)
@@ -125,7 +127,7 @@ def _rows_by_key(offsets_Be: torch.Tensor, num_rows: int, shared: bool) -> tuple
     return torch.argsort(key, stable=True), counts.cumsum(0).to(torch.int32)
 
 
-def _grouped_mm_vmap(size: int, dims: Dims, x: Any, w: Any, offsets: Any) -> Fold:
+def _grouped_mm_vmap(size: int, dims: Dims, x: Any, w: Any, offsets: Any, *precision: Any) -> Fold:
     x, offsets = front(x, dims[0], size), front(offsets, dims[2], size)
     order, ends = _rows_by_key(offsets, x.shape[1], shared=dims[1] is None)
     w = fold_rows(w) if dims[1] is not None else w
@@ -136,13 +138,13 @@ def _grouped_mm_vmap(size: int, dims: Dims, x: Any, w: Any, offsets: Any) -> Fol
     def refold(outs: Tensors) -> Tensors:
         return (gather(fold_rows(outs[0]), order),)
 
-    return Fold((gather(fold_rows(x), order), w, ends), unfold, refold)
+    return Fold((gather(fold_rows(x), order), w, ends, *precision), unfold, refold)
 
 
-def _grouped_outer_vmap(size: int, dims: Dims, x: Any, y: Any, offsets: Any) -> Fold:
+def _grouped_outer_vmap(size: int, dims: Dims, x: Any, y: Any, offsets: Any, *precision: Any) -> Fold:
     x, y, offsets = (front(v, d, size) for v, d in zip((x, y, offsets), dims))
     order, ends = _rows_by_key(offsets, x.shape[1], shared=False)
-    return more_rows(size, gather(fold_rows(x), order), gather(fold_rows(y), order), ends)
+    return more_rows(size, gather(fold_rows(x), order), gather(fold_rows(y), order), ends, *precision)
 
 
 def total(*terms: torch.Tensor | None) -> torch.Tensor:
@@ -152,29 +154,42 @@ def total(*terms: torch.Tensor | None) -> torch.Tensor:
 
 
 def bilinear_jvp(op: Any) -> Any:
-    """The tangent of ``op(a, b, static)``, linear in ``a`` and in ``b``."""
+    """The tangent of ``op(a, b, *others)``, linear in ``a`` and in ``b``."""
 
-    def rule(inputs: tuple[Any, ...], ta: Any, tb: Any, _: Any) -> torch.Tensor:
-        a, b, static = inputs
-        return total(None if ta is None else op()(ta, b, static), None if tb is None else op()(a, tb, static))
+    def rule(inputs: tuple[Any, ...], ta: Any, tb: Any, *_: Any) -> torch.Tensor:
+        a, b, *others = inputs
+        return total(
+            None if ta is None else op()(ta, b, *others), None if tb is None else op()(a, tb, *others)
+        )
 
     return rule
 
 
 def _grouped_mm_vjp(inputs: tuple[Any, ...], needs: Any, g: torch.Tensor) -> tuple[Any, ...]:
-    x, w, offsets = inputs
+    x, w, offsets, *precision = inputs
     return (
-        grouped_mm(g, w.mT, offsets) if needs[0] else None,
-        grouped_outer(x, g, offsets) if needs[1] else None,
+        mm_in(*precision)(g, w.mT, offsets) if needs[0] else None,
+        _outer_in(*precision)(x, g, offsets) if needs[1] else None,
     )
 
 
 def _grouped_outer_vjp(inputs: tuple[Any, ...], needs: Any, g: torch.Tensor) -> tuple[Any, ...]:
-    x, y, offsets = inputs
+    x, y, offsets, *precision = inputs
     return (
-        grouped_mm(y, g.mT, offsets) if needs[0] else None,
-        grouped_mm(x, g, offsets) if needs[1] else None,
+        mm_in(*precision)(y, g.mT, offsets) if needs[0] else None,
+        mm_in(*precision)(x, g, offsets) if needs[1] else None,
     )
+
+
+def mm_in(precision: str | None = None) -> Callable[..., torch.Tensor]:
+    """``grouped_mm``, with operands rounded to a precision."""
+    return grouped_mm if precision is None else lambda x, w, ends: scaled_grouped_mm(x, w, ends, precision)
+
+
+def _outer_in(precision: str | None = None) -> Callable[..., torch.Tensor]:
+    if precision is None:
+        return grouped_outer
+    return lambda x, y, ends: scaled_grouped_outer(x, y, ends, precision)
 
 
 def _members(offsets_e: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -186,6 +201,10 @@ def _members(offsets_e: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def _offsets_example(num_rows: int) -> torch.Tensor:
     """The ends of three groups, any of which may be empty."""
     return torch.cat([torch.randint(num_rows + 1, (2,)).sort().values, torch.tensor([num_rows])]).int()
+
+
+def _precision_example() -> str:
+    return PRECISIONS[int(torch.randint(len(PRECISIONS), ()))]
 
 
 # x (R, I) in groups, w (e, I, O) -> (R, O): each group's rows times its own matrix.
@@ -213,5 +232,39 @@ grouped_outer: Operator = declare(
     vjp=_grouped_outer_vjp,
     by_need=True,
     jvp=bilinear_jvp(lambda: grouped_outer),
+    vmap=_grouped_outer_vmap,
+)
+
+
+# ---- the same products of fp8 numbers ----------------------------------------------------------
+#
+# Their rules are straight-through: those of the product without rounding, in fp8 again. They don't round
+# float64, in which all rules are compared with plain products.
+
+# As grouped_mm, with operands rounded to a precision of ops/precision.py.
+scaled_grouped_mm: Operator = declare(
+    "scaled_grouped_mm(Tensor x, Tensor w, Tensor offsets, str precision) -> Tensor",
+    impl=scaled.mm,
+    fake=lambda x, w, offsets, precision: x.new_empty(x.shape[0], w.shape[2]),
+    checkpoint=GROUPED_MM,
+    example=lambda: (random(5, 2), random(3, 2, 4), _offsets_example(5), _precision_example()),
+    plain=lambda x, w, offsets, precision: grouped_mm.plain(x, w, offsets),
+    vjp=_grouped_mm_vjp,
+    by_need=True,
+    jvp=bilinear_jvp(lambda: scaled_grouped_mm),
+    vmap=_grouped_mm_vmap,
+)
+
+# As grouped_outer.
+scaled_grouped_outer: Operator = declare(
+    "scaled_grouped_outer(Tensor x, Tensor y, Tensor offsets, str precision) -> Tensor",
+    impl=scaled.outer,
+    fake=lambda x, y, offsets, precision: x.new_empty(offsets.shape[0], x.shape[1], y.shape[1]),
+    checkpoint=GROUPED_MM,
+    example=lambda: (random(5, 2), random(5, 3), _offsets_example(5), _precision_example()),
+    plain=lambda x, y, offsets, precision: grouped_outer.plain(x, y, offsets),
+    vjp=_grouped_outer_vjp,
+    by_need=True,
+    jvp=bilinear_jvp(lambda: scaled_grouped_outer),
     vmap=_grouped_outer_vmap,
 )

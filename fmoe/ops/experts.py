@@ -12,14 +12,15 @@ from einops import rearrange
 
 from ..errors import argument_error
 from . import kernels
-from .bases import gather, gather_kernel, grouped_mm, random, scatter_add
+from .bases import gather, gather_kernel, mm_in, random, scatter_add
 from .combine import weight_gradients_kernel, weighted_sum_kernel
 from .core.derive import Tensors, pullback
 from .core.dtypes import accumulator, product_dtype
 from .core.primitive import Operator, declare
 from .core.tape import checkpoint
 from .dispatch import Plan, check_rows, plan_example, rows_of_slots
-from .kernels import grouped
+from .kernels import grouped, scaled
+from .precision import PRECISIONS, check_precision
 
 EXPERTS = checkpoint("experts_grouped_mm", save=False)
 
@@ -47,13 +48,16 @@ def swiglu(h: torch.Tensor) -> torch.Tensor:
     return F.silu(h[..., 0, :]) * h[..., 1, :]
 
 
-def experts_grouped_mm(expert_params: ExpertParams, x_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
+def experts_grouped_mm(
+    expert_params: ExpertParams, x_SD: torch.Tensor, plan: Plan, *, precision: str | None = None
+) -> torch.Tensor:
     """Run every held expert on the rows sent to it; weigh and sum the outputs of each row.
 
     =============  ==========  ================================================================
     expert_params              ``w_in`` (E, 2, F, D), ``w_out`` (E, D, F), dtype of ``x_SD``
     x_SD           (S, D)      rows from :func:`dispatch`; bfloat16, float16, float32 or float64
     plan                       their plan
+    precision                  of products, forward and backward, as in :class:`fmoe.ops.precision.Recipe`
     -> y_SD        (S, D)      zeros where no expert of a row is held here; dtype of ``x_SD``
     =============  ==========  ================================================================
 
@@ -61,7 +65,7 @@ def experts_grouped_mm(expert_params: ExpertParams, x_SD: torch.Tensor, plan: Pl
     the gathered rows nor the unsummed outputs. Sums over experts accumulate in float32. Under
     ``torch.autocast`` it takes rows and weights in autocast's dtype, as ``F.linear`` does.
 
-    Raises ``ValueError`` for shapes and dtypes that don't fit.
+    Raises ``ValueError`` for shapes and dtypes that don't fit, and for an unknown precision.
 
     Source: grouped GEMM as in MegaBlocks (arXiv 2211.15841); what is kept as in SonicMoE
     (arXiv 2512.14080).
@@ -72,10 +76,11 @@ def experts_grouped_mm(expert_params: ExpertParams, x_SD: torch.Tensor, plan: Pl
     >>> fmoe.combine(fmoe.experts_grouped_mm(params.experts, x_SD, plan), plan).shape
     torch.Size([3, 4])
     """
+    check_precision("experts_grouped_mm", "precision", precision)
     expert_params = ExpertParams(*(weight.to(product_dtype(weight)) for weight in expert_params))
     dtype, x_SD = x_SD.dtype, x_SD.to(product_dtype(x_SD))
     check_experts(expert_params, x_SD, plan)
-    rows = Layout(plan.weights_SK, plan.slot_R, plan.row_SK, plan.offsets_e, plan.score_before_experts)
+    rows = layout_of(plan, precision)
     return experts_down(experts_up(x_SD, expert_params.w_in, *rows), expert_params.w_out, *rows).to(dtype)
 
 
@@ -101,18 +106,29 @@ def check_experts(params: ExpertParams, x_SD: torch.Tensor, plan: Plan) -> None:
 
 
 class Layout(NamedTuple):
-    """The part of a :class:`Plan` that operators take: the rows of each expert, and when to weigh them."""
+    """What operators take beside rows and a weight.
+
+    It is the part of a :class:`Plan` that says which rows an expert has and when to weigh them, and the
+    precision of products.
+    """
 
     weights_SK: torch.Tensor
     slot_R: torch.Tensor
     row_SK: torch.Tensor
     offsets_e: torch.Tensor
     score_before: bool
+    precision: str | None = None
 
     @property
     def source_R(self) -> torch.Tensor:
         """The dispatched row that each expanded row is a copy of."""
         return rows_of_slots(self.slot_R, self.weights_SK.shape[1])
+
+
+def layout_of(plan: Plan, precision: str | None = None) -> Layout:
+    """The layout of a plan's rows."""
+    tensors = plan.weights_SK, plan.slot_R, plan.row_SK, plan.offsets_e
+    return Layout(*tensors, plan.score_before_experts, precision)
 
 
 def _up_reference(x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> torch.Tensor:
@@ -121,13 +137,13 @@ def _up_reference(x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> torch.Te
     if rows.score_before:
         weights_R = gather(rows.weights_SK.flatten(), rows.slot_R)
         x_RD = (x_RD * weights_R[:, None].to(accumulator(x.dtype))).to(x.dtype)
-    h = grouped_mm(x_RD, rearrange(w_in, "e two f d -> e d (two f)"), rows.offsets_e)
+    h = mm_in(rows.precision)(x_RD, rearrange(w_in, "e two f d -> e d (two f)"), rows.offsets_e)
     return rearrange(h, "r (two f) -> r two f", two=2)
 
 
 def _down_reference(h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> torch.Tensor:
     rows, wide = Layout(*fields), accumulator(h.dtype)
-    y_RD = grouped_mm(swiglu(h), w_out.mT, rows.offsets_e).to(wide)
+    y_RD = mm_in(rows.precision)(swiglu(h), w_out.mT, rows.offsets_e).to(wide)
     if not rows.score_before:
         y_RD = y_RD * gather(rows.weights_SK.flatten(), rows.slot_R)[:, None].to(wide)
     return scatter_add(y_RD, rows.source_R, rows.weights_SK.shape[0]).to(h.dtype)
@@ -139,7 +155,7 @@ def _weights_R1(rows: Layout) -> torch.Tensor:
 
 def _expand(x: torch.Tensor, rows: Layout, *, scaled: bool) -> torch.Tensor:
     """A copy of each token for each of its rows, times the pair's weight if ``scaled``."""
-    weights, slot, row, offsets, _ = rows
+    weights, slot, row, offsets, *_ = rows
     if kernels.fused(x, weights):
         from .kernels import rows as fused
 
@@ -160,7 +176,7 @@ def _activation(h: torch.Tensor, rows: Layout, *, scaled: bool) -> torch.Tensor:
 
 def _activation_backward(g_act: torch.Tensor, h: torch.Tensor, rows: Layout, *, scaled: bool) -> Tensors:
     """Cotangents of the pre-activation and of the weights, from that of the activation before weights."""
-    weights, slot, row, offsets, _ = rows
+    weights, slot, row, offsets, *_ = rows
     if kernels.fused(h, weights):
         from .kernels import activation
 
@@ -178,10 +194,70 @@ def _activation_backward(g_act: torch.Tensor, h: torch.Tensor, rows: Layout, *, 
     return torch.stack([g_gate, g_act * silu], 1).to(h.dtype), g_weights
 
 
+def _mm(x_RI: Any, w_eIO: torch.Tensor, rows: Layout) -> torch.Tensor:
+    """Rows times their expert's matrix, in the precision of products."""
+    if rows.precision is None:
+        return grouped.mm(x_RI, w_eIO, rows.offsets_e)
+    return scaled.mm(x_RI, w_eIO, rows.offsets_e, rows.precision)
+
+
+def _outer(x_RI: Any, y_RO: Any, rows: Layout) -> torch.Tensor:
+    """The sum over each expert's rows, in the precision of products."""
+    if rows.precision is None:
+        return grouped.outer(x_RI, y_RO, rows.offsets_e)
+    return scaled.outer(x_RI, y_RO, rows.offsets_e, rows.precision)
+
+
+def _fast(x: torch.Tensor, weight: torch.Tensor, rows: Layout) -> bool:
+    """Whether kernels write what fp8 products take, for these tokens and an expert's weight."""
+    return rows.slot_R.shape[0] > 0 and scaled.fast(rows.precision, x, *weight.shape[-2:])
+
+
+def _expanded(x: torch.Tensor, weight: torch.Tensor, rows: Layout, *, weighted: bool) -> Any:
+    """:func:`_expand` as products take it: in fp8, tokens are scaled before they are copied."""
+    if weighted or not _fast(x, weight, rows):
+        return _expand(x, rows, scaled=weighted)
+    from .kernels import rows as fused
+
+    values, scale = scaled.rows(x)
+    where = rows.row_SK, rows.slot_R, rows.offsets_e, None
+    copies = fused.expand(values.view(torch.int8), *where).view(values.dtype)
+    return scaled.Scaled(copies, fused.expand(scale[:, None], *where)[:, 0])
+
+
+def _expanded_columns(x: torch.Tensor, weight: torch.Tensor, rows: Layout, *, weighted: bool) -> Any:
+    """:func:`_expand` as sums over rows take it."""
+    if not _fast(x, weight, rows):
+        return _expand(x, rows, scaled=weighted)
+    from .kernels import quantise
+
+    weights, slot, row, offsets, *_ = rows
+    return quantise.gathered_columns(x, slot, offsets, row.shape[1], weights if weighted else None)
+
+
+def _activated(h: torch.Tensor, weight: torch.Tensor, rows: Layout) -> Any:
+    """:func:`_activation` as products take it."""
+    if not _fast(h, weight, rows):
+        return _activation(h, rows, scaled=False)
+    from .kernels import quantise
+
+    return quantise.activated(h, rows.offsets_e)
+
+
+def _activated_columns(h: torch.Tensor, weight: torch.Tensor, rows: Layout) -> Any:
+    """:func:`_activation`, weighed if the experts' outputs are, as sums over rows take it."""
+    weighted = not rows.score_before
+    if not _fast(h, weight, rows):
+        return _activation(h, rows, scaled=weighted)
+    from .kernels import quantise
+
+    return quantise.activated_columns(h, rows.slot_R, rows.offsets_e, rows.weights_SK if weighted else None)
+
+
 def _up_kernel(x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> torch.Tensor:
     rows = Layout(*fields)
-    x_RD = _expand(x, rows, scaled=rows.score_before)
-    return grouped.mm(x_RD, w_in.flatten(1, 2).mT, rows.offsets_e).unflatten(1, (2, -1))
+    x_RD = _expanded(x, w_in, rows, weighted=rows.score_before)
+    return _mm(x_RD, w_in.flatten(1, 2).mT, rows).unflatten(1, (2, -1))
 
 
 def _up_backward_kernel(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> Tensors:
@@ -190,32 +266,37 @@ def _up_backward_kernel(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, 
 
 
 def _up_inputs_kernel(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> Tensors:
-    weights, slot, row, offsets, score_before = Layout(*fields)
-    g_x_RD = grouped.mm(g_h.flatten(1), w_in.flatten(1, 2), offsets)
-    if score_before:
+    rows = Layout(*fields)
+    weights, slot, row, *_ = rows
+    g_x_RD = _mm(g_h.flatten(1), w_in.flatten(1, 2), rows)
+    if rows.score_before:
         g_weights = weight_gradients_kernel(x, g_x_RD, weights, slot, row)
         return weighted_sum_kernel(g_x_RD, weights, slot, row), g_weights
     return weighted_sum_kernel(g_x_RD, None, slot, row), weights.new_empty(0)
 
 
 def _up_weight_kernel(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> torch.Tensor:
-    rows = Layout(*fields)
-    x_RD = _expand(x, rows, scaled=rows.score_before)
-    return grouped.outer(g_h.flatten(1), x_RD, rows.offsets_e).unflatten(1, (2, -1))
+    rows, g_RF = Layout(*fields), g_h.flatten(1)
+    x_RD = _expanded_columns(x, w_in, rows, weighted=rows.score_before)
+    g: Any = scaled.columns(g_RF, rows.offsets_e) if isinstance(x_RD, scaled.Columns) else g_RF
+    return _outer(g, x_RD, rows).to(x.dtype).unflatten(1, (2, -1))
 
 
 def _down_kernel(h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> torch.Tensor:
     rows = Layout(*fields)
-    act = _activation(h, rows, scaled=False)
-    y_RD = grouped.mm(act, w_out.mT, rows.offsets_e)
+    y_RD = _mm(_activated(h, w_out, rows), w_out.mT, rows)
     return weighted_sum_kernel(y_RD, None if rows.score_before else rows.weights_SK, rows.slot_R, rows.row_SK)
 
 
 def _down_backward_kernel(g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> Tensors:
     rows = Layout(*fields)
+    if _fast(g, w_out, rows):
+        g_w_out = _down_weight_kernel(g, h, w_out, *fields)
+        g_h, g_weights = _down_inputs_kernel(g, h, w_out, *fields)
+        return g_h, g_w_out, g_weights
     g_RD = _expand(g, rows, scaled=False)
-    g_w_out = _down_weight(g_RD, h, rows)
-    g_act = grouped.mm(g_RD, w_out, rows.offsets_e)
+    g_w_out = _outer(g_RD, _activated_columns(h, w_out, rows), rows)
+    g_act = _mm(g_RD, w_out, rows)
     del g_RD
     g_h, g_weights = _activation_backward(g_act, h, rows, scaled=not rows.score_before)
     return g_h, g_w_out, g_weights
@@ -223,25 +304,21 @@ def _down_backward_kernel(g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor,
 
 def _down_inputs_kernel(g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> Tensors:
     rows = Layout(*fields)
-    g_act = grouped.mm(_expand(g, rows, scaled=False), w_out, rows.offsets_e)
+    g_act = _mm(_expanded(g, w_out, rows, weighted=False), w_out, rows)
     return _activation_backward(g_act, h, rows, scaled=not rows.score_before)
 
 
 def _down_weight_kernel(g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> torch.Tensor:
     rows = Layout(*fields)
-    return _down_weight(_expand(g, rows, scaled=False), h, rows)
-
-
-def _down_weight(g_RD: torch.Tensor, h: torch.Tensor, rows: Layout) -> torch.Tensor:
     # The activation is computed again for g_h: cheaper than to hold it beside that.
-    act = _activation(h, rows, scaled=not rows.score_before)
-    return grouped.outer(g_RD, act, rows.offsets_e)
+    act = _activated_columns(h, w_out, rows)
+    return _outer(_expanded_columns(g, w_out, rows, weighted=False), act, rows).to(h.dtype)
 
 
 # Weights that don't multiply these rows have no cotangent here: a tensor without elements stands for it.
 def _backward_fake(scaled_before: bool) -> Any:
     def fake(g: Any, rows: Any, weight: Any, weights: Any, *rest: Any) -> Tensors:
-        shape = weights.shape if rest[-1] == scaled_before else (0,)
+        shape = weights.shape if Layout(weights, *rest).score_before == scaled_before else (0,)
         return rows.new_empty(rows.shape), weight.new_empty(weight.shape), weights.new_empty(shape)
 
     return fake
@@ -250,16 +327,19 @@ def _backward_fake(scaled_before: bool) -> Any:
 def _backward_reference(reference: Any, scaled_before: bool) -> Any:
     def call(*args: Any) -> Tensors:
         g_rows, g_weight, g_weights = pullback(reference)(*args)
-        return g_rows, g_weight, g_weights if args[-1] == scaled_before else g_weights.new_empty(0)
+        multiplied = Layout(*args[3:]).score_before == scaled_before
+        return g_rows, g_weight, g_weights if multiplied else g_weights.new_empty(0)
 
     return call
 
 
 def _layout_example() -> tuple[Any, ...]:
-    return *plan_example(), bool(torch.rand(()) < 0.5)
+    precisions = None, *PRECISIONS
+    chosen = precisions[int(torch.randint(len(precisions), ()))]
+    return *plan_example(), bool(torch.rand(()) < 0.5), chosen
 
 
-_LAYOUT = "Tensor weights, Tensor slot, Tensor row, Tensor offsets, bool score_before"
+_LAYOUT = "Tensor weights, Tensor slot, Tensor row, Tensor offsets, bool score_before, str? precision"
 
 experts_up_backward: Operator = declare(
     f"experts_up_backward(Tensor g, Tensor x, Tensor w_in, {_LAYOUT}) -> (Tensor, Tensor, Tensor)",
@@ -342,12 +422,12 @@ _DOWN: _Backwards = _in_halves(
 
 def _by_need(backwards: _Backwards, inputs: Any, needs: Any, g: torch.Tensor) -> tuple[Any, ...]:
     """The cotangents of the first three inputs, or of those that need one."""
-    scaled = inputs[-1] == backwards.scaled_before
+    multiplied = Layout(*inputs[2:]).score_before == backwards.scaled_before
     g_weight = None
-    if not (needs[0] or (needs[2] and scaled)):
+    if not (needs[0] or (needs[2] and multiplied)):
         return (None, backwards.of_weight(g, *inputs)) if needs[1] else ()
     if needs[1]:
         g_rows, g_weight, g_weights = backwards.whole(g, *inputs)
     else:
         g_rows, g_weights = backwards.of_inputs(g, *inputs)
-    return g_rows, g_weight, g_weights if scaled else None
+    return g_rows, g_weight, g_weights if multiplied else None

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..ops import update
 from ..ops.core.dtypes import accumulator
 from ..ops.cross_entropy import block_columns, block_rows
+from ..ops.kernels import scaled
+from ..ops.precision import ROWWISE
 
 GRANULE = 512  # CUDA's allocator rounds sizes up to this
 CUBLAS = 2 * 32 * 2**20  # its workspace on Hopper, for both threads that launch: forward, backward
@@ -185,28 +187,112 @@ def exchanged(rows: Rows, x: Any, weights: Any, ids: Any, num_experts: int, size
 # ---- bytes that kernels on CUDA hold beyond arguments and results ------------------------------------------
 
 
+class _Experts(NamedTuple):
+    """Sizes of an experts' operator, and the bytes of its operands in fp8: numbers, and float32 scales.
+
+    ``w_rows`` are weights scaled by their last dimension, ``w_columns`` by the other. ``x_columns`` are of
+    dimension D, and ``h_columns`` of F, for sums over rows, of which each expert's begin at a multiple.
+    """
+
+    rows: int
+    tokens: int
+    dim: int
+    hidden: int
+    weight: int
+    size: int
+    score_before: bool
+    fp8: bool
+    x_columns: int
+    h_columns: int
+    weights: int
+
+
+def _of_experts(weight: torch.Tensor, rows: int, num_tokens: int, others: Any, *, up: bool) -> _Experts:
+    num, hidden = weight.shape[0], weight.shape[-2 if up else -1]
+    dim = weight.shape[-1 if up else -2]
+    padded = rows + num * (scaled.MULTIPLE - 1)
+    return _Experts(
+        rows, num_tokens, dim, hidden, weight.numel(), weight.element_size(),
+        bool(others[4]), others[-1] == ROWWISE,
+        dim * (padded + 4 * num), hidden * (padded + 4 * num), weight.numel() + 4 * num * (dim + 2 * hidden),
+    )  # fmt: skip
+
+
+def _up_of(x: Any, w_in: Any, *others: Any) -> _Experts:
+    return _of_experts(w_in, others[1].shape[0], x.shape[0], others, up=True)
+
+
+def _down_of(h: Any, w_out: Any, *others: Any) -> _Experts:
+    return _of_experts(w_out, h.shape[0], others[0].shape[0], others, up=False)
+
+
 def _experts_up(args: Any, outs: Any) -> int:
-    x, slot = args[0], args[3]
-    return slot.shape[0] * x.shape[1] * x.element_size()  # the expanded rows
+    e = _up_of(*args)
+    wide = e.rows * e.dim
+    if e.fp8:
+        return wide + 4 * e.rows + e.weights + e.score_before * e.size * wide
+    return wide * e.size  # the expanded rows
+
+
+def _experts_up_backward_inputs(args: Any, outs: Any) -> int:
+    """Cotangents of expanded rows, before they are summed; in fp8 beside what they are the product of."""
+    e = _up_of(*args[1:])
+    wide = e.size * e.rows * e.dim
+    factors = 2 * e.rows * e.hidden + 4 * e.rows + e.weights
+    return max(wide, wide + factors - e.size * e.tokens * e.dim) if e.fp8 else wide
+
+
+def _experts_up_backward_weight(args: Any, outs: Any) -> int:
+    e = _up_of(*args[1:])
+    return e.x_columns + 2 * e.h_columns if e.fp8 else e.size * e.rows * e.dim
 
 
 def _experts_up_backward(args: Any, outs: Any) -> int:
-    return _experts_up(args[1:], outs)
+    e = _up_of(*args[1:])
+    if not e.fp8:
+        return _experts_up_backward_weight(args, outs)
+    first = _experts_up_backward_inputs(args, outs) - e.size * e.weight  # whose cotangent comes later
+    return max(first, _experts_up_backward_weight(args, outs))
 
 
 def _experts_down(args: Any, outs: Any) -> int:
-    h, w_out = args[0], args[1]
-    return h.shape[0] * (h.shape[2] + w_out.shape[1]) * h.element_size()  # activation, unsummed rows
+    """The activation beside unsummed rows, then these beside their sum."""
+    e = _down_of(*args)
+    activation = e.rows * (e.hidden + 4) + e.weights if e.fp8 else e.size * e.rows * e.hidden
+    wide = e.size * e.rows * e.dim
+    return wide + max(0, activation - e.size * e.tokens * e.dim)
 
 
-def _experts_down_backward(args: Any, outs: Any) -> int:
-    h, hidden, dim = args[1], args[1].shape[2], args[2].shape[1]
-    # Two of (R, F) in turn. The first lies beside the expanded cotangents, before g_h (R, 2, F) exists.
-    return h.shape[0] * max(hidden, dim - hidden) * h.element_size()
+def _experts_down_backward_inputs(args: Any, outs: Any) -> int:
+    """Expanded cotangents and those of the activation, then these beside those of the pre-activation."""
+    e = _down_of(*args[1:])
+    wide = e.rows * (e.dim + 4) + e.weights if e.fp8 else e.size * e.rows * e.dim
+    return e.size * e.rows * e.hidden + max(0, wide - 2 * e.size * e.rows * e.hidden)
 
 
 def _experts_down_backward_weight(args: Any, outs: Any) -> int:
-    return _experts_down(args[1:], outs)  # activation, expanded cotangents
+    """The activation and expanded cotangents."""
+    e = _down_of(*args[1:])
+    return e.x_columns + e.h_columns if e.fp8 else e.size * e.rows * (e.hidden + e.dim)
+
+
+def _experts_down_backward(args: Any, outs: Any) -> int:
+    e = _down_of(*args[1:])
+    # The weight's comes first, before the cotangents of the pre-activation exist.
+    first = _experts_down_backward_weight(args, outs) - 2 * e.size * e.rows * e.hidden
+    return max(first, _experts_down_backward_inputs(args, outs))
+
+
+def _scaled_grouped_mm(args: Any, outs: Any) -> int:
+    """Both operands in fp8."""
+    x, w = args[:2]
+    return x.numel() + 4 * x.shape[0] + w.numel() + 4 * w.shape[0] * w.shape[2]
+
+
+def _scaled_grouped_outer(args: Any, outs: Any) -> int:
+    x, y, offsets = args[:3]
+    padded = x.shape[0] + len(offsets) * (scaled.MULTIPLE - 1)
+    return (x.shape[1] + y.shape[1]) * (padded + 4 * len(offsets))
 
 
 def _wide(*tensors: torch.Tensor) -> int:
@@ -314,12 +400,14 @@ WORKSPACES: dict[str, Callable[[Any, Any], int]] = {
     "fmoe::adamw_": lambda args, outs: _widened(args, update.LARGE),
     "fmoe::experts_up": _experts_up,
     "fmoe::experts_up_backward": _experts_up_backward,
-    "fmoe::experts_up_backward_inputs": _experts_up_backward,
-    "fmoe::experts_up_backward_weight": _experts_up_backward,
+    "fmoe::experts_up_backward_inputs": _experts_up_backward_inputs,
+    "fmoe::experts_up_backward_weight": _experts_up_backward_weight,
     "fmoe::experts_down": _experts_down,
     "fmoe::experts_down_backward": _experts_down_backward,
-    "fmoe::experts_down_backward_inputs": _experts_down_backward,
+    "fmoe::experts_down_backward_inputs": _experts_down_backward_inputs,
     "fmoe::experts_down_backward_weight": _experts_down_backward_weight,
+    "fmoe::scaled_grouped_mm": _scaled_grouped_mm,
+    "fmoe::scaled_grouped_outer": _scaled_grouped_outer,
     "fmoe::attention": _attention,
     "fmoe::attention_backward": _attention_backward,
     "fmoe::segment_attention": lambda args, outs: _attention(args, outs) + _mask(args[0]),

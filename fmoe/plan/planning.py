@@ -17,6 +17,7 @@ from ..models.counts import flops_per_token
 from ..models.stages import Stages
 from ..ops.core.axes import MeshOfSizes, axis_sizes, group_of
 from ..ops.cross_entropy import LOGITS_BYTES
+from ..ops.precision import ROWWISE, Recipe, recipe_of
 from ..ops.route import topk
 from ..parallel.backends import Backend, backend_of
 from ..parallel.backends.bounds import Bound
@@ -31,6 +32,7 @@ from .rank import Job, RankPlan, check_divides, plan_alone
 from .rates import Rates
 from .replay import plan_in_stages
 from .time import Time, planned
+from .work import IN_FP8
 
 SAMPLED_TOKENS = 8192
 
@@ -84,6 +86,7 @@ def plan(
     device_type: str = "cuda",
     rates: Rates | None = None,
     compiled: bool = False,
+    precision: str | Recipe | None = None,
 ) -> Plan:
     """Plan the memory, the traffic and the time of a training step on each device, without using any.
 
@@ -107,6 +110,7 @@ def plan(
     rates          those of the devices and their links, as :func:`read_rates` gives them; ``None``: no time
     compiled       for the time: whether each layer is compiled, so that neighbouring elementwise operators
                    run as one
+    precision      of products, as for ``decoder.loss``; but only those that kernels compute
     -> Plan
     =============  =======================================================================
 
@@ -117,7 +121,7 @@ def plan(
     Modules of multi-token prediction are planned with their loss.
 
     Raises ``ValueError`` for sizes below 1, for sizes that the mesh doesn't divide, for another ``zero``, for
-    a schedule or stages that don't fit the mesh, and for other devices.
+    a schedule or stages that don't fit the mesh, for other devices, and for a precision without kernels.
 
     >>> from fmoe.models.decoder import num_params, preset
     >>> found = plan(preset("debug"), batch_size=4, seq_len=64, device_type="cpu")
@@ -130,8 +134,13 @@ def plan(
         if not isinstance(number, int) or number < 1:
             raise error(name, got=number, expected="an integer of at least 1")
     check_zero("plan", zero)
+    recipe = recipe_of("plan", precision)
+    slow = {recipe.experts, recipe.dense} - {None, ROWWISE}
+    if slow and (rates or device_type == "cuda"):
+        got, expected = ", ".join(map(repr, slow)), f"{ROWWISE!r} or None, which kernels compute"
+        raise error("precision", got=got, expected=expected)
     if rates:
-        _check_rates(rates, compute_dtype or dtype)
+        _check_rates(rates, compute_dtype or dtype, recipe)
     bounded = backend_of("plan", backend)
     if bounded.in_halves:
         expected = "a backend without in_halves, which changes what a layer holds, and its time"
@@ -169,6 +178,7 @@ def plan(
     job = Job(
         config, here, batch, micro_batches, dtype, compute_dtype or dtype, reduce_dtype, zero, per_layer,
         optimizer or adamw(), max_norm, logits_bytes, segments, rows, device_type == "cuda", rates, compiled,
+        recipe,
     )  # fmt: skip
     _check_links(rates, sizes)
     whole: Any = MeshOfSizes(sizes)
@@ -193,10 +203,16 @@ def _check_links(rates: Rates | None, sizes: Mapping[str, int]) -> None:
         raise argument_error("plan", "rates.links", got=got, expected=expected, remedy=remedy)
 
 
-def _check_rates(rates: Rates, dtype: torch.dtype) -> None:
+def _check_rates(rates: Rates, dtype: torch.dtype, recipe: Recipe) -> None:
     if rates.dtype != str(dtype).removeprefix("torch."):
         expected, remedy = f"those of {dtype}, which it computes in", "Measure them with --dtype."
         raise argument_error("plan", "rates", got=f"rates of {rates.dtype}", expected=expected, remedy=remedy)
+    wanted = {IN_FP8["experts"]} if recipe.experts else set()
+    wanted |= {IN_FP8["products"]} if recipe.dense else set()
+    if without := sorted(wanted - {*rates.flops}):
+        expected, remedy = "those of products in fp8", "Measure the file again with bench rates."
+        got = f"no {' and no '.join(without)}"
+        raise argument_error("plan", "rates.flops", got=got, expected=expected, remedy=remedy)
 
 
 def copies_per_token(config: DecoderConfig, ep: int) -> float:

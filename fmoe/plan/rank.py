@@ -17,6 +17,7 @@ from ..models.decoder import stage_loss
 from ..models.params import ModelParams, specs
 from ..ops.core.axes import Binding, axis_sizes, bound
 from ..ops.core.host import on_host
+from ..ops.precision import Recipe
 from ..parallel.boundary import enter
 from ..parallel.placement import computing, moves, placed, token_axes
 from ..parallel.spec import axes_by_dim, known_axes
@@ -117,6 +118,7 @@ class Job(NamedTuple):
     on_cuda: bool
     rates: Rates | None = None
     compiled: bool = False
+    recipe: Recipe = Recipe()
 
 
 class Stepped(NamedTuple):
@@ -277,8 +279,11 @@ def _differentiated(
     def loss(params: ModelParams, tokens: torch.Tensor) -> Any:
         # Any tokens will do, also as targets.
         ids = torch.ones_like(tokens) if job.segments else None
-        how = job.per_layer, job.logits_bytes, mtp_weight(job)
-        out = stage_loss(params, tokens, tokens, job.config, *how, ids)
+        how: dict[str, Any] = dict(
+            per_layer=job.per_layer, logits_bytes=job.logits_bytes, mtp_weight=mtp_weight(job),
+            precision=job.recipe,
+        )  # fmt: skip
+        out = stage_loss(params, tokens, tokens, job.config, segment_ids=ids, **how)
         run.mark("forward")
         return out
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ..errors import argument_error
 from ..parallel.mesh import AXES
-from .work import Work
+from .work import IN_FP8, Work
 
 PRODUCTS = ("products", "experts", "attention", "attention_backward", "loss")
 
@@ -43,7 +43,8 @@ class Rates(NamedTuple):
     ``device``       its name
     ``dtype``        of the arithmetic, as ``"bfloat16"``
     ``peak_flops``   a second, by its vendor; MFU is a share of them. ``None``: unknown
-    ``flops``        a second, of ``products``, ``experts``, ``attention``, ``attention_backward``, ``loss``
+    ``flops``        a second, of ``products``, ``experts``, ``attention``, ``attention_backward``, ``loss``;
+                     where there are products in fp8, of ``products_fp8`` and ``experts_fp8``
     ``memory``       bytes a second that are read or written
     ``optimizer``    the same in a fused AdamW
     ``launch``       seconds that the shortest kernel takes
@@ -123,7 +124,11 @@ def read_rates(path: str | Path) -> Rates:
         device=str(found.get("device")),
         dtype=str(found.get("dtype")),
         peak_flops=None if peak is None else number("peak_flops", peak),
-        flops={name: number(f"flops.{name}", flops[name]) for name in PRODUCTS},
+        flops={
+            name: number(f"flops.{name}", flops[name])
+            for name in (*PRODUCTS, *IN_FP8.values())
+            if name in flops
+        },
         links={
             along: Link(
                 number(f"links.{along}.bytes_per_second", link.get("bytes_per_second")),

@@ -150,7 +150,10 @@ def sample(job: Job, schedule: Schedule, stages: Stages, rank: int, everywhere: 
     """Run a step of a rank in which every stage computes two micro-batches, or one if there is only one."""
     tree = stages.of_rank(specs(job.config), rank)
     mine = schedule.stages(rank)
-    each = dict(per_layer=job.per_layer, logits_bytes=job.logits_bytes, mtp_weight=mtp_weight(job))
+    each = dict(
+        per_layer=job.per_layer, logits_bytes=job.logits_bytes, mtp_weight=mtp_weight(job),
+        precision=job.recipe,
+    )  # fmt: skip
     group = SimpleNamespace(group_name=f"pp={len(schedule.actions)}")
     on = {"dtype": job.compute_dtype}
     setup = Setup("plan", job.config, rank, group, job.mesh, everywhere, schedule, stages, on, each)

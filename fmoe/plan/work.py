@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops.cross_entropy import block_rows
+from ..ops.precision import ROWWISE
 from .dry_run import COPIES_INTO
 
 
@@ -35,6 +36,7 @@ class Work(NamedTuple):
 
 
 ADAMW = "fmoe::adamw_"
+IN_FP8 = {"products": "products_fp8", "experts": "experts_fp8"}  # the rates of products in fp8
 NONE = Work("memory", 0, 0)
 
 # Nothing is read or written by these, though PyTorch gives them memory of their own.
@@ -103,50 +105,103 @@ def _grouped(args: Any, outs: Any) -> Product:
     return "experts", 2.0 * x.shape[0] * x.shape[1] * w.shape[-1], 0
 
 
+def _scaled_grouped(args: Any, outs: Any) -> Product:
+    """Dense products in fp8: both operands are read, and written in fp8."""
+    x, other = args[:2]
+    flops = 2.0 * x.shape[0] * x.shape[1] * other.shape[-1]
+    return IN_FP8["products"], flops, sum(t.numel() * (t.element_size() + 1) for t in (x, other))
+
+
 class _Rows(NamedTuple):
-    """The FLOPs of one product of the experts, and the bytes of rows (R, D), (R, F) and (S, D)."""
+    """The FLOPs of one product of the experts, and the numbers of rows (R, D), (R, F) and (S, D).
+
+    And those of their weight, the bytes of a number, and whether products are in fp8.
+    """
 
     flops: float
     wide: int
     hidden: int
     tokens: int
+    weight: int
+    size: int
+    fp8: bool
 
 
-def _up(x: Any, w_in: Any, weights: Any, slot: Any, *_: Any) -> _Rows:
-    rows, (_, two, hidden, dim), size = slot.shape[0], w_in.shape, x.element_size()
-    return _Rows(2.0 * rows * dim * two * hidden, rows * dim * size, rows * hidden * size, x.numel() * size)
+def _up(x: Any, w_in: Any, weights: Any, slot: Any, *others: Any) -> _Rows:
+    rows, (_, two, hidden, dim) = slot.shape[0], w_in.shape
+    flops = 2.0 * rows * dim * two * hidden
+    numbers = rows * dim, rows * hidden, x.numel(), w_in.numel()
+    return _Rows(flops, *numbers, x.element_size(), others[-1] == ROWWISE)
 
 
-def _down(h: Any, w_out: Any, weights: Any, *_: Any) -> _Rows:
-    (rows, _, hidden), dim, size = h.shape, w_out.shape[1], h.element_size()
-    tokens = weights.shape[0] * dim
-    return _Rows(2.0 * rows * dim * hidden, rows * dim * size, rows * hidden * size, tokens * size)
+def _down(h: Any, w_out: Any, weights: Any, *others: Any) -> _Rows:
+    (rows, _, hidden), dim = h.shape, w_out.shape[1]
+    numbers = rows * dim, rows * hidden, weights.shape[0] * dim, w_out.numel()
+    return _Rows(2.0 * rows * dim * hidden, *numbers, h.element_size(), others[-1] == ROWWISE)
 
 
-def _experts(at: int, of: Callable[..., _Rows], products: int, passed: Callable[[_Rows], int]) -> Any:
+def _experts(at: int, of: Callable[..., _Rows], products: int, passed: Callable[[_Rows], float]) -> Any:
     """An operator of the experts, whose inputs begin with argument ``at``."""
 
     def count(args: Any, outs: Any) -> Product:
         rows = of(*args[at:])
-        return "experts", products * rows.flops, passed(rows)
+        return IN_FP8["experts"] if rows.fp8 else "experts", products * rows.flops, passed(rows)
 
     return count
 
 
-def _expanded(r: _Rows) -> int:
-    return 2 * r.wide
+# Bytes that kernels read and write. What products in fp8 take is written in one byte a number.
 
 
-def _summed(r: _Rows) -> int:
-    return r.wide + r.tokens
+def _expanded(r: _Rows) -> float:
+    return (r.size + (1 if r.fp8 else r.size)) * r.wide
 
 
-def _activated(r: _Rows) -> int:
-    return 3 * r.hidden
+def _summed(r: _Rows) -> float:
+    return r.size * (r.wide + r.tokens)
 
 
-def _pulled_back(r: _Rows) -> int:
-    return 5 * r.hidden
+def _activated(r: _Rows) -> float:
+    return (2 * r.size + (1 if r.fp8 else r.size)) * r.hidden
+
+
+def _pulled_back(r: _Rows) -> float:
+    return 5 * r.size * r.hidden
+
+
+def _quantised(r: _Rows, weights: int = 0, hidden: int = 0) -> float:
+    """Weights and rows (R, F) that only products in fp8 read and write once more."""
+    return r.fp8 * (r.size + 1) * (weights * r.weight + hidden * r.hidden)
+
+
+def _up_passed(r: _Rows) -> float:
+    return _expanded(r) + _quantised(r, weights=1)
+
+
+def _up_inputs_passed(r: _Rows) -> float:
+    return _summed(r) + _quantised(r, weights=1, hidden=2)
+
+
+def _up_weight_passed(r: _Rows) -> float:
+    return _expanded(r) + _quantised(r, hidden=2)
+
+
+def _down_passed(r: _Rows) -> float:
+    return _activated(r) + _summed(r) + _quantised(r, weights=1)
+
+
+def _down_inputs_passed(r: _Rows) -> float:
+    return _expanded(r) + _pulled_back(r) + _quantised(r, weights=1)
+
+
+def _down_weight_passed(r: _Rows) -> float:
+    return _expanded(r) + _activated(r)
+
+
+def _down_backward_passed(r: _Rows) -> float:
+    """In fp8 the expanded cotangents are written twice: by rows and by columns."""
+    again = 0 if r.fp8 else _expanded(r)
+    return _down_inputs_passed(r) + _down_weight_passed(r) - again
 
 
 def _attention(at: int, of_keys: int, of_values: int, rate: str) -> Callable[[Any, Any], Product]:
@@ -190,16 +245,16 @@ PRODUCTS: dict[str, Callable[[Any, Any], Product]] = {
     "fmoe::product_backward": _router_backward,
     "fmoe::grouped_mm": _grouped,
     "fmoe::grouped_outer": _grouped,
-    "fmoe::experts_up": _experts(0, _up, 1, _expanded),
-    "fmoe::experts_up_backward": _experts(1, _up, 2, lambda r: _summed(r) + _expanded(r)),
-    "fmoe::experts_up_backward_inputs": _experts(1, _up, 1, _summed),
-    "fmoe::experts_up_backward_weight": _experts(1, _up, 1, _expanded),
-    "fmoe::experts_down": _experts(0, _down, 1, lambda r: _activated(r) + _summed(r)),
-    "fmoe::experts_down_backward": _experts(
-        1, _down, 2, lambda r: _expanded(r) + _activated(r) + _pulled_back(r)
-    ),
-    "fmoe::experts_down_backward_inputs": _experts(1, _down, 1, lambda r: _expanded(r) + _pulled_back(r)),
-    "fmoe::experts_down_backward_weight": _experts(1, _down, 1, lambda r: _expanded(r) + _activated(r)),
+    "fmoe::scaled_grouped_mm": _scaled_grouped,
+    "fmoe::scaled_grouped_outer": _scaled_grouped,
+    "fmoe::experts_up": _experts(0, _up, 1, _up_passed),
+    "fmoe::experts_up_backward": _experts(1, _up, 2, lambda r: _up_inputs_passed(r) + _up_weight_passed(r)),
+    "fmoe::experts_up_backward_inputs": _experts(1, _up, 1, _up_inputs_passed),
+    "fmoe::experts_up_backward_weight": _experts(1, _up, 1, _up_weight_passed),
+    "fmoe::experts_down": _experts(0, _down, 1, _down_passed),
+    "fmoe::experts_down_backward": _experts(1, _down, 2, _down_backward_passed),
+    "fmoe::experts_down_backward_inputs": _experts(1, _down, 1, _down_inputs_passed),
+    "fmoe::experts_down_backward_weight": _experts(1, _down, 1, _down_weight_passed),
     "fmoe::attention": _attention(0, 1, 1, "attention"),
     "fmoe::attention_backward": _attention(1, 3, 2, "attention_backward"),
     "fmoe::segment_attention": _attention(0, 1, 1, "attention"),

@@ -127,7 +127,7 @@ def train(args: argparse.Namespace) -> None:
         f"step {first}; {len(text) / 1e6:.1f}M {unit}s of text, unigram entropy {entropy:.3f} nats a {unit}"
     )
 
-    how = dict(**layout.how, dtype=precision.compute, stages=stages_of(config))
+    how = dict(**layout.how, dtype=precision.compute, precision=precision.recipe, stages=stages_of(config))
     step_of = gradients.of_model(noisy, zero=layout.zero, **how)
     loss_of = gradients.loss_of_model(config, **how)
     if layout.bounded:  # a step that had no room for all rows is done again, exactly

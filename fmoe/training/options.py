@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
+from ..ops.precision import Recipe, parse_recipe
 from ..parallel.backends import Backend
 from ..pipeline import Schedule, make_schedule
 from ..transforms import per_layer
@@ -37,18 +38,21 @@ class Parser(argparse.ArgumentParser):
 
 
 class Precision(NamedTuple):
-    """Where a run computes and in which dtypes, from the options of :func:`add_precision`.
+    """Where a run computes, in which dtypes, and by which recipe its products, from :func:`add_precision`.
 
     >>> parser = Parser()
     >>> add_precision(parser)
     >>> print(Precision.of(parser.parse_args(["--device", "cpu", "--dtype", "bfloat16"])))
     on cpu, kept in bfloat16, moments in bfloat16, computing in bfloat16
+    >>> Precision.of(parser.parse_args(["--precision", "experts=fp8_rowwise"])).recipe
+    Recipe(experts='fp8_rowwise', dense=None)
     """
 
     device: torch.device
     dtype: torch.dtype
     moments: torch.dtype
     compute: torch.dtype
+    recipe: Recipe
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Precision":
@@ -57,15 +61,19 @@ class Precision(NamedTuple):
         mixed = device.type == "cuda" and args.dtype == "float32"
         compute = args.compute_dtype or ("bfloat16" if mixed else args.dtype)
         names = args.dtype, args.moments_dtype or args.dtype, compute
-        return cls(device, *(getattr(torch, name) for name in names))
+        dtype, moments, compute = (getattr(torch, name) for name in names)
+        return cls(device, dtype, moments, compute, args.precision or Recipe())
 
     def __str__(self) -> str:
-        dtype, moments, compute = (str(name).removeprefix("torch.") for name in self[1:])
-        return f"on {self.device}, kept in {dtype}, moments in {moments}, computing in {compute}"
+        dtype, moments, compute = (str(name).removeprefix("torch.") for name in self[1:4])
+        products = f", products by {self.recipe}" if self.recipe != Recipe() else ""
+        return f"on {self.device}, kept in {dtype}, moments in {moments}, computing in {compute}{products}"
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
-    """Add ``--device``, ``--dtype``, ``--compute-dtype`` and ``--moments-dtype``, for :class:`Precision`.
+    """Add ``--device``, ``--dtype``, ``--compute-dtype``, ``--moments-dtype`` and ``--precision``.
+
+    They are for :class:`Precision`.
 
     >>> parser = Parser()
     >>> add_precision(parser)
@@ -78,6 +86,22 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     add("--dtype", **dtypes, default="float32", help="of parameters and gradients")
     add("--compute-dtype", **dtypes, help="default: bfloat16 on CUDA with --dtype float32, else --dtype")
     add("--moments-dtype", **dtypes, help="of the optimiser's moments (default: --dtype)")
+    add("--precision", type=recipe, metavar="RECIPE", help=PRECISION_HELP)
+
+
+PRECISION_HELP = "of products: fp8_rowwise, or by kind of layer, as experts=fp8_rowwise"
+
+
+def recipe(text: str) -> Recipe:
+    """A ``type`` for an option, as :func:`fmoe.ops.precision.parse_recipe` reads it.
+
+    >>> recipe("dense=fp8_block").dense
+    'fp8_block'
+    """
+    try:
+        return parse_recipe(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 class Layout(NamedTuple):

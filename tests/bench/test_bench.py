@@ -54,6 +54,15 @@ def test_the_command_measures_every_layer_and_writes_json(command, tmp_path):
     assert saved["fmoe"] < saved["PyTorch eager"]
 
 
+def test_layers_in_fp8_are_measured_beside_others():
+    shape = TINY._replace(dim=64, hidden=48)
+    how = dict(dtype=torch.float32, device="cpu", rounds=2, precision=["fp8_rowwise", "fp8_block"])
+    only = ["fmoe", "fmoe, fp8_rowwise", "fmoe, fp8_block"]
+    found = measure.bench_layer(shape, only=only, **how)["layers"]
+    assert [row["layer"] for row in found] == only
+    assert found[0]["error"] < 1e-5 and all(0.03 < row["error"] < 0.1 for row in found[1:])
+
+
 def test_device_time_decides():
     apart = measure.Apart(device=2.0, host=3.0, replay=2.5, launches=30)
     entry = measure.Entry(None, None, 1e-3, (9.0, 10.0, 0))
@@ -220,6 +229,12 @@ def test_the_model_command_measures_segments(model_command, segments, monkeypatc
     assert len(lengths) == segments and lengths.max() - lengths.min() <= 1
     options = dict(batch_size=2, seq_len=32, device_type="cpu", segments=segments > 1)
     assert result["planned_bytes"] == plan(decoder.preset("debug", layers=2), **options).peak
+
+
+def test_the_model_command_takes_a_precision_of_products(model_command):
+    result, shown = model_command("--precision", "experts=fp8_rowwise")
+    assert result["precision"] == {"experts": "fp8_rowwise", "dense": None}
+    assert "remat none, products of experts in fp8_rowwise; CPU" in " ".join(shown.split())
 
 
 def test_a_model_whose_loss_is_wrong_is_not_timed(monkeypatch):

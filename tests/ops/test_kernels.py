@@ -3,6 +3,7 @@
 The interpreter is chosen when Triton is imported, so without a GPU these tests run in a process of their own.
 """
 
+import functools
 import itertools
 import os
 import pathlib
@@ -35,11 +36,21 @@ ROUNDED = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
-    """Its loop bounds are arrays of one element, which NumPy 2.4 no longer takes for integers."""
+    """Its loop bounds are arrays of one element, which NumPy 2.4 no longer takes for integers.
+
+    Its fp8 numbers don't carry from the mantissa to the exponent, and NaN is a number.
+    """
     if INTERPRETED:
         from triton.runtime import interpreter
 
-        patch = interpreter._patch_lang_tensor
+        patch, convert = interpreter._patch_lang_tensor, interpreter._convert_float
+
+        def converted(values, given, wanted, *how):
+            if not wanted.is_fp8e4nv():
+                return convert(values, given, wanted, *how)
+            return torch.from_numpy(values.copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+        monkeypatch.setattr(interpreter, "_convert_float", converted)
 
         def patched(tensor, scope):
             patch(tensor, scope)
@@ -236,6 +247,130 @@ def test_the_experts_put_together(ids, score_before, multiple, monkeypatch, unin
 
     exact = torch.utils._pytree.tree_map(lambda t: t.cpu().double(), (params, x, weights, cotangent))
     assert error(run(params, x, weights, cotangent), run(*exact)) < ROUNDED[dtype]
+
+
+# ---- fp8 ---------------------------------------------------------------------------------------------
+
+
+def same(got, want):
+    """Whether numbers and scales are equal, bit for bit but for the bits of NaN."""
+    return all(
+        torch.equal(a.cpu().float().nan_to_num(nan=-7.0), b.float().nan_to_num(nan=-7.0))
+        for a, b in zip(got, want)
+    )
+
+
+@ON_KERNELS
+@pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's, of NaN
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [(torch.bfloat16, 1100), (torch.float16, 16), (torch.float32, 16)],
+    ids=str,
+)
+def test_fp8_rows_and_columns(dtype, width):
+    from fmoe.ops.kernels import quantise
+    from fmoe.ops.precision import quantise as reference
+
+    x = torch.randn(70, width)
+    x[1], x[2, 3], x[3] = 0, 1000, x[3] * 1e-4
+    x[4, 5], x[5, 6], x[6, 7] = torch.inf, torch.nan, -torch.inf
+    x = x.to(dtype)
+    assert same(quantise.rows(x.to(DEVICE)), reference(x))
+    x, width = x[:, :80], min(width, 80)  # more columns than in a block
+    ends = torch.tensor([0, 3, 3, 68], dtype=torch.int32)
+    (values, scale), aligned = quantise.columns(x.to(DEVICE), ends.to(DEVICE))
+    assert aligned.tolist() == [0, 16, 16, 96]
+    assert values.shape == (width, 144)
+    gaps = torch.cat([values[:, 3:16], values[:, 81:]], 1).float()
+    assert not torch.cat([gaps[:6], gaps[7:]]).any()  # NaN is in column 6
+    for group, start, rows in ((1, 0, x[:3]), (3, 16, x[3:68])):
+        assert same((values[:, start : start + len(rows)], scale[group]), reference(rows.mT))
+    weights = torch.randn(3, 32, width).to(dtype)
+    assert same(quantise.weights(weights.to(DEVICE)), reference(weights.mT))
+
+
+def meets_the_layout(product, a, b, scale_a, scale_b, *, offs=None, **how):
+    """PyTorch's fp8 product, in float32, behind PyTorch's own checks of layouts."""
+    given = a, b, scale_a, scale_b
+    meta = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in given]
+    if offs is None:
+        product(*meta, **how)
+        return (a.float() * scale_a) @ (b.float() * scale_b)
+    product(*meta, offs=offs.to("meta"), **how)
+    starts = [0, *offs.tolist()]
+    a, b = a.float(), b.float()
+    if b.dim() == 3:
+        out = a.new_full((len(a), b.shape[2]), torch.nan)
+        for e, (first, end) in enumerate(itertools.pairwise(starts)):
+            out[first:end] = a[first:end] @ b[e] * scale_a[first:end, None] * scale_b[e]
+        return out
+    assert not any(end % 16 for end in starts)
+    out = a.new_full((len(offs), len(a), b.shape[1]), torch.nan)
+    for e, (first, end) in enumerate(itertools.pairwise(starts)):
+        if end > first:
+            rows, cols = scale_a.view(len(offs), -1)[e], scale_b.view(len(offs), -1)[e]
+            out[e] = a[:, first:end] @ b[first:end] * rows[:, None] * cols
+    return out
+
+
+@pytest.fixture
+def fp8_products(monkeypatch):
+    """Everything but PyTorch's products of fp8 numbers, where there is no GPU."""
+    from fmoe.ops.kernels import scaled
+
+    if INTERPRETED:
+        monkeypatch.setattr(kernels, "fused", lambda *rows: all(t.dtype in kernels.DTYPES for t in rows))
+        monkeypatch.setattr(scaled, "fused", kernels.fused)
+        rowwise = lambda precision, x, *dims: precision == "fp8_rowwise" and x.numel() > 0  # noqa: E731
+        monkeypatch.setattr(scaled, "fast", rowwise)
+        for name in ("_scaled_mm", "_scaled_grouped_mm"):
+            call = functools.partial(meets_the_layout, getattr(torch, name))
+            monkeypatch.setattr(torch, name, call)
+    elif torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("PyTorch's kernels are for Hopper")
+
+
+FEW = {
+    "some dropped": lambda: (random_ids(5, 2, 2), 3),  # the last expert has no rows
+    "one expert": lambda: (random_ids(5, 1, 1, dropped=0.3), 1),
+    "nowhere": lambda: (torch.full((2, 2), -1, device=DEVICE), 3),
+    "no token": IDS["no token"],
+}
+
+
+@ON_KERNELS
+@pytest.mark.filterwarnings("ignore:All-NaN")  # NumPy's, of rows that nobody holds
+@pytest.mark.parametrize(
+    ("ids", "score_before"),
+    quick(
+        [("some dropped", False), ("some dropped", True), ("one expert", False)],
+        itertools.product(FEW, [False, True]),
+    ),
+)
+def test_the_experts_in_fp8(ids, score_before, monkeypatch, uninitialized_is_nan, fp8_products):
+    """Values and gradients are those of the reference, which rounds the same numbers."""
+    from fmoe.ops.kernels import scaled
+
+    ids, num_experts = FEW[ids]()
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    sizes = (num_experts, 2, 32, 16), (num_experts, 16, 32), (len(ids), 16), (len(ids), 16)
+    w_in, w_out, x, cotangent = (torch.randn(size).to(DEVICE, dtype) for size in sizes)
+    weights = torch.rand(ids.shape).to(DEVICE)
+    counts, scores = torch.bincount(ids[ids >= 0], minlength=num_experts), torch.rand(len(ids), num_experts)
+
+    def run():
+        def layer(w_in, w_out, x, weights):
+            x_SD, plan = fmoe.dispatch(x, fmoe.Routing(ids, weights, counts, scores, score_before))
+            return fmoe.experts_grouped_mm(
+                fmoe.ExpertParams(w_in, w_out), x_SD, plan, precision="fp8_rowwise"
+            )
+
+        y, pull = torch.func.vjp(layer, w_in, w_out, x, weights)
+        return [t.cpu() for t in (y, *pull(cotangent))]
+
+    got = run()
+    monkeypatch.setattr(scaled, "fast", lambda *how: False)
+    assert error(got, run()) < (2e-3 if INTERPRETED else 3e-2)
 
 
 @ON_KERNELS

@@ -410,13 +410,61 @@ def test_what_the_experts_hold(monkeypatch):
         (dry_run._experts_up_backward, experts._up_backward_kernel, (h, x, w_in)),
         (dry_run._experts_down, experts._down_kernel, (h, w_out)),
         (dry_run._experts_down_backward, experts._down_backward_kernel, (g, h, w_out)),
-        (dry_run._experts_up_backward, experts._up_inputs_kernel, (h, x, w_in)),
-        (dry_run._experts_up_backward, experts._up_weight_kernel, (h, x, w_in)),
-        (dry_run._experts_down_backward, experts._down_inputs_kernel, (g, h, w_out)),
+        (dry_run._experts_up_backward_inputs, experts._up_inputs_kernel, (h, x, w_in)),
+        (dry_run._experts_up_backward_weight, experts._up_weight_kernel, (h, x, w_in)),
+        (dry_run._experts_down_backward_inputs, experts._down_inputs_kernel, (g, h, w_out)),
         (dry_run._experts_down_backward_weight, experts._down_weight_kernel, (g, h, w_out)),
     ):
         got = beyond_results(lambda kernel=kernel, args=args: kernel(*args, *layout))
         assert stated((*args, *layout), ()) == pytest.approx(got, rel=0.02), kernel
+
+
+def test_what_the_experts_hold_in_fp8(monkeypatch):
+    """The same, with tensors of one byte in place of what is quantised."""
+    quantise = pytest.importorskip("fmoe.ops.kernels.quantise", exc_type=ImportError)
+    from fmoe.ops.kernels import rows as fused
+    from fmoe.ops.kernels import scaled
+
+    rows, tokens, dim, hidden, num = 256, 128, 48, 40, 4
+    new = functools.partial(torch.empty, dtype=BFLOAT16)
+    byte = functools.partial(torch.empty, dtype=torch.float8_e4m3fn)
+    padded = rows + num * 15
+
+    def scaled_rows(*shape):
+        return scaled.Scaled(byte(*shape), torch.empty(shape[:-1]))
+
+    def columns(width):
+        return scaled.Columns(scaled.Scaled(byte(width, padded), torch.empty(num, width)), torch.empty(num))
+
+    monkeypatch.setattr(scaled, "fast", lambda precision, x, *dims: precision is not None)
+    monkeypatch.setattr(scaled, "rows", lambda x: scaled_rows(*x.shape))
+    monkeypatch.setattr(fused, "expand", lambda x, *how: x.new_empty(rows, x.shape[1]))
+    monkeypatch.setattr(scaled, "_weights", lambda w: scaled_rows(num, w.shape[2], w.shape[1]))
+    monkeypatch.setattr(scaled, "columns", lambda x, ends: columns(x.shape[1]))
+    monkeypatch.setattr(quantise, "gathered_columns", lambda x, *how: columns(x.shape[1]))
+    monkeypatch.setattr(quantise, "activated", lambda h, ends: scaled_rows(rows, hidden))
+    monkeypatch.setattr(quantise, "activated_columns", lambda h, *how: columns(hidden))
+    monkeypatch.setattr(scaled, "multiply", lambda x, w, ends: new(rows, w.values.shape[1]))
+    outer = lambda x, y: new(num, x.scaled.values.shape[0], y.scaled.values.shape[0])  # noqa: E731
+    monkeypatch.setattr(scaled, "multiply_columns", outer)
+    backward = lambda g, h, rows, scaled: (torch.empty_like(h), torch.empty_like(rows.weights_SK))  # noqa: E731
+    monkeypatch.setattr(experts, "_activation_backward", backward)
+    monkeypatch.setattr(experts, "weighted_sum_kernel", lambda y, *how: new(tokens, y.shape[1]))
+    x, h, g = new(tokens, dim), new(rows, 2, hidden), new(tokens, dim)
+    w_in, w_out, weights = new(num, 2, hidden, dim), new(num, dim, hidden), torch.empty(tokens, 2)
+    layout = weights, torch.zeros(rows), torch.empty(tokens, 2), torch.empty(num), False, "fp8_rowwise"
+    for stated, kernel, args in (
+        (dry_run._experts_up, experts._up_kernel, (x, w_in)),
+        (dry_run._experts_up_backward, experts._up_backward_kernel, (h, x, w_in)),
+        (dry_run._experts_up_backward_inputs, experts._up_inputs_kernel, (h, x, w_in)),
+        (dry_run._experts_up_backward_weight, experts._up_weight_kernel, (h, x, w_in)),
+        (dry_run._experts_down, experts._down_kernel, (h, w_out)),
+        (dry_run._experts_down_backward, experts._down_backward_kernel, (g, h, w_out)),
+        (dry_run._experts_down_backward_inputs, experts._down_inputs_kernel, (g, h, w_out)),
+        (dry_run._experts_down_backward_weight, experts._down_weight_kernel, (g, h, w_out)),
+    ):
+        got = beyond_results(lambda kernel=kernel, args=args: kernel(*args, *layout))
+        assert stated((*args, *layout), ()) == pytest.approx(got, rel=0.05), kernel
 
 
 def test_what_the_loss_holds():

@@ -19,6 +19,7 @@ from fmoe.bench.rates import SMALL as SIZES
 from fmoe.bench.rates import cases, fitted, measure_links, measure_rates
 from fmoe.models import decoder
 from fmoe.models.counts import flops_per_token
+from fmoe.ops.precision import Recipe
 from fmoe.pipeline import bubble, make_schedule
 from fmoe.plan import Link, Rates, plan, read_rates, time
 from fmoe.plan.dry_run import DryRun
@@ -27,6 +28,7 @@ from fmoe.plan.stopwatch import Stopwatch
 from fmoe.plan.work import Work, Works
 from fmoe.training import optim
 
+EXPERTS = Recipe(experts="fp8_rowwise")
 LINKS = {axis: Link(1e9) for axis in ("pp", "dp", "ep", "tp")}
 
 
@@ -246,11 +248,12 @@ def test_mfu_is_a_share_of_the_peak():
 def test_fitted_rates_give_the_measured_time_of_all_calls_together():
     measured = measure_rates(dtype=torch.float32, device="cpu", seed=fresh_seed())["measured"]
     rates = rates_of()._replace(**fitted(measured))
-    for rate in (*PRODUCTS, "memory", "optimizer"):
+    assert {*rates.flops} == {*PRODUCTS, "experts_fp8", "products_fp8"}
+    for rate in (*rates.flops, "memory", "optimizer"):
         calls = [m for m in measured if m["rate"] == rate]
         passed = sum(m["passed"] for m in calls) / rates.memory
-        speed = rates.flops[rate] if rate in PRODUCTS else getattr(rates, rate)
-        work = sum(m["flops" if rate in PRODUCTS else "moved"] for m in calls)
+        speed = rates.flops[rate] if rate in rates.flops else getattr(rates, rate)
+        work = sum(m["flops" if rate in rates.flops else "moved"] for m in calls)
         assert work / speed + passed >= 0.99 * sum(m["seconds"] for m in calls)
 
 
@@ -337,6 +340,28 @@ def test_a_file_that_lacks_a_rate_is_an_error(tmp_path, change, text):
         read_rates(file)
 
 
+def test_products_in_fp8_have_rates_of_their_own():
+    """All the experts' and dense products' time, and nothing else's, is at these rates."""
+    how = dict(batch_size=2, seq_len=64)
+    slow, fast = rates_of(), rates_of()
+    fast = fast._replace(flops={**fast.flops, "experts_fp8": 1e6, "products_fp8": 1e6})
+    plain = plan(SMALL, rates=slow, **how)
+    by_kind = [plan(SMALL, rates=fast, precision=p, **how).ranks[0].seconds for p in (EXPERTS, "fp8_rowwise")]
+    third = flops_per_token(SMALL, 64) * 128 / 3
+    params, tokens = decoder.init(SMALL, 0), torch.zeros(2, 64, dtype=torch.int64)
+    with torch.no_grad(), Works() as works:
+        decoder.loss(params, tokens, tokens, SMALL, precision="fp8_rowwise")
+    counted = {rate: works.at(rate).flops for rate in (*PRODUCTS, "experts_fp8", "products_fp8")}
+    assert sum(counted.values()) == pytest.approx(third, rel=1e-9)
+    assert counted["experts"] == 0 < counted["experts_fp8"] and counted["products_fp8"] > 0
+    expected = 3 * counted["experts_fp8"] / 1e6
+    assert by_kind[0]["experts"] == pytest.approx(expected, rel=0.02)
+    assert by_kind[1]["matrix products"] == pytest.approx(3 * counted["products_fp8"] / 1e6, rel=0.02)
+    same = plain.ranks[0].seconds
+    assert by_kind[0]["matrix products"] == pytest.approx(same["matrix products"])
+    assert plan(SMALL, precision="fp8_rowwise", **how).ranks[0].parameters == plain.ranks[0].parameters
+
+
 def test_rates_must_fit_the_plan(tmp_path):
     def error(text):
         return pytest.raises(ValueError, match=re.escape(text))
@@ -346,5 +371,9 @@ def test_rates_must_fit_the_plan(tmp_path):
         plan(SMALL, rates=rates_of("bfloat16"), **how)
     with error("plan: rates.links: got no link along pp, dp, expected one for each axis of the mesh"):
         plan(SMALL, "dp=2,pp=2", rates=rates_of(links={}), **how)
+    with error("plan: rates.flops: got no experts_fp8 and no products_fp8, expected those of products in"):
+        plan(SMALL, rates=rates_of(), precision="fp8_rowwise", **how)
+    with error("plan: precision: got 'fp8_block', expected 'fp8_rowwise' or None, which kernels compute"):
+        plan(SMALL, precision="fp8_block", **how)
     with error("No such file"):
         read_rates(tmp_path / "nothing.json")

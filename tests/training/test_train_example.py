@@ -94,6 +94,16 @@ def test_on_a_gpu_float32_parameters_compute_in_bfloat16(module, monkeypatch, wo
     ]
 
 
+def test_products_may_be_in_fp8(train, capsys):
+    plain = train(*TWO_LAYERS)
+    for word in ("fp8_rowwise", "experts=fp8_block"):
+        rounding = train(*TWO_LAYERS, "--precision", word)
+        assert 0 < max(abs(a - b) for a, b in zip(plain, rounding, strict=True)) < 0.1
+    assert "products by Recipe(experts='fp8_block', dense=None)" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"error: argument --precision: .* got 'fp8', expected one of"):
+        train("--precision", "fp8")
+
+
 @WITHOUT_FAULT_HANDLER
 def test_the_command_runs_the_same_loop(train, command, tmp_path):
     losses = train(*TWO_LAYERS)

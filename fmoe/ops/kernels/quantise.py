@@ -1,0 +1,237 @@
+"""Rows and columns as e4m3 numbers with scales, made where the data passes anyway.
+
+Each kernel reads its numbers twice: for the largest, then to write them. The second time they come from a
+cache, but for columns of many rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..precision import E4M3, LARGEST, SMALLEST_SCALE, Scaled
+from .launch import cdiv, launch, power_of_2
+from .scaled import MULTIPLE, Columns
+
+BLOCK, ROWS, COLS = 1024, 64, 64
+PLAIN, GATHERED, ACTIVATED = range(3)
+
+
+@triton.jit
+def _scale(most, AXIS: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
+    """The scale for the largest of ``most`` along an axis, NaN if one is: ``tl.max`` passes over NaN."""
+    broken = tl.max(tl.where(most == most, 0.0, 1.0), AXIS, keep_dims=True)
+    most = tl.max(most, AXIS, keep_dims=True)
+    scale = tl.maximum(tl.div_rn(most, tl.full(most.shape, LARGEST, tl.float32)), SMALLEST)
+    return tl.where(broken > 0, float("nan"), tl.where(most == 0, 1.0, scale))
+
+
+@triton.jit
+def _scaled(value, scale):
+    """To the nearest even; infinite numbers become 1 or -1, for their scale is infinite."""
+    infinite = tl.abs(value) == float("inf")
+    finite = tl.div_rn(value, tl.broadcast_to(scale, value.shape))
+    return tl.where(infinite, tl.where(value > 0, 1.0, -1.0), finite).to(tl.float8e4nv)
+
+
+@triton.jit
+def _activated(h, row, col, num_cols, mask):
+    """SwiGLU of pre-activations, rounded to their dtype."""
+    gate = tl.load(h + row * 2 * num_cols + col, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(h + (row * 2 + 1) * num_cols + col, mask=mask, other=0.0).to(tl.float32)
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
+def _row(x, row, col, num_cols, mask, ACTIVATION: tl.constexpr):
+    if ACTIVATION:
+        value = _activated(x, row, col, num_cols, mask)
+    else:
+        value = tl.load(x + row * num_cols + col, mask=mask, other=0.0)
+    return value.to(x.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _rows(
+    x, end, out, scales, num_cols,
+    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    held = True
+    if ACTIVATION:
+        held = row < tl.load(end)
+    if held:
+        most = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, num_cols, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            value = _row(x, row, col, num_cols, col < num_cols, ACTIVATION)
+            most = tl.maximum(most, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
+        scale = _scale(most, 0, LARGEST, SMALLEST)
+        tl.store(scales + row + tl.zeros([1], tl.int64), scale)
+        for start in range(0, num_cols, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            value = _row(x, row, col, num_cols, col < num_cols, ACTIVATION)
+            tl.store(out + row * num_cols + col, _scaled(value, scale), mask=col < num_cols)
+
+
+def rows(x: torch.Tensor) -> Scaled:
+    """Rows (..., K) of any tensor."""
+    return _run_rows(x.contiguous(), None)
+
+
+def activated(h: torch.Tensor, offsets: torch.Tensor) -> Scaled:
+    """SwiGLU of pre-activations (R, 2, F), up to the last offset; further rows are left as they are."""
+    return _run_rows(h.contiguous(), offsets[-1:])
+
+
+def _run_rows(x: torch.Tensor, end: torch.Tensor | None) -> Scaled:
+    shape = x.shape if end is None else (x.shape[0], x.shape[2])
+    out, scale = x.new_empty(shape, dtype=E4M3), x.new_empty(shape[:-1], dtype=torch.float32)
+    if out.numel():
+        block = min(BLOCK, power_of_2(shape[-1]))
+        how = end is not None, block, LARGEST, SMALLEST_SCALE
+        grid, values = (scale.numel(),), (x, x if end is None else end, out, scale, shape[-1])
+        launch(_rows, grid, *values, *how)
+    return Scaled(out, scale)
+
+
+@triton.jit
+def _tile(
+    x,
+    slot,
+    weights,
+    row,
+    col,
+    last,
+    num_cols,
+    TOP_K: tl.constexpr,
+    KIND: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
+    """Rows of one group by columns, zeros past its last row."""
+    here = (row < last)[:, None] & (col < num_cols)[None, :]
+    place, cols = row[:, None], col[None, :]
+    if KIND != 0:
+        pair = tl.load(slot + row, mask=row < last, other=-1)[:, None]
+    if KIND == 1:
+        here = here & (pair >= 0)
+        value = tl.load(x + (pair // TOP_K) * num_cols + cols, mask=here, other=0.0).to(tl.float32)
+    elif KIND == 2:
+        value = _activated(x, place, cols, num_cols, here)
+    else:
+        value = tl.load(x + place * num_cols + cols, mask=here, other=0.0).to(tl.float32)
+    if WEIGHTED:
+        value *= tl.load(weights + pair, mask=pair >= 0, other=0.0).to(tl.float32)
+    return value.to(x.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _columns(
+    x, slot, weights, offsets, out, scales, ends, num_groups, num_cols, width,
+    TOP_K: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr, EQUAL: tl.constexpr,
+    GROUPS: tl.constexpr, MULTIPLE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    if EQUAL:  # groups of ``width`` rows, each written to a matrix of its own
+        first, last, padded = group * width, (group + 1) * width, width
+        out += group * width * num_cols
+    else:
+        index = tl.arange(0, GROUPS)
+        end = tl.load(offsets + index, mask=index < num_groups, other=0)
+        begin = tl.load(offsets + index - 1, mask=(index > 0) & (index < num_groups), other=0)
+        size = tl.where(index < num_groups, (end - begin + MULTIPLE - 1) // MULTIPLE * MULTIPLE, 0)
+        first = tl.sum(tl.where(index == group, begin, 0), 0).to(tl.int64)
+        last = tl.sum(tl.where(index == group, end, 0), 0).to(tl.int64)
+        place, padded = (
+            tl.sum(tl.where(index < group, size, 0), 0),
+            tl.sum(tl.where(index == group, size, 0), 0),
+        )
+        if tl.program_id(1) == 0:
+            tl.store(ends + group, place + padded)
+        if group + 1 == num_groups:
+            padded = width - place
+        out += place
+    most = tl.zeros([ROWS, COLS], tl.float32)
+    for start in range(first, last, ROWS):
+        row = start + tl.arange(0, ROWS)
+        value = _tile(x, slot, weights, row, col, last, num_cols, TOP_K, KIND, WEIGHTED)
+        most = tl.maximum(most, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
+    scale = _scale(most, 0, LARGEST, SMALLEST)
+    tl.store(scales + group * num_cols + col[None, :], scale, mask=(col < num_cols)[None, :])
+    for start in range(0, padded, ROWS):
+        row = start + tl.arange(0, ROWS)
+        value = _tile(x, slot, weights, first + row, col, last, num_cols, TOP_K, KIND, WEIGHTED)
+        target = out + col[None, :].to(tl.int64) * width + row[:, None]
+        mask = (row < padded)[:, None] & (col < num_cols)[None, :]
+        tl.store(target, _scaled(value, scale), mask=mask)
+
+
+def columns(x: torch.Tensor, offsets: torch.Tensor) -> Columns:
+    """The columns of rows (R, C)."""
+    return _run_columns(x, offsets, x.shape[0], x.shape[1], PLAIN)
+
+
+def gathered_columns(
+    x: torch.Tensor, slot: torch.Tensor, offsets: torch.Tensor, top_k: int, weights: torch.Tensor | None
+) -> Columns:
+    """Those of a copy of each token for each of its rows, times the pair's weight."""
+    return _run_columns(x, offsets, slot.shape[0], x.shape[1], GATHERED, slot, weights, top_k)
+
+
+def activated_columns(
+    h: torch.Tensor, slot: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None
+) -> Columns:
+    """Those of SwiGLU of pre-activations (R, 2, F), times the weight of each row's pair."""
+    return _run_columns(h, offsets, h.shape[0], h.shape[2], ACTIVATED, slot, weights)
+
+
+def _run_columns(
+    x: torch.Tensor,
+    offsets: torch.Tensor,
+    num_rows: int,
+    num_cols: int,
+    kind: int,
+    slot: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    top_k: int = 1,
+) -> Columns:
+    x, num_groups = x.contiguous(), offsets.shape[0]
+    width = -(-(num_rows + num_groups * (MULTIPLE - 1)) // MULTIPLE) * MULTIPLE
+    out, ends = x.new_empty(num_cols, width, dtype=E4M3), torch.empty_like(offsets)
+    scale = x.new_empty(num_groups, num_cols, dtype=torch.float32)
+    launch(
+        _columns, (num_groups, cdiv(num_cols, COLS)),
+        x, offsets if slot is None else slot, offsets if weights is None else weights.contiguous(), offsets,
+        out, scale, ends, num_groups, num_cols, width, top_k, kind, weights is not None, False,
+        power_of_2(num_groups), MULTIPLE, ROWS, COLS, LARGEST, SMALLEST_SCALE,
+    )  # fmt: skip
+    return Columns(Scaled(out, scale), ends)
+
+
+def weights(w_eIO: torch.Tensor) -> Scaled:
+    """Weights (e, I, O) by columns: values (e, O, I), scales (e, O)."""
+    num_groups, width, num_cols = w_eIO.shape
+    out = w_eIO.new_empty(num_groups, num_cols, width, dtype=E4M3)
+    scale = w_eIO.new_empty(num_groups, num_cols, dtype=torch.float32)
+    launch(
+        _columns, (num_groups, cdiv(num_cols, COLS)),
+        w_eIO, w_eIO, w_eIO, w_eIO, out, scale, w_eIO, num_groups, num_cols, width, 1, PLAIN, False, True,
+        1, MULTIPLE, ROWS, COLS, LARGEST, SMALLEST_SCALE,
+    )  # fmt: skip
+    return Scaled(out, scale)
+
+
+@triton.jit
+def _zero_empty(out, ends, size, BLOCK: tl.constexpr):
+    group = tl.program_id(0).to(tl.int64)
+    if tl.load(ends + group) == tl.load(ends + group - 1, mask=group > 0, other=0):
+        for start in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
+            place = start + tl.arange(0, BLOCK)
+            tl.store(out + group * size + place, tl.zeros([BLOCK], tl.float32), mask=place < size)
+
+
+def zero_empty(out: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Zeros, in place, for groups without rows, of which PyTorch's product says nothing."""
+    launch(_zero_empty, (len(out), 32), out, ends, out[0].numel(), BLOCK)
+    return out

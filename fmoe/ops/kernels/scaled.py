@@ -1,0 +1,131 @@
+"""Grouped products of fp8 numbers: by PyTorch's kernels where they can, else by a reference.
+
+``torch``      ``torch._scaled_grouped_mm``, or ``torch._scaled_mm`` for one group, with fast accumulation:
+               Hopper, ``"fp8_rowwise"``, bfloat16 and float16, dimensions that are multiples of 16
+``reference``  rounded operands, multiplied in float32; on CUDA it asks the host where groups end
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from ..precision import ROWWISE, Scaled, quantise, rounded
+from . import fused, grouped
+from .grouped import _hopper
+
+MULTIPLE = 16  # of numbers that rows of an operand begin at
+
+
+class Columns(NamedTuple):
+    """The columns of rows (R, C) in groups as rows, which a sum over each group's rows takes.
+
+    Of ``scaled``, ``values`` are (C, R'), ``scale`` (e, C). In R' each group begins at a multiple of 16, and
+    zeros fill the gaps; ``ends`` are int32, where groups end there.
+    """
+
+    scaled: Scaled
+    ends: torch.Tensor
+
+
+def fast(precision: str | None, x: torch.Tensor, *dims: int) -> bool:
+    """Whether PyTorch's kernels take such rows, and weights of these dimensions."""
+    narrow = precision == ROWWISE and x.dtype in (torch.bfloat16, torch.float16)
+    fits = x.numel() > 0 and not any(dim % MULTIPLE for dim in dims)
+    return narrow and fits and x.is_cuda and fused(x) and _hopper(x.device)
+
+
+def mm(
+    x_RI: torch.Tensor | Scaled, w_eIO: torch.Tensor, offsets_e: torch.Tensor, precision: str
+) -> torch.Tensor:
+    """(R, I) in groups times (e, I, O) -> (R, O), in the dtype of ``w_eIO``; rows of no group are undefined.
+
+    Rows may be scaled already, where :func:`fast` says that kernels take them.
+    """
+    if isinstance(x_RI, Scaled):
+        return multiply(x_RI, _weights(w_eIO), offsets_e).to(w_eIO.dtype)
+    if x_RI.dtype == torch.float64:
+        return grouped.mm(x_RI, w_eIO, offsets_e)
+    if fast(precision, x_RI, *w_eIO.shape[1:]):
+        return mm(rows(x_RI), w_eIO, offsets_e, precision)
+    weights = rounded(w_eIO.mT, precision, weight=True).mT
+    return grouped.mm(rounded(x_RI, precision), weights, offsets_e).to(x_RI.dtype)
+
+
+def outer(
+    x_RI: torch.Tensor | Columns, y_RO: torch.Tensor | Columns, offsets_e: torch.Tensor, precision: str
+) -> torch.Tensor:
+    """(R, I), (R, O) in groups -> (e, I, O): each group's x transposed times its y.
+
+    Both may be :class:`Columns`, where :func:`fast` says that kernels take them; the result is in bfloat16.
+    """
+    if isinstance(x_RI, Columns) and isinstance(y_RO, Columns):
+        return multiply_columns(x_RI, y_RO)
+    assert isinstance(x_RI, torch.Tensor) and isinstance(y_RO, torch.Tensor)
+    if x_RI.dtype == torch.float64:
+        return grouped.outer(x_RI, y_RO, offsets_e)
+    if fast(precision, x_RI, x_RI.shape[1], y_RO.shape[1]):
+        return multiply_columns(columns(x_RI, offsets_e), columns(y_RO, offsets_e)).to(x_RI.dtype)
+    x, y = (_rounded_columns(t, offsets_e, precision) for t in (x_RI, y_RO))
+    return grouped.outer(x, y, offsets_e).to(x_RI.dtype)
+
+
+def _rounded_columns(x_RC: torch.Tensor, offsets_e: torch.Tensor, precision: str) -> torch.Tensor:
+    out = x_RC.new_zeros(x_RC.shape, dtype=torch.float32)
+    for a, b in grouped.groups(offsets_e):
+        out[a:b] = rounded(x_RC[a:b].mT, precision).mT
+    return out
+
+
+# ---- operands of PyTorch's kernels -----------------------------------------------------------------------
+
+
+def rows(x: torch.Tensor) -> Scaled:
+    """:func:`quantise`, by a kernel where there is one."""
+    if fused(x):
+        from . import quantise as kernel
+
+        return kernel.rows(x)
+    return quantise(x)
+
+
+def columns(x_RC: torch.Tensor, offsets_e: torch.Tensor) -> Columns:
+    """The columns of rows in groups."""
+    from . import quantise as kernel
+
+    return kernel.columns(x_RC, offsets_e)
+
+
+def _weights(w_eIO: torch.Tensor) -> Scaled:
+    """Weights with values (e, O, I) and scales (e, O)."""
+    from . import quantise as kernel
+
+    w_eOI = w_eIO.mT
+    return rows(w_eOI) if w_eOI.is_contiguous() else kernel.weights(w_eIO.contiguous())
+
+
+# ---- PyTorch's kernels, which give bfloat16 --------------------------------------------------------------
+
+
+def multiply(x: Scaled, w: Scaled, offsets_e: torch.Tensor) -> torch.Tensor:
+    """Rows (R, I) times weights (e, O, I) -> (R, O)."""
+    if len(w.values) == 1:  # rows of no group, which are undefined, are multiplied too
+        return _product(torch._scaled_mm, x.values, w.values[0].mT, x.scale[:, None], w.scale)
+    scales = x.scale, w.scale
+    return _product(torch._scaled_grouped_mm, x.values, w.values.mT, *scales, offs=offsets_e).contiguous()
+
+
+def multiply_columns(x: Columns, y: Columns) -> torch.Tensor:
+    """Columns (I, R) and (O, R) -> (e, I, O)."""
+    from . import quantise as kernel
+
+    (a, scale_a), (b, scale_b) = x.scaled, y.scaled
+    if len(x.ends) == 1:
+        return _product(torch._scaled_mm, a, b.mT, scale_a.mT, scale_b)[None]
+    scales = scale_a.flatten(), scale_b.flatten()
+    out = _product(torch._scaled_grouped_mm, a, b.mT, *scales, offs=x.ends)
+    return kernel.zero_empty(out.contiguous(), x.ends)
+
+
+def _product(function: Callable[..., torch.Tensor], *operands: torch.Tensor, **how: Any) -> torch.Tensor:
+    return function(*operands, out_dtype=torch.bfloat16, use_fast_accum=True, **how)
