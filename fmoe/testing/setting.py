@@ -105,9 +105,12 @@ class Case(NamedTuple):
         return self.setting.held(self.params), self.own(self.x)
 
     def loss(self, layer: Any = None) -> Callable[..., torch.Tensor]:
-        """This device's own loss. The derivative is of the sum over devices."""
+        """This device's own loss. The derivative is of the sum over devices.
+
+        Its cotangents move little where an output is rounded, however large that is.
+        """
         c, layer = self.own(self.c).double(), layer or self.setting.forward
-        return lambda p, x: (layer(p, x).double().sin() * c).sum()
+        return lambda p, x: (layer(p, x).double().tanh() * c).sum()
 
     def dense(self) -> tuple[Callable[..., torch.Tensor], MoEParams, torch.Tensor]:
         """The dense oracle and its arguments, in float64, with the choices of this dtype's router."""
@@ -117,7 +120,7 @@ class Case(NamedTuple):
 
     def dense_loss(self) -> Callable[..., torch.Tensor]:
         dense, c = self.dense()[0], self.c.double()
-        return lambda p, x: (dense(p, x).sin() * c).sum()
+        return lambda p, x: (dense(p, x).tanh() * c).sum()
 
     def compared(
         self, got: tuple[Any, Any], expected: tuple[Any, Any], what: str, allowed: float | None = None

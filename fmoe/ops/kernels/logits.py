@@ -112,7 +112,7 @@ def losses_and_cotangents(
     out = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
     losses = logits.new_empty(logits.shape[0])
     if logits.numel():
-        _losses_and_cotangents[(logits.shape[0],)](
-            logits, index.contiguous(), losses, out, logits.shape[1], 2 * BLOCK, num_warps=8
-        )
+        rows, columns = logits.shape
+        values = logits, index.contiguous(), losses, out, columns
+        launch(_losses_and_cotangents, (rows,), *values, 2 * BLOCK, num_warps=8)
     return losses, out
