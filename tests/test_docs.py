@@ -39,6 +39,7 @@ def test_the_pages_run():
         "operators.md",
         "backends.md",
         "families.md",
+        "many-devices.md",
         "pipelines.md",
         "planning.md",
         "transforms.md",

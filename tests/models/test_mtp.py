@@ -421,7 +421,6 @@ def spread(axes, tied, seed):
         ],
     ),
 )
-@pytest.mark.ranks
 def test_it_is_the_same_on_every_mesh(pool, axes, tied):
     for found in pool.run(ranks_of(axes), spread, axes, tied, fresh_seed()):
         assert max(found.values()) < 1e-9, found
@@ -484,7 +483,6 @@ def in_stages(axes, schedule, zero, seed):
         ],
     ),
 )
-@pytest.mark.ranks
 def test_pipelines_have_the_same_gradients(pool, axes, schedule, zero):
     for found in pool.run(ranks_of(axes), in_stages, axes, schedule, zero, fresh_seed()):
         assert max(found.values()) < 1e-9, {name: e for name, e in found.items() if e > 1e-9}
@@ -503,7 +501,6 @@ def loaded_on(axes, path, seed):
 
 
 @pytest.mark.parametrize("axes", ["dp=2", "pp=2"])
-@pytest.mark.ranks
 def test_meshes_load_and_save_it(pool, axes, tmp_path):
     config = dataclasses.replace(CONFIG, mtp_layers=1)
     params = decoder.init(config, fresh_seed())

@@ -73,6 +73,8 @@ def test_the_registry_lists_every_operator():
     } <= names
     assert {op.checkpoint for op in operators().values()} <= set(checkpoint_names())
     assert all(op.raw.namespace == "fmoe" for op in operators().values())
+    parts = {op.checkpoint for name, op in operators().items() if name not in OPERATORS}
+    assert parts <= {"dispatch", "combine"}, "of exchanges in halves alone, whose own tests run them"
 
 
 def test_a_rule_that_cannot_exist_is_a_loud_error():

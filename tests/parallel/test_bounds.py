@@ -468,12 +468,14 @@ def captured_model(capacity):
 ON_GPUS = [Backend("all_to_all", host_sync=False, max_tokens=64, capacity=c) for c in (None, 1.9)]
 
 
+@pytest.mark.gpu
 @on_gpus
 @pytest.mark.parametrize("backend", ON_GPUS, ids=str)
 def test_the_host_never_waits(pool, backend):
     assert pool.run(2, synced, "ep=2", backend) == [0, 0]
 
 
+@pytest.mark.gpu
 @on_gpus
 @pytest.mark.parametrize("backend", ON_GPUS, ids=str)
 def test_a_cuda_graph_holds_a_step(pool, backend):
@@ -481,6 +483,7 @@ def test_a_cuda_graph_holds_a_step(pool, backend):
         assert all(overflow == 0 and off < 2e-2 for overflow, off in found)
 
 
+@pytest.mark.gpu
 @on_gpus
 @pytest.mark.parametrize("capacity", [None, 1.9])
 def test_a_cuda_graph_holds_a_models_step(pool, capacity):

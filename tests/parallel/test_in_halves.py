@@ -207,6 +207,7 @@ def test_rows_travel_over_deepep_too(pool, kind, way, slow):
         assert max(found.values()) < 1e-5, found  # weights travel in float32
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("law", [laws.model, laws.compiled_layers])
 @pytest.mark.parametrize("way", WAYS)

@@ -100,6 +100,7 @@ def test_the_models_layers_compile_with_remat(pool, where, model):
     hold(pool, laws.compiled_layers, where, model, timeout=240)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the host and the device are one")
 @pytest.mark.parametrize("axes", ["ep=2", "ep=4"])
 def test_the_host_waits_once_a_layer_and_step(pool, axes):
