@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
 import fmoe
 from fmoe.bench.timing import syncs
 from fmoe.models import decoder, deepseek_v3
+from fmoe.models.moe import COMPUTING, of_layer
 from fmoe.ops.core.axes import Binding, MeshOfSizes, bound, group_of
 from fmoe.ops.dispatch import layout
 from fmoe.parallel import AllToAll, Backend, Bound, distribute
@@ -415,8 +416,9 @@ def layer_on_gpus(axes):
     """A layer's step in bfloat16, whose products no engine asks the host for, and its arguments."""
     torch.set_default_device("cuda")
     mesh = bare_mesh(axes, "cuda")
-    params = random_layer(256, 64, 8, shared=0, dtype=torch.bfloat16, scale=4.0)
-    pieces = optree.tree_map(lambda leaf: leaf.to_local(), fmoe.shard_params(params, mesh))
+    params = random_layer(256, 64, 8, dtype=torch.bfloat16, scale=4.0)
+    held = distribute(params, of_layer(params, COMPUTING), mesh)  # plain pieces are whole but along ep, tp
+    pieces = optree.tree_map(lambda leaf: leaf.to_local(), held)
     x = torch.randn(ranks_of(axes), 64, 256, dtype=torch.bfloat16)[mesh.get_rank()]
 
     def step_of(backend):
