@@ -71,7 +71,7 @@ class _Captured(NamedTuple):
         pairs = [(mine, local(leaves[i])) for i, mine in self.inputs.items()]
         pairs = [(mine, given) for mine, given in pairs if mine.data_ptr() != given.data_ptr()]
         if pairs:
-            # What lies where another argument goes, as after a swap of donated ones, is copied out first.
+            # First copy out what lies where another argument goes, as after a swap of donated ones.
             read = {_memory(mine) for mine in self.inputs.values()}
             given = [tensor.clone() if _memory(tensor) in read else tensor for _, tensor in pairs]
             torch._foreach_copy_([mine for mine, _ in pairs], given)

@@ -143,7 +143,7 @@ def saved_residuals(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Residu
 
     ============  ======================================================================
     fn            any differentiable function, of fmoe or of plain PyTorch
-    args          differentiated are those that require a gradient, or all floating-point ones if none does
+    args          we differentiate those that require a gradient; if none does, all floating ones
     -> Residuals  a tuple of rows, one a storage; ``total("kept")`` adds up bytes
     ============  ======================================================================
 
@@ -158,9 +158,9 @@ def saved_residuals(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Residu
     ``how``       ``"kept"``, ``"offloaded"``, ``"recomputed"``, ``"captured"`` or ``"argument"``
     ============  ======================================================================
 
-    Recomputed are values with a checkpoint name that ``remat`` doesn't keep. Arguments, and leaves that
-    ``fn`` captures, such as a module's weights, live anyway. Tensors saved for a part of the graph that the
-    result doesn't need don't count. A compiled function's values have no operator.
+    A value counts as recomputed if it has a checkpoint name and ``remat`` doesn't keep it. Arguments live
+    anyway, and so do leaves that ``fn`` captures, such as a module's weights. Tensors saved for a part of the
+    graph that the result doesn't need don't count. A compiled function's values have no operator.
 
     Raises ``TransformError`` for a ``fn`` that calls ``torch.func.grad`` or ``vjp``, and beneath these. They
     forbid the hooks that see saved tensors.

@@ -81,7 +81,7 @@ def offload(*names: str) -> Names:
     """The policy that keeps what has these names in the host's memory, and recomputes the rest.
 
     On CUDA, values go to pinned memory on a stream of their own, while the next layers compute. They begin to
-    come back when the backward of the region after theirs begins, and their own waits for the last of them.
+    come back when the backward of the next region begins. Their own region's backward waits for all of them.
     On a CPU they stay where they are. Beside ``save``, the first that names a value decides.
 
     Raises ``ValueError`` as :func:`save` does. On CUDA, raises ``TransformError`` under ``torch.compile`` and
@@ -160,12 +160,13 @@ def remat(fn: Callable[..., Any], policy: Policy | None = None) -> Callable[...,
     >>> grads = torch.func.grad(lambda p, x: layer(p, x).sum())(params, torch.randn(4, 8))
     """
     policy = save_declared if policy is None else policy
-    if not callable(policy) or policy in (save, offload):
-        got = f"{policy.__name__} itself" if callable(policy) else repr(policy)
+    policies = _parts(policy)
+    unnamed = next((f"{each.__name__} itself" for each in (save, offload) if each in policies), None)
+    if unnamed or not callable(policy):
+        got = unnamed or repr(policy)
         expected = "a function of an operator's checkpoint name, or None"
         remedy = 'Use fmoe.save("topk"), say.'
         raise argument_error("remat", "policy", got=got, expected=expected, remedy=remedy)
-    policies = _parts(policy)
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -549,7 +549,14 @@ def test_declared_names_and_defaults():
 
 
 @pytest.mark.parametrize(
-    ("policy", "got"), [("topk", "'topk'"), (["topk"], "['topk']"), (fmoe.save, "save itself"), ((), "()")]
+    ("policy", "got"),
+    [
+        ("topk", "'topk'"),
+        (["topk"], "['topk']"),
+        (fmoe.save, "save itself"),
+        (fmoe.save("topk") | fmoe.offload, "offload itself"),
+        ((), "()"),
+    ],
 )
 def test_what_is_no_policy_raises(policy, got):
     text = f"remat: policy: got {got}, expected a function of an operator's checkpoint name, or None."

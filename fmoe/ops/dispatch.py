@@ -101,7 +101,7 @@ class Dispatching(NamedTuple):
 def dispatch_start(
     x_TD: torch.Tensor, routing: Routing, *, axis: Axes | DeviceMesh | None = None
 ) -> Dispatching:
-    """Begin to :func:`fmoe.dispatch`, and go on with other tokens; :func:`dispatch_join` gets rows and plan.
+    """Begin a :func:`fmoe.dispatch`, whose rows and plan :func:`dispatch_join` gives.
 
     Takes what :func:`fmoe.dispatch` takes, and raises what it raises. A backend that isn't ``in_halves``
     dispatches at once.
@@ -113,15 +113,15 @@ def dispatch_start(
     >>> torch.equal(x_SD, x)  # with one device nothing moves
     True
     """
-    _check(x_TD, routing)
     transport: Any = transport_along("dispatch_start", axis)
     if getattr(transport, "in_halves", False):
+        _check(x_TD, routing)
         return Dispatching(transport, transport.dispatch_start(x_TD, routing))
     return Dispatching(None, dispatch(x_TD, routing, axis=axis))
 
 
 def dispatch_send(coming: Dispatching) -> Dispatching:
-    """Go on with a dispatch for which the host has to wait. Launch before it what shall run meanwhile.
+    """Go on with a dispatch for which the host has to wait. First launch what is to run meanwhile.
 
     :func:`dispatch_join` does it too, if nobody has.
 

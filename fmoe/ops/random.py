@@ -200,11 +200,8 @@ def bernoulli(
     """
     number, width = _mantissas("bernoulli", key, shape, torch.float32, spec)
     if isinstance(p, torch.Tensor) and torch.broadcast_shapes(number.shape, p.shape) != number.shape:
-        got, expected = (
-            f"shape {tuple(p.shape)}",
-            f"one that broadcasts to the result's, {tuple(number.shape)}",
-        )
-        raise argument_error("bernoulli", "p", got=got, expected=expected)
+        expected = f"one that broadcasts to the result's, {tuple(number.shape)}"
+        raise argument_error("bernoulli", "p", got=f"shape {tuple(p.shape)}", expected=expected)
     return number.float() * 2.0**-width < p
 
 

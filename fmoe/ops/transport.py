@@ -71,8 +71,8 @@ class Overlapping(Transport, Protocol):
 class InHalves(Overlapping, Protocol):
     """A backend whose exchanges may all be in flight: a layer then takes halves of a device's tokens in turn.
 
-    Autograd runs backward what ran forward. So the derivative of each function that waits begins an exchange,
-    and that of each that begins waits.
+    Autograd runs derivatives in reverse order. So the derivative of a function that waits begins an exchange,
+    and the derivative of a function that begins one waits for it.
 
     >>> import fmoe
     >>> fmoe.parallel.AllToAll(Group("", 1, 0)).in_halves
@@ -97,8 +97,14 @@ def in_halves(axis: Axes) -> bool:
     >>> in_halves("ep")  # no backend is bound here
     False
     """
-    bound = [backend for name, backend in binding().backends if (name,) == names_of(axis)]
-    return any(getattr(backend, "in_halves", False) for backend in bound)
+    return getattr(_bound_to(axis), "in_halves", False)
+
+
+def _bound_to(axis: Axes) -> Transport | None:
+    for name, backend in binding().backends:
+        if (name,) == names_of(axis):
+            return backend
+    return None
 
 
 # How to carry tokens along a group that nothing was bound to; fmoe.parallel sets it.
@@ -131,9 +137,9 @@ def transport_along(function: str, axis: Axes | DeviceMesh | None) -> Transport 
         group = group_of(axis, axis_names(axis))
     else:
         group = resolve(function, axis)
-        for name, backend in binding().backends:
-            if (name,) == names_of(axis):
-                return backend
+        backend = _bound_to(axis)
+        if backend is not None:
+            return backend
     if group.size == 1:
         return None
     assert _default is not None

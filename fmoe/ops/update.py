@@ -39,6 +39,9 @@ def _update(
     eps: float,
     weight_decay: float,
 ) -> None:
+    device = p[0].device
+    step = step.to(device)
+    rate, scale = (None if t is None else t.to(device) for t in (rate, scale))
     rest = []
     for row in zip(p, g, m, v):
         if writes_gradient(row[0], row[2]):
@@ -63,7 +66,7 @@ def _update(
 def _fused(fused: Callable[..., None], rows: Sequence[Leaves], step: torch.Tensor) -> None:
     p, g, m, v = map(list, zip(*rows))
     # The kernel counts in place, a step per tensor, so it gets copies of the one step.
-    fused(p, g, m, v, [], list(step.to(p[0].device).repeat(len(rows)).unbind()))
+    fused(p, g, m, v, [], list(step.repeat(len(rows)).unbind()))
 
 
 def _widened(

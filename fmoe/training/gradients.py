@@ -271,8 +271,7 @@ def loss_of_model(
         )
 
     def loss(params: Any, tokens: Any, targets: Any, segment_ids: Any = None, key: Any = None) -> Any:
-        optional = dict(segment_ids=segment_ids, key=key)
-        return decoder.loss(params, tokens, targets, config, mesh, **optional, **how)
+        return decoder.loss(params, tokens, targets, config, mesh, segment_ids=segment_ids, key=key, **how)
 
     return loss
 

@@ -163,14 +163,14 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     add("--stages-per-rank", type=at_least(1), help="of --pp-schedule (default: 1 for 1f1b, else 2)")
     add("--ep-backend", default="auto", help="what carries tokens along ep: auto, all_to_all or deepep")
     add("--ep-capacity", type=float, help="room for this times the mean of rows; nobody asks how many come")
-    add("--ep-overlap", action="store_true", help="halves of a device's sequences in turn: one's rows travel")
+    add("--ep-overlap", action="store_true", help="compute one half of a batch while the other's rows travel")
     add(
         "--remat",
         default="none",
         help="what layers recompute: none, full, default, save:NAMES, offload:NAMES, or several joined by +",
     )
     add("--compile", action="store_true", help="compile each layer with torch.compile")
-    add("--graph", action="store_true", help="on a GPU: hold the step in a CUDA graph, after the first one")
+    add("--graph", action="store_true", help="on a GPU: make a CUDA graph of the first step, and replay it")
 
 
 def add_text(parser: argparse.ArgumentParser) -> None:

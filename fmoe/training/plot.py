@@ -163,7 +163,7 @@ def plot_memory(kept: Mapping[str, Mapping[str, int]]) -> "Figure":
 def plot_layers(results: Sequence[Mapping[str, Any]]) -> "Figure":
     """TFLOP/s of layers: a group of bars for each result, with a line for a matrix product of the same run.
 
-    On a GPU they are those of the time that the device works.
+    On a GPU only the time counts in which the device works.
 
     ``results`` are those of :func:`fmoe.bench.measure.bench_layer`, as ``python -m fmoe bench layer --json``
     writes them. Raises ``ValueError`` if they have no layer, and ``ImportError`` without matplotlib.
@@ -260,8 +260,8 @@ def plot_schedule(schedule: Schedule, costs: Costs = UNIT) -> "Figure":
 def plot_placement(layouts: Sequence[Layout]) -> "Figure":
     """Tensors cut into pieces, each with the ranks that hold it: a panel for each tensor.
 
-    ``layouts`` are those of :func:`fmoe.introspect.show_placement`, which draws them. Of many, the first
-    ones that are cut are drawn.
+    ``layouts`` are those of :func:`fmoe.introspect.show_placement`, which draws them. Of many it draws
+    the first 12 that are cut.
 
     Raises ``ValueError`` if there are none, and ``ImportError`` without matplotlib.
 

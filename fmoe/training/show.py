@@ -86,8 +86,7 @@ def show_placement(
                layers that are alike in one
     =========  =====================================================================
 
-    Raises ``ValueError`` for leaves of which nothing says where they lie, and listing every spec that doesn't
-    fit.
+    Raises ``ValueError`` for leaves without a placement, and for specs that don't fit, of which it lists all.
 
     Source: ``jax.debug.visualize_array_sharding``.
 

@@ -39,7 +39,7 @@ def checkpoint_name(x: T, name: str) -> T:
 
     ======  ==========================================================================
     x       a tensor, or a tree of tensors, of any shape and dtype
-    name    any word, also one that operators have; not nearly one of theirs
+    name    any word: an operator's own, or one that isn't nearly an operator's
     -> T    ``x`` itself; in a compiled function a copy
     ======  ==========================================================================
 

@@ -275,10 +275,13 @@ class _Remat(torch.autograd.Function):
         return outputs, (0,) * len(outputs)
 
 
+MOST_NODES = 256  # to look at for regions: they may be far, or none at all
+
+
 def begin_offloaded(nodes: Iterable[Any], wanted: Callable[[Any], bool] = lambda node: True) -> None:
     """Begin to bring back what the nearest regions, at some nodes of a graph or before them, offloaded."""
     coming, seen = [*nodes], set[Any]()
-    while coming and len(seen) < 256:
+    while coming and len(seen) < MOST_NODES:
         node = coming.pop(0)
         if node is None or node in seen:
             continue

@@ -116,11 +116,8 @@ class Tape:
         self._calls += 1
         made = (self._place_of(self._calls), op.name) if self._to_hand else None
         kept = (entry and entry.outputs) or (self._to_hand.get(made, ()) if made else ())
-        before, self._inside = self._inside, True
-        try:
+        with self.inside():
             out = op.function.apply(*args, *kept)
-        finally:
-            self._inside = before
         if isinstance(out, torch.Tensor):
             self._note(op.name, out, made if kept else None)
         if self.record(name):

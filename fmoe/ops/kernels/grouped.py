@@ -93,7 +93,7 @@ def _able(name: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> boo
         return False
     if name == "torch":
         return a.dtype == torch.bfloat16
-    return a.dtype in (torch.bfloat16, torch.float16) and fused(a) and _hopper(a.device) and _aligned(out)
+    return a.dtype in (torch.bfloat16, torch.float16) and fused(a) and hopper(a.device) and _aligned(out)
 
 
 def _aligned(x: torch.Tensor) -> bool:
@@ -103,5 +103,5 @@ def _aligned(x: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _hopper(device: torch.device) -> bool:
+def hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9

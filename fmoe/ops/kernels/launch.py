@@ -33,7 +33,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: int) -> No
 
 
 def cdiv(number: int, by: int) -> int:
-    """As ``triton.cdiv``, which takes the host longer, as does ``triton.next_power_of_2``.
+    """``triton.cdiv``, but faster on the host.
 
     >>> cdiv(32, 16), cdiv(33, 16)
     (2, 3)
@@ -42,7 +42,7 @@ def cdiv(number: int, by: int) -> int:
 
 
 def power_of_2(number: int) -> int:
-    """The least power of 2 that isn't less.
+    """``triton.next_power_of_2``, but faster on the host.
 
     >>> power_of_2(1), power_of_2(33), power_of_2(64)
     (1, 64, 64)

@@ -143,10 +143,8 @@ def _columns(
         size = tl.where(index < num_groups, (end - begin + MULTIPLE - 1) // MULTIPLE * MULTIPLE, 0)
         first = tl.sum(tl.where(index == group, begin, 0), 0).to(tl.int64)
         last = tl.sum(tl.where(index == group, end, 0), 0).to(tl.int64)
-        place, padded = (
-            tl.sum(tl.where(index < group, size, 0), 0),
-            tl.sum(tl.where(index == group, size, 0), 0),
-        )
+        place = tl.sum(tl.where(index < group, size, 0), 0)
+        padded = tl.sum(tl.where(index == group, size, 0), 0)
         if tl.program_id(1) == 0:
             tl.store(ends + group, place + padded)
         if group + 1 == num_groups:
@@ -197,7 +195,7 @@ def _run_columns(
     top_k: int = 1,
 ) -> Columns:
     x, num_groups = x.contiguous(), offsets.shape[0]
-    width = -(-(num_rows + num_groups * (MULTIPLE - 1)) // MULTIPLE) * MULTIPLE
+    width = cdiv(num_rows + num_groups * (MULTIPLE - 1), MULTIPLE) * MULTIPLE
     out, ends = x.new_empty(num_cols, width, dtype=E4M3), torch.empty_like(offsets)
     scale = x.new_empty(num_groups, num_cols, dtype=torch.float32)
     launch(

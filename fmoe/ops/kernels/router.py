@@ -130,12 +130,8 @@ def weigh(
     rows: torch.Tensor, ids: torch.Tensor, sigmoid: bool, normalize: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The raw kernel of :data:`fmoe.ops.weigh.weigh`. Counts are integers, so their order doesn't matter."""
-    rows, ids, (num_tokens, num_experts), top_k = (
-        rows.contiguous(),
-        ids.contiguous(),
-        rows.shape,
-        ids.shape[1],
-    )
+    rows, ids = rows.contiguous(), ids.contiguous()
+    (num_tokens, num_experts), top_k = rows.shape, ids.shape[1]
     weights, chosen = rows.new_empty(ids.shape), rows.new_empty(ids.shape)
     counts = ids.new_zeros(num_experts)
     if num_tokens:

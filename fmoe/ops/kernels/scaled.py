@@ -12,7 +12,6 @@ import torch
 
 from ..precision import ROWWISE, Scaled, quantise, rounded
 from . import fused, grouped
-from .grouped import _hopper
 
 MULTIPLE = 16  # of numbers that rows of an operand begin at
 
@@ -32,7 +31,7 @@ def fast(precision: str | None, x: torch.Tensor, *dims: int) -> bool:
     """Whether PyTorch's kernels take such rows, and weights of these dimensions."""
     narrow = precision == ROWWISE and x.dtype in (torch.bfloat16, torch.float16)
     fits = x.numel() > 0 and not any(dim % MULTIPLE for dim in dims)
-    return narrow and fits and x.is_cuda and fused(x) and _hopper(x.device)
+    return narrow and fits and x.is_cuda and fused(x) and grouped.hopper(x.device)
 
 
 def mm(
