@@ -9,7 +9,6 @@ Launches are kernels on CUDA, and calls of PyTorch's operators elsewhere.
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -18,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmoe.__main__ import markdown_table
-from fmoe.bench.timing import launches, syncs, timed
+from fmoe.bench.timing import of_host, on_device, syncs, timed
 from fmoe.ops import kernels
 from fmoe.parallel.backends import all_to_all, ways
 from fmoe.parallel.collectives import group_alone
@@ -39,22 +38,17 @@ class _Calls(TorchDispatchMode):
 def cost(call: Callable[[], Any], on_cuda: bool) -> list[str]:
     for _ in range(3):
         call()
-    host = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        call()
-        host.append(1e6 * (time.perf_counter() - start))
-        if on_cuda:
-            torch.cuda.synchronize()
-    whole = 1e3 * statistics.median(timed(call, on_cuda) for _ in range(ROUNDS))
+    whole = statistics.median(timed(call, on_cuda) for _ in range(ROUNDS))
+    host = statistics.median(of_host(call) for _ in range(ROUNDS)) if on_cuda else whole
     with _Calls() as calls:
         call()
-    number = launches(call) if on_cuda else calls.number
-    return [f"{number}", f"{statistics.median(host):.0f}", f"{whole:.0f}", f"{syncs(call) if on_cuda else 0}"]
+    number = on_device(call)[1] if on_cuda else calls.number
+    return [f"{number:.0f}", f"{1e3 * host:.0f}", f"{1e3 * whole:.0f}", f"{syncs(call) if on_cuda else 0}"]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     for name, default in dict(tokens=16384, dim=2048, experts=64, top_k=6, size=8, seed=0).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     args = parser.parse_args()

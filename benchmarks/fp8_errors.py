@@ -3,10 +3,10 @@
     python benchmarks/fp8_errors.py                                         # as a markdown table
     python benchmarks/fp8_errors.py --device cuda --sizes 8192 2048 1408 16 6
 
-An error is relative, by Frobenius norms. Beside those of products is what rounding operands to fp8 and
-results to bfloat16 predicts, if all mantissas are equally likely. The bias of a seed is the mean error of a
-product, over its root mean square error. The last column has the mean bias of all seeds, over its standard
-error.
+An error is relative, by Frobenius norms. The predicted one is that of a product whose operands are rounded
+to fp8 and whose result to bfloat16, if all mantissas are equally likely. The bias of a seed is the mean error
+of a product, over its root mean square error. The last column has the mean bias of all seeds, over its
+standard error.
 """
 
 import argparse

@@ -4,8 +4,8 @@
 
 The layers follow one another, each in a ``remat`` of its own. Gradients must be equal bit for bit before
 anything is timed. Policies take turns, so that a disturbance hits all; times are medians, with the host's
-waits. Held is what lies on the device between forward and backward, beyond parameters and input. Offloaded is
-predicted from the operators' declarations.
+waits. The held MiB lie on the device between forward and backward, beyond parameters and input. The offloaded
+MiB are predicted from the operators' declarations.
 """
 
 import argparse

@@ -21,7 +21,7 @@ from ..ops.kernels import grouped
 from ..ops.route import RouterConfig, route
 from .layers import Layer, Shape, config_for, layers, plain_layer, random_params, skewed
 from .peers import PEERS
-from .timing import check_number, in_turns, matmul_rate, of_host, on_device, syncs, timed
+from .timing import check_number, in_turns, matmul_rate, of_host, on_device, or_dash, syncs, timed
 
 ROUNDING = 0.05  # a relative error below this is rounding
 FP8_ROUNDING = 0.1  # the same of products in fp8
@@ -307,10 +307,6 @@ def _times(
     return in_turns(calls, rounds, any(entry.run.x.is_cuda for entry in entries.values()))
 
 
-def _or_dash(value: float | None, digits: str) -> str:
-    return "-" if value is None else format(value, digits)
-
-
 def report(result: dict[str, Any], console: Console) -> None:
     """Print a table of one result."""
     shape = " ".join(f"{k}={v}" for k, v in result["shape"].items())
@@ -327,9 +323,9 @@ def report(result: dict[str, Any], console: Console) -> None:
     for row in result["layers"]:
         m = Measured(**row)
         table.add_row(
-            m.layer, f"{m.forward:.2f}", f"{m.step:.2f}", f"{m.spread:.1%}", _or_dash(m.device, ".2f"),
-            f"{m.rate:.3g}", f"{m.share:.1%}", _or_dash(m.host, ".2f"), _or_dash(m.launches, ".0f"),
-            _or_dash(m.replay, ".2f"), f"{m.saved:.1f}", _or_dash(m.peak, ".0f"), _or_dash(m.syncs, ".0f"),
+            m.layer, f"{m.forward:.2f}", f"{m.step:.2f}", f"{m.spread:.1%}", or_dash(m.device, ".2f"),
+            f"{m.rate:.3g}", f"{m.share:.1%}", or_dash(m.host, ".2f"), or_dash(m.launches, ".0f"),
+            or_dash(m.replay, ".2f"), f"{m.saved:.1f}", or_dash(m.peak, ".0f"), or_dash(m.syncs, ".0f"),
             f"{m.error:.1e}",
         )  # fmt: skip
     for name, error in result["wrong"].items():

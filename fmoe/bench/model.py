@@ -26,7 +26,7 @@ from ..training.optim import Optimizer, adamw
 from ..training.step import training_step
 from ..transforms import per_layer, value_and_grad
 from .breakdown import breakdown
-from .timing import check_number, matmul_rate, of_host, syncs
+from .timing import check_number, matmul_rate, of_host, or_dash, syncs
 
 Batch = tuple[torch.Tensor, ...]
 Step = Callable[[Batch], torch.Tensor]
@@ -248,17 +248,17 @@ def report(result: dict[str, Any], console: Console, title: str = "a model") -> 
     rows = {
         "tokens/s": f"{r['tokens_per_second']:,.0f}",
         "ms a step (spread)": f"{r['ms']:.2f} ({r['spread']:.1%})",
-        "host ms, device at work ms": f"{r['host_ms']:.2f}, {_or_dash(r['device_ms'], '.2f')}",
+        "host ms, device at work ms": f"{r['host_ms']:.2f}, {or_dash(r['device_ms'], '.2f')}",
         "first step ms": f"{r['first_ms']:,.0f}",
-        "host waits a step": _or_dash(r["syncs"], "d"),
+        "host waits a step": or_dash(r["syncs"], "d"),
         "model TFLOP/s": f"{r['tflops_per_second']:.3g}",
-        "of the vendor's peak (MFU)": _or_dash(r["mfu"], ".1%"),
+        "of the vendor's peak (MFU)": or_dash(r["mfu"], ".1%"),
         "of a matrix product here": f"{r['mfu_of_matmul']:.1%} of {r['matmul_tflops']:.1f} TFLOP/s",
-        "peak memory GiB": _or_dash(r["peak_bytes"] and r["peak_bytes"] / 2**30, ".2f"),
+        "peak memory GiB": or_dash(r["peak_bytes"] and r["peak_bytes"] / 2**30, ".2f"),
         "planned GiB (planned / peak)": f"{r['planned_bytes'] / 2**30:.2f} "
-        f"({_or_dash(r['planned_over_peak'], '.3f')})",
-        "planned ms (planned / measured)": f"{_or_dash(r['planned_ms'], '.2f')} "
-        f"({_or_dash(r['planned_over_ms'], '.3f')})",
+        f"({or_dash(r['planned_over_peak'], '.3f')})",
+        "planned ms (planned / measured)": f"{or_dash(r['planned_ms'], '.2f')} "
+        f"({or_dash(r['planned_over_ms'], '.3f')})",
         "loss, first and last": f"{r['first_loss']:.3f}, {r['last_loss']:.3f}",
     }
     planned = r["planned"]["seconds"]
@@ -275,7 +275,3 @@ def report(result: dict[str, Any], console: Console, title: str = "a model") -> 
 def _recipe(precision: dict[str, str | None]) -> str:
     of = [f"{kind} in {name}" for kind, name in precision.items() if name]
     return f", products of {', of '.join(of)}" if of else ""
-
-
-def _or_dash(value: Any, form: str) -> str:
-    return "-" if value is None else format(value, form)

@@ -82,8 +82,9 @@ def _pictures(args: argparse.Namespace) -> Iterator[tuple[Path, Callable[[], Any
         yield args.metrics[0].with_suffix(".svg"), lambda: plot.plot_layers(results)
         return
     if args.what == "table":
-        unit, table = _table(args.metrics[0], args.table)
-        yield args.metrics[0].with_suffix(".svg"), lambda: plot.plot_table(table, unit=unit)
+        for path in args.metrics:
+            unit, table = _table(path, args.table)
+            yield path.with_suffix(".svg"), functools.partial(plot.plot_table, table, unit=unit)
         return
     runs = {path: read_metrics(path) for path in args.metrics}
     if args.what != "load":

@@ -83,3 +83,8 @@ def check_number(function: str, argument: str, number: int) -> None:
     if not isinstance(number, int) or number < 2:
         expected = "an integer of at least 2"
         raise argument_error(function, argument, got=number, expected=expected, remedy="Measure more often.")
+
+
+def or_dash(value: float | None, form: str) -> str:
+    """The number in a table, or a dash where it can't be known."""
+    return "-" if value is None else format(value, form)

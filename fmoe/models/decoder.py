@@ -258,8 +258,8 @@ def loss(
 
     def run(params: ModelParams, tokens: torch.Tensor, targets: torch.Tensor, *others: torch.Tensor) -> Any:
         given = optional(inputs, others, key)
-        options = per_layer, logits_bytes, mtp_weight
-        return stage_loss(params, tokens, targets, config, *options, precision=recipe, **given)
+        given |= dict(per_layer=per_layer, logits_bytes=logits_bytes, mtp_weight=mtp_weight)
+        return stage_loss(params, tokens, targets, config, precision=recipe, **given)
 
     def out_specs(*_: Any) -> Any:
         return P(), P()
@@ -429,8 +429,10 @@ def stage_loss(
     A stage before the last has no targets. Its ``balance`` is a sum, to be added to the loss. Every stage
     takes the same ``segment_ids`` and ``noise``.
     """
-    options = per_layer, logits_bytes, mtp_weight
-    made = stage_sums(params, x, targets, config, *options, segment_ids, noise, precision=precision)
+    made = stage_sums(
+        params, x, targets, config, per_layer=per_layer, logits_bytes=logits_bytes, mtp_weight=mtp_weight,
+        segment_ids=segment_ids, noise=noise, precision=precision,
+    )  # fmt: skip
     if isinstance(params.norm, tuple):
         stats = _over_devices([], made.layers)[1]
         return made.x, LossStats(x.new_zeros(()), stats, made.balance, made.mtp)

@@ -67,10 +67,10 @@ def load(
     ==========  ===============================================================================
 
     Weights in float8 are multiplied by their ``weight_scale_inv``, block by block. Scales are floating-point
-    numbers or powers of two: float8_e8m0fnu, or bytes where ``scale_fmt`` is ``"ue8m0"``. Skipped are stored
-    rotary frequencies, and shared experts of size zero. The head of a tied model may be stored, if it equals
-    the embedding, and so may what layers that predict further tokens share. Files are mapped, and each tensor
-    is copied from there into its parameter.
+    numbers or powers of two: float8_e8m0fnu, or bytes where ``scale_fmt`` is ``"ue8m0"``. Stored rotary
+    frequencies, and shared experts of size zero, are skipped. The head of a tied model may be stored, if it
+    equals the embedding, and so may what layers that predict further tokens share. Files are mapped, and each
+    tensor is copied from there into its parameter.
 
     On a mesh every rank reads only what it holds, and no weight is sent. If it holds a part of every row, the
     system may read more, since it reads whole pages.

@@ -1,7 +1,7 @@
 """Multi-token prediction: modules after the last layer, each of which predicts one token further.
 
 Source: DeepSeek-V3, arXiv 2412.19437, section 2.2. The published weights have one module. In its projection
-the embedding comes first, unlike in equation 21. What it takes is what the model gives its head.
+the embedding comes first, unlike in equation 21. Its input is what the model gives its head.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from .vocabulary import IGNORED, embed, summed_cross_entropy
 
 
 class Further(NamedTuple):
-    """What the modules compute, on this device alone.
+    """Sums that the modules compute, on this device alone.
 
     ==========  ================================================================
     ``total``   the sum of their cross entropies
@@ -55,7 +55,8 @@ def predict_further(
 ) -> Further:
     """The cross entropies of tokens after the next, from what the model gives its head, ``x`` (B, L, D).
 
-    Module ``k`` has the positions with a token ``k`` places later in their segment, and that one's target.
+    Module ``k`` has the positions with a token ``k`` places later in their segment. It predicts that token's
+    target.
     """
     eps, length = config.norm_eps, x.shape[1]
     total = x.new_zeros((), dtype=accumulator(x.dtype))

@@ -1,4 +1,4 @@
-"""Which keys the noise of a model's routers has."""
+"""Keys of the noise of a model's routers."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -46,7 +46,9 @@ def import_config(raw: Json, *, mtp: bool = False) -> DecoderConfig:
     wrong += _wrong_rope(rope)
     wrong += _wrong_quantization(raw.get("quantization_config") or {})
     if mtp and not _num_mtp(family, raw):
-        wrong.append(f"num_nextn_predict_layers={raw.get('num_nextn_predict_layers')!r}, not 1 for mtp=True")
+        wrong.append(
+            f"num_nextn_predict_layers={raw.get('num_nextn_predict_layers')!r}, not at least 1 for mtp=True"
+        )
     if wrong:
         raise _error(wrong)
     return _config(family, raw, mtp)

@@ -1,4 +1,4 @@
-"""Which device of a mesh holds which piece of a tensor, as values."""
+"""Places of a tensor's pieces on the devices of a mesh, as values."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""Whether values that specs claim to be the same along axes are the same there.
+"""Comparisons of values along the axes where specs claim that they are the same.
 
 Devices compare fingerprints, 16 bytes a value, in one small collective. Only values whose bits differ are
 gathered, to see whether they differ by more than rounding.

@@ -311,9 +311,8 @@ def _backward(
             if graph.again:
                 graph.again.whole = call.finish(i, coming)
                 coming = call.begin(i - 1, tensors)
-            for one in reversed(
-                graphs[max(0, i - 1) : i + 1]
-            ):  # what remat offloaded comes a layer ahead, too
+            # What remat offloaded comes a layer ahead, too.
+            for one in reversed(graphs[max(0, i - 1) : i + 1]):
                 begin_offloaded(edge.node for edge in one.gave if edge)
             rest, mine = rest[: len(rest) - len(graph.gave) + 1], rest[len(rest) - len(graph.gave) + 1 :]
             grads = _grads(graph, [g_x, *mine], keep)

@@ -53,8 +53,9 @@ class Schedule:
 
 
 def drawn(schedule: Schedule, costs: Costs = UNIT) -> str:
-    """The computations of a schedule to scale, a line for each rank."""
-    ranks, lines = timeline(schedule, costs), []
+    """The computations of a schedule to scale, a line for each rank. Those that take no time are left out."""
+    ranks = [[timed for timed in rank if timed.end > timed.start] for rank in timeline(schedule, costs)]
+    lines = []
     times = [timed for rank in ranks for timed in rank]
     shortest = min(timed.end - timed.start for timed in times)
     width = (1 + max(len(str(timed.action)) for timed in times)) / shortest

@@ -117,8 +117,8 @@ def plan(
     A kernel takes as long as its products at their rate, and the bytes that it reads and writes at the
     memory's. Kernels run one after another. Tokens and sums are exposed in full: nobody computes meanwhile.
     Parameters that ``stack`` gathers and sums ahead are exposed where they take longer than what is computed
-    meanwhile. The host is left out: it is taken to be ahead of its device. So is the noise of routers.
-    Modules of multi-token prediction are planned with their loss.
+    meanwhile. The host is left out: it is taken to be ahead of its device. The noise of routers is left
+    out, too. Modules of multi-token prediction are planned with their loss.
 
     Raises ``ValueError`` for sizes below 1, for sizes that the mesh doesn't divide, for another ``zero``, for
     a schedule or stages that don't fit the mesh, for other devices, and for a precision without kernels.
@@ -135,7 +135,7 @@ def plan(
             raise error(name, got=number, expected="an integer of at least 1")
     check_zero("plan", zero)
     recipe = recipe_of("plan", precision)
-    slow = {recipe.experts, recipe.dense} - {None, ROWWISE}
+    slow = sorted({*filter(None, (recipe.experts, recipe.dense))} - {ROWWISE})
     if slow and (rates or device_type == "cuda"):
         got, expected = ", ".join(map(repr, slow)), f"{ROWWISE!r} or None, which kernels compute"
         raise error("precision", got=got, expected=expected)

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from fmoe.ops.reference import moe_reference
 from fmoe.plan import plan
 from fmoe.training.optim import adamw
 
-RATES = Path(__file__).parents[2] / "benchmarks" / "rates" / "h200.json"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+RATES = BENCHMARKS / "rates" / "h200.json"
 TINY = Shape(tokens=48, dim=16, hidden=8, experts=8, top_k=2)
 
 
@@ -52,6 +54,20 @@ def test_the_command_measures_every_layer_and_writes_json(command, tmp_path):
     pairs = TINY.tokens * TINY.top_k
     assert saved["fmoe"] * 2**20 >= 4 * pairs * 2 * TINY.hidden
     assert saved["fmoe"] < saved["PyTorch eager"]
+
+
+def test_the_cost_of_a_dispatch_is_measured(monkeypatch, capsys):
+    sizes = "--tokens", "64", "--dim", "16", "--experts", "8", "--top-k", "2", "--size", "4"
+    monkeypatch.setattr(sys, "argv", ["exchange.py", *sizes])
+    runpy.run_path(str(BENCHMARKS / "exchange.py"), run_name="__main__")
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows[2:]] == ["ways without Triton", "ways", "exchange", "exchange_bounded"]
+    assert all(int(cell) > 0 for row in rows[2:] for cell in row[1:4])
+
+
+@pytest.mark.parametrize("script", [*sorted(BENCHMARKS.glob("*.py"))], ids=lambda script: script.stem)
+def test_a_benchmark_finds_what_it_imports(script):
+    runpy.run_path(str(script), run_name=script.stem)
 
 
 def test_layers_in_fp8_are_measured_beside_others():

@@ -377,7 +377,7 @@ def test_copies_may_be_absent_but_not_different(tmp_path):
 
 def test_models_without_such_layers_are_refused(tmp_path):
     save(tmp_path / "V3", TINY, decoder.init(TINY, 0))
-    with pytest.raises(ValueError, match="num_nextn_predict_layers=0, not 1 for mtp=True"):
+    with pytest.raises(ValueError, match="num_nextn_predict_layers=0, not at least 1 for mtp=True"):
         load(tmp_path / "V3", mtp=True)
     qwen = decoder.preset("30B-A3B", layers=2, mtp_layers=1)
     with pytest.raises(ValueError, match="mtp_layers=1, not 0"):

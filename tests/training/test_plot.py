@@ -144,6 +144,12 @@ def test_a_table_of_a_page_is_drawn(command, tmp_path):
     page = tmp_path / "page.md"
     page.write_text(PAGE)
     assert command("plot", page, "--what", "table", "--table", "TFLOP/s, h") == f"{tmp_path / 'page.svg'}\n"
+    other = page.with_name("other.md")
+    other.write_text(page.read_text().replace("1,234.5", "4,321"))
+    drawn = [tmp_path / "page.svg", tmp_path / "other.svg"]
+    found = command("plot", page, other, "--what", "table", "--table", "TFLOP/s, h").split()
+    assert found == [*map(str, drawn)]
+    assert ["1,234.5" in texts(drawn[0]), "4,321" in texts(drawn[1])] == [True, True]
     expected = {"TFLOP/s, higher is better", "ours", "theirs", "large", "small", "1,234.5", "70"}
     assert expected <= texts(tmp_path / "page.svg")
     ours, theirs = (

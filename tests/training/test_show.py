@@ -174,3 +174,11 @@ def test_a_schedule_is_drawn_to_scale_at_any_cost(name):
     with console.capture() as text:
         console.print(show_schedule(schedule, costs))
     assert "48;2;166;206;227" in text.get()  # forwards are blue
+
+
+def test_a_drawing_of_a_schedule_leaves_out_what_takes_no_time():
+    schedule, costs = make_schedule("zbv", pp=2, micro_batches=3), Costs(weight=0.0)
+    lines = repr(show_schedule(schedule, costs)).splitlines()[1:-1]
+    for line, rank in zip(lines, timeline(schedule, costs), strict=True):
+        shown = [str(timed.action) for timed in rank if timed.action.kind != "W"]
+        assert re.findall(r"\d+[FBIW]\d+", line) == shown

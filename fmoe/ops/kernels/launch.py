@@ -22,7 +22,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: int) -> No
     fn, active = kernel.fn, driver.active
     device = active.get_current_device()
     num_values = fn.__code__.co_argcount - len(fn.__annotations__)  # only constants are annotated
-    key = (fn, device, *map(kind, args[:num_values]), *args[num_values:], *options.values())
+    key = (fn, device, *map(kind, args[:num_values]), *args[num_values:], *options.items())
     found = _COMPILED.get(key)
     if found is None:
         _COMPILED[key] = kernel[grid](*args, **options)

@@ -84,7 +84,8 @@ def part_of_several(
 ) -> Operator:
     """Declare a part of an exchange of several tensors, by the rules of :func:`declare`.
 
-    Its last argument is any tensor of the part before, where a compiler shall leave the two in order.
+    The operator has one more argument, ``after``: any tensor of the part before, for a compiler that must
+    leave the two in order.
     """
     arguments, _, outputs = schema.partition(") ->")
     number = arguments.count(",") + 1

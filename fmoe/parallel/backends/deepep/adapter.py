@@ -14,7 +14,7 @@ max_tokens, wait)``                         :class:`Arrived`. With ``max_tokens`
                                             this size, and the most it may be
 
 Without ``wait`` the current stream goes on meanwhile, and ``latest`` is the event to wait for. ``dispatch``
-and ``send`` then give a function, to be called after that, of which their results are.
+and ``send`` then return a function: called after that wait, it returns their results.
 
 A handle says how rows were sent. It has tensors, the first with a row per token, and a few numbers. With
 ``max_tokens``, rows that didn't come are zeros, and their ids -1. Users install DeepEP themselves, since it
