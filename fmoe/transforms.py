@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import optree
 import torch
@@ -225,6 +226,7 @@ def _inductor(graph: Any, inputs: Any) -> Any:
     A backward that runs once may write into *donated buffers*, which are tensors that the forward kept. Run
     twice, it would spoil them. Inductor's own key is the same for both.
     """
+    from torch._inductor import exc
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.utils import get_donated_idxs
 
@@ -232,10 +234,41 @@ def _inductor(graph: Any, inputs: Any) -> Any:
         config: Any = torch.compiler.config
         tag = f"{config.cache_key_tag} donated: {get_donated_idxs()}"
         _in_order(graph.graph)
-        with config.patch(cache_key_tag=tag):
+        # PyTorch 2.11 describes an operator that it first meets, with all that its arguments were made of.
+        # For parts of exchanges, each of which depends on the one before, that takes minutes.
+        short = mock.patch.object(exc.OperatorIssue, "operator_str", staticmethod(_named))
+        with config.patch(cache_key_tag=tag), short:
             return compile_fx_inner(graph, *args, **kwargs)
 
-    return compile_fx(graph, inputs, inner_compile=compile_one)
+    passes = {"joint_custom_pre_pass": _without_size_checks()}
+    return compile_fx(graph, inputs, inner_compile=compile_one, config_patches=passes)
+
+
+def _named(target: Any, args: Any, kwargs: Any) -> str:
+    return f"target: {target}"
+
+
+@functools.cache
+def _without_size_checks() -> Any:
+    """A pass that takes out assertions that a size isn't negative, as it never is.
+
+    PyTorch 2.11 would keep their truth for the backward, which Inductor refuses, where remat keeps a value.
+    """
+    from torch._inductor.custom_graph_pass import CustomGraphPass  # takes a second to import
+
+    class WithoutSizeChecks(CustomGraphPass):
+        def __call__(self, graph: Any) -> None:
+            for node in reversed(graph.nodes):
+                if node.target is torch.ops.aten._assert_scalar.default:
+                    truth = node.args[0]
+                    if getattr(truth, "target", None) is operator.ge and truth.args[1] == 0:
+                        graph.erase_node(node)
+            graph.eliminate_dead_code()
+
+        def uuid(self) -> str:
+            return "fmoe: without checks of sizes"
+
+    return WithoutSizeChecks()
 
 
 def _in_order(graph: Any) -> None:

@@ -1,6 +1,7 @@
 """Options of a script that trains, in groups, and what they stand for."""
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -111,7 +112,8 @@ class Layout(NamedTuple):
     ``schedule``  of the stages along ``pp``
     ``how``       keyword arguments of :func:`fmoe.training.gradients.of_model`
     ``zero``      another one, which :func:`fmoe.training.gradients.loss_of_model` doesn't take
-    ``bounded``   the backend of ``--ep-capacity``, for :func:`fmoe.exact_on_overflow`; ``None``: none
+    ``bounded``   the backend of ``--ep-capacity``, for :func:`fmoe.exact_on_overflow`; ``None``: none, or
+                  one with room for the worst case, which is among ``how``
     ============  ======================================================================
 
     >>> parser = Parser()
@@ -140,10 +142,12 @@ class Layout(NamedTuple):
         bounded = None
         if args.ep_capacity is not None:
             at_once = args.micro_batches * (2 if args.ep_overlap else 1)
-            rows = -(-args.batch_size // (world.part[1] * at_once))
-            bounded = backend._replace(
-                host_sync=False, capacity=args.ep_capacity, max_tokens=rows * args.seq_len
-            )
+            most = -(-args.batch_size // (world.part[1] * at_once)) * args.seq_len
+            worst = args.ep_capacity == math.inf
+            capacity = None if worst else args.ep_capacity
+            bounded = backend._replace(host_sync=False, capacity=capacity, max_tokens=most)
+            if worst:  # nothing can overflow
+                how["backend"], bounded = bounded, None
         return cls(schedule, how, args.zero, bounded)
 
 
@@ -162,7 +166,7 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     add("--pp-schedule", default="1f1b", help="of stages along pp: 1f1b, interleaved, zero_bubble or zbv")
     add("--stages-per-rank", type=at_least(1), help="of --pp-schedule (default: 1 for 1f1b, else 2)")
     add("--ep-backend", default="auto", help="what carries tokens along ep: auto, all_to_all or deepep")
-    add("--ep-capacity", type=float, help="room for this times the mean of rows; nobody asks how many come")
+    add("--ep-capacity", type=float, help="room for this times the mean of rows, asking nobody; inf: all")
     add("--ep-overlap", action="store_true", help="compute one half of a batch while the other's rows travel")
     add(
         "--remat",

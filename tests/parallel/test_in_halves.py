@@ -215,6 +215,29 @@ def test_the_models_laws_hold_on_gpus(pool, way, law):
     hold(pool, law, Where("ep=2", WAYS[way], "cuda"), "GQA", timeout=240)
 
 
+def compiled_by_inductor(way, remat, device):
+    where = Where("ep=2", way, device)
+    mesh, rows = where.mesh(), 2
+    params = decoder.init(CONFIG, 7, dtype=where.dtype, mesh=mesh)
+    batch = [own(torch.randint(CONFIG.vocab_size, (2 * rows, LENGTH)), mesh) for _ in range(2)]
+    how = {"mesh": mesh, "backend": way}
+    want = gradients.of_model(CONFIG, **how)(params, *batch)[1]
+    layers = per_layer(remat, compiled=True)
+    got = gradients.of_model(CONFIG, **how, per_layer=layers)(params, *batch)[1]
+    return error(whole(got), whole(want), unit=1e-2)
+
+
+COMPILED = {"exact": Backend("all_to_all"), **{f"{name} in halves": way for name, way in WAYS.items()}}
+
+
+@pytest.mark.parametrize("remat", ["full", "default"])
+@pytest.mark.parametrize("way", quick(COMPILED if torch.cuda.is_available() else [], COMPILED))
+def test_layers_that_inductor_compiles_give_the_same_gradients(pool, way, remat):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for found in pool.run(2, compiled_by_inductor, COMPILED[way], remat, device, timeout=240):
+        assert found < 1e-10
+
+
 # ---- in the order that was meant ------------------------------------------------------------------------
 
 # A is the first half, of two sequences, and B the second, of one.
