@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 import fmoe
 from fmoe.errors import TransformError
 from fmoe.introspect import kept_bytes, saved_bytes, saved_residuals
-from fmoe.ops.core.host import on_host
+from fmoe.ops.core.host import _stream, on_host
 
 ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ROUTER = CONFIGS["sigmoid, groups"]
@@ -230,28 +230,54 @@ def test_the_gpus_memory_falls_by_what_is_offloaded():
     assert 0.95 * (DEPTH - 2) <= (most - most_offloaded) / OFFLOADED <= 1.05 * (DEPTH - 1)
 
 
+def reached(stream):
+    """The event that a stream has come this far."""
+    return stream.record_event(torch.cuda.Event(enable_timing=True))
+
+
+def held(stream):
+    """Keep a stream busy for about a second, some thousand times as long as a block takes."""
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(2 * 10**9)  # cycles
+    return reached(stream)
+
+
 @pytest.mark.gpu
 @ON_CUDA
 def test_copies_run_on_a_stream_of_their_own_between_pinned_memory_and_the_gpu():
-    args = blocks()
-    step = fmoe.value_and_grad(deep(lambda fn: fmoe.remat(fn, fmoe.offload("up"))))
-    step(*args)
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as run:
-        step(*args)
+    """While it is held, a whole forward is computed, and the backward of a block whose own values came."""
+    weights, x = blocks()
+    x.requires_grad_()
+    computing, copying = torch.cuda.current_stream(), _stream(x.device)
+    fn = fmoe.remat(block, fmoe.offload("up"))
+
+    def step():
+        """By how many milliseconds computing was done before copies went on, forward and backward."""
+        go_on, done, outputs = [held(copying)], [], [x]
+        for w in weights:
+            outputs.append(fn(w, outputs[-1]))
+        done.append(reached(computing))
+        # Before the last block but one, whose own copies began before this, and after it.
+        outputs[-2].register_hook(lambda _: go_on.append(held(copying)))
+        outputs[-3].register_hook(lambda _: done.append(reached(computing)))
+        torch.autograd.grad(outputs[-1].sum(), x)
         torch.cuda.synchronize()
+        return [early.elapsed_time(late) for early, late in zip(done, go_on, strict=True)]
+
+    step()  # which allocates
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as run:
+        ahead = step()
+    assert len(ahead) == 2 and min(ahead) > 0
     on_cuda = torch.autograd.DeviceType.CUDA
     events = [e for e in run.profiler.kineto_results.events() if e.device_type() == on_cuda]
-    there, back = (
-        [e for e in events if words in e.name()] for words in ("DtoH (Device -> Pinned)", "HtoD (Pinned ->")
+    there, back, holds = (
+        [e for e in events if words in e.name()]
+        for words in ("DtoH (Device -> Pinned)", "HtoD (Pinned ->", "spin_kernel")
     )
-    kernels = [e for e in events if not e.name().startswith("Mem")]
-    assert len(there) == len(back) == DEPTH and kernels
-    streams = [{e.device_resource_id() for e in some} for some in (there, back, kernels)]
-    assert streams[0] == streams[1] and not streams[0] & streams[2]
-    for copies in (there, back):
-        spans = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in copies]
-        assert any(start < kernel.start_ns() < end for start, end in spans for kernel in kernels)
+    kernels = [e for e in events if not (e.name().startswith("Mem") or "spin_kernel" in e.name())]
+    assert len(there) == len(back) == DEPTH and len(holds) == 2 and kernels
+    streams = [{e.device_resource_id() for e in some} for some in (there, back, holds, kernels)]
+    assert streams[0] == streams[1] == streams[2] and not streams[0] & streams[3]
 
 
 @pytest.mark.gpu
