@@ -1,28 +1,27 @@
-"""Keeping, recomputing and offloading what MoE layers need for their backward: time and memory.
+"""Keeping, recomputing and offloading what a model's layers need for their backward: time and memory.
 
-    python benchmarks/offload.py --shape 16B --layers 6         # one GPU, bfloat16, as a markdown table
+    python benchmarks/offload.py --model 16B --layers 6         # one GPU, bfloat16, as a markdown table
 
-The layers follow one another, each in a ``remat`` of its own. Gradients must be equal bit for bit before
-anything is timed. Policies take turns, so that a disturbance hits all; times are medians, with the host's
-waits. The held MiB lie on the device between forward and backward, beyond parameters and input. The offloaded
-MiB are predicted from the operators' declarations.
+Before anything is timed, each policy must give the first one's loss bit for bit, and its gradients up to
+rounding, since attention's backward may add in any order. Policies take turns, so that a disturbance hits
+all; times are medians. What is held lies on the device between forward and backward, beyond the parameters.
+The peak is that of a step, parameters and gradients included. Beside both, and for the host's memory, stands
+what ``fmoe.plan`` says.
 """
 
-import argparse
-import functools
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import optree
 import torch
 
-import fmoe
 from fmoe.__main__ import markdown_table
-from fmoe.bench.layers import SHAPES, config_for, random_params
-from fmoe.bench.timing import in_turns
-from fmoe.introspect import saved_bytes
+from fmoe.bench.measure import ROUNDING
+from fmoe.models import decoder
+from fmoe.plan import plan
+from fmoe.training.options import Parser, at_least
 from fmoe.transforms import per_layer
 
 POLICIES = [
@@ -31,78 +30,104 @@ POLICIES = [
     "default",
     "default+save:experts_grouped_mm",
     "default+offload:experts_grouped_mm",
-    "offload:topk,dispatch,experts_grouped_mm",
 ]
+HEADINGS = ["`--remat`", "forward ms", "backward ms"]
+HEADINGS += ["held GiB", "planned", "peak GiB", "planned", "on the host GiB"]
+DTYPE = torch.bfloat16
 
 
-def layer(config: fmoe.RouterConfig, params: fmoe.MoEParams, x: torch.Tensor) -> torch.Tensor:
-    return x + fmoe.moe_forward(params, x, router=config)
+class Step(NamedTuple):
+    """Milliseconds of forward and backward, bytes on CUDA, and the loss with its gradients."""
+
+    forward: float
+    backward: float
+    held: int
+    peak: int
+    results: tuple[torch.Tensor, ...]
 
 
-def memory(call: Callable[[], Any], between: list[int]) -> tuple[float, float]:
-    """MiB held between forward and backward, and at the peak."""
+def step(loss: Callable[[], torch.Tensor], leaves: Sequence[torch.Tensor], on_cuda: bool) -> Step:
+    def now() -> Any:
+        event = torch.cuda.Event(enable_timing=True) if on_cuda else None
+        return torch.cuda.current_stream().record_event(event) if on_cuda else time.perf_counter()
+
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    before, start = torch.cuda.memory_allocated(), now()
+    value = loss()
+    held, middle = torch.cuda.memory_allocated() - before, now()
+    results = value.detach(), *torch.autograd.grad(value, leaves, materialize_grads=True)
+    stop = now()
+    if not on_cuda:
+        return Step(1e3 * (middle - start), 1e3 * (stop - middle), 0, 0, results)
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return (between[-1] - before) / 2**20, (torch.cuda.max_memory_allocated() - before) / 2**20
+    times = start.elapsed_time(middle), middle.elapsed_time(stop)
+    return Step(*times, held, torch.cuda.max_memory_allocated(), results)
+
+
+def check(words: str, found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+    """Exit unless the losses are equal, and the gradients but for rounding."""
+    pairs = [(a.float(), b.float()) for a, b in zip(found, expected, strict=True)]
+    error = float(torch.stack([torch.dist(a, b) / b.norm().clamp_min(1e-20) for a, b in pairs]).max())
+    if not torch.equal(found[0], expected[0]) or not error < ROUNDING:  # NaN neither
+        raise SystemExit(f"error: {words}: another loss, or gradients that are {error:.2g} off")
+
+
+class Planned(NamedTuple):
+    """Bytes of a step, without an optimizer's."""
+
+    held: int
+    peak: int
+    on_host: int
+
+
+def planned(words: str, config: decoder.DecoderConfig, **sizes: Any) -> Planned:
+    (rank,) = plan(config, dtype=DTYPE, per_layer=per_layer(words), **sizes).ranks
+    held = rank.converted + sum(rank.activations.values())
+    peak = max(rank.peaks["forward"], rank.peaks["backward"]) - rank.optimizer
+    return Planned(held, peak, rank.offloaded)
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--shape", choices=[*SHAPES], default="16B")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--policies", nargs="+", default=POLICIES, help="words of --remat")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--model", default="16B", help="a preset")
+    for name, number in dict(layers=6, batch_size=4, seq_len=4096, rounds=3).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=at_least(1), default=number)
+    parser.add_argument("--policies", nargs="+", default=POLICIES, metavar="REMAT", help="words of --remat")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31, help="fresh by default")
     args = parser.parse_args()
+    config, on_cuda = decoder.preset(args.model, layers=args.layers), args.device == "cuda"
+    sizes = dict(batch_size=args.batch_size, seq_len=args.seq_len, device_type=args.device)
+    plans = {words: planned(words, config, **sizes) for words in args.policies}
     torch.manual_seed(args.seed)
-    shape, on_cuda, dtype = SHAPES[args.shape], args.device == "cuda", torch.bfloat16
-    router = config_for(shape, "balanced")
-    params = [
-        random_params(shape, args.seed + i, dtype=dtype, device=args.device) for i in range(args.layers)
-    ]
-    params = optree.tree_map(lambda t: t.requires_grad_() if t.is_floating_point() else t, params)
-    x = torch.randn(shape.tokens, shape.dim, device=args.device, dtype=dtype, requires_grad=True)
-    between = [0]  # bytes after the latest forward
+    params = decoder.init(config, args.seed, dtype=DTYPE, device=args.device)
+    leaves = [leaf.requires_grad_() for leaf in optree.tree_leaves(params)]
+    tokens = torch.randint(config.vocab_size, (args.batch_size, args.seq_len), device=args.device)
 
-    def step(words: str) -> tuple[torch.Tensor, ...]:
-        wrapped, y = per_layer(words)(functools.partial(layer, router)), x
-        for one in params:
-            y = wrapped(one, y)
-        if on_cuda:
-            between.append(torch.cuda.memory_allocated())
-        leaves = [x, *optree.tree_leaves(params)]
-        return torch.autograd.grad(y, leaves, torch.ones_like(y), materialize_grads=True)
+    def take(words: str) -> Step:
+        wrap = per_layer(words)
+        return step(lambda: decoder.loss(params, tokens, tokens, config, per_layer=wrap)[0], leaves, on_cuda)
 
-    steps = {words: functools.partial(step, words) for words in args.policies}
-    first = step("none")
-    for words, call in steps.items():
-        if not all(map(torch.equal, first, call())):
-            raise SystemExit(f"{words}: other gradients than without remat")
+    first = take(args.policies[0]).results
+    for words in args.policies[1:]:
+        check(words, take(words).results, first)
     del first
-    held = {words: memory(call, between) if on_cuda else (0, 0) for words, call in steps.items()}
-    times = in_turns(steps, args.rounds, on_cuda)
-    base = statistics.median(times[args.policies[0]])
+    rounds = [
+        {words: take(words)._replace(results=()) for words in args.policies} for _ in range(args.rounds)
+    ]
     rows = []
-    for words in args.policies:
-        ms = statistics.median(times[words])
-        away = 0.0
-        if "offload:" in words:
-            names = words.partition("offload:")[2].split("+")[0].split(",")
-            kept = saved_bytes(layer, router, params[0], x, policy=fmoe.save(*names))
-            away = args.layers * sum(kept.values()) / 2**20
-        device = [f"{mib:,.0f}" if on_cuda else "" for mib in held[words]]
-        rows.append([f"`{words}`", f"{ms:.2f}", f"{ms / base:.2f}", *device, f"{away:,.0f}"])
+    for words, of_plan in plans.items():
+        steps = [each[words] for each in rounds]
+        times = [statistics.median(s.forward for s in steps), statistics.median(s.backward for s in steps)]
+        held, peak = (max(s.held for s in steps), max(s.peak for s in steps)) if on_cuda else (None, None)
+        memory = held, of_plan.held, peak, of_plan.peak, of_plan.on_host
+        gib = ["-" if n is None else f"{n / 2**30:.2f}" for n in memory]
+        rows.append([f"`{words}`", *(f"{ms:.1f}" for ms in times), *gib])
     name = torch.cuda.get_device_name() if on_cuda else "CPU"
-    print(
-        f"{args.layers} layers of {args.shape} {tuple(shape)}, {dtype}, {name}, torch {torch.__version__}\n"
-    )
-    header = ["`--remat`", "ms a step", f"of {args.policies[0]}", "held MiB", "peak MiB", "offloaded MiB"]
-    print(markdown_table(header, rows))
+    tokens_of = f"{args.batch_size} x {args.seq_len} tokens"
+    print(f"{args.layers} layers of {args.model}, {tokens_of}, {DTYPE}, {name}, torch {torch.__version__}\n")
+    print(markdown_table(HEADINGS, rows))
 
 
 if __name__ == "__main__":
