@@ -174,8 +174,9 @@ def save(
         if writes:
             _make(path)
     copied = {id(value) for value, unshared in zip(tensors, alone(tensors)) if not unshared}
-    copied |= {id(value) for leaf, value in zip(leaves, tensors) if leaf.copies}
-    leaves = [leaf._replace(parts=leaf.parts + [c for c in leaf.copies if c.name != HEAD]) for leaf in leaves]
+    again = [[copy for copy in leaf.copies if copy.name != HEAD] for leaf in leaves]
+    copied |= {id(value) for copies, value in zip(again, tensors) if copies}
+    leaves = [leaf._replace(parts=leaf.parts + copies) for leaf, copies in zip(leaves, again)]
     shards = _shards(leaves, tensors, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):

@@ -12,6 +12,7 @@ from helpers import allocated_at_once
 from parity import MODELS, TINY, V2, init, small, their_model, their_tensors, tokens
 from safetensors.torch import load_file, save_file
 
+from fmoe.models import huggingface
 from fmoe.models.huggingface import INDEX, load, save
 from fmoe.models.published_tensors import published_leaves
 
@@ -198,6 +199,14 @@ def test_a_tied_model_may_store_its_head_too(tmp_path):
     add(tmp_path, {"lm_head.weight": head[1:]})
     with pytest.raises(ValueError, match=r"of a wrong shape: lm_head.weight \(39, 24\), not \(40, 24\)"):
         load(tmp_path)
+
+
+def test_a_tied_embedding_is_written_from_where_it_is(tmp_path, monkeypatch):
+    written = {}
+    monkeypatch.setattr(huggingface, "save_file", lambda tensors, *_, **__: written.update(tensors))
+    params = init(config := small("tied head"))
+    save(tmp_path, config, params)
+    assert written["model.embed_tokens.weight"].data_ptr() == params.embedding.data_ptr()
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # transformers does
