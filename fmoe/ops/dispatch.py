@@ -82,8 +82,11 @@ def dispatch(
     >>> plan.slot_R, plan.offsets_e
     (tensor([0, 2, 1]), tensor([2, 3], dtype=torch.int32))
     """
-    _check(x_TD, routing)
-    transport = transport_along("dispatch", axis)
+    _check("dispatch", x_TD, routing)
+    return _dispatched(transport_along("dispatch", axis), x_TD, routing)
+
+
+def _dispatched(transport: Any, x_TD: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Plan]:
     if transport is not None:
         return transport.dispatch(x_TD, routing)
     ids_TK, before = routing.expert_ids_TK, routing.score_before_experts
@@ -113,11 +116,11 @@ def dispatch_start(
     >>> torch.equal(x_SD, x)  # with one device nothing moves
     True
     """
+    _check("dispatch_start", x_TD, routing)
     transport: Any = transport_along("dispatch_start", axis)
     if getattr(transport, "in_halves", False):
-        _check(x_TD, routing)
         return Dispatching(transport, transport.dispatch_start(x_TD, routing))
-    return Dispatching(None, dispatch(x_TD, routing, axis=axis))
+    return Dispatching(None, _dispatched(transport, x_TD, routing))
 
 
 def dispatch_send(coming: Dispatching) -> Dispatching:
@@ -149,17 +152,17 @@ def dispatch_join(coming: Dispatching) -> tuple[torch.Tensor, Plan]:
     return coming.transport.dispatch_join(coming.coming) if coming.transport else coming.coming
 
 
-def _check(x_TD: torch.Tensor, routing: Routing) -> None:
+def _check(function: str, x_TD: torch.Tensor, routing: Routing) -> None:
     if x_TD.dim() != 2 or routing.expert_ids_TK.shape[:1] != x_TD.shape[:1]:
         got = f"shape {tuple(x_TD.shape)}"
         expected = f"({routing.expert_ids_TK.shape[0]}, D), a row for each row of routing.expert_ids_TK"
         remedy = "Flatten x to (T, D) and route the same rows."
-        raise argument_error("dispatch", "x_TD", got=got, expected=expected, remedy=remedy)
+        raise argument_error(function, "x_TD", got=got, expected=expected, remedy=remedy)
     if routing.weights_TK.shape != routing.expert_ids_TK.shape:
         got = f"shape {tuple(routing.weights_TK.shape)}"
         expected = f"{tuple(routing.expert_ids_TK.shape)}, as routing.expert_ids_TK"
         remedy = "Give each chosen expert one weight."
-        raise argument_error("dispatch", "routing.weights_TK", got=got, expected=expected, remedy=remedy)
+        raise argument_error(function, "routing.weights_TK", got=got, expected=expected, remedy=remedy)
 
 
 def expand(x_SD: torch.Tensor, plan: Plan) -> torch.Tensor:

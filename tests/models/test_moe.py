@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 import fmoe
 from fmoe.introspect import kept_bytes, raw_calls
+from fmoe.ops.dispatch import dispatch_start
 from fmoe.ops.reference import choose, moe_reference, swiglu_reference
 from fmoe.ops.route import route
 
@@ -551,6 +552,10 @@ ERRORS = {
     "routing of other rows": (
         lambda: fmoe.dispatch(torch.randn(5, 8), random_routing(3, 4, 2)),
         "dispatch: x_TD: got shape (5, 8), expected (3, D), a row for each row of routing.expert_ids_TK.",
+    ),
+    "routing of other rows, begun": (
+        lambda: dispatch_start(torch.randn(5, 8), random_routing(3, 4, 2)),
+        "dispatch_start: x_TD: got shape (5, 8), expected (3, D), a row for each row of routing.expert_ids",
     ),
     "weights for other choices": (
         lambda: fmoe.dispatch(
