@@ -62,10 +62,10 @@ class Recipe:
             check_precision("Recipe", field.name, getattr(self, field.name))
 
 
-def check_precision(function: str, argument: str, value: Any) -> None:
+def check_precision(function: str, argument: str, value: Any, others: str = "or None") -> None:
     """Raise ``ValueError`` for what is no precision of a product."""
     if value is not None and value not in PRECISIONS:
-        expected = f"one of {PRECISIONS}, or None"
+        expected = f"one of {PRECISIONS}, {others}"
         raise argument_error(function, argument, got=repr(value), expected=expected)
 
 
@@ -73,16 +73,14 @@ def recipe_of(function: str, precision: str | Recipe | None) -> Recipe:
     """What a ``precision`` means, one word for all layers."""
     if isinstance(precision, Recipe):
         return precision
-    if precision is not None and precision not in PRECISIONS:
-        expected = f"one of {PRECISIONS}, a Recipe, or None"
-        raise argument_error(function, "precision", got=repr(precision), expected=expected)
+    check_precision(function, "precision", precision, "a Recipe, or None")
     return Recipe(precision, precision)
 
 
 def parse_recipe(text: str) -> Recipe:
     """The recipe of a command's ``--precision``: one word for all products, or by kind of layer.
 
-    Raises ``ValueError`` for other words.
+    Raises ``ValueError`` for other words, and for a kind of layer that comes twice.
 
     >>> parse_recipe("fp8_rowwise")
     Recipe(experts='fp8_rowwise', dense='fp8_rowwise')
@@ -91,8 +89,9 @@ def parse_recipe(text: str) -> Recipe:
     """
     if text in PRECISIONS:
         return Recipe(text, text)
-    kinds = dict(part.partition("=")[::2] for part in text.split(","))
-    if not kinds.keys() <= {field.name for field in fields(Recipe)}:
+    parts = [part.partition("=")[::2] for part in text.split(",")]
+    kinds = dict(parts)
+    if len(kinds) < len(parts) or not kinds.keys() <= {field.name for field in fields(Recipe)}:
         expected = f"one of {PRECISIONS}, or such as experts={ROWWISE},dense={ROWWISE}"
         raise argument_error("parse_recipe", "precision", got=repr(text), expected=expected)
     return Recipe(**kinds)

@@ -178,8 +178,13 @@ def test_a_dense_product_is_one_group(device):
     [
         (lambda: Recipe(experts="fp4"), "Recipe: experts: got 'fp4', expected one of ('fp8_rowwise', 'fp8_b"),
         (lambda: recipe_of("loss", "bf16"), "loss: precision: got 'bf16', expected one of ('fp8_rowwise', "),
+        (lambda: recipe_of("loss", {}), "), a Recipe, or None"),
         (lambda: parse_recipe("head=fp8_rowwise"), "parse_recipe: precision: got 'head=fp8_rowwise', expect"),
         (lambda: parse_recipe("dense=fp4"), "Recipe: dense: got 'fp4', expected"),
+        (
+            lambda: parse_recipe("experts=fp8_rowwise,experts=fp8_block"),
+            "parse_recipe: precision: got 'experts=fp8_rowwise,experts=fp8_block', expected one of",
+        ),
     ],
 )
 def test_other_precisions_are_errors(call, text):
