@@ -137,7 +137,8 @@ def _placed(function: str, name: str, leaf: Any, spec: P | None, mesh: Any) -> t
         got, expected = "None", f"a mesh, as {argument} is no DTensor"
         remedy = 'Pass one, or axes and sizes, as "dp=2,ep=4".'
         raise argument_error(function, "mesh", got=got, expected=expected, remedy=remedy)
-    dims = axes_by_dim(known_axes(leaf if spec is None else spec, mesh))
+    # A ParamSpec names axes that a mesh may lack.
+    dims = axes_by_dim(spec if isinstance(spec, P) else known_axes(leaf if spec is None else spec, mesh))
     return mesh, P(*(axes[0] if len(axes) == 1 else axes or None for axes in dims))
 
 

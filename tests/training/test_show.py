@@ -143,6 +143,7 @@ def test_a_picture_has_the_tensors_that_are_cut():
         (({"a": torch.ones(2)}, "q=2"), P(), "show_placement: axes: got q=2, expected each of ('pp', 'dp'"),
         (({"a": torch.ones(3)}, "ep=2"), P("ep"), "tree.a: P('ep') for shape (3,): dimension 0 of size 3"),
         (({"a": torch.ones(3)}, "ep=2"), P(None, "ep"), "tree.a: P(None, 'ep') for shape (3,): 2 entries fo"),
+        (({"a": torch.ones(2)}, "ep=2"), P("q"), "tree.a: P('q') for shape (2,): 'q' isn't an axis of the m"),
         (({"a": torch.ones(3)}, "ep=2"), {"b": P()}, "show_placement: specs: got a tree that is no prefix"),
     ],
 )
