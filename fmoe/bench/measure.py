@@ -157,7 +157,12 @@ def bench_layer(
         raise argument_error(
             "bench_layer", "only", got=unknown, expected=f"names among {known}", remedy=remedy
         )
-    entries = {name: _entered(name, found[name], run, expected) for name in found if name in wanted}
+    in_fp8 = {f"fmoe, {name}" for name in precision}
+    entries = {
+        name: _entered(name, layer, run, expected, FP8_ROUNDING if name in in_fp8 else ROUNDING)
+        for name, layer in found.items()
+        if name in wanted
+    }
     peers, not_measured, wrong = _peers(run, expected, shape, config, wanted)
     entries |= peers
     forward, step = (_times(entries, rounds, call) for call in (Run.forward, Run.step))
@@ -198,9 +203,9 @@ def _reference(run: Run, shape: Shape, config: RouterConfig) -> tuple[torch.Tens
     return wide.step(lambda params, x: plain_layer(params, x, shape.top_k, ids))
 
 
-def _entered(name: str, layer: Layer, run: Run, expected: tuple[torch.Tensor, ...]) -> Entry:
+def _entered(name: str, layer: Layer, run: Run, expected: tuple[torch.Tensor, ...], rounding: float) -> Entry:
     entry = _tried(layer, run, expected)
-    if not entry.error < (FP8_ROUNDING if "fp8" in name else ROUNDING):
+    if not entry.error < rounding:
         raise RuntimeError(f"bench layer: {name}: relative error {entry.error:.2g} against float32.")
     return entry
 

@@ -110,10 +110,11 @@ def test_a_step_is_taken_apart_on_a_gpu(shape):
     assert 0.5 * ours["device"] < ours["replay"] < ours["step"]
 
 
-def test_a_wrong_layer_is_not_timed(monkeypatch):
-    found = layers(TINY, config_for(TINY, "random"))
-    monkeypatch.setattr(measure, "layers", lambda *args: {"wrong": lambda p, x: found["fmoe"](p, x) * 1.1})
-    with pytest.raises(RuntimeError, match=r"bench layer: wrong: relative error 0\.1 against float32"):
+@pytest.mark.parametrize(("name", "wrong"), [("wrong", 0.1), ("fp8 in name only", 0.07)])
+def test_a_wrong_layer_is_not_timed(name, wrong, monkeypatch):
+    ours = layers(TINY, config_for(TINY, "random"))["fmoe"]
+    monkeypatch.setattr(measure, "layers", lambda *args: {name: lambda p, x: ours(p, x) * (1 + wrong)})
+    with pytest.raises(RuntimeError, match=rf"bench layer: {name}: relative error {wrong} against float32"):
         measure.bench_layer(TINY, dtype=torch.float32, device="cpu", rounds=2)
 
 
