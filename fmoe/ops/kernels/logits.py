@@ -10,16 +10,22 @@ BLOCK = 2048
 
 
 @triton.jit
-def _add_sums(logits, index, total, chosen, start, num_cols, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    top, spread = tl.load(total + row), 1.0
+def _log_sum_exp(logits, row, num_cols, so_far, BLOCK: tl.constexpr):
+    """The logarithm of the sum of a row's exponentials, and of the exponential of ``so_far``."""
+    top, spread = so_far, 1.0
     for first in range(0, num_cols, BLOCK):
         col = first + tl.arange(0, BLOCK)
         value = tl.load(logits + row * num_cols + col, mask=col < num_cols, other=-float("inf"))
         higher = tl.maximum(top, tl.max(value, 0))
         spread = spread * tl.exp(top - higher) + tl.sum(tl.exp(value - higher), 0)
         top = higher
-    tl.store(total + row, top + tl.log(spread))
+    return top + tl.log(spread)
+
+
+@triton.jit
+def _add_sums(logits, index, total, chosen, start, num_cols, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    tl.store(total + row, _log_sum_exp(logits, row, num_cols, tl.load(total + row), BLOCK))
     place = tl.load(index + row) - start
     if (place >= 0) & (place < num_cols):
         tl.store(chosen + row, tl.load(logits + row * num_cols + place))
@@ -88,14 +94,7 @@ def _losses_and_cotangents(logits, index, losses, out, num_cols, BLOCK: tl.const
     row = tl.program_id(0).to(tl.int64)
     place = tl.load(index + row)
     chosen = tl.load(logits + row * num_cols + place, mask=place >= 0, other=0.0)
-    top, spread = -float("inf"), 0.0
-    for first in range(0, num_cols, BLOCK):
-        col = first + tl.arange(0, BLOCK)
-        value = tl.load(logits + row * num_cols + col, mask=col < num_cols, other=-float("inf"))
-        higher = tl.maximum(top, tl.max(value, 0))
-        spread = spread * tl.exp(top - higher) + tl.sum(tl.exp(value - higher), 0)
-        top = higher
-    total = top + tl.log(spread)
+    total = _log_sum_exp(logits, row, num_cols, -float("inf"), BLOCK)
     tl.store(losses + row, tl.where(place >= 0, total - chosen, 0.0))
     for first in range(0, num_cols, BLOCK):
         col = first + tl.arange(0, BLOCK)
