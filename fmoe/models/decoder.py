@@ -6,28 +6,21 @@ gathered when used.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import optree
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
-from ..ops.balance import MoEStats, balance_loss, moe_stats, stats_sums, update_expert_bias
-from ..ops.core.axes import axis_names, binding, describe, present
-from ..ops.core.derive import Tensors
-from ..ops.core.dtypes import accumulator
+from ..ops.balance import MoEStats, update_expert_bias
+from ..ops.core.axes import axis_names, binding, describe
 from ..ops.cross_entropy import LOGITS_BYTES
-from ..ops.experts import ExpertParams
 from ..ops.precision import Recipe, recipe_of
-from ..ops.random import check_one_key, fold_in
-from ..ops.segments import Segments, halves_of, segments_of
-from ..ops.transport import in_halves
+from ..ops.random import check_one_key
 from ..parallel.backends import Backend, choose
-from ..parallel.collectives import psum
 from ..parallel.mesh import is_pipeline
-from ..parallel.placement import computing, init_on, placed, use
-from ..parallel.stack import stack
+from ..parallel.placement import computing, init_on, placed
 from ..params import P, leaf_mask, partition_specs, trained_mask
 from .checks import (
     check_drawing,
@@ -42,58 +35,23 @@ from .config import DecoderConfig as DecoderConfig  # re-exported
 from .counts import flops_per_token as flops_per_token
 from .counts import num_params as num_params
 from .families import preset as preset
-from .moe import Begun, MoEParams, begin_layer, end_layer, experts_of, mlp_forward, send_layer
-from .mtp import predict_further
-from .noise import Keyed, Noise, keyed
-from .norm import rms_norm
+from .layer import one_layer as one_layer
+from .noise import Noise
+from .on_device import NUMBERS as NUMBERS
+from .on_device import OF_STAGE as OF_STAGE
+from .on_device import LossStats as LossStats
+from .on_device import StageSums as StageSums
+from .on_device import Stats, Wrap, counted_segments, head, hidden, over_devices
+from .on_device import loss_of_sums as loss_of_sums
+from .on_device import stage_loss as stage_loss
+from .on_device import stage_sums as stage_sums
 from .on_mesh import on_mesh, token_places
 from .params import LayerParams as LayerParams
 from .params import ModelParams as ModelParams
 from .params import MTPParams as MTPParams
 from .params import specs as specs
-from .rotary import Angles, angles
 from .stages import Stages, held_on
-from .vocabulary import IGNORED, embed, refuse_outside, summed_cross_entropy, within
-
-Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
-Stats = tuple[MoEStats, ...]
-
-# Options of the loss that stage_sums takes.
-OF_STAGE = "per_layer", "logits_bytes", "mtp_weight", "precision"
-NUMBERS = "total", "balance", "mtp", "num_targets", "outside", "below"  # of StageSums
-
-
-class LossStats(NamedTuple):
-    """What :func:`loss` says beside the loss.
-
-    ===========  ========================================
-    num_targets  how many the loss is the mean of, over all devices, in the loss's dtype
-    layers       one :class:`fmoe.MoEStats` per MoE layer, over all tokens
-    balance      the part of the loss that ``config.balance_loss`` adds; 0 without it
-    mtp          the part that ``mtp_weight`` adds; 0 without it
-    mtp_layers   one :class:`fmoe.MoEStats` per module of multi-token prediction; ``()`` without it
-    ===========  ========================================
-
-    :func:`fmoe.training.gradients.accumulate` and :func:`fmoe.training.metrics.mean_loss` weigh a mean by
-    its ``num_targets``.
-
-    >>> config, tokens = preset("debug"), torch.randint(256, (2, 16))
-    >>> targets = tokens.masked_fill(torch.arange(16) < 10, -100)
-    >>> loss(init(config, 0), tokens, targets, config)[1].num_targets
-    tensor(12.)
-    """
-
-    num_targets: torch.Tensor
-    layers: Stats
-    balance: torch.Tensor
-    mtp: torch.Tensor
-    mtp_layers: Stats = ()
-
-    @property
-    def overflow(self) -> torch.Tensor:
-        """The sum of all layers' ``overflow``: unless it is 0, nothing of this step counts."""
-        counts = [layer.overflow for layer in (*self.layers, *self.mtp_layers)]
-        return torch.stack(counts).sum() if counts else torch.zeros_like(self.num_targets, dtype=torch.int64)
+from .vocabulary import refuse_outside, within
 
 
 def init(
@@ -182,11 +140,11 @@ def forward(
 
     def run(params: ModelParams, tokens: torch.Tensor, *others: torch.Tensor) -> Any:
         layer, given = per_layer(one_layer), optional(inputs, others, key)
-        segments, below = _segments("forward", given.get("segment_ids"), tokens)
+        segments, below = counted_segments("forward", given.get("segment_ids"), tokens)
         on_mesh = binding().mesh is not None
         tokens, outside = within(tokens, config.vocab_size) if on_mesh else (tokens, tokens.new_zeros(()))
         x, sums, _ = hidden(params, tokens, config, layer, segments, given.get("noise", ()), recipe)
-        wrong, stats = _over_devices([outside, below], sums)
+        wrong, stats = over_devices([outside, below], sums)
         if on_mesh:
             refuse_outside(*wrong)
         return x @ head(params).mT, stats
@@ -388,276 +346,3 @@ def computing_specs(described: ModelParams) -> ModelParams:
 def computing_dtype(params: ModelParams, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of hidden states."""
     return dtype or optree.tree_leaves(params)[0].dtype
-
-
-# ---- on one device, inside shard_map ---------------------------------------------------------------
-#
-# The params say whether this is the whole model or a stage of a pipeline. A stage has some of the layers. The
-# first has the embedding and takes tokens. A later one takes the output of the stage before it. The last has
-# the norm and the head.
-
-
-def _segments(
-    function: str, ids: torch.Tensor | None, like: torch.Tensor
-) -> tuple[Segments | tuple[()], torch.Tensor]:
-    """The segments that ids make, and how many ids are below zero: on a mesh, all devices raise together."""
-    none = torch.zeros((), dtype=torch.int64, device=like.device)
-    if ids is None:
-        return (), none
-    below = (ids < 0).sum()
-    if binding().mesh is not None:
-        return segments_of(ids), below
-    found = segments_of(ids, function)
-    refuse_outside(none, below)  # where the host can't look
-    return found, none
-
-
-def stage_loss(
-    params: ModelParams,
-    x: torch.Tensor,
-    targets: torch.Tensor,
-    config: DecoderConfig,
-    per_layer: Wrap = lambda layer: layer,
-    logits_bytes: int = LOGITS_BYTES,
-    mtp_weight: float = 0.0,
-    segment_ids: torch.Tensor | None = None,
-    noise: Noise | tuple[()] = (),
-    precision: str | Recipe | None = None,
-) -> tuple[torch.Tensor, LossStats]:
-    """The loss or, unless the stage is the last, the input of the next.
-
-    A stage before the last has no targets. Its ``balance`` is a sum, to be added to the loss. Every stage
-    takes the same ``segment_ids`` and ``noise``.
-    """
-    made = stage_sums(
-        params, x, targets, config, per_layer=per_layer, logits_bytes=logits_bytes, mtp_weight=mtp_weight,
-        segment_ids=segment_ids, noise=noise, precision=precision,
-    )  # fmt: skip
-    if isinstance(params.norm, tuple):
-        stats = _over_devices([], made.layers)[1]
-        return made.x, LossStats(x.new_zeros(()), stats, made.balance, made.mtp)
-    numbers, stats = _over_devices(made.numbers, [*made.layers, *made.mtp_layers])
-    number = len(made.layers)
-    return loss_of_sums(made.total.dtype, numbers, stats[:number], stats[number:])
-
-
-class StageSums(NamedTuple):
-    """What a stage computes, on this device alone, before any sum over devices or micro-batches.
-
-    ===============  ================================================================
-    ``x``            what the next stage takes; of the last stage its own
-    ``total``        the sum of cross entropies, of the last stage; else 0
-    ``balance``      what is added to it for uneven loads
-    ``mtp``          what is added to it for tokens after the next, of the last stage; else 0
-    ``num_targets``  of the last stage; else 0
-    ``outside``      ids outside the vocabulary: tokens of the first stage, targets of the last
-    ``below``        segment ids below zero, of the first stage
-    ``layers``       :func:`stats_sums` of each MoE layer
-    ``mtp_layers``   those of modules of multi-token prediction, of the last stage
-    ===============  ================================================================
-
-    >>> config, tokens = preset("debug"), torch.randint(256, (2, 16))
-    >>> made = stage_sums(init(config, 0), tokens, tokens, config)
-    >>> made.num_targets, len(made.layers)
-    (tensor(32), 3)
-    """
-
-    x: torch.Tensor
-    total: torch.Tensor
-    balance: torch.Tensor
-    mtp: torch.Tensor
-    num_targets: torch.Tensor
-    outside: torch.Tensor
-    below: torch.Tensor
-    layers: list[torch.Tensor]
-    mtp_layers: list[torch.Tensor]
-
-    @property
-    def numbers(self) -> list[torch.Tensor]:
-        """All but hidden states and layers."""
-        return [getattr(self, name) for name in NUMBERS]
-
-
-def stage_sums(
-    params: ModelParams,
-    x: torch.Tensor,
-    targets: torch.Tensor,
-    config: DecoderConfig,
-    per_layer: Wrap = lambda layer: layer,
-    logits_bytes: int = LOGITS_BYTES,
-    mtp_weight: float = 0.0,
-    segment_ids: torch.Tensor | None = None,
-    noise: Noise | tuple[()] = (),
-    tokens: torch.Tensor | None = None,
-    precision: str | Recipe | None = None,
-) -> StageSums:
-    """:class:`StageSums` of a stage, or of the whole model. Every stage takes all targets and segment ids.
-
-    The last one also takes the ``tokens`` for multi-token prediction. The whole model has them.
-    """
-    recipe = recipe_of("loss", precision)
-    first, last = not x.is_floating_point(), not isinstance(params.norm, tuple)
-    count = outside = torch.zeros((), dtype=torch.int64, device=x.device)
-    # One function for all layers, so that a wrapper such as a compiler sees only one. It comes before the
-    # segments, whose number they mark as dynamic if there is a compiler.
-    layer = per_layer(one_layer)
-    segments, below = _segments("loss", segment_ids, x)
-    if isinstance(segments, Segments):
-        targets = torch.where(segments.valid, targets, IGNORED)
-    if binding().mesh is not None:
-        if first:
-            x, outside = within(x, config.vocab_size)
-        if last:
-            targets, of_targets = within(targets, config.vocab_size, also=IGNORED)
-            outside = outside + of_targets
-    tokens = x if first else tokens
-    x, sums, uneven = hidden(params, x, config, layer, segments, noise, recipe)
-    total = balance = mtp = x.new_zeros((), dtype=accumulator(x.dtype))
-    further: list[torch.Tensor] = []
-    if last:
-        weight = head(params)
-        total, count = summed_cross_entropy(x, weight, targets, logits_bytes=logits_bytes)
-        if mtp_weight:
-            assert tokens is not None
-            if binding().mesh is not None:
-                tokens, _ = within(tokens, config.vocab_size)  # the first stage counted those outside
-            found = predict_further(
-                params.mtp, x, tokens, targets, config,
-                layer=layer, embedding=use(params.embedding), head=weight,
-                segments=segments, noise=noise, logits_bytes=logits_bytes, recipe=recipe,
-            )  # fmt: skip
-            mtp, further = mtp_weight / len(params.mtp) * found.total, found.layers
-            uneven = uneven + found.uneven
-    if config.balance_loss:  # a sequence weighs as many as it has targets, as in the cross entropy
-        weighed = (uneven * (targets != IGNORED).sum(-1)).sum(0, keepdim=True)
-        balance = (config.balance_loss * weighed).squeeze(0)
-    below = below if first else torch.zeros_like(below)
-    return StageSums(x, total, balance, mtp, count, outside, below, sums, further)
-
-
-def loss_of_sums(
-    dtype: torch.dtype, numbers: Sequence[torch.Tensor], stats: Stats, mtp_stats: Stats = ()
-) -> tuple[torch.Tensor, LossStats]:
-    """The mean of ``numbers`` (1,): those of :class:`StageSums`, summed over devices."""
-    # Each with a dimension, since under vmap over no example PyTorch can't multiply or divide scalars.
-    total, balance, mtp, count, outside, below = (number.to(dtype) for number in numbers)
-    if binding().mesh is not None:
-        refuse_outside(outside, below)
-    total, balance, mtp = (number / count.clamp_min(1) for number in (total, balance, mtp))
-    parts = total + balance + mtp, balance, mtp, count
-    value, balance, mtp, count = (part.squeeze(0) for part in parts)
-    return value, LossStats(count.detach(), stats, balance.detach(), mtp.detach(), mtp_stats)
-
-
-def _over_devices(numbers: list[torch.Tensor], sums: list[torch.Tensor]) -> tuple[list[torch.Tensor], Stats]:
-    """Numbers (1,), in float64, and what layers counted, over the devices that tokens lie on, in one sum."""
-    rows = [*(number.double().reshape(1) for number in numbers), *sums]
-    if not rows:
-        return [], ()
-    total = psum(torch.cat(rows), binding().tokens).split([len(row) for row in rows])
-    return [*total[: len(numbers)]], tuple(moe_stats(t.detach()) for t in total[len(numbers) :])
-
-
-def hidden(
-    params: ModelParams,
-    x: torch.Tensor,
-    config: DecoderConfig,
-    layer: Callable[..., Any],
-    segments: Segments | tuple[()] = (),
-    noise: Noise | tuple[()] = (),
-    recipe: Recipe = Recipe(),  # noqa: B008  (frozen)
-) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """The last layer's output (B, L, D), normalised if there is a norm; :func:`stats_sums` of each MoE layer;
-    how uneven loads are (B,).
-
-    ``x`` is tokens (B, L) or a layer's output.
-    """
-    table = angles(config.attention.rope, x, segments)
-    if not x.is_floating_point():
-        x = embed(x, use(params.embedding))
-    layers, places = keyed(params.layers, noise)
-    x, found = stack(layer, layers, x, table, config, segments, places, recipe)
-    sums = [counted for layers, _ in found for counted in layers]
-    uneven = torch.zeros((x.shape[0],), dtype=accumulator(x.dtype), device=x.device)
-    uneven = sum((balance for _, balances in found for balance in balances), uneven)
-    if not isinstance(params.norm, tuple):
-        x = rms_norm(x, use(params.norm), config.norm_eps)
-    return x, sums, uneven
-
-
-def head(params: ModelParams) -> torch.Tensor:
-    """The matrix (vocab, D) whose products with hidden states are logits."""
-    tied = isinstance(params.head, tuple)
-    return use(params.embedding if tied else params.head)
-
-
-def one_layer(
-    params: Any,  # LayerParams, or Keyed
-    x: torch.Tensor,
-    table: Angles,
-    config: DecoderConfig,
-    segments: Segments | tuple[()] = (),
-    places: torch.Tensor | tuple[()] = (),
-    recipe: Recipe = Recipe(),  # noqa: B008  (frozen)
-) -> tuple[torch.Tensor, Tensors, Tensors]:
-    """The layer's output, what it counted if it has experts, and with ``config.balance_loss`` that (B,)."""
-    keys: torch.Tensor | tuple[()] = ()
-    if isinstance(params, Keyed):
-        params, key = params
-        if isinstance(params.mlp, MoEParams) and isinstance(places, torch.Tensor):
-            keys = fold_in(key, places)
-    params = use(params)
-    if isinstance(params.mlp, ExpertParams):
-        x, normed = _attended(params, x, table, config, segments, recipe.dense)
-        return x + psum(mlp_forward(params.mlp, normed, recipe.dense), present("tp")), (), ()
-    # In halves, one's rows are on their way while the other computes. What a half launches comes before what
-    # waits for the rows of the other, here and, in reverse, in the backward.
-    parts = _halves(x, table, segments, keys) if in_halves("ep") else [(x, table, segments, keys)]
-    before: list[torch.Tensor] = []
-    begun: list[Begun] = []
-    for x, table, segments, keys in parts:
-        x, normed = _attended(params, x, table, config, segments, recipe.dense)
-        before.append(x)
-        begun = [send_layer(half) for half in begun]
-        valid = segments.valid if isinstance(segments, Segments) else ()
-        begun.append(begin_layer(params.mlp, normed, config.router, valid, keys))
-    for i in range(len(begun)):
-        begun = experts_of(params.mlp, begun, i, recipe)
-    made = [end_layer(params.mlp, half, recipe) for half in begun]
-    y = [x + y for x, (y, _, _) in zip(before, made)]
-    sums = [stats_sums(routing, overflow) for _, routing, overflow in made]
-    sequences = [(half.routing, len(x)) for half, x in zip(begun, before) if config.balance_loss]
-    uneven = [balance_loss(routing, number) for routing, number in sequences if number or len(begun) == 1]
-    if len(made) > 1:
-        y, sums, uneven = [torch.cat(y)], [torch.stack(sums).sum(0)], [torch.cat(uneven)] if uneven else []
-    return y[0], (sums[0],), (*uneven,)
-
-
-def _attended(
-    params: LayerParams,
-    x: torch.Tensor,
-    table: Angles,
-    config: DecoderConfig,
-    segments: Segments | tuple[()],
-    precision: str | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x`` with the attention added, and the same normalised for what follows."""
-    eps = config.norm_eps
-    within_segments = (segments,) if isinstance(segments, Segments) else ()
-    normed = rms_norm(x, params.attention_norm, eps)
-    of_products: dict[str, Any] = {} if precision is None else {"precision": precision}
-    x = x + config.attention.forward(params.attention, normed, table, eps, *within_segments, **of_products)
-    return x, rms_norm(x, params.mlp_norm, eps)
-
-
-def _halves(
-    x: torch.Tensor, table: Angles, segments: Segments | tuple[()], keys: torch.Tensor | tuple[()]
-) -> list[tuple[Any, ...]]:
-    """Halves of a device's sequences, the second of which may have none."""
-    sizes = [rows := (x.shape[0] + 1) // 2, x.shape[0] - rows]
-    tables = [table] * 2
-    if table.cos.dim() > 2:  # positions begin again in every segment
-        tables = [Angles(*angles) for angles in zip(*(t.split(sizes) for t in table))]
-    parts: Any = halves_of(segments, rows) if isinstance(segments, Segments) else [()] * 2
-    drawn: Any = keys.split(sizes) if isinstance(keys, torch.Tensor) else [()] * 2
-    return [*zip(x.split(sizes), tables, parts, drawn)]

@@ -15,6 +15,7 @@ import fmoe
 from fmoe import RouterConfig, random
 from fmoe.models import decoder
 from fmoe.models.config import without_noise
+from fmoe.models.moe import begin_layer
 from fmoe.models.sampling import sample
 from fmoe.models.stages import cut
 from fmoe.parallel import distribute
@@ -173,8 +174,9 @@ def batch(rows=4):
 
 def test_layers_draw_by_their_numbers_and_tokens_by_their_places(monkeypatch):
     key, params, (tokens, targets, _) = fresh_key(), fresh_model(), batch()
-    drawn, layer = [], decoder.begin_layer
-    monkeypatch.setattr(decoder, "begin_layer", lambda *args: drawn.append(args[-1]) or layer(*args))
+    drawn = []
+    spy = lambda *args: drawn.append(args[-1]) or begin_layer(*args)  # noqa: E731
+    monkeypatch.setattr("fmoe.models.layer.begin_layer", spy)
     decoder.loss(params, tokens, targets, MODEL, key=key)
     places = torch.arange(32).view(4, 8)
     decoder.loss(params, tokens[2:], targets[2:], MODEL, key=key, places=places[2:])
