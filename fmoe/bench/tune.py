@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..models.moe import moe_forward
-from ..ops.kernels import grouped, tuned
+from ..ops.kernels import gathered, grouped, tuned
 from ..ops.kernels.tuned import Choice, Tile
 from .layers import Shape, config_for
 from .measure import Run, random_run
-from .timing import check_number, timed
+from .timing import check_number, or_dash, timed
 
 TILES = [
     Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 4), Tile(128, 256, 128, 8, 2), Tile(256, 128, 64, 8, 3),
@@ -62,17 +62,19 @@ def tune(
     config = config_for(shape, "random")
     run = random_run(shape, config, "random", dtype, device, seed)
     step = functools.partial(run.step, functools.partial(moe_forward, router=config))
-    able = candidates(run)
+    able, whole = candidates(run), layers(run)
     tuned.write(run.x.device, {})  # before measuring, which would be lost if writing failed
     best: dict[str, Choice] = {}
     found = []
-    for product in products(shape, dtype):
+    layer = tuned.key("layer", (shape.experts, shape.dim, shape.hidden), dtype)
+    both = [(layer, whole)] * (len(whole) > 1) + [(product, able) for product in products(shape, dtype)]
+    for product, choices in both:
         with tuned.using(run.x.device, best):
-            ms = _compare(product, able, step, rounds, run.x.device)
+            ms = _compare(product, choices, step, rounds, run.x.device)
         first, fastest = ms[0], min(time for time in ms if time is not None)
         assert first is not None
-        best[product] = able[0] if fastest > first * (1 - GAIN) else able[ms.index(fastest)]
-        found.append(Tuned(product, able, ms, best[product]))
+        best[product] = choices[0] if fastest > first * (1 - GAIN) else choices[ms.index(fastest)]
+        found.append(Tuned(product, choices, ms, best[product]))
     tuned.write(run.x.device, best)
     return found
 
@@ -91,6 +93,13 @@ def candidates(run: Run) -> list[Choice]:
     engines = grouped.engines(run.x[:1], w_in.mT, run.x.new_empty(1, w_in.shape[1]))
     found = [Choice(engine) for engine in engines]
     return found + [Choice("triton", tile) for tile in TILES] if "triton" in engines else found
+
+
+def layers(run: Run) -> list[Choice]:
+    """The choices for a whole layer: product by product, or by quack-kernels. The first is used untuned."""
+    x, w_in = run.x, run.params.experts.w_in
+    apart, together = Choice(grouped.engines(x[:1], w_in.flatten(1, 2).mT, x)[0]), Choice(gathered.ENGINE)
+    return [apart, together] if gathered.able(x, w_in) else [apart]
 
 
 def _compare(
@@ -122,8 +131,9 @@ def _compare(
 def report(found: list[Tuned], console: Console) -> None:
     """Print a column for each product: ms of a step with each choice."""
     table = Table("ms of a step with", *(each.product for each in found))
-    for i, choice in enumerate(found[0].choices):
-        cells = ["-" if each.ms[i] is None else f"{each.ms[i]:.3f}" for each in found]
+    for choice in dict.fromkeys(choice for each in found for choice in each.choices):
+        times = [dict(zip(each.choices, each.ms)).get(choice) for each in found]
+        cells = [or_dash(ms, ".3f") for ms in times]
         best = [f"[bold]{c}[/bold]" if each.best == choice else c for c, each in zip(cells, found)]
         table.add_row(f"{choice.engine} {'x'.join(map(str, choice.tile or ()))}", *best)
     console.print(table)

@@ -19,7 +19,7 @@ from .core.dtypes import accumulator, product_dtype
 from .core.primitive import Operator, declare
 from .core.tape import checkpoint
 from .dispatch import Plan, check_rows, plan_example, rows_of_slots
-from .kernels import grouped, scaled
+from .kernels import gathered, grouped, scaled
 from .precision import PRECISIONS, check_precision
 
 EXPERTS = checkpoint("experts_grouped_mm", save=False)
@@ -187,8 +187,7 @@ def _activation_backward(g_act: torch.Tensor, h: torch.Tensor, rows: Layout, *, 
     silu = gate * sigmoid
     g_weights = weights.new_empty(0)
     if scaled:
-        g_weights_R = (g_act * silu * up).sum(1)
-        g_weights = gather_kernel(g_weights_R, row.flatten()).view(weights.shape).to(weights.dtype)
+        g_weights = _of_pairs((g_act * silu * up).sum(1), rows)
         g_act = g_act * _weights_R1(rows)
     g_gate = g_act * up * (sigmoid + silu * (1 - sigmoid))
     return torch.stack([g_gate, g_act * silu], 1).to(h.dtype), g_weights
@@ -254,8 +253,36 @@ def _activated_columns(h: torch.Tensor, weight: torch.Tensor, rows: Layout) -> A
     return quantise.activated_columns(h, rows.slot_R, rows.offsets_e, rows.weights_SK if weighted else None)
 
 
+def _gathers(x: torch.Tensor, w_in: torch.Tensor, rows: Layout) -> bool:
+    """Whether the products of a layer gather their rows, so that its pre-activations lie in pairs."""
+    return rows.precision is None and not rows.score_before and gathered.chosen(x, w_in)
+
+
+def _gathered(h: torch.Tensor, rows: Layout) -> bool:
+    """Whether products that gather rows made these pre-activations, or their cotangents."""
+    return not rows.score_before and gathered.paired(h)
+
+
+def _found(rows: Layout, *, weighted: bool = False) -> gathered.Rows:
+    """Where those products find rows."""
+    weights, slot, row, offsets, *_ = rows
+    return gathered.rows_of(slot, offsets, row.shape[1], weights if weighted else None)
+
+
+def _up_fake(x: Any, w_in: Any, weights: Any, slot: Any, *rest: Any) -> Any:
+    rows = Layout(weights, slot, *rest)
+    empty = gathered.empty_paired if _gathers(x, w_in, rows) else _empty_halves
+    return empty(x, slot.shape[0], w_in.shape[2])
+
+
+def _empty_halves(like: torch.Tensor, rows: Any, hidden: Any) -> torch.Tensor:
+    return like.new_empty(rows, 2, hidden)
+
+
 def _up_kernel(x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> torch.Tensor:
     rows = Layout(*fields)
+    if _gathers(x, w_in, rows):
+        return gathered.up(x, w_in, _found(rows))
     x_RD = _expanded(x, w_in, rows, weighted=rows.score_before)
     return _mm(x_RD, w_in.flatten(1, 2).mT, rows).unflatten(1, (2, -1))
 
@@ -268,7 +295,10 @@ def _up_backward_kernel(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, 
 def _up_inputs_kernel(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> Tensors:
     rows = Layout(*fields)
     weights, slot, row, *_ = rows
-    g_x_RD = _mm(g_h.flatten(1), w_in.flatten(1, 2), rows)
+    if _gathered(g_h, rows):
+        g_x_RD = gathered.up_inputs(g_h, w_in, _found(rows))
+    else:
+        g_x_RD = _mm(g_h.flatten(1), w_in.flatten(1, 2), rows)
     if rows.score_before:
         g_weights = weight_gradients_kernel(x, g_x_RD, weights, slot, row)
         return weighted_sum_kernel(g_x_RD, weights, slot, row), g_weights
@@ -276,7 +306,10 @@ def _up_inputs_kernel(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, *f
 
 
 def _up_weight_kernel(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> torch.Tensor:
-    rows, g_RF = Layout(*fields), g_h.flatten(1)
+    rows = Layout(*fields)
+    if _gathered(g_h, rows):
+        return gathered.up_weight(g_h, x, _found(rows))
+    g_RF = g_h.flatten(1)
     x_RD = _expanded_columns(x, w_in, rows, weighted=rows.score_before)
     g: Any = scaled.columns(g_RF, rows.offsets_e) if isinstance(x_RD, scaled.Columns) else g_RF
     return _outer(g, x_RD, rows).to(x.dtype).unflatten(1, (2, -1))
@@ -290,6 +323,10 @@ def _down_kernel(h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> torch.Te
 
 def _down_backward_kernel(g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> Tensors:
     rows = Layout(*fields)
+    if _gathered(h, rows):
+        found = _found(rows, weighted=True)
+        g_h, g_weights_R, act = gathered.down_inputs(g, h, w_out, found)
+        return g_h, gathered.down_weight(g, act, found), _of_pairs(g_weights_R, rows)
     if _fast(g, w_out, rows):
         g_w_out = _down_weight_kernel(g, h, w_out, *fields)
         g_h, g_weights = _down_inputs_kernel(g, h, w_out, *fields)
@@ -304,6 +341,9 @@ def _down_backward_kernel(g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor,
 
 def _down_inputs_kernel(g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> Tensors:
     rows = Layout(*fields)
+    if _gathered(h, rows):
+        g_h, g_weights_R, _ = gathered.down_inputs(g, h, w_out, _found(rows, weighted=True))
+        return g_h, _of_pairs(g_weights_R, rows)
     g_act = _mm(_expanded(g, w_out, rows, weighted=False), w_out, rows)
     return _activation_backward(g_act, h, rows, scaled=not rows.score_before)
 
@@ -311,15 +351,25 @@ def _down_inputs_kernel(g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor, *
 def _down_weight_kernel(g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> torch.Tensor:
     rows = Layout(*fields)
     # The activation is computed again for g_h: cheaper than to hold it beside that.
+    if _gathered(h, rows):
+        return gathered.down_weight(g, _activation(h, rows, scaled=True), _found(rows))
     act = _activated_columns(h, w_out, rows)
     return _outer(_expanded_columns(g, w_out, rows, weighted=False), act, rows).to(h.dtype)
+
+
+def _of_pairs(values_R: torch.Tensor, rows: Layout) -> torch.Tensor:
+    """Values of rows (R,) as those of pairs (S, K), zero for a pair without a row."""
+    weights = rows.weights_SK
+    return gather_kernel(values_R[:, None], rows.row_SK.flatten()).view(weights.shape).to(weights.dtype)
 
 
 # Weights that don't multiply these rows have no cotangent here: a tensor without elements stands for it.
 def _backward_fake(scaled_before: bool) -> Any:
     def fake(g: Any, rows: Any, weight: Any, weights: Any, *rest: Any) -> Tensors:
         shape = weights.shape if Layout(weights, *rest).score_before == scaled_before else (0,)
-        return rows.new_empty(rows.shape), weight.new_empty(weight.shape), weights.new_empty(shape)
+        pairs = rows.dim() == 3 and _gathered(rows, Layout(weights, *rest))
+        g_rows = gathered.empty_paired(rows, *rows.shape[::2]) if pairs else rows.new_empty(rows.shape)
+        return g_rows, weight.new_empty(weight.shape), weights.new_empty(shape)
 
     return fake
 
@@ -354,7 +404,7 @@ experts_up_backward: Operator = declare(
 experts_up: Operator = declare(
     f"experts_up(Tensor x, Tensor w_in, {_LAYOUT}) -> Tensor",
     impl=_up_kernel,
-    fake=lambda x, w_in, weights, slot, *rest: x.new_empty(slot.shape[0], 2, w_in.shape[2]),
+    fake=_up_fake,
     checkpoint=EXPERTS,
     example=lambda: (random(4, 3), random(3, 2, 2, 3), *_layout_example()),
     vjp=lambda inputs, needs, g: _by_need(_UP, inputs, needs, g),

@@ -214,6 +214,29 @@ def test_swiglu_and_its_backward(layer, scaled, uninitialized_is_nan):
 
 
 @ON_KERNELS
+@pytest.mark.parametrize("scaled", [False, True])
+def test_rows_of_products_that_gather(layer, scaled, monkeypatch, uninitialized_is_nan):
+    """Where they find tokens, and SwiGLU of what they leave: gate and up side by side."""
+    from fmoe.ops.kernels import activation, gathered, plan
+
+    h, weights, slot, row, offsets, held = (
+        layer[name] for name in ("h", "weights", "slot", "row", "offsets", "held")
+    )
+    source, starts, of_rows = plan.rows(slot, offsets, row.shape[1], weights if scaled else None)
+    assert source.dtype == starts.dtype == torch.int32
+    assert torch.equal(starts.cpu(), torch.nn.functional.pad(offsets, (1, 0)).cpu())
+    there = (slot >= 0) & (torch.arange(len(slot), device=slot.device) < held)
+    assert torch.equal(source, torch.where(there, slot // row.shape[1], 0).int())
+    if scaled:
+        assert torch.equal(of_rows, torch.where(there, weights.flatten()[slot.clamp(min=0)].float(), 0))
+    monkeypatch.setattr(gathered, "serve", lambda t: True)
+    side_by_side = gathered.empty_paired(h, len(h), h.shape[2]).copy_(h)
+    assert gathered.paired(side_by_side) and not gathered.paired(h)
+    pair = [activation.swiglu(t, slot, weights if scaled else None, offsets) for t in (h, side_by_side)]
+    assert torch.equal(*(t[:held] for t in pair))
+
+
+@ON_KERNELS
 @pytest.mark.parametrize(
     ("ids", "score_before", "multiple"),
     quick(

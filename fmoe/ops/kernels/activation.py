@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .gathered import paired
 from .launch import cdiv, launch
 
 BLOCK = 512
@@ -15,14 +16,20 @@ BLOCK = 512
 
 @triton.jit
 def _swiglu(
-    h, slot, weights, offsets, act, num_groups, num_cols, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
-):
+    h, slot, weights, offsets, act, num_groups, num_cols,
+    PAIRED: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if row < tl.load(offsets + num_groups - 1):
         col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = col < num_cols
-        gate = tl.load(h + row * 2 * num_cols + col, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(h + (row * 2 + 1) * num_cols + col, mask=inside, other=0.0).to(tl.float32)
+        if PAIRED:
+            both = tl.program_id(1) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
+            pair = tl.load(h + row * 2 * num_cols + both, mask=both < 2 * num_cols, other=0.0)
+            gate, up = tl.split(tl.reshape(pair.to(tl.float32), [BLOCK, 2]))
+        else:
+            gate = tl.load(h + row * 2 * num_cols + col, mask=inside, other=0.0).to(tl.float32)
+            up = tl.load(h + (row * 2 + 1) * num_cols + col, mask=inside, other=0.0).to(tl.float32)
         value = gate * tl.sigmoid(gate) * up
         if WEIGHTED:
             pair = tl.load(slot + row)
@@ -34,7 +41,8 @@ def swiglu(
     h: torch.Tensor, slot: torch.Tensor, weights: torch.Tensor | None, offsets: torch.Tensor
 ) -> torch.Tensor:
     """``silu(gate) * up`` of pre-activations (R, 2, F), times the weight of each row's pair."""
-    h = h.contiguous()
+    side_by_side = paired(h)
+    h = h if side_by_side else h.contiguous()
     act = h.new_empty(h.shape[0], h.shape[2])
     if act.numel():
         grid = act.shape[0], cdiv(act.shape[1], BLOCK)
@@ -49,6 +57,7 @@ def swiglu(
             act,
             offsets.shape[0],
             act.shape[1],
+            side_by_side,
             weights is not None,
             BLOCK,
         )

@@ -6,6 +6,7 @@
 
 The first two want rows of whole 16 bytes. The first of them that can is used, unless the environment variable
 ``FMOE_GROUPED_MM`` names another, or ``python -m fmoe tune`` has found one, or another tile, to be faster.
+``quack`` computes whole layers instead of single products (``gathered.py``).
 """
 
 import functools
@@ -74,7 +75,7 @@ def choice(product: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, si
     """The engine and tile for a product of rows ``a`` with ``b``, into ``out``; ``sizes`` are (e, I, O)."""
     known = tuned.choices(a.device)
     found = known.get(tuned.key(product, sizes, a.dtype)) if known else None
-    if found is None and OVERRIDE not in os.environ:
+    if found is None and os.environ.get(OVERRIDE, "quack") == "quack":
         return BEST[next(name for name in ENGINES if _able(name, a, b, out))]
     able = sorted(engines(a, b, out), key=lambda name: found is None or name != found.engine)
     engine = chosen("grouped_mm", OVERRIDE, able, f"{a.dtype} of shape {tuple(a.shape)} on {a.device}")

@@ -99,6 +99,40 @@ def layout(
 
 
 @triton.jit
+def _rows(
+    slot, offsets, weights, source, starts, row_weights, num_rows, num_experts,
+    TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside, held = place < num_rows, place < tl.load(offsets + num_experts - 1)
+    pair = tl.load(slot + place, mask=inside & held, other=-1)
+    tl.store(source + place, (tl.maximum(pair, 0) // TOP_K).to(tl.int32), mask=inside)
+    if WEIGHTED:
+        weight = tl.load(weights + pair, mask=pair >= 0, other=0.0).to(tl.float32)
+        tl.store(row_weights + place, weight, mask=inside)
+    if tl.program_id(0) == 0:
+        expert = tl.arange(0, EXPERTS)
+        end = tl.load(offsets + expert - 1, mask=(expert > 0) & (expert <= num_experts), other=0)
+        tl.store(starts + expert, end, mask=expert <= num_experts)
+
+
+def rows(
+    slot: torch.Tensor, offsets: torch.Tensor, top_k: int, weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The raw kernel of ``gathered.rows_of``."""
+    num_rows, num_experts = slot.shape[0], offsets.shape[0]
+    source, starts = slot.new_empty(num_rows, dtype=torch.int32), offsets.new_empty(num_experts + 1)
+    of_rows = None if weights is None else weights.new_empty(num_rows, dtype=torch.float32)
+    launch(
+        _rows, (max(1, cdiv(num_rows, 1024)),),
+        slot, offsets, offsets if weights is None else weights.contiguous(), source, starts,
+        source if of_rows is None else of_rows, num_rows, num_experts,
+        top_k, weights is not None, power_of_2(num_experts + 1), 1024,
+    )  # fmt: skip
+    return source, starts, of_rows
+
+
+@triton.jit
 def _ways(
     ids, slot, copy, lost, num_tokens, copies, held,
     TOP_K: tl.constexpr, CHOICES: tl.constexpr, BLOCK: tl.constexpr,

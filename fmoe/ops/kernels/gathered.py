@@ -1,0 +1,198 @@
+"""An expert's products by quack-kernels, which load rows by index, and compute SwiGLU's backward in passing.
+
+So no token is copied for each of its experts. quack-kernels (``pip install fmoe[hopper]``) are written in
+CuTe DSL for Hopper. They want gate and up side by side in memory: a pre-activation (R, 2, F) that lies there
+as (R, F, 2). Where one does, these kernels made it, and they go on.
+
+Without quack-kernels, for other dtypes and devices, for weights that multiply tokens before the experts, and
+for products in fp8, the kernels of ``persistent.py`` and ``activation.py`` do the same.
+"""
+
+import functools
+import importlib.util
+import os
+from typing import Any, NamedTuple
+
+import torch
+
+from ...errors import argument_error
+from . import fused, grouped, tuned
+
+ENGINE = "quack"
+LINE = 8  # numbers in 16 bytes, of which rows must be whole
+
+
+def chosen(x: torch.Tensor, w_in: torch.Tensor) -> bool:
+    """Whether these kernels compute products of tokens (S, D) with experts (e, 2, F, D).
+
+    They do if ``python -m fmoe tune`` found them to be faster, or ``FMOE_GROUPED_MM`` is ``quack``. That
+    depends on sizes, dtype and device only, so it can be asked before there are numbers. Raises
+    ``ValueError`` where the variable asks for them, and they can't.
+    """
+    wanted = os.environ.get(grouped.OVERRIDE)
+    if not able(x, w_in):
+        if wanted == ENGINE and x.is_cuda:
+            got = f"{x.dtype} of {w_in.shape[3]} numbers and hidden ones of {w_in.shape[2]} on {x.device}"
+            expected = f"quack-kernels, a Hopper GPU, bfloat16 or float16, and multiples of {LINE} numbers"
+            remedy = f"Install fmoe[hopper], or unset {grouped.OVERRIDE}."
+            raise argument_error("experts_grouped_mm", "x_SD", got=got, expected=expected, remedy=remedy)
+        return False
+    if wanted is not None:
+        return wanted == ENGINE
+    experts, _, hidden, dim = w_in.shape
+    known = tuned.choices(x.device).get(tuned.key("layer", (experts, dim, hidden), x.dtype))
+    return known is not None and known.engine == ENGINE
+
+
+def able(x: torch.Tensor, w_in: torch.Tensor) -> bool:
+    """Whether these kernels can compute such products."""
+    return not any(size % LINE for size in w_in.shape[2:]) and w_in.dtype == x.dtype and serve(x)
+
+
+def serve(t: torch.Tensor) -> bool:
+    """Whether these kernels run where a tensor is, for its dtype."""
+    narrow = t.dtype in (torch.bfloat16, torch.float16)
+    return narrow and fused(t) and installed() and grouped.hopper(t.device)
+
+
+@functools.cache
+def installed() -> bool:
+    """Whether quack-kernels can be imported."""
+    return importlib.util.find_spec("quack") is not None
+
+
+def empty_paired(like: torch.Tensor, rows: Any, hidden: Any) -> torch.Tensor:
+    """A pre-activation (rows, 2, hidden) whose gate and up lie side by side."""
+    return like.new_empty(rows, hidden, 2).transpose(1, 2)
+
+
+def paired(h: torch.Tensor) -> bool:
+    """Whether gate and up of a pre-activation lie side by side, as only these kernels leave them."""
+    return (
+        serve(h)
+        and h.shape[2] > 1
+        and h.stride(1) == 1
+        and h.stride(2) == 2
+        and h.stride(0) == 2 * h.shape[2]
+    )
+
+
+class Rows(NamedTuple):
+    """Where products find rows: ``source`` (R,) of the token, ``starts`` (e + 1,) of experts, both int32.
+
+    ``weights`` (R,) float32 are those of rows, where they were asked for.
+    """
+
+    source: torch.Tensor
+    starts: torch.Tensor
+    weights: torch.Tensor | None
+
+
+def rows_of(
+    slot_R: torch.Tensor, offsets_e: torch.Tensor, top_k: int, weights_SK: torch.Tensor | None = None
+) -> Rows:
+    """Those of a layout. A row of no pair finds the first token, and weighs nothing."""
+    if slot_R.is_cuda:
+        from . import plan
+
+        return Rows(*plan.rows(slot_R, offsets_e, top_k, weights_SK))
+    pair_R = slot_R.clamp(min=0)
+    pair_R[offsets_e[-1] :] = 0
+    weights = None if weights_SK is None else weights_SK.flatten()[pair_R] * (slot_R >= 0)
+    return Rows((pair_R // top_k).int(), torch.nn.functional.pad(offsets_e, (1, 0)), weights)
+
+
+# ---- the six products of a layer -------------------------------------------------------------------------
+
+
+def up(x: torch.Tensor, w_in: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Tokens (S, D) by experts (e, 2, F, D) -> (R, 2, F)."""
+    h = empty_paired(x, rows.source.shape[0], w_in.shape[2])
+    _gemm(_lines(x), _lines(w_in).flatten(1, 2).mT, _pairs(h), rows, gather=True, concat="B")
+    return h
+
+
+def up_inputs(g_h: torch.Tensor, w_in: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Cotangents (R, 2, F) -> those of each row's token (R, D)."""
+    g_x = g_h.new_empty(g_h.shape[0], w_in.shape[3])
+    _gemm(_pairs(g_h), _lines(w_in).flatten(1, 2), g_x, rows, concat="B")
+    return g_x
+
+
+def up_weight(g_h: torch.Tensor, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Cotangents (R, 2, F) and tokens (S, D) -> (e, 2, F, D)."""
+    g_w = x.new_empty(rows.starts.shape[0] - 1, 2, g_h.shape[2], x.shape[1])
+    _gemm(_lines(x).T, _pairs(g_h), g_w.flatten(1, 2).mT, rows, gather=True, summed=True, concat="out")
+    return g_w
+
+
+def down_inputs(
+    g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor, rows: Rows
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cotangents (S, D) -> those of ``h`` (R, 2, F) and of rows' weights (R,), and the weighed activation.
+
+    The last (R, F) is what :func:`down_weight` takes.
+    """
+    num_rows, _, hidden = h.shape
+    g_h, act = empty_paired(h, num_rows, hidden), h.new_empty(num_rows, hidden)
+    if not g.numel() or not num_rows:
+        return g_h.zero_(), h.new_zeros(num_rows, dtype=torch.float32), act.zero_()
+    interface, config = _quack()
+    sums = interface.gemm_dgated_tuned.fn(
+        _lines(g), _lines(w_out), _pairs(h), _pairs(g_h), act, colvec_scale=rows.weights, colvec_reduce=True,
+        cu_seqlens_m=rows.starts, A_idx=rows.source, dynamic_scheduler=False, config=config,
+    )  # fmt: skip
+    return g_h, sums, act
+
+
+def down_weight(g: torch.Tensor, act: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Cotangents (S, D) and weighed activations (R, F) -> (e, D, F)."""
+    g_w = g.new_empty(rows.starts.shape[0] - 1, g.shape[1], act.shape[1])
+    _gemm(_lines(g).T, act, g_w, rows, gather=True, summed=True)
+    return g_w
+
+
+def _gemm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    out: torch.Tensor,
+    rows: Rows,
+    *,
+    gather: bool = False,
+    summed: bool = False,
+    concat: str | None = None,
+) -> None:
+    """Rows of ``a`` in groups by matrices ``b``; or ``summed``, the product of each group's rows.
+
+    ``gather``: rows of ``a`` are found by index. ``concat``: the operand whose gates all come before its ups.
+    """
+    if not a.numel() or not rows.source.numel():
+        out.zero_()
+        return
+    interface, config = _quack()
+    interface.gemm_tuned.fn(
+        a, b, out,
+        cu_seqlens_m=None if summed else rows.starts, cu_seqlens_k=rows.starts if summed else None,
+        A_idx=rows.source if gather else None, concat_layout=concat and (concat,), config=config,
+    )  # fmt: skip
+
+
+@functools.cache
+def _quack() -> tuple[Any, Any]:
+    """The module of its products, and the tiles of all of them."""
+    from quack import gemm_interface
+    from quack.gemm_config import GemmConfig
+
+    how = dict(cluster_m=2, cluster_n=1, pingpong=True, is_dynamic_persistent=False)
+    return gemm_interface, GemmConfig(tile_m=128, tile_n=192, **how)
+
+
+def _pairs(h: torch.Tensor) -> torch.Tensor:
+    """A paired pre-activation as (R, 2 F)."""
+    return h.transpose(1, 2).flatten(1)
+
+
+def _lines(t: torch.Tensor) -> torch.Tensor:
+    """The same with rows of whole 16 bytes in memory."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()

@@ -1,0 +1,202 @@
+"""Products that gather rows: right on a double of quack-kernels, chosen where they run, right on a GPU."""
+
+import dataclasses
+import importlib.util
+
+import optree
+import pytest
+import quack_double
+import torch
+from helpers import error
+from rich.console import Console
+
+import fmoe
+from fmoe.bench import tune as tuning
+from fmoe.bench.layers import Shape
+from fmoe.ops import experts as experts_module
+from fmoe.ops.kernels import gathered, grouped, tuned
+from fmoe.ops.kernels.tuned import Choice
+
+DIM, HIDDEN, EXPERTS, TOP_K = 16, 6, 5, 2
+
+
+@pytest.fixture
+def quack(monkeypatch, tmp_path):
+    monkeypatch.setenv("FMOE_TUNED", str(tmp_path / "tuned.json"))
+    monkeypatch.setenv("FMOE_GROUPED_MM", "quack")
+    tuned.forget()
+    quack_double.install(monkeypatch)
+    yield quack_double.calls
+    gathered._quack.cache_clear()
+    tuned.forget()
+
+
+def layer(dtype=torch.float64, **config):
+    params = fmoe.moe_init(0, dim=DIM, hidden_dim=HIDDEN, num_experts=EXPERTS, dtype=torch.float64)
+    params = optree.tree_map(lambda t: torch.randn_like(t).to(dtype) / 2, params)
+    return params, fmoe.RouterConfig(top_k=TOP_K, **config)
+
+
+def pieces(plan_of, wanted, number=13, **config):
+    """The gradients of what is wanted, through dispatch, experts and combine."""
+    (params, config), x = layer(**config), torch.randn(number, DIM, dtype=torch.float64)
+    routing = fmoe.route(params.router, x, config)
+    weights = routing.weights_TK.double()
+    seed = torch.randn(number, DIM, dtype=torch.float64)
+
+    def loss(w_in, w_out, x, weights):
+        rows, plan = fmoe.dispatch(x, dataclasses.replace(routing, weights_TK=weights))
+        y = fmoe.experts_grouped_mm(fmoe.ExpertParams(w_in, w_out), rows, plan_of(plan))
+        return (y * seed).sum() + y.square().sum()
+
+    args = [*params.experts, x, weights]
+    found = torch.func.grad(loss, argnums=wanted)(*args)
+    return loss(*args), found
+
+
+PLANS = {
+    "plain": lambda plan: plan,
+    "aligned": lambda plan: fmoe.align_rows(plan, 4),
+    "room for more": lambda plan: dataclasses.replace(
+        plan, slot_R=torch.nn.functional.pad(plan.slot_R, (0, 5), value=-1)
+    ),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("wanted", [(0, 1, 2, 3), (0,), (1,), (2,), (3,), (1, 2)])
+def test_values_and_gradients_are_those_of_the_other_kernels(monkeypatch, quack, plan, wanted):
+    seed = torch.randint(2**31, ()).item()
+    torch.manual_seed(seed)
+    value, grads = pieces(PLANS[plan], wanted)
+    assert "gemm" in quack
+    monkeypatch.setenv("FMOE_GROUPED_MM", "loop")
+    before = len(quack)
+    torch.manual_seed(seed)
+    want, want_grads = pieces(PLANS[plan], wanted)
+    assert len(quack) == before, "the other kernels are to be compared with"
+    assert error(value, want) < 1e-12
+    assert error(grads, want_grads, unit=1e-2) < 1e-12
+
+
+def test_a_step_has_seven_products_and_copies_no_token(monkeypatch, quack):
+    monkeypatch.setattr(experts_module, "_expand", None)
+    pieces(PLANS["plain"], (0, 1, 2, 3))
+    step = ["gemm", "dgated", "gemm summed", "gemm", "gemm summed"]
+    assert quack == [*step, "gemm"]  # and the value, once more
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_few_tokens(quack, number):
+    value, grads = pieces(PLANS["plain"], (0, 1, 2, 3), number=number)
+    assert torch.isfinite(value) and all(map(torch.isfinite, (g.sum() for g in grads)))
+
+
+def test_weights_that_multiply_tokens_first_take_the_other_kernels(quack):
+    pieces(PLANS["plain"], (0, 1, 2, 3), score_before_experts=True)
+    assert not quack
+
+
+def test_it_compiles_with_the_layout_that_it_has(quack):
+    (params, config), x = layer(), torch.randn(7, DIM, dtype=torch.float64)
+
+    def loss(params, x):
+        return fmoe.moe_forward(params, x, router=config).square().sum()
+
+    compiled = torch.compile(fmoe.value_and_grad(loss, (0, 1)), backend="aot_eager")
+    step = torch.compile(
+        lambda *args: fmoe.moe_forward(*args, router=config), backend="aot_eager", fullgraph=True
+    )
+    assert error(step(params, x), fmoe.moe_forward(params, x, router=config)) < 1e-12
+    assert error(compiled(params, x), fmoe.value_and_grad(loss, (0, 1))(params, x), unit=1e-2) < 1e-12
+
+
+def test_other_transforms_take_it_too(quack):
+    (params, config), x = layer(), torch.randn(7, DIM, dtype=torch.float64)
+    how = dict(router=config)
+    function = lambda x: fmoe.moe_forward(params, x, **how)  # noqa: E731
+    along = torch.randn_like(x)
+    _, tangent = torch.func.jvp(function, (x,), (along,))
+    step = 1e-6
+    between = (function(x + step * along) - function(x - step * along)) / (2 * step)
+    assert error(tangent, between) < 1e-6
+    both = torch.stack([x, 2 * x])
+    assert error(torch.func.vmap(function)(both), torch.stack([*map(function, both)])) < 1e-12
+    kept = fmoe.remat(function)
+    assert error(*(torch.func.grad(lambda x, f=f: f(x).sum())(x) for f in (kept, function))) < 1e-12
+
+
+# ---- chosen ------------------------------------------------------------------------------------------------
+
+
+def shapes(hidden):
+    return torch.empty(3, DIM), torch.empty(EXPERTS, 2, hidden, DIM)
+
+
+def test_a_file_or_the_environment_chooses_it(quack, monkeypatch):
+    assert gathered.chosen(*shapes(4)) and not gathered.chosen(*shapes(3)), "rows must be whole"
+    monkeypatch.setenv("FMOE_GROUPED_MM", "loop")
+    assert not gathered.chosen(*shapes(4))
+    monkeypatch.delenv("FMOE_GROUPED_MM")
+    assert not gathered.chosen(*shapes(4))
+    key = tuned.key("layer", (EXPERTS, DIM, 4), torch.float32)
+    with tuned.using(torch.device("cpu"), {key: Choice("quack")}):
+        assert gathered.chosen(*shapes(4)) and not gathered.chosen(*shapes(8))
+
+
+def test_tuning_compares_whole_layers(quack, monkeypatch, tmp_path):
+    monkeypatch.delenv("FMOE_GROUPED_MM")
+    times = iter([2.0, 1.0] * 2 + [1.0] * 100)
+    monkeypatch.setattr(tuning, "timed", lambda call, on_cuda: call() and next(times))
+    shape = Shape(tokens=32, dim=DIM, hidden=4, experts=EXPERTS, top_k=TOP_K)
+    first, *_ = tuning.tune(shape, dtype=torch.float32, device="cpu", rounds=2)
+    assert first.product == tuned.key("layer", (EXPERTS, DIM, 4), torch.float32)
+    assert first.choices == [Choice("loop"), Choice("quack")] and first.best == Choice("quack")
+    quack.clear()
+    assert gathered.chosen(*shapes(4)) and not quack
+    tuning.report([first], Console(quiet=True))
+
+
+def test_without_quack_kernels_there_is_nothing_to_choose():
+    if not gathered.installed():
+        assert not gathered.chosen(*shapes(2))
+        assert (
+            grouped.mm(torch.ones(2, 4), torch.ones(1, 4, 3), torch.tensor([2], dtype=torch.int32)).sum()
+            == 24
+        )
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------------------
+
+GPU = torch.cuda.is_available() and importlib.util.find_spec("quack") is not None
+SHAPES = {"narrow": (512, 128, 8, 4), "wide": (256, 768, 5, 2), "one expert": (256, 64, 1, 1)}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU and quack-kernels")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_on_a_gpu_they_are_as_right_as_the_other_kernels(monkeypatch, shape, dtype):
+    dim, hidden, experts, top_k = SHAPES[shape]
+    config = fmoe.RouterConfig(top_k=top_k)
+    params = fmoe.moe_init(0, dim=dim, hidden_dim=hidden, num_experts=experts, device="cuda")
+    x, seed = (torch.randn(1000, dim, device="cuda") for _ in range(2))
+    narrow = optree.tree_map(lambda t: t if t.dim() == 1 else t.to(dtype), params)
+
+    def step(params, x):
+        def loss(params, x):
+            return (fmoe.moe_forward(params, x, router=config).float() * seed).sum()
+
+        return optree.tree_leaves(fmoe.value_and_grad(loss, (0, 1))(params, x))
+
+    wide = optree.tree_map(lambda t: t.double(), narrow)
+    exact = step(wide, x.to(dtype).double())
+    errors, bits = {}, {}
+    for engine in ("quack", "triton"):
+        monkeypatch.setenv("FMOE_GROUPED_MM", engine)
+        found = step(narrow, x.to(dtype))
+        again = step(narrow, x.to(dtype))
+        bits[engine] = all(map(torch.equal, found, again))
+        errors[engine] = [float((a.double() - b).norm() / (b.norm() + 1e-30)) for a, b in zip(found, exact)]
+    assert bits == {"quack": True, "triton": True}
+    assert all(q < 1.5 * t + 1e-3 for q, t in zip(errors["quack"], errors["triton"])), errors

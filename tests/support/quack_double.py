@@ -1,0 +1,70 @@
+"""What ``fmoe.ops.kernels.gathered`` calls of quack-kernels, by plain products; rows of no group are NaN."""
+
+import sys
+import types
+from itertools import pairwise
+
+import torch
+
+calls: list[str] = []
+
+
+def _in_turn(t):
+    """Gates and ups in turn, along the dimension that isn't contiguous."""
+    dim = -2 if t.stride(-1) == 1 else -1
+    return t.unflatten(dim, (2, -1)).transpose(dim - 1, dim).flatten(dim - 1, dim)
+
+
+def _gemm(a, b, out, *, cu_seqlens_m, cu_seqlens_k, A_idx, concat_layout, config):
+    calls.append("gemm" if cu_seqlens_k is None else "gemm summed")
+    b = _in_turn(b) if concat_layout == ("B",) else b
+    starts = cu_seqlens_m if cu_seqlens_k is None else cu_seqlens_k
+    assert starts.dtype == torch.int32 and (A_idx is None or A_idx.dtype == torch.int32)
+    made = torch.full_like(out, torch.nan)
+    for group, (begin, end) in enumerate(pairwise(starts.tolist())):
+        if cu_seqlens_k is None:
+            rows = a[begin:end] if A_idx is None else a[A_idx[begin:end]]
+            made[begin:end] = rows @ b[group]
+        else:
+            columns = a[:, begin:end] if A_idx is None else a[:, A_idx[begin:end]]
+            made[group] = columns @ b[begin:end]
+    if concat_layout == ("out",):
+        made = made.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    out.copy_(made)
+
+
+def _dgated(
+    a, b, pre, g_pre, act, *, colvec_scale, colvec_reduce, cu_seqlens_m, A_idx, dynamic_scheduler, config
+):
+    calls.append("dgated")
+    assert colvec_reduce and not dynamic_scheduler
+    sums = torch.full(colvec_scale.shape, torch.nan, dtype=colvec_scale.dtype)
+    for t in (g_pre, act):
+        t.fill_(torch.nan)
+    for group, (begin, end) in enumerate(pairwise(cu_seqlens_m.tolist())):
+        here = slice(begin, end)
+        g, gate, up = a[A_idx[here]] @ b[group], pre[here, 0::2], pre[here, 1::2]
+        sigmoid = gate.sigmoid()
+        silu, weight = gate * sigmoid, colvec_scale[here, None]
+        sums[here] = (g * silu * up).sum(1)
+        g_pre[here, 0::2] = weight * g * up * (sigmoid + silu * (1 - sigmoid))
+        g_pre[here, 1::2] = weight * g * silu
+        act[here] = weight * silu * up
+    return sums
+
+
+def install(monkeypatch):
+    """Make it the module ``quack`` of this process, and let it take any tensor."""
+    from fmoe.ops.kernels import gathered
+
+    interface = types.SimpleNamespace(
+        gemm_tuned=types.SimpleNamespace(fn=_gemm), gemm_dgated_tuned=types.SimpleNamespace(fn=_dgated)
+    )
+    config = types.SimpleNamespace(GemmConfig=dict)
+    monkeypatch.setitem(sys.modules, "quack", types.SimpleNamespace(gemm_interface=interface))
+    monkeypatch.setitem(sys.modules, "quack.gemm_interface", interface)
+    monkeypatch.setitem(sys.modules, "quack.gemm_config", config)
+    monkeypatch.setattr(gathered, "serve", lambda t: True)
+    monkeypatch.setattr(gathered, "LINE", 2)
+    gathered._quack.cache_clear()
+    calls.clear()
