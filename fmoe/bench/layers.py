@@ -18,6 +18,8 @@ from ..ops.combine import combine
 from ..ops.core.tape import Policy
 from ..ops.dispatch import align_rows, dispatch
 from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
+from ..ops.kernels import gathered, tuned
+from ..ops.kernels.tuned import Choice
 from ..ops.route import RouterConfig, RouterParams, route
 from ..params import is_spec
 from ..transforms import save, save_everything, save_nothing
@@ -155,10 +157,12 @@ def _grouped(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tens
 def layers(
     shape: Shape, config: RouterConfig, align: Sequence[int] = (), precision: Sequence[str] = ()
 ) -> dict[str, Layer]:
-    """The layers by name: ours, ours with rows aligned to each of ``align``, ours with products in each
-    ``precision``, and plain PyTorch.
+    """The layers by name: ours, ours by quack-kernels if they are installed, ours with rows aligned to each of
+    ``align`` and with products in each ``precision``, and plain PyTorch.
     """
     found: dict[str, Layer] = {"fmoe": functools.partial(moe_forward, router=config)}
+    if gathered.installed():
+        found["fmoe, quack"] = functools.partial(_by_quack, config)
     for name in precision:
         found[f"fmoe, {name}"] = functools.partial(moe_forward, router=config, precision=name)
     for multiple in align:
@@ -167,6 +171,15 @@ def layers(
         found["PyTorch eager"] = functools.partial(plain_layer, top_k=shape.top_k)
         found["PyTorch compiled"] = functools.partial(torch.compile(plain_layer), top_k=shape.top_k)
     return found
+
+
+def _by_quack(config: RouterConfig, params: MoEParams, x: torch.Tensor) -> torch.Tensor:
+    w_in = params.experts.w_in
+    if not gathered.able(x, w_in):
+        raise ValueError(f"quack-kernels don't take {x.dtype} on {x.device}, or these sizes")
+    layer = tuned.key("layer", gathered.sizes(w_in), x.dtype)
+    with tuned.using(x.device, {layer: Choice(gathered.ENGINE)}):
+        return moe_forward(params, x, router=config)
 
 
 def _aligned(config: RouterConfig, multiple: int, params: MoEParams, x: torch.Tensor) -> torch.Tensor:

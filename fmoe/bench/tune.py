@@ -66,7 +66,7 @@ def tune(
     tuned.write(run.x.device, {})  # before measuring, which would be lost if writing failed
     best: dict[str, Choice] = {}
     found = []
-    layer = tuned.key("layer", (shape.experts, shape.dim, shape.hidden), dtype)
+    layer = tuned.key("layer", gathered.sizes(run.params.experts.w_in), dtype)
     both = [(layer, whole)] * (len(whole) > 1) + [(product, able) for product in products(shape, dtype)]
     for product, choices in both:
         with tuned.using(run.x.device, best):

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import fmoe
 from fmoe.bench import tune as tuning
-from fmoe.bench.layers import Shape
+from fmoe.bench.layers import Shape, layers
 from fmoe.ops import experts as experts_module
 from fmoe.ops.kernels import gathered, grouped, tuned
 from fmoe.ops.kernels.tuned import Choice
@@ -155,6 +155,21 @@ def test_tuning_compares_whole_layers(quack, monkeypatch, tmp_path):
     quack.clear()
     assert gathered.chosen(*shapes(4)) and not quack
     tuning.report([first], Console(quiet=True))
+
+
+def test_the_benchmark_has_it_beside_the_others(quack, monkeypatch):
+    monkeypatch.delenv("FMOE_GROUPED_MM")
+    monkeypatch.setattr(gathered, "installed", lambda: True)
+    shape = Shape(tokens=32, dim=DIM, hidden=4, experts=EXPERTS, top_k=TOP_K)
+    (params, config), x = layer(torch.float32), torch.randn(32, DIM)
+    params = params._replace(experts=params.experts._replace(w_in=params.experts.w_in[:, :, :4].contiguous()))
+    params = params._replace(
+        experts=params.experts._replace(w_out=params.experts.w_out[..., :4].contiguous())
+    )
+    found = layers(shape, config)
+    ours = found["fmoe"](params, x)
+    assert not quack
+    assert error(found["fmoe, quack"](params, x), ours) < 1e-5 and quack
 
 
 def test_without_quack_kernels_there_is_nothing_to_choose():

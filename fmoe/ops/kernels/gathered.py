@@ -39,9 +39,14 @@ def chosen(x: torch.Tensor, w_in: torch.Tensor) -> bool:
         return False
     if wanted is not None:
         return wanted == ENGINE
-    experts, _, hidden, dim = w_in.shape
-    known = tuned.choices(x.device).get(tuned.key("layer", (experts, dim, hidden), x.dtype))
+    known = tuned.choices(x.device).get(tuned.key("layer", sizes(w_in), x.dtype))
     return known is not None and known.engine == ENGINE
+
+
+def sizes(w_in: torch.Tensor) -> tuple[int, int, int]:
+    """Of a layer, as a file of choices names it: experts, their inputs, their hidden numbers."""
+    experts, _, hidden, dim = w_in.shape
+    return experts, dim, hidden
 
 
 def able(x: torch.Tensor, w_in: torch.Tensor) -> bool:
