@@ -157,8 +157,10 @@ def _grouped(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tens
 def layers(
     shape: Shape, config: RouterConfig, align: Sequence[int] = (), precision: Sequence[str] = ()
 ) -> dict[str, Layer]:
-    """The layers by name: ours, ours by quack-kernels if they are installed, ours with rows aligned to each of
-    ``align`` and with products in each ``precision``, and plain PyTorch.
+    """The layers by name: ours, and plain PyTorch.
+
+    Ours is there also by quack-kernels, if they are installed, with rows aligned to each of ``align``, and
+    with products in each ``precision``.
     """
     found: dict[str, Layer] = {"fmoe": functools.partial(moe_forward, router=config)}
     if gathered.installed():
