@@ -13,12 +13,22 @@ from ...errors import captured_error
 from .naming import observed
 from .tape import Tape
 
+_T: Any = torch.Tensor
+# Questions about a tensor, which no gradient flows through. A region asks more of them than it computes.
+_QUESTIONS = {
+    *(getattr(_T, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout")),
+    *(getattr(_T, name).__get__ for name in ("is_cuda", "is_meta", "is_leaf", "itemsize", "nbytes")),
+    *(_T.dim, _T.size, _T.stride, _T.numel, _T.is_contiguous, _T.is_floating_point, _T.is_complex),
+    *(_T.data_ptr, _T.storage_offset, _T.element_size, _T.__len__),
+}
+
 
 class Guard(TorchFunctionMode):
     """Tells a region's tape of the calls of PyTorch's functions and, with ``check``, finds captured tensors.
 
     Inside the first run of a region nothing requires a gradient and no transform from outside is active. So
-    whatever does, or belongs to such a transform, was captured. Detaching it does not count as a use.
+    whatever does, or belongs to such a transform, was captured. Detaching it isn't a use, nor is asking for
+    its shape.
     """
 
     def __init__(self, tape: Tape, check: bool) -> None:
@@ -26,7 +36,7 @@ class Guard(TorchFunctionMode):
         self.tape, self.check = tape, check
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is observed:  # no call of PyTorch's
+        if func in _QUESTIONS or func is observed:  # the last is no call of PyTorch's
             return func(*args, **(kwargs or {}))
         if self.check and func is not torch.Tensor.detach:
             with torch._C.DisableTorchFunction():
