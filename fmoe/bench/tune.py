@@ -25,6 +25,10 @@ TILES = [
     Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 4), Tile(128, 256, 128, 8, 2), Tile(256, 128, 64, 8, 3),
     Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 4), Tile(128, 128, 64, 8, 4), Tile(128, 128, 128, 8, 3),
 ]  # fmt: skip
+QUACK_TILES = [  # of four warps, which take turns, or of eight together
+    gathered.TILE, Tile(128, 128, 64, 4, 0), Tile(128, 160, 64, 4, 0), Tile(192, 128, 64, 4, 0),
+    Tile(256, 128, 64, 8, 0), Tile(256, 192, 64, 8, 0), Tile(128, 256, 64, 8, 0),
+]  # fmt: skip
 GAIN = 0.01  # the share of a step's time that another choice must save
 ROUNDING = 0.02  # the most that another choice's results may differ
 
@@ -62,14 +66,11 @@ def tune(
     config = config_for(shape, "random")
     run = random_run(shape, config, "random", dtype, device, seed)
     step = functools.partial(run.step, functools.partial(moe_forward, router=config))
-    able, whole = candidates(run), layers(run)
     tuned.write(run.x.device, {})  # before measuring, which would be lost if writing failed
     best: dict[str, Choice] = {}
     found = []
-    layer = tuned.key("layer", gathered.sizes(run.params.experts.w_in), dtype)
-    both = [(layer, whole)] * (len(whole) > 1) + [(product, able) for product in products(shape, dtype)]
-    for product, choices in both:
-        with tuned.using(run.x.device, best):
+    for product, choices, meanwhile in _comparisons(run, shape, dtype):
+        with tuned.using(run.x.device, best | meanwhile):
             ms = _compare(product, choices, step, rounds, run.x.device)
         first, fastest = ms[0], min(time for time in ms if time is not None)
         assert first is not None
@@ -95,11 +96,25 @@ def candidates(run: Run) -> list[Choice]:
     return found + [Choice("triton", tile) for tile in TILES] if "triton" in engines else found
 
 
-def layers(run: Run) -> list[Choice]:
-    """The choices for a whole layer: product by product, or by quack-kernels. The first is used untuned."""
-    x, w_in = run.x, run.params.experts.w_in
-    apart, together = Choice(grouped.engines(x[:1], w_in.flatten(1, 2).mT, x)[0]), Choice(gathered.ENGINE)
-    return [apart, together] if gathered.able(x, w_in) else [apart]
+def _comparisons(
+    run: Run, shape: Shape, dtype: torch.dtype
+) -> list[tuple[str, list[Choice], dict[str, Choice]]]:
+    """What to compare, in order: a product, its choices, and those of others meanwhile.
+
+    Where quack-kernels can run, their products come first, then the others, and whole layers of both last.
+    """
+    able, w_in = candidates(run), run.params.experts.w_in
+    if not gathered.able(run.x, w_in):
+        return [(product, able, {}) for product in products(shape, dtype)]
+    sizes, (apart, together) = gathered.sizes(w_in), (Choice(able[0].engine), Choice(gathered.ENGINE))
+    layer = tuned.key("layer", sizes, dtype)
+    tiles = [Choice(gathered.ENGINE, tile) for tile in QUACK_TILES]
+    gathering = [gathered.key(product, sizes, dtype) for product in gathered.PRODUCTS]
+    return [
+        *((product, tiles, {layer: together}) for product in gathering),
+        *((product, able, {layer: apart}) for product in products(shape, dtype)),
+        (layer, [apart, together], {}),
+    ]
 
 
 def _compare(

@@ -28,6 +28,7 @@ def quack(monkeypatch, tmp_path):
     quack_double.install(monkeypatch)
     yield quack_double.calls
     gathered._quack.cache_clear()
+    gathered._made.cache_clear()
     tuned.forget()
 
 
@@ -35,6 +36,14 @@ def layer(dtype=torch.float64, **config):
     params = fmoe.moe_init(0, dim=DIM, hidden_dim=HIDDEN, num_experts=EXPERTS, dtype=torch.float64)
     params = optree.tree_map(lambda t: torch.randn_like(t).to(dtype) / 2, params)
     return params, fmoe.RouterConfig(top_k=TOP_K, **config)
+
+
+def layer_of(hidden):
+    """A float32 layer of so many hidden numbers."""
+    params, config = layer(torch.float32)
+    w_in, w_out = params.experts
+    experts = fmoe.ExpertParams(w_in[:, :, :hidden].clone(), w_out[..., :hidden].clone())
+    return params._replace(experts=experts), config
 
 
 def pieces(plan_of, wanted, number=13, **config):
@@ -144,17 +153,31 @@ def test_a_file_or_the_environment_chooses_it(quack, monkeypatch):
         assert gathered.chosen(*shapes(4)) and not gathered.chosen(*shapes(8))
 
 
-def test_tuning_compares_whole_layers(quack, monkeypatch, tmp_path):
+def test_tuning_compares_tiles_and_then_whole_layers(quack, monkeypatch):
     monkeypatch.delenv("FMOE_GROUPED_MM")
-    times = iter([2.0, 1.0] * 2 + [1.0] * 100)
-    monkeypatch.setattr(tuning, "timed", lambda call, on_cuda: call() and next(times))
+
+    def timed(call, on_cuda):
+        """The last tile of each product is fast, and so is the layer."""
+        quack.clear()
+        quack_double.configs.clear()
+        call()
+        tiles = sum(2.0 - (config["tile_n"] == 256) for config in quack_double.configs)
+        return tiles or 20.0
+
+    monkeypatch.setattr(tuning, "timed", timed)
     shape = Shape(tokens=32, dim=DIM, hidden=4, experts=EXPERTS, top_k=TOP_K)
-    first, *_ = tuning.tune(shape, dtype=torch.float32, device="cpu", rounds=2)
-    assert first.product == tuned.key("layer", (EXPERTS, DIM, 4), torch.float32)
-    assert first.choices == [Choice("loop"), Choice("quack")] and first.best == Choice("quack")
-    quack.clear()
-    assert gathered.chosen(*shapes(4)) and not quack
-    tuning.report([first], Console(quiet=True))
+    found = {each.product: each for each in tuning.tune(shape, dtype=torch.float32, device="cpu", rounds=2)}
+    size = EXPERTS, DIM, 4
+    layer = found.pop(tuned.key("layer", size, torch.float32))
+    assert layer.choices == [Choice("loop"), Choice("quack")] and layer.best == Choice("quack")
+    gathering = [found[gathered.key(product, size, torch.float32)] for product in gathered.PRODUCTS]
+    assert all(each.best == Choice("quack", tuning.QUACK_TILES[-1]) for each in gathering)
+    assert len(found) == len(gathering) + len(tuning.products(shape, torch.float32))
+    quack_double.configs.clear()
+    (params, config), x = layer_of(hidden=4), torch.randn(8, DIM)
+    fmoe.value_and_grad(lambda p, x: fmoe.moe_forward(p, x, router=config).sum(), (0, 1))(params, x)
+    assert [config["tile_n"] for config in quack_double.configs] == [256] * 5, "the file is read"
+    tuning.report([layer, *gathering], Console(quiet=True))
 
 
 def test_the_benchmark_has_it_beside_the_others(quack, monkeypatch):

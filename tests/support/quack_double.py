@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 
 calls: list[str] = []
+configs: list[dict] = []
 
 
 def _in_turn(t):
@@ -17,6 +18,7 @@ def _in_turn(t):
 
 def _gemm(a, b, out, *, cu_seqlens_m, cu_seqlens_k, A_idx, concat_layout, config):
     calls.append("gemm" if cu_seqlens_k is None else "gemm summed")
+    configs.append(config)
     b = _in_turn(b) if concat_layout == ("B",) else b
     starts = cu_seqlens_m if cu_seqlens_k is None else cu_seqlens_k
     assert starts.dtype == torch.int32 and (A_idx is None or A_idx.dtype == torch.int32)
@@ -37,6 +39,7 @@ def _dgated(
     a, b, pre, g_pre, act, *, colvec_scale, colvec_reduce, cu_seqlens_m, A_idx, dynamic_scheduler, config
 ):
     calls.append("dgated")
+    configs.append(config)
     assert colvec_reduce and not dynamic_scheduler
     sums = torch.full(colvec_scale.shape, torch.nan, dtype=colvec_scale.dtype)
     for t in (g_pre, act):
@@ -66,5 +69,7 @@ def install(monkeypatch):
     monkeypatch.setitem(sys.modules, "quack.gemm_config", config)
     monkeypatch.setattr(gathered, "serve", lambda t: True)
     monkeypatch.setattr(gathered, "LINE", 2)
-    gathered._quack.cache_clear()
+    for cached in (gathered._quack, gathered._made):
+        cached.cache_clear()
     calls.clear()
+    configs.clear()

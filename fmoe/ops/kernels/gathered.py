@@ -17,9 +17,13 @@ import torch
 
 from ...errors import argument_error
 from . import fused, grouped, tuned
+from .tuned import Tile
 
 ENGINE = "quack"
 LINE = 8  # numbers in 16 bytes, of which rows must be whole
+PRODUCTS = "up", "up inputs", "up weight", "down inputs", "down weight"
+# Four warps compute a tile while four others store theirs; eight compute one together.
+TILE = Tile(rows=128, cols=192, depth=64, warps=4, stages=0)
 
 
 def chosen(x: torch.Tensor, w_in: torch.Tensor) -> bool:
@@ -41,6 +45,11 @@ def chosen(x: torch.Tensor, w_in: torch.Tensor) -> bool:
         return wanted == ENGINE
     known = tuned.choices(x.device).get(tuned.key("layer", sizes(w_in), x.dtype))
     return known is not None and known.engine == ENGINE
+
+
+def key(product: str, sizes: tuple[int, int, int], dtype: torch.dtype) -> str:
+    """The name in a file of one of ``PRODUCTS`` of a layer."""
+    return tuned.key(f"gathered {product}", sizes, dtype)
 
 
 def sizes(w_in: torch.Tensor) -> tuple[int, int, int]:
@@ -113,21 +122,23 @@ def rows_of(
 def up(x: torch.Tensor, w_in: torch.Tensor, rows: Rows) -> torch.Tensor:
     """Tokens (S, D) by experts (e, 2, F, D) -> (R, 2, F)."""
     h = empty_paired(x, rows.source.shape[0], w_in.shape[2])
-    _gemm(_lines(x), _lines(w_in).flatten(1, 2).mT, _pairs(h), rows, gather=True, concat="B")
+    operands = _lines(x), _lines(w_in).flatten(1, 2).mT, _pairs(h)
+    _gemm("up", sizes(w_in), *operands, rows, gather=True, concat="B")
     return h
 
 
 def up_inputs(g_h: torch.Tensor, w_in: torch.Tensor, rows: Rows) -> torch.Tensor:
     """Cotangents (R, 2, F) -> those of each row's token (R, D)."""
     g_x = g_h.new_empty(g_h.shape[0], w_in.shape[3])
-    _gemm(_pairs(g_h), _lines(w_in).flatten(1, 2), g_x, rows, concat="B")
+    _gemm("up inputs", sizes(w_in), _pairs(g_h), _lines(w_in).flatten(1, 2), g_x, rows, concat="B")
     return g_x
 
 
 def up_weight(g_h: torch.Tensor, x: torch.Tensor, rows: Rows) -> torch.Tensor:
     """Cotangents (R, 2, F) and tokens (S, D) -> (e, 2, F, D)."""
     g_w = x.new_empty(rows.starts.shape[0] - 1, 2, g_h.shape[2], x.shape[1])
-    _gemm(_lines(x).T, _pairs(g_h), g_w.flatten(1, 2).mT, rows, gather=True, summed=True, concat="out")
+    operands = _lines(x).T, _pairs(g_h), g_w.flatten(1, 2).mT
+    _gemm("up weight", sizes(g_w), *operands, rows, gather=True, summed=True, concat="out")
     return g_w
 
 
@@ -142,7 +153,7 @@ def down_inputs(
     g_h, act = empty_paired(h, num_rows, hidden), h.new_empty(num_rows, hidden)
     if not g.numel() or not num_rows:
         return g_h.zero_(), h.new_zeros(num_rows, dtype=torch.float32), act.zero_()
-    interface, config = _quack()
+    interface, config = _quack(), _config("down inputs", (w_out.shape[0], w_out.shape[1], hidden), g)
     sums = interface.gemm_dgated_tuned.fn(
         _lines(g), _lines(w_out), _pairs(h), _pairs(g_h), act, colvec_scale=rows.weights, colvec_reduce=True,
         cu_seqlens_m=rows.starts, A_idx=rows.source, dynamic_scheduler=False, config=config,
@@ -153,11 +164,14 @@ def down_inputs(
 def down_weight(g: torch.Tensor, act: torch.Tensor, rows: Rows) -> torch.Tensor:
     """Cotangents (S, D) and weighed activations (R, F) -> (e, D, F)."""
     g_w = g.new_empty(rows.starts.shape[0] - 1, g.shape[1], act.shape[1])
-    _gemm(_lines(g).T, act, g_w, rows, gather=True, summed=True)
+    size = g_w.shape[0], g_w.shape[1], g_w.shape[2]
+    _gemm("down weight", size, _lines(g).T, act, g_w, rows, gather=True, summed=True)
     return g_w
 
 
 def _gemm(
+    product: str,
+    size: tuple[int, int, int],
     a: torch.Tensor,
     b: torch.Tensor,
     out: torch.Tensor,
@@ -174,22 +188,33 @@ def _gemm(
     if not a.numel() or not rows.source.numel():
         out.zero_()
         return
-    interface, config = _quack()
-    interface.gemm_tuned.fn(
+    _quack().gemm_tuned.fn(
         a, b, out,
         cu_seqlens_m=None if summed else rows.starts, cu_seqlens_k=rows.starts if summed else None,
-        A_idx=rows.source if gather else None, concat_layout=concat and (concat,), config=config,
+        A_idx=rows.source if gather else None, concat_layout=concat and (concat,),
+        config=_config(product, size, a),
     )  # fmt: skip
 
 
 @functools.cache
-def _quack() -> tuple[Any, Any]:
-    """The module of its products, and the tiles of all of them."""
+def _quack() -> Any:
     from quack import gemm_interface
+
+    return gemm_interface
+
+
+def _config(product: str, size: tuple[int, int, int], x: torch.Tensor) -> Any:
+    """The tile of a product, which a file may name."""
+    found = tuned.choices(x.device).get(key(product, size, x.dtype))
+    return _made((found and found.tile) or TILE)
+
+
+@functools.cache
+def _made(tile: Tile) -> Any:
     from quack.gemm_config import GemmConfig
 
-    how = dict(cluster_m=2, cluster_n=1, pingpong=True, is_dynamic_persistent=False)
-    return gemm_interface, GemmConfig(tile_m=128, tile_n=192, **how)
+    how = dict(pingpong=tile.warps == 4, cluster_m=2, cluster_n=1, is_dynamic_persistent=False)
+    return GemmConfig(tile_m=tile.rows, tile_n=tile.cols, **how)
 
 
 def _pairs(h: torch.Tensor) -> torch.Tensor:
