@@ -25,12 +25,14 @@ from fmoe.bench.timing import syncs
 from fmoe.models import decoder, deepseek_v3
 from fmoe.models.moe import COMPUTING, of_layer
 from fmoe.ops.core.axes import Binding, MeshOfSizes, bound, group_of
+from fmoe.ops.core.dtensors import local
 from fmoe.ops.dispatch import layout
 from fmoe.parallel import AllToAll, Backend, Bound, distribute
 from fmoe.parallel.backends import all_to_all, bounds, choose, ways
 from fmoe.testing import check_backend
 from fmoe.testing.samples import same_bits
 from fmoe.training import gradients, optim
+from fmoe.training.step import training_step
 
 NEVER_WAITS = Backend("all_to_all", host_sync=False, max_tokens=40)
 
@@ -467,6 +469,26 @@ def captured_model(capacity):
     return found
 
 
+def trained(name, steps=20):
+    """Losses and parameters of training, where the whole step is one graph, and where nothing is."""
+    torch.set_default_device("cuda")
+    mesh, config, optimizer = bare_mesh("ep=2", "cuda"), decoder.preset("debug", dim=256), optim.adamw()
+    backend = Backend(name, host_sync=False, max_tokens=2 * 33)
+    step_of = gradients.of_model(config, mesh, backend=backend, dtype=torch.bfloat16)
+    found = []
+    for graph in (True, False):
+        step = training_step(step_of, optimizer, max_norm=1.0, bias_rate=0.01, mesh=mesh, graph=graph)
+        params = decoder.init(config, 0, mesh=mesh)
+        state, drawn = optimizer.init(params), torch.Generator("cuda").manual_seed(mesh.get_rank())
+        losses = []
+        for _ in range(steps):
+            batch = torch.randint(256, (2, 2, 33), generator=drawn).unbind()
+            params, state, loss, *_ = step(params, state, 1e-3, *batch)
+            losses.append(loss.item())
+        found.append((losses, [local(leaf).double().sum().item() for leaf in optree.tree_leaves(params)]))
+    return found
+
+
 ON_GPUS = [Backend("all_to_all", host_sync=False, max_tokens=64, capacity=c) for c in (None, 1.9)]
 
 
@@ -491,3 +513,14 @@ def test_a_cuda_graph_holds_a_step(pool, backend):
 def test_a_cuda_graph_holds_a_models_step(pool, capacity):
     for found in pool.run(2, captured_model, capacity, timeout=240):
         assert all(overflow == 0 and off < 1e-2 and apart < 5e-2 for overflow, off, apart in found)
+
+
+@pytest.mark.gpu
+@on_gpus
+@pytest.mark.parametrize("name", ["all_to_all", "deepep"])
+def test_a_training_step_as_one_graph_has_the_bits_of_an_eager_one(pool, name):
+    if name == "deepep":
+        pytest.importorskip("deep_ep")
+    for graphed, eager in pool.run(2, trained, name, timeout=240):
+        assert graphed == eager
+        assert len(set(eager[0])) == len(eager[0])
