@@ -34,7 +34,7 @@ from fmoe.models import decoder, stages
 from fmoe.parallel import stack
 from fmoe.parallel.together import from_all
 from fmoe.plan import plan, read_rates
-from fmoe.training import gradients, launch, optim, options
+from fmoe.training import launch, optim, options
 from fmoe.training.metrics import PEAK_FLOPS
 from fmoe.training.step import training_step
 
@@ -57,11 +57,8 @@ def steps_of(args: argparse.Namespace, way: argparse.Namespace, world: launch.Wo
     )
     layout, precision = options.Layout.of(way, world), options.Precision.of(way)
     stages_of = stages.cut(config, ranks=layout.schedule.stage_to_rank, seq_len=args.seq_len)
-    how = dict(**layout.how, dtype=precision.compute, precision=precision.recipe, stages=stages_of)
-    step_of = gradients.of_model(config, zero=layout.zero, **how)
-    if layout.bounded:
-        fast = gradients.of_model(config, zero=layout.zero, **how | dict(backend=layout.bounded))
-        step_of = fmoe.exact_on_overflow(fmoe.graphed(fast) if way.graph else fast, step_of)
+    how = dict(dtype=precision.compute, precision=precision.recipe, stages=stages_of)
+    step_of = layout.gradient(config, graph=way.graph, **how)
     optimizer = optim.adamw(moments_dtype=precision.moments)
     start = dict(stages=stages_of, dtype=precision.dtype, device=precision.device, mesh=world.mesh)
     params = decoder.init(config, args.seed, **start)

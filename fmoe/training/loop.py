@@ -127,12 +127,10 @@ def train(args: argparse.Namespace) -> None:
         f"step {first}; {len(text) / 1e6:.1f}M {unit}s of text, unigram entropy {entropy:.3f} nats a {unit}"
     )
 
-    how = dict(**layout.how, dtype=precision.compute, precision=precision.recipe, stages=stages_of(config))
-    step_of = gradients.of_model(noisy, zero=layout.zero, **how)
-    loss_of = gradients.loss_of_model(config, **how)
-    if layout.bounded:  # a step that had no room for all rows is done again, exactly
-        fast = gradients.of_model(noisy, zero=layout.zero, **how | dict(backend=layout.bounded))
-        step_of = fmoe.exact_on_overflow(fmoe.graphed(fast) if args.graph else fast, step_of)
+    how: dict[str, Any] = dict(dtype=precision.compute, precision=precision.recipe)
+    how["stages"] = stages_of(config)
+    step_of = layout.gradient(noisy, graph=args.graph, **how)
+    loss_of = gradients.loss_of_model(config, **layout.how, **how)
     how = dict(max_norm=args.max_norm, bias_rate=args.bias_rate, mesh=world.mesh)
     take_step = training_step(step_of, optimizer, graph=args.graph and not layout.bounded, **how)
     rate_of = schedules.by_name(args.schedule, peak=args.learning_rate, total_steps=args.steps)

@@ -1,6 +1,7 @@
 """Options of a script that trains, in groups, and what they stand for."""
 
 import argparse
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,13 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
+from ..graphs import graphed
+from ..models.config import DecoderConfig
 from ..ops.precision import Recipe, parse_recipe
 from ..parallel.backends import Backend
 from ..pipeline import Schedule, make_schedule
-from ..transforms import per_layer
+from ..transforms import exact_on_overflow, per_layer
+from . import gradients
 from .launch import World
 from .tokenizer import BYTES, Tokenizer, load_tokenizer
 
@@ -149,6 +153,17 @@ class Layout(NamedTuple):
             if worst:  # nothing can overflow
                 how["backend"], bounded = bounded, None
         return cls(schedule, how, args.zero, bounded)
+
+    def gradient(self, config: DecoderConfig, *, graph: bool = False, **how: Any) -> Callable[..., Any]:
+        """:func:`fmoe.training.gradients.of_model` of this layout, done again exactly if it has no room.
+
+        ``graph`` makes a CUDA graph of what is bounded; of a step without a bound the caller can make one.
+        """
+        of_model = functools.partial(gradients.of_model, config, zero=self.zero, **self.how | how)
+        if not self.bounded:
+            return of_model()
+        fast = of_model(backend=self.bounded)
+        return exact_on_overflow(graphed(fast) if graph else fast, of_model())
 
 
 def add_layout(parser: argparse.ArgumentParser) -> None:
