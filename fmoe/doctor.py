@@ -42,6 +42,7 @@ def diagnose() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "nccl": ".".join(map(str, nccl)) if nccl else None,
         "triton": triton,
+        "quack-kernels": _version("quack-kernels"),
         # A DeepEP that was built in place has no metadata.
         "deep_ep": deepep.version_of(deepep.load()) if kinds else deepep.version(),
         "devices": devices,
