@@ -283,33 +283,69 @@ def same(got, want):
     )
 
 
-@ON_KERNELS
-@pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's, of NaN
-@pytest.mark.parametrize(
+def fp8_numbers(rows, width, dtype):
+    """Numbers of different sizes, some of them not finite."""
+    x = torch.randn(rows, width)
+    x[1], x[2, 3], x[3] = 0, 1000, x[3] * 1e-4
+    x[4, 5], x[5, 6], x[6, 7] = torch.inf, torch.nan, -torch.inf
+    return x.to(dtype)
+
+
+FP8 = pytest.mark.parametrize(
     ("dtype", "width"),
     [(torch.bfloat16, 1100), (torch.float16, 16), (torch.float32, 16)],
     ids=str,
 )
-def test_fp8_rows_and_columns(dtype, width):
+
+
+@ON_KERNELS
+@pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's, of NaN
+@FP8
+def test_fp8_rows(dtype, width):
     from fmoe.ops.kernels import quantise
     from fmoe.ops.precision import quantise as reference
 
-    x = torch.randn(70, width)
-    x[1], x[2, 3], x[3] = 0, 1000, x[3] * 1e-4
-    x[4, 5], x[5, 6], x[6, 7] = torch.inf, torch.nan, -torch.inf
-    x = x.to(dtype)
+    x = fp8_numbers(70, width, dtype)
     assert same(quantise.rows(x.to(DEVICE)), reference(x))
-    x, width = x[:, :80], min(width, 80)  # more columns than in a block
-    ends = torch.tensor([0, 3, 3, 68], dtype=torch.int32)
+
+
+@ON_KERNELS
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@FP8
+def test_fp8_columns(dtype, width, splits, monkeypatch):
+    """Of groups without rows, and of fewer and of more blocks of rows than programs."""
+    from fmoe.ops.kernels import quantise
+    from fmoe.ops.precision import quantise as reference
+
+    monkeypatch.setattr(quantise, "num_splits", lambda *how: splits)
+    width = min(width, 80)  # more columns than in a block
+    x = fp8_numbers(210, width, dtype)
+    x[208:] = torch.nan  # of no group
+    ends = torch.tensor([0, 3, 3, 208], dtype=torch.int32)
     (values, scale), aligned = quantise.columns(x.to(DEVICE), ends.to(DEVICE))
-    assert aligned.tolist() == [0, 16, 16, 96]
-    assert values.shape == (width, 144)
-    gaps = torch.cat([values[:, 3:16], values[:, 81:]], 1).float()
+    assert aligned.tolist() == [0, 16, 16, 224]
+    assert values.shape == (width, 272)
+    gaps = torch.cat([values[:, 3:16], values[:, 221:]], 1).float()
     assert not torch.cat([gaps[:6], gaps[7:]]).any()  # NaN is in column 6
-    for group, start, rows in ((1, 0, x[:3]), (3, 16, x[3:68])):
+    for group, start, rows in ((1, 0, x[:3]), (3, 16, x[3:208])):
         assert same((values[:, start : start + len(rows)], scale[group]), reference(rows.mT))
-    weights = torch.randn(3, 32, width).to(dtype)
+    assert (scale[[0, 2]] == 1).all()
+    weights = torch.stack([fp8_numbers(96, width, dtype) for _ in range(3)])
     assert same(quantise.weights(weights.to(DEVICE)), reference(weights.mT))
+
+
+@ON_KERNELS
+def test_few_groups_of_many_rows_are_split_over_all_processors():
+    from fmoe.ops.kernels.launch import processors
+    from fmoe.ops.kernels.quantise import BUSY, ROWS, num_splits
+
+    enough = BUSY * processors(device := torch.device(DEVICE))
+    for programs in (1, 2, enough // 2, enough // 2 + 1, enough, enough + 1, 10 * enough):
+        splits = num_splits(programs, 10**6, device)
+        assert splits == 1 or programs * splits <= enough
+        assert programs * (splits + 1) > enough
+    assert [num_splits(1, rows, device) for rows in (0, 1, ROWS, ROWS + 1)] == [1, 1, 1, 2]
 
 
 def meets_the_layout(product, a, b, scale_a, scale_b, *, offs=None, **how):
@@ -364,16 +400,20 @@ FEW = {
 @ON_KERNELS
 @pytest.mark.filterwarnings("ignore:All-NaN")  # NumPy's, of rows that nobody holds
 @pytest.mark.parametrize(
-    ("ids", "score_before"),
+    ("ids", "score_before", "block"),
     quick(
-        [("some dropped", False), ("some dropped", True), ("one expert", False)],
-        itertools.product(FEW, [False, True]),
+        [("some dropped", False, 64), ("some dropped", True, 4), ("one expert", False, 4)],
+        itertools.product(FEW, [False, True], [64, 4]),
     ),
 )
-def test_the_experts_in_fp8(ids, score_before, monkeypatch, uninitialized_is_nan, fp8_products):
-    """Values and gradients are those of the reference, which rounds the same numbers."""
-    from fmoe.ops.kernels import scaled
+def test_the_experts_in_fp8(ids, score_before, block, monkeypatch, uninitialized_is_nan, fp8_products):
+    """Values and gradients are those of the reference, which rounds the same numbers.
 
+    An expert's rows are split into blocks, few or many.
+    """
+    from fmoe.ops.kernels import quantise, scaled
+
+    monkeypatch.setattr(quantise, "ROWS", block)
     ids, num_experts = FEW[ids]()
     dtype = torch.float32 if INTERPRETED else torch.bfloat16
     sizes = (num_experts, 2, 32, 16), (num_experts, 16, 32), (len(ids), 16), (len(ids), 16)

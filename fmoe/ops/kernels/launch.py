@@ -1,5 +1,6 @@
 """Starting a Triton kernel without searching for the compiled one each time, which costs the host more."""
 
+import functools
 from typing import Any
 
 import torch
@@ -48,6 +49,14 @@ def power_of_2(number: int) -> int:
     (1, 64, 64)
     """
     return 1 << (number - 1).bit_length()
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; elsewhere a few."""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def kind(value: Any) -> Any:

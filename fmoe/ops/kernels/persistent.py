@@ -6,7 +6,6 @@ and *ragged* descriptors keep them from being stored. Where rows are summed over
 gradients, ragged loads give zeros for them instead.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ import triton.language as tl
 from triton.tools.ragged_tma import create_ragged_descriptor, to_ragged_indices
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import cdiv, launch, power_of_2
+from .launch import cdiv, launch, power_of_2, processors
 from .tuned import Tile
 
 
@@ -138,14 +137,6 @@ def _outer(
         out.store([expert, row * ROWS, col * COLS + COLS // 2], tl.reshape(right, [1, ROWS, COLS // 2]))
 
 
-@functools.cache
-def _grid(device: torch.device) -> tuple[int]:
-    """A program per multiprocessor, which stays and takes tile after tile."""
-    if device.type != "cuda":
-        return (3,)
-    return (torch.cuda.get_device_properties(device).multi_processor_count,)
-
-
 # What was fastest on an H200 in whole steps, of twelve choices; docs/performance.md has the log.
 TILE = Tile(rows=128, cols=256, depth=64, warps=8, stages=3)
 BAND = 8
@@ -159,7 +150,7 @@ def mm(
     blocks = row_blocks(offsets, x.shape[0], tile.rows)
     box = (1, tile.cols, tile.depth) if transposed else (1, tile.depth, tile.cols)
     launch(
-        _mm, _grid(x.device),
+        _mm, (processors(x.device),),
         TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(w.mT if transposed else w, list(box)),
         create_ragged_descriptor(out, [tile.rows, tile.cols // 2]),
@@ -175,7 +166,7 @@ def outer(
     """``x`` (R, I), ``y`` (R, O) in groups into ``out`` (e, I, O): each group's x transposed times its y."""
     tile = tile or TILE
     launch(
-        _outer, _grid(x.device),
+        _outer, (processors(x.device),),
         create_ragged_descriptor(x, [tile.depth, tile.rows]),
         create_ragged_descriptor(y, [tile.depth, tile.cols]),
         TensorDescriptor.from_tensor(out, [1, tile.rows, tile.cols // 2]),

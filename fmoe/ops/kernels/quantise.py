@@ -1,28 +1,38 @@
 """Rows and columns as e4m3 numbers with scales, made where the data passes anyway.
 
-Each kernel reads its numbers twice: for the largest, then to write them. The second time they come from a
-cache, but for columns of many rows.
+Each kernel reads its numbers twice: for the largest, then to write them. Where few groups would leave most of
+the device idle, a group's columns are split over several programs, and a kernel before finds the largest of
+each part.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
 from ..precision import E4M3, LARGEST, SMALLEST_SCALE, Scaled
-from .launch import cdiv, launch, power_of_2
+from .launch import cdiv, launch, power_of_2, processors
 from .scaled import MULTIPLE, Columns
 
 BLOCK, ROWS, COLS = 1024, 64, 64
+BUSY = 4  # programs of columns that keep a multiprocessor busy
 PLAIN, GATHERED, ACTIVATED = range(3)
 
 
 @triton.jit
-def _scale(most, AXIS: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
-    """The scale for the largest of ``most`` along an axis, NaN if one is: ``tl.max`` passes over NaN."""
+def _largest(most, AXIS: tl.constexpr):
+    """The largest number along an axis, NaN if one is: ``tl.max`` passes over NaN."""
     broken = tl.max(tl.where(most == most, 0.0, 1.0), AXIS, keep_dims=True)
-    most = tl.max(most, AXIS, keep_dims=True)
+    return tl.where(broken > 0, float("nan"), tl.max(most, AXIS, keep_dims=True))
+
+
+@triton.jit
+def _scale(most, AXIS: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
+    """The scale for the largest of ``most`` along an axis."""
+    most = _largest(most, AXIS)
     scale = tl.maximum(tl.div_rn(most, tl.full(most.shape, LARGEST, tl.float32)), SMALLEST)
-    return tl.where(broken > 0, float("nan"), tl.where(most == 0, 1.0, scale))
+    return tl.where(most == most, tl.where(most == 0, 1.0, scale), float("nan"))
 
 
 @triton.jit
@@ -125,42 +135,87 @@ def _tile(
 
 
 @triton.jit
-def _columns(
-    x, slot, weights, offsets, out, scales, ends, num_groups, num_cols, width,
-    TOP_K: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr, EQUAL: tl.constexpr,
-    GROUPS: tl.constexpr, MULTIPLE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+def _span(
+    offsets, group, num_groups, num_cols, width,
+    EQUAL: tl.constexpr, GROUPS: tl.constexpr, MULTIPLE: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    """A group's first and last row, and where its columns begin in the result and how long they are there."""
     if EQUAL:  # groups of ``width`` rows, each written to a matrix of its own
-        first, last, padded = group * width, (group + 1) * width, width
-        out += group * width * num_cols
+        first, last, place, padded = group * width, (group + 1) * width, group * width * num_cols, width
     else:
         index = tl.arange(0, GROUPS)
         end = tl.load(offsets + index, mask=index < num_groups, other=0)
         begin = tl.load(offsets + index - 1, mask=(index > 0) & (index < num_groups), other=0)
-        size = tl.where(index < num_groups, (end - begin + MULTIPLE - 1) // MULTIPLE * MULTIPLE, 0)
+        size = tl.where(index < num_groups, (end - begin + MULTIPLE - 1) // MULTIPLE, 0)
         first = tl.sum(tl.where(index == group, begin, 0), 0).to(tl.int64)
         last = tl.sum(tl.where(index == group, end, 0), 0).to(tl.int64)
-        place = tl.sum(tl.where(index < group, size, 0), 0)
-        padded = tl.sum(tl.where(index == group, size, 0), 0)
-        if tl.program_id(1) == 0:
-            tl.store(ends + group, place + padded)
-        if group + 1 == num_groups:
-            padded = width - place
-        out += place
+        # Multiplied last, so that the compiler knows the multiple and writes 16 bytes at a time.
+        place = tl.sum(tl.where(index < group, size, 0), 0) * MULTIPLE
+        padded = tl.sum(tl.where(index == group, size, 0), 0) * MULTIPLE
+    return first, last, place, padded
+
+
+@triton.jit
+def _most_of_columns(
+    x, slot, weights, first, last, step, col, num_cols,
+    TOP_K: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     most = tl.zeros([ROWS, COLS], tl.float32)
-    for start in range(first, last, ROWS):
+    for start in range(first, last, step):
         row = start + tl.arange(0, ROWS)
         value = _tile(x, slot, weights, row, col, last, num_cols, TOP_K, KIND, WEIGHTED)
         most = tl.maximum(most, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
+    return most
+
+
+@triton.jit
+def _parts(
+    x, slot, weights, offsets, parts, num_groups, num_cols, width,
+    TOP_K: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr, EQUAL: tl.constexpr,
+    GROUPS: tl.constexpr, MULTIPLE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """The largest number of each part of a group's columns: every so many blocks of rows."""
+    group, part, num_parts = tl.program_id(0).to(tl.int64), tl.program_id(2), tl.num_programs(2)
+    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    first, last, _, _ = _span(offsets, group, num_groups, num_cols, width, EQUAL, GROUPS, MULTIPLE)
+    first, step = first + part * ROWS, num_parts * ROWS
+    most = _most_of_columns(
+        x, slot, weights, first, last, step, col, num_cols, TOP_K, KIND, WEIGHTED, ROWS, COLS
+    )
+    target = parts + (group * num_parts + part) * num_cols + col[None, :]
+    tl.store(target, _largest(most, 0), mask=(col < num_cols)[None, :])
+
+
+@triton.jit
+def _columns(
+    x, slot, weights, offsets, parts, out, scales, ends, num_groups, num_cols, width,
+    TOP_K: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr, EQUAL: tl.constexpr,
+    GROUPS: tl.constexpr, MULTIPLE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    SPLIT: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    group, part, num_parts = tl.program_id(0).to(tl.int64), tl.program_id(2), tl.num_programs(2)
+    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    first, last, place, padded = _span(offsets, group, num_groups, num_cols, width, EQUAL, GROUPS, MULTIPLE)
+    if not EQUAL:
+        if (tl.program_id(1) == 0) & (part == 0):
+            tl.store(ends + group, place + padded)
+        if group + 1 == num_groups:
+            padded = width - place
+    if SPLIT:
+        most = _most_of_columns(
+            parts + group * num_parts * num_cols, slot, weights, 0, num_parts, ROWS, col, num_cols,
+            1, 0, False, ROWS, COLS,
+        )  # fmt: skip
+    else:
+        most = _most_of_columns(
+            x, slot, weights, first, last, ROWS, col, num_cols, TOP_K, KIND, WEIGHTED, ROWS, COLS
+        )
     scale = _scale(most, 0, LARGEST, SMALLEST)
     tl.store(scales + group * num_cols + col[None, :], scale, mask=(col < num_cols)[None, :])
-    for start in range(0, padded, ROWS):
+    for start in range(part * ROWS, padded, num_parts * ROWS):
         row = start + tl.arange(0, ROWS)
         value = _tile(x, slot, weights, first + row, col, last, num_cols, TOP_K, KIND, WEIGHTED)
-        target = out + col[None, :].to(tl.int64) * width + row[:, None]
+        target = out + place + col[None, :].to(tl.int64) * width + row[:, None]
         mask = (row < padded)[:, None] & (col < num_cols)[None, :]
         tl.store(target, _scaled(value, scale), mask=mask)
 
@@ -198,12 +253,10 @@ def _run_columns(
     width = cdiv(num_rows + num_groups * (MULTIPLE - 1), MULTIPLE) * MULTIPLE
     out, ends = x.new_empty(num_cols, width, dtype=E4M3), torch.empty_like(offsets)
     scale = x.new_empty(num_groups, num_cols, dtype=torch.float32)
-    launch(
-        _columns, (num_groups, cdiv(num_cols, COLS)),
-        x, offsets if slot is None else slot, offsets if weights is None else weights.contiguous(), offsets,
-        out, scale, ends, num_groups, num_cols, width, top_k, kind, weights is not None, False,
-        power_of_2(num_groups), MULTIPLE, ROWS, COLS, LARGEST, SMALLEST_SCALE,
-    )  # fmt: skip
+    slot, weighted = offsets if slot is None else slot, weights is not None
+    given = x, slot, offsets if weights is None else weights.contiguous(), offsets
+    how = top_k, kind, weighted, False, power_of_2(num_groups)
+    _write_columns(given, out, scale, ends, num_rows, width, how)
     return Columns(Scaled(out, scale), ends)
 
 
@@ -212,12 +265,36 @@ def weights(w_eIO: torch.Tensor) -> Scaled:
     num_groups, width, num_cols = w_eIO.shape
     out = w_eIO.new_empty(num_groups, num_cols, width, dtype=E4M3)
     scale = w_eIO.new_empty(num_groups, num_cols, dtype=torch.float32)
-    launch(
-        _columns, (num_groups, cdiv(num_cols, COLS)),
-        w_eIO, w_eIO, w_eIO, w_eIO, out, scale, w_eIO, num_groups, num_cols, width, 1, PLAIN, False, True,
-        1, MULTIPLE, ROWS, COLS, LARGEST, SMALLEST_SCALE,
-    )  # fmt: skip
+    _write_columns([w_eIO] * 4, out, scale, w_eIO, width, width, (1, PLAIN, False, True, 1))
     return Scaled(out, scale)
+
+
+def _write_columns(
+    given: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    scale: torch.Tensor,
+    ends: torch.Tensor,
+    num_rows: int,
+    width: int,
+    how: tuple[int, ...],
+) -> None:
+    (num_groups, num_cols), how = scale.shape, (*how, MULTIPLE, ROWS, COLS)
+    blocks = num_groups, cdiv(num_cols, COLS)
+    splits = num_splits(blocks[0] * blocks[1], num_rows, out.device)
+    grid, sizes, parts = (*blocks, splits), (num_groups, num_cols, width), scale
+    if splits > 1:
+        parts = scale.new_empty(num_groups, splits, num_cols)
+        launch(_parts, grid, *given, parts, *sizes, *how)
+    launch(_columns, grid, *given, parts, out, scale, ends, *sizes, *how, splits > 1, LARGEST, SMALLEST_SCALE)
+
+
+def num_splits(programs: int, num_rows: int, device: torch.device) -> int:
+    """The programs for each block of columns, where one for each would be so many.
+
+    >>> num_splits(2048, 98304, torch.device("cpu")), num_splits(2, 98304, torch.device("cpu"))
+    (1, 6)
+    """
+    return max(1, min(BUSY * processors(device) // programs, cdiv(num_rows, ROWS)))
 
 
 @triton.jit
