@@ -291,28 +291,29 @@ def fp8_numbers(rows, width, dtype):
     return x.to(dtype)
 
 
-FP8 = pytest.mark.parametrize(
-    ("dtype", "width"),
-    [(torch.bfloat16, 1100), (torch.float16, 16), (torch.float32, 16)],
-    ids=str,
-)
+NARROW = [(torch.bfloat16, 1100), (torch.float16, 16), (torch.float32, 16)]
 
 
 @ON_KERNELS
 @pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's, of NaN
-@FP8
+@pytest.mark.parametrize(("dtype", "width"), [*NARROW, (torch.bfloat16, 8200)], ids=str)
 def test_fp8_rows(dtype, width):
-    from fmoe.ops.kernels import quantise
+    """Several short ones to a program, and one longer than a program can hold."""
+    from fmoe.ops.kernels import activation, quantise
     from fmoe.ops.precision import quantise as reference
 
     x = fp8_numbers(70, width, dtype)
     assert same(quantise.rows(x.to(DEVICE)), reference(x))
+    ends = torch.tensor([20, 67], dtype=torch.int32, device=DEVICE)
+    h = torch.stack([x.nan_to_num(1.0, 1.0, 1.0), torch.randn(70, width).to(dtype)], 1).to(DEVICE)
+    act = activation.swiglu(h, ends, None, ends).cpu()
+    assert same((t[:67] for t in quantise.activated(h, ends)), reference(act[:67]))
 
 
 @ON_KERNELS
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("splits", [1, 2, 5])
-@FP8
+@pytest.mark.parametrize(("dtype", "width"), NARROW, ids=str)
 def test_fp8_columns(dtype, width, splits, monkeypatch):
     """Of groups without rows, and of fewer and of more blocks of rows than programs."""
     from fmoe.ops.kernels import quantise

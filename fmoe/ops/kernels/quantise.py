@@ -1,8 +1,8 @@
 """Rows and columns as e4m3 numbers with scales, made where the data passes anyway.
 
-Each kernel reads its numbers twice: for the largest, then to write them. Where few groups would leave most of
-the device idle, a group's columns are split over several programs, and a kernel before finds the largest of
-each part.
+Rows are read once, where a program can hold one. Columns are read twice: for the largest, then to write them.
+Where few groups would leave most of the device idle, a group's columns are split over several programs, and a
+kernel before finds the largest of each part.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,8 @@ from .launch import cdiv, launch, power_of_2, processors
 from .scaled import MULTIPLE, Columns
 
 BLOCK, ROWS, COLS = 1024, 64, 64
+LONGEST = 8192  # numbers of a row that a program holds
+NUMBERS = 4096  # that it holds of short rows
 BUSY = 4  # programs of columns that keep a multiprocessor busy
 PLAIN, GATHERED, ACTIVATED = range(3)
 
@@ -62,25 +64,32 @@ def _row(x, row, col, num_cols, mask, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _rows(
-    x, end, out, scales, num_cols,
-    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+    x, end, out, scales, num_rows, num_cols,
+    ACTIVATION: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    held = True
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
     if ACTIVATION:
-        held = row < tl.load(end)
-    if held:
-        most = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, num_cols, BLOCK):
-            col = start + tl.arange(0, BLOCK)
-            value = _row(x, row, col, num_cols, col < num_cols, ACTIVATION)
-            most = tl.maximum(most, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
-        scale = _scale(most, 0, LARGEST, SMALLEST)
-        tl.store(scales + row + tl.zeros([1], tl.int64), scale)
-        for start in range(0, num_cols, BLOCK):
-            col = start + tl.arange(0, BLOCK)
-            value = _row(x, row, col, num_cols, col < num_cols, ACTIVATION)
-            tl.store(out + row * num_cols + col, _scaled(value, scale), mask=col < num_cols)
+        num_rows = tl.load(end)
+    here = row < num_rows
+    if tl.program_id(0) * TILE < num_rows:
+        col = tl.arange(0, BLOCK)[None, :]
+        if HELD:
+            value = _row(x, row, col, num_cols, here & (col < num_cols), ACTIVATION)
+            scale = _scale(tl.abs(value), 1, LARGEST, SMALLEST)
+            tl.store(out + row * num_cols + col, _scaled(value, scale), mask=here & (col < num_cols))
+        else:
+            most = tl.zeros([TILE, BLOCK], tl.float32)
+            for start in range(0, num_cols, BLOCK):
+                mask = here & (start + col < num_cols)
+                value = _row(x, row, start + col, num_cols, mask, ACTIVATION)
+                most = tl.maximum(most, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
+            scale = _scale(most, 1, LARGEST, SMALLEST)
+            for start in range(0, num_cols, BLOCK):
+                mask = here & (start + col < num_cols)
+                value = _row(x, row, start + col, num_cols, mask, ACTIVATION)
+                tl.store(out + row * num_cols + start + col, _scaled(value, scale), mask=mask)
+        tl.store(scales + row, scale, mask=here)
 
 
 def rows(x: torch.Tensor) -> Scaled:
@@ -97,10 +106,13 @@ def _run_rows(x: torch.Tensor, end: torch.Tensor | None) -> Scaled:
     shape = x.shape if end is None else (x.shape[0], x.shape[2])
     out, scale = x.new_empty(shape, dtype=E4M3), x.new_empty(shape[:-1], dtype=torch.float32)
     if out.numel():
-        block = min(BLOCK, power_of_2(shape[-1]))
-        how = end is not None, block, LARGEST, SMALLEST_SCALE
-        grid, values = (scale.numel(),), (x, x if end is None else end, out, scale, shape[-1])
-        launch(_rows, grid, *values, *how)
+        num_rows, num_cols = scale.numel(), shape[-1]
+        held = num_cols <= LONGEST
+        block = power_of_2(num_cols) if held else NUMBERS
+        tile = cdiv(NUMBERS, block)
+        values = x, x if end is None else end, out, scale, num_rows, num_cols
+        how = end is not None, held, tile, block, LARGEST, SMALLEST_SCALE
+        launch(_rows, (cdiv(num_rows, tile),), *values, *how, num_warps=tile * block // 512)
     return Scaled(out, scale)
 
 
