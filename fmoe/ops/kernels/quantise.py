@@ -24,15 +24,14 @@ PLAIN, GATHERED, ACTIVATED = range(3)
 
 @triton.jit
 def _largest(most, AXIS: tl.constexpr):
-    """The largest number along an axis, NaN if one is: ``tl.max`` passes over NaN."""
-    broken = tl.max(tl.where(most == most, 0.0, 1.0), AXIS, keep_dims=True)
-    return tl.where(broken > 0, float("nan"), tl.max(most, AXIS, keep_dims=True))
+    """The largest of absolute numbers along an axis, NaN if one is: their bits have this order."""
+    bits = tl.max(most.to(tl.int32, bitcast=True), AXIS, keep_dims=True)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _scale(most, AXIS: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
-    """The scale for the largest of ``most`` along an axis."""
-    most = _largest(most, AXIS)
+def _scale(most, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
+    """The scale of numbers of which ``most`` is the largest."""
     scale = tl.maximum(tl.div_rn(most, tl.full(most.shape, LARGEST, tl.float32)), SMALLEST)
     return tl.where(most == most, tl.where(most == 0, 1.0, scale), float("nan"))
 
@@ -65,7 +64,7 @@ def _row(x, row, col, num_cols, mask, ACTIVATION: tl.constexpr):
 @triton.jit
 def _rows(
     x, end, out, scales, num_rows, num_cols,
-    ACTIVATION: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
     LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
@@ -74,17 +73,26 @@ def _rows(
     here = row < num_rows
     if tl.program_id(0) * TILE < num_rows:
         col = tl.arange(0, BLOCK)[None, :]
-        if HELD:
-            value = _row(x, row, col, num_cols, here & (col < num_cols), ACTIVATION)
-            scale = _scale(tl.abs(value), 1, LARGEST, SMALLEST)
-            tl.store(out + row * num_cols + col, _scaled(value, scale), mask=here & (col < num_cols))
+        if HELD:  # a block, and a smaller one for the rest
+            mask = here & (col < num_cols)
+            value = _row(x, row, col, num_cols, mask, ACTIVATION)
+            most = _largest(tl.abs(value), 1)
+            if REST > 0:
+                last = BLOCK + tl.arange(0, REST)[None, :]
+                inside = here & (last < num_cols)
+                others = _row(x, row, last, num_cols, inside, ACTIVATION)
+                most = tl.maximum(most, _largest(tl.abs(others), 1), propagate_nan=tl.PropagateNan.ALL)
+            scale = _scale(most, LARGEST, SMALLEST)
+            tl.store(out + row * num_cols + col, _scaled(value, scale), mask=mask)
+            if REST > 0:
+                tl.store(out + row * num_cols + last, _scaled(others, scale), mask=inside)
         else:
             most = tl.zeros([TILE, BLOCK], tl.float32)
             for start in range(0, num_cols, BLOCK):
                 mask = here & (start + col < num_cols)
                 value = _row(x, row, start + col, num_cols, mask, ACTIVATION)
                 most = tl.maximum(most, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
-            scale = _scale(most, 1, LARGEST, SMALLEST)
+            scale = _scale(_largest(most, 1), LARGEST, SMALLEST)
             for start in range(0, num_cols, BLOCK):
                 mask = here & (start + col < num_cols)
                 value = _row(x, row, start + col, num_cols, mask, ACTIVATION)
@@ -107,11 +115,14 @@ def _run_rows(x: torch.Tensor, end: torch.Tensor | None) -> Scaled:
     out, scale = x.new_empty(shape, dtype=E4M3), x.new_empty(shape[:-1], dtype=torch.float32)
     if out.numel():
         num_rows, num_cols = scale.numel(), shape[-1]
-        held = num_cols <= LONGEST
-        block = power_of_2(num_cols) if held else NUMBERS
+        held, block = num_cols <= LONGEST, NUMBERS
+        rest = 0
+        if held:
+            block = 1 << (num_cols.bit_length() - 1)
+            rest = power_of_2(num_cols - block) if num_cols > block else 0
         tile = cdiv(NUMBERS, block)
         values = x, x if end is None else end, out, scale, num_rows, num_cols
-        how = end is not None, held, tile, block, LARGEST, SMALLEST_SCALE
+        how = end is not None, held, tile, block, rest, LARGEST, SMALLEST_SCALE
         launch(_rows, (cdiv(num_rows, tile),), *values, *how, num_warps=tile * block // 512)
     return Scaled(out, scale)
 
@@ -222,7 +233,7 @@ def _columns(
         most = _most_of_columns(
             x, slot, weights, first, last, ROWS, col, num_cols, TOP_K, KIND, WEIGHTED, ROWS, COLS
         )
-    scale = _scale(most, 0, LARGEST, SMALLEST)
+    scale = _scale(_largest(most, 0), LARGEST, SMALLEST)
     tl.store(scales + group * num_cols + col[None, :], scale, mask=(col < num_cols)[None, :])
     for start in range(part * ROWS, padded, num_parts * ROWS):
         row = start + tl.arange(0, ROWS)
