@@ -20,7 +20,7 @@ from .core.primitive import Operator, declare
 from .core.tape import checkpoint
 from .dispatch import Plan, check_rows, plan_example, rows_of_slots
 from .kernels import gathered, grouped, scaled
-from .precision import PRECISIONS, check_precision
+from .precision import PRECISIONS, check_precision, of_weight_gradient
 
 EXPERTS = checkpoint("experts_grouped_mm", save=False)
 
@@ -118,6 +118,11 @@ class Layout(NamedTuple):
     offsets_e: torch.Tensor
     score_before: bool
     precision: str | None = None
+
+    @property
+    def of_weight(self) -> "Layout":
+        """The same, in the precision of the weight's gradient."""
+        return self._replace(precision=of_weight_gradient(self.precision))
 
     @property
     def source_R(self) -> torch.Tensor:
@@ -306,7 +311,7 @@ def _up_inputs_kernel(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, *f
 
 
 def _up_weight_kernel(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> torch.Tensor:
-    rows = Layout(*fields)
+    rows = Layout(*fields).of_weight
     if _gathered(g_h, rows):
         return gathered.up_weight(g_h, x, _found(rows))
     g_RF = g_h.flatten(1)
@@ -332,7 +337,7 @@ def _down_backward_kernel(g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor,
         g_h, g_weights = _down_inputs_kernel(g, h, w_out, *fields)
         return g_h, g_w_out, g_weights
     g_RD = _expand(g, rows, scaled=False)
-    g_w_out = _outer(g_RD, _activated_columns(h, w_out, rows), rows)
+    g_w_out = _outer(g_RD, _activated_columns(h, w_out, rows), rows.of_weight)
     g_act = _mm(g_RD, w_out, rows)
     del g_RD
     g_h, g_weights = _activation_backward(g_act, h, rows, scaled=not rows.score_before)
@@ -349,7 +354,7 @@ def _down_inputs_kernel(g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor, *
 
 
 def _down_weight_kernel(g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> torch.Tensor:
-    rows = Layout(*fields)
+    rows = Layout(*fields).of_weight
     # The activation is computed again for g_h: cheaper than to hold it beside that.
     if _gathered(h, rows):
         return gathered.down_weight(g, _activation(h, rows, scaled=True), _found(rows))
@@ -472,12 +477,18 @@ _DOWN: _Backwards = _in_halves(
 
 def _by_need(backwards: _Backwards, inputs: Any, needs: Any, g: torch.Tensor) -> tuple[Any, ...]:
     """The cotangents of the first three inputs, or of those that need one."""
-    multiplied = Layout(*inputs[2:]).score_before == backwards.scaled_before
-    g_weight = None
-    if not (needs[0] or (needs[2] and multiplied)):
-        return (None, backwards.of_weight(g, *inputs)) if needs[1] else ()
-    if needs[1]:
+    rows = Layout(*inputs[2:])
+    multiplied = rows.score_before == backwards.scaled_before
+    others = needs[0] or (needs[2] and multiplied)
+    if needs[1] and others and rows.of_weight.precision == rows.precision:
         g_rows, g_weight, g_weights = backwards.whole(g, *inputs)
-    else:
+        return g_rows, g_weight, g_weights if multiplied else None
+    g_rows = g_weight = g_weights = None
+    early = backwards is _DOWN  # before the cotangent of the pre-activation exists, which is large
+    if needs[1] and early:
+        g_weight = backwards.of_weight(g, *inputs[:2], *rows.of_weight)
+    if others:
         g_rows, g_weights = backwards.of_inputs(g, *inputs)
+    if needs[1] and not early:
+        g_weight = backwards.of_weight(g, *inputs[:2], *rows.of_weight)
     return g_rows, g_weight, g_weights if multiplied else None

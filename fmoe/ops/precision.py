@@ -19,8 +19,9 @@ LARGEST = 448.0  # of e4m3
 SMALLEST_SCALE = 2.0**-126  # devices may take smaller numbers for zero
 BLOCK = 128
 
-ROWWISE, BLOCKWISE = "fp8_rowwise", "fp8_block"
-PRECISIONS = (ROWWISE, BLOCKWISE)
+ROWWISE, BLOCKWISE, ROWWISE_GW_HP = "fp8_rowwise", "fp8_block", "fp8_rowwise_with_gw_hp"
+PRECISIONS = (ROWWISE, BLOCKWISE, ROWWISE_GW_HP)
+FAST = (ROWWISE, ROWWISE_GW_HP)  # that kernels compute
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,15 @@ class Recipe:
     ``dense``    attention's projections, dense layers, shared experts
     ===========  ==========================================================
 
-    =================  =================================================================================
-    precision          one scale for
-    =================  =================================================================================
-    ``"fp8_rowwise"``  what one number of the product sums over: a row, a column of a weight
-    ``"fp8_block"``    128 numbers of it; of a weight 128 x 128. As DeepSeek-V3 does. No kernel computes
-                       it: operands are rounded, then multiplied in float32
-    =================  =================================================================================
+    ============================  ======================================================================
+    precision                     one scale for
+    ============================  ======================================================================
+    ``"fp8_rowwise"``             what one number of the product sums over: a row, a column of a weight
+    ``"fp8_rowwise_with_gw_hp"``  the same; gradients of weights take operands as they are (*high
+                                  precision*), so none is rounded by columns
+    ``"fp8_block"``               128 numbers of it; of a weight 128 x 128. As DeepSeek-V3 does. No kernel
+                                  computes it: operands are rounded, then multiplied in float32
+    ============================  ======================================================================
 
     All numbers are e4m3, those of gradients too. Routers, embedding, head, norms and what attention does
     between its projections keep their dtype. So do parameters, gradients and what is sent.
@@ -47,8 +50,8 @@ class Recipe:
 
     Raises ``ValueError`` for other precisions.
 
-    Source: per-row scaling as in torchao's rowwise recipe; blocks as in DeepSeek-V3, arXiv 2412.19437,
-    section 3.3.
+    Source: rows as in torchao's recipes ``rowwise`` and ``rowwise_with_gw_hp``; blocks as in DeepSeek-V3,
+    arXiv 2412.19437, section 3.3.
 
     >>> Recipe(experts="fp8_rowwise")
     Recipe(experts='fp8_rowwise', dense=None)
@@ -97,6 +100,15 @@ def parse_recipe(text: str) -> Recipe:
     return Recipe(**kinds)
 
 
+def of_weight_gradient(precision: str | None) -> str | None:
+    """The precision of the product that is a weight's gradient, in one of other products.
+
+    >>> of_weight_gradient("fp8_rowwise"), of_weight_gradient("fp8_rowwise_with_gw_hp")
+    ('fp8_rowwise', None)
+    """
+    return None if precision == ROWWISE_GW_HP else precision
+
+
 class Scaled(NamedTuple):
     """Numbers as e4m3 ``values`` (..., K) times a float32 ``scale`` (...) for each row.
 
@@ -129,7 +141,7 @@ def rounded(x: torch.Tensor, precision: str, *, weight: bool = False) -> torch.T
 
     ``weight`` says that it is one, (..., N, K).
     """
-    if precision == ROWWISE:
+    if precision in FAST:
         return _rounded_rows(x)
     rows, cols = x.shape[-2:]
     high = BLOCK if weight else 1

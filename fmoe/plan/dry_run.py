@@ -18,7 +18,7 @@ from ..ops import update
 from ..ops.core.dtypes import accumulator
 from ..ops.cross_entropy import block_columns, block_rows
 from ..ops.kernels import scaled
-from ..ops.precision import ROWWISE
+from ..ops.precision import FAST, of_weight_gradient
 
 GRANULE = 512  # CUDA's allocator rounds sizes up to this
 CUBLAS = 2 * 32 * 2**20  # its workspace on Hopper, for both threads that launch: forward, backward
@@ -213,7 +213,7 @@ def _of_experts(weight: torch.Tensor, rows: int, num_tokens: int, others: Any, *
     padded = rows + num * (scaled.MULTIPLE - 1)
     return _Experts(
         rows, num_tokens, dim, hidden, weight.numel(), weight.element_size(),
-        bool(others[4]), others[-1] == ROWWISE,
+        bool(others[4]), others[-1] in FAST,
         dim * (padded + 4 * num), hidden * (padded + 4 * num), weight.numel() + 4 * num * (dim + 2 * hidden),
     )  # fmt: skip
 
@@ -290,7 +290,9 @@ def _scaled_grouped_mm(args: Any, outs: Any) -> int:
 
 
 def _scaled_grouped_outer(args: Any, outs: Any) -> int:
-    x, y, offsets = args[:3]
+    x, y, offsets, precision = args
+    if of_weight_gradient(precision) is None:
+        return 0
     padded = x.shape[0] + len(offsets) * (scaled.MULTIPLE - 1)
     return (x.shape[1] + y.shape[1]) * (padded + 4 * len(offsets))
 

@@ -17,7 +17,7 @@ from ..models.counts import flops_per_token
 from ..models.stages import Stages
 from ..ops.core.axes import MeshOfSizes, axis_sizes, group_of
 from ..ops.cross_entropy import LOGITS_BYTES
-from ..ops.precision import ROWWISE, Recipe, recipe_of
+from ..ops.precision import FAST, Recipe, recipe_of
 from ..ops.route import topk
 from ..parallel.backends import Backend, backend_of
 from ..parallel.backends.bounds import Bound
@@ -135,9 +135,9 @@ def plan(
             raise error(name, got=number, expected="an integer of at least 1")
     check_zero("plan", zero)
     recipe = recipe_of("plan", precision)
-    slow = sorted({*filter(None, (recipe.experts, recipe.dense))} - {ROWWISE})
+    slow = sorted({*filter(None, (recipe.experts, recipe.dense))} - {*FAST})
     if slow and (rates or device_type == "cuda"):
-        got, expected = ", ".join(map(repr, slow)), f"{ROWWISE!r} or None, which kernels compute"
+        got, expected = ", ".join(map(repr, slow)), f"one of {FAST}, or None, which kernels compute"
         raise error("precision", got=got, expected=expected)
     if rates:
         _check_rates(rates, compute_dtype or dtype, recipe)

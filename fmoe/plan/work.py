@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops.cross_entropy import block_rows
-from ..ops.precision import ROWWISE
+from ..ops.precision import FAST, of_weight_gradient
 from .dry_run import COPIES_INTO
 
 
@@ -112,6 +112,11 @@ def _scaled_grouped(args: Any, outs: Any) -> Product:
     return IN_FP8["products"], flops, sum(t.numel() * (t.element_size() + 1) for t in (x, other))
 
 
+def _scaled_outer(args: Any, outs: Any) -> Product:
+    rate, flops, passed = _scaled_grouped(args, outs)
+    return ("products", flops, 0) if of_weight_gradient(args[-1]) is None else (rate, flops, passed)
+
+
 class _Rows(NamedTuple):
     """The FLOPs of one product of the experts, and the numbers of rows (R, D), (R, F) and (S, D).
 
@@ -131,13 +136,13 @@ def _up(x: Any, w_in: Any, weights: Any, slot: Any, *others: Any) -> _Rows:
     rows, (_, two, hidden, dim) = slot.shape[0], w_in.shape
     flops = 2.0 * rows * dim * two * hidden
     numbers = rows * dim, rows * hidden, x.numel(), w_in.numel()
-    return _Rows(flops, *numbers, x.element_size(), others[-1] == ROWWISE)
+    return _Rows(flops, *numbers, x.element_size(), others[-1] in FAST)
 
 
 def _down(h: Any, w_out: Any, weights: Any, *others: Any) -> _Rows:
     (rows, _, hidden), dim = h.shape, w_out.shape[1]
     numbers = rows * dim, rows * hidden, weights.shape[0] * dim, w_out.numel()
-    return _Rows(2.0 * rows * dim * hidden, *numbers, h.element_size(), others[-1] == ROWWISE)
+    return _Rows(2.0 * rows * dim * hidden, *numbers, h.element_size(), others[-1] in FAST)
 
 
 def _experts(at: int, of: Callable[..., _Rows], products: int, passed: Callable[[_Rows], float]) -> Any:
@@ -246,7 +251,7 @@ PRODUCTS: dict[str, Callable[[Any, Any], Product]] = {
     "fmoe::grouped_mm": _grouped,
     "fmoe::grouped_outer": _grouped,
     "fmoe::scaled_grouped_mm": _scaled_grouped,
-    "fmoe::scaled_grouped_outer": _scaled_grouped,
+    "fmoe::scaled_grouped_outer": _scaled_outer,
     "fmoe::experts_up": _experts(0, _up, 1, _up_passed),
     "fmoe::experts_up_backward": _experts(1, _up, 2, lambda r: _up_inputs_passed(r) + _up_weight_passed(r)),
     "fmoe::experts_up_backward_inputs": _experts(1, _up, 1, _up_inputs_passed),

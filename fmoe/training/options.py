@@ -94,7 +94,10 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     add("--precision", type=recipe, metavar="RECIPE", help=PRECISION_HELP)
 
 
-PRECISION_HELP = "of products: fp8_rowwise, or by kind of layer, as experts=fp8_rowwise"
+PRECISION_HELP = (
+    "of products: fp8_rowwise; fp8_rowwise_with_gw_hp, whose gradients of weights aren't in fp8; "
+    "or by kind of layer, as experts=fp8_rowwise"
+)
 
 
 def recipe(text: str) -> Recipe:

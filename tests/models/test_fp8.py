@@ -9,7 +9,7 @@ import fmoe
 from fmoe.introspect import raw_calls
 from fmoe.models import decoder
 from fmoe.models.stages import cut
-from fmoe.ops.precision import PRECISIONS, Recipe
+from fmoe.ops.precision import FAST, PRECISIONS, Recipe
 from fmoe.ops.reference import moe_reference
 from fmoe.training import data, gradients, optim
 from fmoe.training.step import training_step
@@ -112,14 +112,15 @@ def test_a_recipe_says_which_layers_round(recipe, experts, dense):
     assert abs(rounding - plain) < 0.02
 
 
-def test_recomputed_compiled_and_repeated_steps_have_the_same_bits(aot_eager, slow):
+@pytest.mark.parametrize("precision", FAST)
+def test_recomputed_compiled_and_repeated_steps_have_the_same_bits(precision, aot_eager, slow):
     params, tokens = decoder.init(MODEL, fresh_seed()), torch.randint(256, (2, 16))
-    (value, _), grads = step(params, tokens, "fp8_rowwise")
+    (value, _), grads = step(params, tokens, precision)
     wraps = [lambda f: f, fmoe.remat]
     if slow:
         wraps.append(lambda f: torch.compile(f, fullgraph=True))
     for wrap in wraps:
-        (again, _), same = step(params, tokens, "fp8_rowwise", per_layer=wrap)
+        (again, _), same = step(params, tokens, precision, per_layer=wrap)
         assert torch.equal(again, value)
         assert all(map(torch.equal, optree.tree_leaves(same), optree.tree_leaves(grads)))
 

@@ -22,6 +22,7 @@ from fmoe.ops import combine, dispatch, experts, kernels, route, weigh
 from fmoe.ops.bases import gather_kernel
 from fmoe.ops.experts import Layout
 from fmoe.ops.kernels import grouped
+from fmoe.ops.precision import FAST
 from fmoe.parallel.backends import ways
 
 triton = pytest.importorskip("triton")
@@ -381,8 +382,7 @@ def fp8_products(monkeypatch):
     if INTERPRETED:
         monkeypatch.setattr(kernels, "fused", lambda *rows: all(t.dtype in kernels.DTYPES for t in rows))
         monkeypatch.setattr(scaled, "fused", kernels.fused)
-        rowwise = lambda precision, x, *dims: precision == "fp8_rowwise" and x.numel() > 0  # noqa: E731
-        monkeypatch.setattr(scaled, "fast", rowwise)
+        monkeypatch.setattr(scaled, "fast", lambda precision, x, *dims: precision in FAST and x.numel() > 0)
         for name in ("_scaled_mm", "_scaled_grouped_mm"):
             call = functools.partial(meets_the_layout, getattr(torch, name))
             monkeypatch.setattr(torch, name, call)
@@ -401,13 +401,20 @@ FEW = {
 @ON_KERNELS
 @pytest.mark.filterwarnings("ignore:All-NaN")  # NumPy's, of rows that nobody holds
 @pytest.mark.parametrize(
-    ("ids", "score_before", "block"),
+    ("ids", "score_before", "block", "precision"),
     quick(
-        [("some dropped", False, 64), ("some dropped", True, 4), ("one expert", False, 4)],
-        itertools.product(FEW, [False, True], [64, 4]),
+        [
+            ("some dropped", False, 64, FAST[0]),
+            ("some dropped", True, 4, FAST[0]),
+            ("some dropped", False, 64, FAST[1]),
+            ("one expert", False, 4, FAST[0]),
+        ],
+        itertools.product(FEW, [False, True], [64, 4], FAST),
     ),
 )
-def test_the_experts_in_fp8(ids, score_before, block, monkeypatch, uninitialized_is_nan, fp8_products):
+def test_the_experts_in_fp8(
+    ids, score_before, block, precision, monkeypatch, uninitialized_is_nan, fp8_products
+):
     """Values and gradients are those of the reference, which rounds the same numbers.
 
     An expert's rows are split into blocks, few or many.
@@ -425,9 +432,7 @@ def test_the_experts_in_fp8(ids, score_before, block, monkeypatch, uninitialized
     def run():
         def layer(w_in, w_out, x, weights):
             x_SD, plan = fmoe.dispatch(x, fmoe.Routing(ids, weights, counts, scores, score_before))
-            return fmoe.experts_grouped_mm(
-                fmoe.ExpertParams(w_in, w_out), x_SD, plan, precision="fp8_rowwise"
-            )
+            return fmoe.experts_grouped_mm(fmoe.ExpertParams(w_in, w_out), x_SD, plan, precision=precision)
 
         y, pull = torch.func.vjp(layer, w_in, w_out, x, weights)
         return [t.cpu() for t in (y, *pull(cotangent))]
@@ -435,6 +440,41 @@ def test_the_experts_in_fp8(ids, score_before, block, monkeypatch, uninitialized
     got = run()
     monkeypatch.setattr(scaled, "fast", lambda *how: False)
     assert error(got, run()) < (2e-3 if INTERPRETED else 3e-2)
+
+
+@ON_KERNELS
+@pytest.mark.filterwarnings("ignore:All-NaN")
+@pytest.mark.parametrize("score_before", [False, True])
+def test_gradients_of_weights_in_high_precision_are_those_without_fp8(
+    score_before, monkeypatch, uninitialized_is_nan, fp8_products
+):
+    """Bit for bit; nothing is rounded by columns but weights, and the rows' gradients are in fp8."""
+    from fmoe.ops.kernels import quantise
+
+    monkeypatch.delattr(quantise, "_run_columns")
+    ids, num_experts = FEW["some dropped"]()
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    sizes = (num_experts, 2, 32, 16), (num_experts, 16, 32), (len(ids), 16), (len(ids), 16)
+    w_in, w_out, x, g = (torch.randn(size).to(DEVICE, dtype) for size in sizes)
+    counts, scores = torch.bincount(ids[ids >= 0], minlength=num_experts), torch.rand(len(ids), num_experts)
+    weights = torch.rand(ids.shape).to(DEVICE)
+    _, plan = fmoe.dispatch(x, fmoe.Routing(ids, weights, counts, scores, score_before))
+    h, g_h = (torch.randn(plan.slot_R.shape[0], 2, 32).to(DEVICE, dtype) for _ in range(2))
+    for op, backward, g_rows, rows, weight in (
+        (experts.experts_up, experts.experts_up_backward, g_h, x, w_in),
+        (experts.experts_down, experts.experts_down_backward, g, h, w_out),
+    ):
+
+        def pull(precision, op=op, g_rows=g_rows, rows=rows, weight=weight):
+            layout = experts.layout_of(plan, precision)
+            return torch.func.vjp(lambda *a: op(*a, *layout), rows, weight)[1](g_rows)
+
+        (g_x, g_w), (g_x_plain, want) = pull(FAST[1]), pull(None)
+        inside = slice(None) if rows is x else slice(plan.offsets_e[-1])
+        assert error(g_x[inside], g_x_plain[inside]) > 1e-3
+        whole = backward.raw(g_rows, rows, weight, *experts.layout_of(plan, FAST[1]))
+        assert torch.equal(g_w, want) and torch.equal(whole[1], want)
+        assert torch.equal(whole[0][inside], g_x[inside])
 
 
 @ON_KERNELS

@@ -361,6 +361,9 @@ def test_products_in_fp8_have_rates_of_their_own():
     expected = 3 * counted["experts_fp8"] / 1e6
     assert by_kind[0]["experts"] == pytest.approx(expected, rel=0.02)
     assert by_kind[1]["matrix products"] == pytest.approx(3 * counted["products_fp8"] / 1e6, rel=0.02)
+    high = plan(SMALL, rates=fast, precision="fp8_rowwise_with_gw_hp", **how).ranks[0].seconds
+    for kind, rate in (("experts", "experts_fp8"), ("matrix products", "products_fp8")):  # two of three
+        assert high[kind] == pytest.approx(2 * counted[rate] / 1e6, rel=0.02)
     same = plain.ranks[0].seconds
     assert by_kind[0]["matrix products"] == pytest.approx(same["matrix products"])
     assert plan(SMALL, precision="fp8_rowwise", **how).ranks[0].parameters == plain.ranks[0].parameters
@@ -377,7 +380,8 @@ def test_rates_must_fit_the_plan(tmp_path):
         plan(SMALL, "dp=2,pp=2", rates=rates_of(links={}), **how)
     with error("plan: rates.flops: got no experts_fp8 and no products_fp8, expected those of products in"):
         plan(SMALL, rates=rates_of(), precision="fp8_rowwise", **how)
-    with error("plan: precision: got 'fp8_block', expected 'fp8_rowwise' or None, which kernels compute"):
+    fast = "('fp8_rowwise', 'fp8_rowwise_with_gw_hp'), or None, which kernels compute"
+    with error(f"plan: precision: got 'fp8_block', expected one of {fast}"):
         plan(SMALL, precision="fp8_block", **how)
     with error("No such file"):
         read_rates(tmp_path / "nothing.json")

@@ -1,7 +1,7 @@
 """Grouped products of fp8 numbers: by PyTorch's kernels where they can, else by a reference.
 
 ``torch``      ``torch._scaled_grouped_mm``, or ``torch._scaled_mm`` for one group, with fast accumulation:
-               Hopper, ``"fp8_rowwise"``, bfloat16 and float16, dimensions that are multiples of 16
+               Hopper, precisions by rows, bfloat16 and float16, dimensions that are multiples of 16
 ``reference``  rounded operands, multiplied in float32; on CUDA it asks the host where groups end
 """
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..precision import ROWWISE, Scaled, quantise, rounded
+from ..precision import FAST, Scaled, of_weight_gradient, quantise, rounded
 from . import fused, grouped
 
 MULTIPLE = 16  # of numbers that rows of an operand begin at
@@ -29,7 +29,7 @@ class Columns(NamedTuple):
 
 def fast(precision: str | None, x: torch.Tensor, *dims: int) -> bool:
     """Whether PyTorch's kernels take such rows, and weights of these dimensions."""
-    narrow = precision == ROWWISE and x.dtype in (torch.bfloat16, torch.float16)
+    narrow = precision in FAST and x.dtype in (torch.bfloat16, torch.float16)
     fits = x.numel() > 0 and not any(dim % MULTIPLE for dim in dims)
     return narrow and fits and x.is_cuda and fused(x) and grouped.hopper(x.device)
 
@@ -61,7 +61,7 @@ def outer(
     if isinstance(x_RI, Columns) and isinstance(y_RO, Columns):
         return multiply_columns(x_RI, y_RO)
     assert isinstance(x_RI, torch.Tensor) and isinstance(y_RO, torch.Tensor)
-    if x_RI.dtype == torch.float64:
+    if x_RI.dtype == torch.float64 or of_weight_gradient(precision) is None:
         return grouped.outer(x_RI, y_RO, offsets_e)
     if fast(precision, x_RI, x_RI.shape[1], y_RO.shape[1]):
         return multiply_columns(columns(x_RI, offsets_e), columns(y_RO, offsets_e)).to(x_RI.dtype)
