@@ -143,7 +143,8 @@ def planned(args: argparse.Namespace, way: argparse.Namespace, config: Any, pp: 
         micro_batches=way.micro_batches, dtype=precision.dtype, compute_dtype=precision.compute,
         zero=way.zero, per_layer=fmoe.transforms.per_layer(way.remat), compiled=way.compile,
         optimizer=optim.adamw(moments_dtype=precision.moments), rates=read_rates(args.rates),
-        backend=fmoe.parallel.Backend(host_sync=not bounded, capacity=capacity), precision=precision.recipe,
+        backend=fmoe.parallel.Backend(host_sync=not bounded, capacity=capacity, payload=way.ep_payload),
+        precision=precision.recipe,
     )  # fmt: skip
     if pp > 1:
         sizes = dict(pp=pp, micro_batches=way.micro_batches, stages_per_rank=way.stages_per_rank)

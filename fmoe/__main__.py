@@ -30,6 +30,7 @@ from .models import decoder
 from .models.families import PRESETS
 from .ops.precision import PRECISIONS
 from .parallel import Backend
+from .parallel.backends.payload import PAYLOADS
 from .parallel.mesh import AXES, make_mesh, parse_axes
 from .parallel.together import this_rank
 from .pipeline import Schedule, make_schedule
@@ -170,12 +171,13 @@ def plan(args: argparse.Namespace) -> None:
     config = decoder.preset(args.model, layers=args.layers)
     dtypes = _dtypes(args)
     optimizer = adamw(moments_dtype=dtypes.pop("moments_dtype"))
+    waits, capacity = args.ep_capacity is None, args.ep_capacity
+    backend = Backend(host_sync=waits, capacity=capacity, payload=args.ep_payload)
     found = plan_step(
         config, args.mesh, batch_size=args.batch_size, seq_len=args.seq_len, micro_batches=args.micro_batches,
         zero=args.zero, per_layer=per_layer(args.remat), imbalance=args.imbalance, optimizer=optimizer,
         schedule=_schedule(args), rates=args.rates and read_rates(args.rates), compiled=args.compile,
-        precision=args.precision,
-        backend=Backend(host_sync=args.ep_capacity is None, capacity=args.ep_capacity), **dtypes,
+        precision=args.precision, backend=backend, **dtypes,
     )  # fmt: skip
     if args.json:
         ranks = [{**rank._asdict(), "peak": rank.peak} for rank in found.ranks]
@@ -257,6 +259,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--stages-per-rank", type=int, help="default: 1 for 1f1b, else 2")
     add("--imbalance", type=float, default=1.0, help="the busiest device's rows over the mean")
     add("--ep-capacity", type=float, help="room for rows over the mean, where the host never asks for theirs")
+    add("--ep-payload", choices=PAYLOADS, help="what tokens travel to experts as (default: their dtype)")
     add(
         "--rates",
         metavar="FILE",

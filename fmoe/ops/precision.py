@@ -44,7 +44,8 @@ class Recipe:
     ============================  ======================================================================
 
     All numbers are e4m3, those of gradients too. Routers, embedding, head, norms and what attention does
-    between its projections keep their dtype. So do parameters, gradients and what is sent.
+    between its projections keep their dtype. So do parameters, gradients and, unless a backend has a
+    ``payload``, what is sent.
 
     Float64 is never rounded, as ``torch.autocast`` leaves it alone, so that derivatives can be checked.
 
@@ -134,6 +135,16 @@ def quantise(x: torch.Tensor) -> Scaled:
     most = x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
     scale = torch.where(most == 0, 1.0, (most / LARGEST).clamp_min(SMALLEST_SCALE))
     return Scaled(torch.where(x.isinf(), x.sign(), x / scale[..., None]).to(E4M3), scale)
+
+
+def restored(scaled: Scaled, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers (..., K) in a dtype. In a row with infinite ones the others are zeros.
+
+    >>> restored(quantise(torch.tensor([[2.0, -1.0]])), torch.bfloat16)
+    tensor([[ 2., -1.]], dtype=torch.bfloat16)
+    """
+    values = scaled.values.float()
+    return torch.where(values == 0, values, values * scaled.scale[..., None]).to(dtype)
 
 
 def rounded(x: torch.Tensor, precision: str, *, weight: bool = False) -> torch.Tensor:

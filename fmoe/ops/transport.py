@@ -119,7 +119,7 @@ def set_default(make: Callable[[Group], Transport]) -> None:
     >>> set_default(AllToAll)  # as it is from the start
     >>> with bound(Binding(MeshOfSizes({"ep": 2}))):
     ...     transport_along("dispatch", "ep")
-    AllToAll(group=Group(name='ep=2', size=2, position=0), bound=None, in_halves=False)
+    AllToAll(group=Group(name='ep=2', size=2, position=0), bound=None, in_halves=False, payload=None)
     """
     global _default
     _default = make

@@ -19,6 +19,7 @@ from ..ops.core.dtypes import accumulator
 from ..ops.cross_entropy import block_columns, block_rows
 from ..ops.kernels import scaled
 from ..ops.precision import FAST, of_weight_gradient
+from ..parallel.backends.payload import token_bytes
 
 GRANULE = 512  # CUDA's allocator rounds sizes up to this
 CUBLAS = 2 * 32 * 2**20  # its workspace on Hopper, for both threads that launch: forward, backward
@@ -360,9 +361,20 @@ def _rows(t: torch.Tensor, rows: int) -> int:
     return rows * t.shape[1:].numel() * t.element_size()
 
 
+def _exchanged_row(args: Any) -> int:
+    """Bytes of a token, its weights and its experts in one message."""
+    x, weights, ids, *_, narrow, _ = args
+    return token_bytes(x, narrow) + _rows(weights, 1) + _rows(ids, 1)
+
+
 def _exchange(args: Any, outs: Any) -> int:
     sent, received = outs[5].shape[0], outs[0].shape[0]
-    return sum(2 * _rows(t, sent) + _rows(t, received) for t in args[:3])
+    return (2 * sent + received) * _exchanged_row(args)
+
+
+def _exchange_sent(args: Any, outs: Any) -> int:
+    size, sizes_and_kind = args[4], 24
+    return _others(size, outs[5].shape[0] * _exchanged_row(args)) + sizes_and_kind * (size - 1)
 
 
 def _reduced(args: Any) -> int:
@@ -470,7 +482,7 @@ SENT: dict[str, Callable[[Any, Any], int]] = {
     "fmoe::reduce_params": lambda args, outs: _others(args[4], _as(args[3], args[0])),
     "fmoe::begin_reduce": lambda args, outs: _others(args[4], _as(args[3], args[0])),
     "fmoe::reduce_scatter": lambda args, outs: _others(args[1], _reduced(args)),
-    "fmoe::exchange": lambda args, outs: _sent_rows(args, outs[5].shape[0], args[4], 3) + 24 * (args[4] - 1),
+    "fmoe::exchange": _exchange_sent,
     "fmoe::send": lambda args, outs: _sent_rows(args, args[1].shape[0], _along(args[5]), 1),
     "fmoe::send_back": lambda args, outs: _sent_rows(args, args[0].shape[0], _along(args[4]), 1),
     "fmoe::send_both_back": lambda args, outs: _sent_rows(args, args[0].shape[0], _along(args[5]), 2),

@@ -178,7 +178,7 @@ def plan(
     job = Job(
         config, here, batch, micro_batches, dtype, compute_dtype or dtype, reduce_dtype, zero, per_layer,
         optimizer or adamw(), max_norm, logits_bytes, segments, rows, device_type == "cuda", rates, compiled,
-        recipe,
+        recipe, bounded.payload,
     )  # fmt: skip
     _check_links(rates, sizes)
     whole: Any = MeshOfSizes(sizes)

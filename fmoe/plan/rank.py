@@ -15,9 +15,10 @@ from ..introspect import operator_class
 from ..models.config import DecoderConfig
 from ..models.decoder import stage_loss
 from ..models.params import ModelParams, specs
-from ..ops.core.axes import Binding, axis_sizes, bound
+from ..ops.core.axes import Binding, axis_sizes, bound, group_of
 from ..ops.core.host import on_host
 from ..ops.precision import Recipe
+from ..parallel.backends import AllToAll
 from ..parallel.boundary import enter
 from ..parallel.placement import computing, moves, placed, token_axes
 from ..parallel.spec import axes_by_dim, known_axes
@@ -119,6 +120,7 @@ class Job(NamedTuple):
     rates: Rates | None = None
     compiled: bool = False
     recipe: Recipe = Recipe()
+    payload: str | None = None
 
 
 class Stepped(NamedTuple):
@@ -164,7 +166,8 @@ def step(job: Job, tree: ModelParams, differentiate: Differentiate) -> Stepped:
     """
     run = DryRun(rows=job.rows, on_cuda=job.on_cuda)
     watch = run.watch = job.rates and Stopwatch(job.rates, run.number)
-    binding = Binding(job.mesh, tokens=token_axes(job.mesh))
+    backend = AllToAll(group_of(job.mesh, ("ep",)), payload=job.payload)
+    binding = Binding(job.mesh, (("ep", backend),) if job.rows else (), token_axes(job.mesh))
     host = on_host(run if job.on_cuda else None)
     # Always on the CPU, whose backward runs in this thread, which the dry run watches.
     with torch.device("cpu"), FakeTensorMode(), bound(binding), host, run:

@@ -13,6 +13,7 @@ from ..graphs import graphed
 from ..models.config import DecoderConfig
 from ..ops.precision import Recipe, parse_recipe
 from ..parallel.backends import Backend
+from ..parallel.backends.payload import PAYLOADS
 from ..pipeline import Schedule, make_schedule
 from ..transforms import exact_on_overflow, per_layer
 from . import gradients
@@ -143,7 +144,7 @@ class Layout(NamedTuple):
         """
         sizes = dict(pp=world.pp, micro_batches=args.micro_batches, stages_per_rank=args.stages_per_rank)
         schedule = make_schedule(args.pp_schedule, **sizes)
-        backend = Backend(args.ep_backend, in_halves=args.ep_overlap)
+        backend = Backend(args.ep_backend, in_halves=args.ep_overlap, payload=args.ep_payload)
         how = dict(mesh=world.mesh, backend=backend, micro_batches=args.micro_batches, schedule=schedule)
         how["per_layer"] = per_layer(args.remat, compiled=args.compile)
         bounded = None
@@ -185,6 +186,7 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     add("--stages-per-rank", type=at_least(1), help="of --pp-schedule (default: 1 for 1f1b, else 2)")
     add("--ep-backend", default="auto", help="what carries tokens along ep: auto, all_to_all or deepep")
     add("--ep-capacity", type=float, help="room for this times the mean of rows, asking nobody; inf: all")
+    add("--ep-payload", choices=PAYLOADS, help="what tokens travel to experts as (default: their dtype)")
     add("--ep-overlap", action="store_true", help="compute one half of a batch while the other's rows travel")
     add(
         "--remat",

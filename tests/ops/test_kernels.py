@@ -350,6 +350,33 @@ def test_few_groups_of_many_rows_are_split_over_all_processors():
     assert [num_splits(1, rows, device) for rows in (0, 1, ROWS, ROWS + 1)] == [1, 1, 1, 2]
 
 
+@ON_KERNELS
+@pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's, of NaN
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("parts", "width"), [(1, 1100), (1, 7), (3, 128)])
+def test_fp8_rows_as_they_arrive(dtype, parts, width):
+    """As a part of a message, whose rows lie apart, and by themselves; empty ones are zeros."""
+    from fmoe.ops.kernels import quantise
+    from fmoe.ops.precision import Scaled, restored
+    from fmoe.ops.precision import quantise as reference
+
+    x = torch.randn(20, parts, width)
+    x[1], x[2, 0, 3], x[3, 0, 5], x[4, -1, 6] = 0, torch.inf, torch.nan, -torch.inf
+    values, scale = reference(x)
+    values[5], scale[5] = 0, 0
+    message = torch.randint(256, (20, parts * width + 5), dtype=torch.uint8)
+    message[:, : parts * width] = values.view(torch.uint8).flatten(1)
+    apart = message.to(DEVICE)[:, : parts * width].view(values.dtype).unflatten(1, (parts, width))
+    want = restored(Scaled(values, scale), dtype)
+    if INTERPRETED and dtype == torch.bfloat16:  # the interpreter doesn't round these
+        bits = restored(Scaled(values, scale), torch.float32).view(torch.int32)
+        want = (bits & -(2**16)).view(torch.float32)
+    assert not want[[1, 5]].any() and want[2, 0, 3] == torch.inf and want[3, 0].isnan().all()
+    for rows in (values.to(DEVICE), apart):
+        got = quantise.restored(rows, scale.to(DEVICE), dtype)
+        assert got.dtype == dtype and same([got], [want])
+
+
 def meets_the_layout(product, a, b, scale_a, scale_b, *, offs=None, **how):
     """PyTorch's fp8 product, in float32, behind PyTorch's own checks of layouts."""
     given = a, b, scale_a, scale_b

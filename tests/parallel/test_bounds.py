@@ -165,7 +165,8 @@ def test_a_training_step_asks_the_host_for_nothing():
         training_step_on_fake_tensors(None)
 
 
-def test_no_kernel_reads_what_is_on_the_device(monkeypatch):
+@pytest.mark.parametrize("narrow", [False, True])
+def test_no_kernel_reads_what_is_on_the_device(monkeypatch, narrow):
     """Each runs on tensors without values; what was read only where it is on the host is left out."""
     for module in (all_to_all, bounds, ways):
         monkeypatch.setattr(
@@ -177,7 +178,7 @@ def test_no_kernel_reads_what_is_on_the_device(monkeypatch):
     splits = torch.full((2, 2), 4)  # always on the host
     with FakeTensorMode(allow_non_fake_inputs=True):
         x, weights, ids = torch.randn(5, 4), torch.rand(5, 2), torch.zeros(5, 2, dtype=torch.int64)
-        outs = all_to_all._bounded_kernel(x, weights, ids, 8, 2, 0, False, 4, 9, "fake")
+        outs = all_to_all._bounded_kernel(x, weights, ids, 8, 2, 0, False, narrow, 4, 9, "fake")
         x_SD, weights_SK, slot_R, *_, slot_Q, copy_Tn, _, overflow = outs
         assert (len(x_SD), len(slot_R), len(slot_Q), overflow.shape) == (8, 9, 8, ())
         way = slot_Q, copy_Tn, splits
@@ -186,7 +187,7 @@ def test_no_kernel_reads_what_is_on_the_device(monkeypatch):
         both = all_to_all._send_both_back_kernel(x_SD, weights_SK, *way, "fake")
         assert [t.shape for t in both] == [x.shape, weights.shape]
         with pytest.raises(DataDependentOutputException):
-            all_to_all._exchange_kernel(x, weights, ids, 8, 2, 0, False, "fake")
+            all_to_all._exchange_kernel(x, weights, ids, 8, 2, 0, False, narrow, "fake")
 
 
 # ---- room that runs out --------------------------------------------------------------------------------
@@ -353,6 +354,7 @@ def test_the_bound_that_a_backend_stands_for():
         ),
         (Backend("all_to_all", capacity=2.0), "expected a capacity and max_tokens for host_sync=False only"),
         (Backend("all_to_all", max_tokens=2), "expected a capacity and max_tokens for host_sync=False only"),
+        (Backend(payload="fp4"), "backend: payload: got 'fp4', expected one of ('fp8',), or None: tokens"),
         (Backend(host_sync=False, capacity=0), "backend: capacity: got 0, expected a number above 0"),
         (
             Backend(host_sync=False, capacity=math.nan),
@@ -444,7 +446,8 @@ def synced(axes, backend):
 def captured(axes, backend):
     """How far the replays of a step's graph are from the exact step, on tokens that it hasn't seen."""
     step_of, pieces, x = layer_on_gpus(axes)
-    graph, exact, found = fmoe.graphed(step_of(backend)), step_of(backend.name), []
+    exact = step_of(Backend(backend.name, payload=backend.payload))
+    graph, found = fmoe.graphed(step_of(backend)), []
     for _ in range(4):
         x = torch.randn_like(x)
         held = graph(pieces, x)
@@ -490,6 +493,7 @@ def trained(name, steps=20):
 
 
 ON_GPUS = [Backend("all_to_all", host_sync=False, max_tokens=64, capacity=c) for c in (None, 1.9)]
+ON_GPUS.append(ON_GPUS[0]._replace(payload="fp8"))
 
 
 @pytest.mark.gpu

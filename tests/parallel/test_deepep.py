@@ -85,7 +85,9 @@ class Silent:
         return *torch.zeros(3, 2, dtype=torch.int32), torch.zeros(len(ids), 2, dtype=torch.bool), None
 
     def dispatch(self, x, topk_idx=None, topk_weights=None, handle=None, **how):
-        rows, tokens = x.new_empty(16, x.shape[1]), len(x)
+        given = x if isinstance(x, tuple) else (x,)
+        rows, tokens = tuple(t.new_empty(16, t.shape[1]) for t in given), len(given[0])
+        rows = rows if isinstance(x, tuple) else rows[0]
         index = functools.partial(torch.zeros, dtype=torch.int32)
         choices = [t if t is None else t.new_empty(16, t.shape[1]) for t in (topk_idx, topk_weights)]
         if "num_max_tokens_per_rank" in how or hasattr(handle, "topk_idx"):
@@ -104,8 +106,9 @@ def silent(kind):
     return engine
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("kind", GENERATIONS)
-def test_no_number_on_the_device_is_read(monkeypatch, kind):
+def test_no_number_on_the_device_is_read(monkeypatch, kind, narrow):
     held = types.SimpleNamespace(group=None, ready=lambda *_: silent(kind))
     monkeypatch.setattr(operators, "find", lambda name: held)
     monkeypatch.setattr(operators, "agree", lambda *_: None)
@@ -113,7 +116,7 @@ def test_no_number_on_the_device_is_read(monkeypatch, kind):
     monkeypatch.setattr(bounds, "layout_kernel", layout.raw)  # the CPU's, unlike the GPU's, sorts by values
     with FakeTensorMode():
         x, weights, ids = torch.randn(5, DIM), torch.rand(5, 2), torch.zeros(5, 2, dtype=torch.int64)
-        x_SD, _, slot_R, *_, overflow = operators._bounded_kernel(x, weights, ids, 8, 2, 8, 9, "")
+        x_SD, _, slot_R, *_, overflow = operators._bounded_kernel(x, weights, ids, 8, 2, narrow, 8, 9, "")
         assert (len(x_SD), len(slot_R), overflow.shape) == (16, 9, ())
         came = silent(kind).dispatch(x, weights, ids, 8, 8)
         assert silent(kind).send(x, came.handle).shape == x_SD.shape

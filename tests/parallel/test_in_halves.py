@@ -396,9 +396,9 @@ def test_rows_whose_ticket_is_lost_are_not_kept():
 def test_other_transforms_are_refused():
     x, sent, group = torch.randn(4, 3), all_to_all._sent_example(), group_alone()
     parts = {
-        "begin_send": lambda t: in_parts.begin_send(t, *sent, group),
+        "begin_send": lambda t: in_parts.begin_send(t, *sent, group, False),
         "begin_send_back": lambda t: in_parts.begin_send_back(t, *sent, group, False),
-        "pack": lambda t: in_parts.pack(t, *sent[:2], group),
+        "pack": lambda t: in_parts.pack(t, *sent[:2], group, False),
     }
     for name, begin in parts.items():
         refused = "cannot run under torch.func.{}. Its exchanges can't be in flight there"
@@ -433,8 +433,9 @@ def test_on_one_device_there_is_nothing_to_halve():
 
 def test_the_option_asks_for_halves_and_room_for_one():
     options.add_layout(parser := options.Parser())
-    args = parser.parse_args(["--ep-overlap", "--ep-capacity", "2", "--ep-backend", "all_to_all"])
+    words = ["--ep-overlap", "--ep-capacity", "2", "--ep-backend", "all_to_all", "--ep-payload", "fp8"]
+    args = parser.parse_args(words)
     args.batch_size, args.seq_len = 5, 8
     layout = options.Layout.of(args, World(None, (0, 1)))
-    assert layout.how["backend"] == Backend("all_to_all", in_halves=True)
-    assert layout.bounded == Backend("all_to_all", False, 2.0, max_tokens=3 * 8, in_halves=True)
+    assert layout.how["backend"] == Backend("all_to_all", in_halves=True, payload="fp8")
+    assert layout.bounded == Backend("all_to_all", False, 2.0, max_tokens=24, in_halves=True, payload="fp8")

@@ -270,6 +270,22 @@ def test_each_device_of_a_mesh_holds_and_sends_what_was_planned(pool, axes, zero
         assert 0.9 * most < step <= 1.001 * most  # the thread of a collective may let go of its tensors late
 
 
+def test_tokens_in_fp8_are_planned_to_the_byte(pool):
+    backend = Backend("all_to_all", payload="fp8")
+    how = dict(batch_size=4, compute_dtype=BFLOAT16, per_layer=fmoe.remat, backend=backend)
+    found = pool.run(2, real_step, "ep=2", EVERYWHERE, how)
+    sizes = dict(seq_len=64, max_norm=None, device_type="cpu")
+    both = (plan(EVERYWHERE, "ep=2", **sizes, **how | {"backend": b}) for b in (backend, "all_to_all"))
+    planned, wide = (found.ranks[0] for found in both)
+    for _, most, sent in found:
+        assert sent == planned.sent
+        step = max(planned.peaks[phase] for phase in ("forward", "backward"))
+        assert 0.9 * most < step <= 1.001 * most
+    experts = EVERYWHERE.num_layers - EVERYWHERE.num_dense_layers
+    fewer = EVERYWHERE.dim - 4  # bytes of a token in fp8 than in bfloat16, with its scale
+    assert wide.sent["tokens"] - planned.sent["tokens"] == experts * 2 * 64 * fewer
+
+
 @pytest.mark.parametrize("wrap", [same, FULL], ids=["nothing recomputed", "all recomputed"])
 def test_at_most_two_layers_gathered_parameters_exist_at_once(monkeypatch, wrap):
     runs = []

@@ -23,6 +23,7 @@ from deep_ep_wire import (
     localised,
     summed,
     topk_idx_t,
+    unpacked,
     with_room,
 )
 
@@ -93,7 +94,6 @@ class Buffer:
         host_assert(needed <= self.num_nvl_bytes, "Data buffer <= num_nvl_bytes")
         hidden_int4 = x.shape[1] * x.element_size() // 16
         if self.between_nodes:
-            host_assert(hidden_int4 % 32 == 0, "hidden_int4 % 32 == 0")
             host_assert(self.num_rdma_bytes > 0, "(...) * sizeof(int) <= num_rdma_bytes")
         else:
             host_assert(hidden_int4 % 2 == 0, "hidden_int4 % 2 == 0")
@@ -104,7 +104,7 @@ class Buffer:
 
     def dispatch(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
         handle: tuple[Any, ...] | None = None,
         num_tokens_per_rank: torch.Tensor | None = None,
         num_tokens_per_rdma_rank: torch.Tensor | None = None,
@@ -118,15 +118,18 @@ class Buffer:
         previous_event: Any = None,
         async_finish: bool = False,
     ) -> tuple[Any, ...]:
+        x, scales = unpacked(x)
         self._check_buffer(x)
-        wire = self.runtime
+        wire, given = self.runtime, [x] if scales is None else [x, scales]
         if handle is not None:
             assert topk_idx is None and topk_weights is None
             goes, prefix, source = self._unpacked(handle)
             host_assert(len(goes) == len(x), "is_token_in_rank.size(0) == x.size(0)")
-            came = torch.cat(wire.exchange([x[g] for g in goes.T], self._from_prefix(prefix)))
-            out, event = self._given([with_room(came, len(source))], [x, *handle], async_finish)
-            return *out, *[None] * 4, event
+            received = self._from_prefix(prefix)
+            came = [torch.cat(wire.exchange([t[g] for g in goes.T], received)) for t in given]
+            rows = [with_room(t, len(source)) for t in came]
+            out, event = self._given(rows, [*given, *handle], async_finish)
+            return out[0] if scales is None else tuple(out), *[None] * 4, event
         assert num_tokens_per_rank is not None and num_tokens_per_expert is not None
         assert self.between_nodes == (num_tokens_per_rdma_rank is not None)
         assert not (self.between_nodes and num_worst_tokens), "Internode dispatch does not support it"
@@ -139,19 +142,20 @@ class Buffer:
         def sent(t: torch.Tensor) -> torch.Tensor:
             return torch.cat(wire.exchange([t[g] for g in goes.T], received))
 
-        recv_x, recv_ids, recv_weights = sent(x), sent(topk_idx), sent(topk_weights)
+        rows, recv_ids, recv_weights = [*map(sent, given)], sent(topk_idx), sent(topk_weights)
         recv_ids = localised(recv_ids, num_experts, self.group_size, wire.rank)
         recv_weights = recv_weights.masked_fill(recv_ids < 0, 0)
         source = sent(torch.arange(len(x), dtype=torch.int32)[:, None])[:, 0]
         held = num_experts // self.group_size
         per_expert = torch.bincount(recv_ids[recv_ids >= 0], minlength=held).tolist()
         if room := num_worst_tokens:
-            recv_x, recv_weights, source = (with_room(t, room) for t in (recv_x, recv_weights, source))
+            *rows, recv_weights, source = (with_room(t, room) for t in (*rows, recv_weights, source))
             recv_ids, per_expert = with_room(recv_ids, room).masked_fill_(_past(recv_ids, room), -1), []
         made = self._packed(goes, matrix, source)
-        out, reads = [recv_x, recv_ids, recv_weights], [x, topk_idx, topk_weights]
-        out, event = self._given(out, reads, async_finish)
-        return *out, per_expert, made, event
+        out, reads = [recv_ids, recv_weights, *rows], [*given, topk_idx, topk_weights]
+        (recv_ids, recv_weights, *rows), event = self._given(out, reads, async_finish)
+        recv_x = rows[0] if scales is None else tuple(rows)
+        return recv_x, recv_ids, recv_weights, per_expert, made, event
 
     def _given(self, out: list[torch.Tensor], reads: list[torch.Tensor], late: bool) -> tuple[Any, ...]:
         if not late:
@@ -204,6 +208,8 @@ class Buffer:
     ) -> tuple[Any, ...]:
         self._check_buffer(x)
         host_assert(x.dtype in Settings.payloads, "Unsupported type")
+        if self.between_nodes:
+            host_assert(x.shape[1] * x.element_size() // 16 % 32 == 0, "hidden_int4 % 32 == 0")
         goes, prefix, source = self._unpacked(handle)
         host_assert(len(source) == len(x), "src_idx.size(0) == num_tokens")
         wire, came = self.runtime, self._from_prefix(prefix)

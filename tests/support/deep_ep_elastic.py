@@ -14,6 +14,7 @@ from deep_ep_wire import (
     localised,
     summed,
     topk_idx_t,
+    unpacked,
     with_room,
 )
 
@@ -91,7 +92,7 @@ class ElasticBuffer:
 
     def dispatch(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
         topk_idx: torch.Tensor | None = None,
         topk_weights: torch.Tensor | None = None,
         num_experts: int | None = None,
@@ -105,20 +106,23 @@ class ElasticBuffer:
         cached = handle is not None
         max_tokens = num_max_tokens_per_rank or self.num_max_tokens_per_rank
         max_tokens = handle.num_max_tokens_per_rank if cached else max_tokens
-        wire = self._check(x, max_tokens, num_sms)
+        x, scales = unpacked(x)
+        wire, given = self._check(x, max_tokens, num_sms), [x] if scales is None else [x, scales]
         host_assert(len(x) <= max_tokens, "num_tokens <= num_max_tokens_per_rank")
         if cached:
             assert topk_idx is None
             host_assert(len(handle.topk_idx) == len(x), "num_tokens == num_tokens_")
             host_assert(handle.dst_buffer_slot_idx.shape == handle.topk_idx.shape, "dst_buffer_slot_idx")
             goes = goes_to(handle.topk_idx, handle.num_experts, self.num_ranks)
-            came = torch.cat(wire.exchange([x[g] for g in goes.T], _received(handle)))
-            out = torch.empty_like(came)
-            out[_arrival(handle)] = came
-            out = with_room(out, len(handle.recv_src_metadata))
-            ids = torch.zeros(len(out), handle.topk_idx.shape[1], dtype=topk_idx_t)
-            (out,), event = self._given([out], [x], async_with_compute_stream)
-            return out, ids, None, handle, event
+            rows, received = [], _received(handle)
+            for t in given:
+                came = torch.cat(wire.exchange([t[g] for g in goes.T], received))
+                out = torch.empty_like(came)
+                out[_arrival(handle)] = came
+                rows.append(with_room(out, len(handle.recv_src_metadata)))
+            ids = torch.zeros(len(rows[0]), handle.topk_idx.shape[1], dtype=topk_idx_t)
+            rows, event = self._given(rows, given, async_with_compute_stream)
+            return rows[0] if scales is None else tuple(rows), ids, None, handle, event
         check_choices(topk_idx, topk_weights, len(x))
         host_assert(num_experts % self.num_ranks == 0, "num_experts % num_ranks == 0")
         goes = goes_to(topk_idx, num_experts, self.num_ranks)
@@ -144,7 +148,7 @@ class ElasticBuffer:
             per_expert.tolist(), psum, torch.cat([torch.zeros(1), per_expert.cumsum(0)]).int()[1:],
             per_expert.int(), metadata, torch.zeros(topk_idx.shape, dtype=torch.int32), None, None,
         )  # fmt: skip
-        rows = sent(x)[order], recv_ids, sent(topk_weights)[order]
+        rows = recv_ids, sent(topk_weights)[order], *(sent(t)[order] for t in given)
         if do_cpu_sync is False:
             *rows, made.recv_src_metadata = (
                 with_room(t, max_tokens * self.num_ranks) for t in (*rows, metadata)
@@ -152,8 +156,10 @@ class ElasticBuffer:
             made.num_recv_tokens, made.num_recv_tokens_per_expert_list = max_tokens * self.num_ranks, []
         if self.deterministic:
             made.cached_recv_src_metadata_before_sort = made.recv_src_metadata.clone()
-        rows, event = self._given([*rows], [x, topk_idx, topk_weights], async_with_compute_stream)
-        return *rows, made, event
+        reads = [*given, topk_idx, topk_weights]
+        (recv_ids, recv_weights, *rows), event = self._given([*rows], reads, async_with_compute_stream)
+        recv_x = rows[0] if scales is None else tuple(rows)
+        return recv_x, recv_ids, recv_weights, made, event
 
     def _given(self, out: list[torch.Tensor], reads: list[torch.Tensor], late: bool) -> tuple[Any, ...]:
         if not late:

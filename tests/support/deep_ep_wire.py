@@ -39,7 +39,8 @@ class Stream:
         while self.done < until:
             hidden, out, reads = self.pending.pop(0)
             for now, then in reads:
-                assert torch.equal(now, then), "memory was used again while a kernel still read it"
+                same = torch.equal(bits(now), bits(then))
+                assert same, "memory was used again while a kernel still read it"
             hidden.data.copy_(out)  # as a kernel does, unseen by PyTorch
             self.done += 1
 
@@ -89,6 +90,21 @@ class Wire:
         dist.barrier(group=self.group)
         self.alive = False
         Settings.live -= 1
+
+
+def bits(t: torch.Tensor) -> torch.Tensor:
+    """Numbers in fp8, which PyTorch doesn't compare, as bytes."""
+    return t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t
+
+
+def unpacked(x: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows, and their scales if they are in fp8."""
+    x, scales = x if isinstance(x, tuple) else (x, None)
+    if scales is not None:
+        host_assert(x.element_size() == 1, "x.element_size() == 1")
+        host_assert(scales.dtype == torch.float32, "x_scales->scalar_type() == torch::kFloat32")
+        host_assert(scales.dim() == 2 and len(scales) == len(x), "x_scales->size(0) == num_tokens")
+    return x, scales
 
 
 def check_rows(x: torch.Tensor) -> None:

@@ -105,6 +105,25 @@ def rows(x: torch.Tensor) -> Scaled:
     return _run_rows(x.contiguous(), None)
 
 
+@triton.jit
+def _restored(values, scales, out, stride, num_cols, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = col < num_cols
+    value = tl.load(values + row * stride + col, mask=inside).to(tl.float32)
+    scale = tl.load(scales + row * (num_cols // width) + col // width, mask=inside)
+    tl.store(out + row * num_cols + col, tl.where(value == 0, value, value * scale), mask=inside)
+
+
+def restored(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Values (R, B, K) times scales (R, B) in a dtype. Rows of values may lie apart, as in a message."""
+    out, num_cols = scale.new_empty(values.shape, dtype=dtype), values[0:1].numel()
+    if out.numel():
+        given = values, scale.contiguous(), out, values.stride(0), num_cols, values.shape[2]
+        launch(_restored, (len(out), cdiv(num_cols, BLOCK)), *given, BLOCK)
+    return out
+
+
 def activated(h: torch.Tensor, offsets: torch.Tensor) -> Scaled:
     """SwiGLU of pre-activations (R, 2, F), up to the last offset; further rows are left as they are."""
     return _run_rows(h.contiguous(), offsets[-1:])

@@ -14,6 +14,7 @@ from .all_to_all import AllToAll
 from .bounds import Bound, check_bound
 from .deepep import buffers as deepep_buffers
 from .deepep.transport import DeepEP
+from .payload import check_payload
 
 NAMES = ("auto", "local", "all_to_all", "deepep")
 _LOG = logging.getLogger("fmoe")
@@ -29,6 +30,9 @@ class Backend(NamedTuple):
                  before, so a CUDA graph can hold a step
     in_halves    a model's layers take halves of a device's sequences in turn. The rows of one are on their
                  way while the other computes
+    payload      ``"fp8"``: tokens on their way to experts are rounded to e4m3, in half the bytes of bfloat16.
+                 Sums that come back and cotangents keep their dtype, and float64 is never rounded. ``None``:
+                 tokens keep theirs
     ===========  ========================================================================
 
     The others are for ``host_sync=False``:
@@ -51,6 +55,7 @@ class Backend(NamedTuple):
     capacity: float | None = None
     max_tokens: int | None = None
     in_halves: bool = False
+    payload: str | None = None
 
 
 def backend_of(function: str, backend: str | Backend) -> Backend:
@@ -65,6 +70,7 @@ def backend_of(function: str, backend: str | Backend) -> Backend:
         remedy = "Leave them out: there is room for whatever the host hears of."
         raise argument_error(function, "backend", got=got, expected=expected, remedy=remedy)
     check_bound(f"{function}: backend", found.max_tokens, found.capacity)
+    check_payload(f"{function}: backend", found.payload)
     return found
 
 
@@ -80,7 +86,7 @@ def choose(
     ``"auto"`` logs what it chose and why. ``rows`` are their dtype and last dimension, and ``max_tokens`` the
     most of a device, if the tokens say it. Raises ``ValueError`` if the wish can't be met.
     """
-    name, host_sync, capacity, most, in_halves = backend_of(function, backend)
+    name, host_sync, capacity, most, in_halves, payload = backend_of(function, backend)
     if mesh is None or "ep" not in axis_names(mesh):
         return {}
     group = group_of(mesh, ("ep",))
@@ -100,8 +106,9 @@ def choose(
         name, why = _best(group.name, mesh.device_type, *rows, host_sync)
         _say(f"backend {name} along ep={group.size}: {why}")
     if name == "deepep":
-        return {"ep": DeepEP(group, deepep_buffers.kept(group.name, host_sync), bound, in_halves)}
-    return {"ep": AllToAll(group, bound, in_halves)}
+        buffer = deepep_buffers.kept(group.name, host_sync)
+        return {"ep": DeepEP(group, buffer, bound, in_halves, payload)}
+    return {"ep": AllToAll(group, bound, in_halves, payload)}
 
 
 @constant_to_dynamo  # devices talk to each other, which Dynamo needn't see

@@ -26,6 +26,7 @@ from ...ops.transport import InFlight, check_experts_divide, set_default
 from ..collectives import group_alone
 from .bounds import Bound
 from .in_parts import back, begin_send, end_post, end_send, end_send_back, ids_of, pack, post, with_ids
+from .payload import arrived_as, gathered, message, parts
 from .ways import (
     begin_sizes,
     begin_sizes_kernel,
@@ -62,7 +63,8 @@ class Sent(NamedTuple):
 class AllToAll(NamedTuple):
     """The all-to-all backend on the devices of one group: a :class:`~fmoe.ops.transport.Transport`.
 
-    :func:`fmoe.dispatch` makes one where an axis has no other backend. With a ``bound`` no host waits.
+    :func:`fmoe.dispatch` makes one where an axis has no other backend. With a ``bound`` no host waits. With a
+    ``payload`` of ``"fp8"`` tokens are rounded, with a scale for each.
 
     >>> backend = AllToAll(Group(group_alone(), 1, 0))  # for fmoe.shard_map(..., backends={"ep": backend})
     >>> backend.group.size, backend.bound is None
@@ -72,18 +74,24 @@ class AllToAll(NamedTuple):
     group: Group
     bound: Bound | None = None
     in_halves: bool = False
+    payload: str | None = None
+
+    @property
+    def narrow(self) -> bool:
+        return self.payload is not None
 
     def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Plan]:
         num_experts, (name, size, position) = routing.counts_E.shape[0], self.group
         check_experts_divide(num_experts, size)
         tokens = x_TD, routing.weights_TK, routing.expert_ids_TK
         before = routing.score_before_experts
+        how = before, self.narrow
         if self.bound is None:
-            rows = exchange.outputs(*tokens, num_experts, size, position, before, name)
+            rows = exchange.outputs(*tokens, num_experts, size, position, *how, name)
         else:
             self.bound.check(x_TD.shape[0])
             room = self.bound.room(size, routing.expert_ids_TK.shape[1], num_experts // size)
-            rows = exchange_bounded.outputs(*tokens, num_experts, size, position, before, *room, name)
+            rows = exchange_bounded.outputs(*tokens, num_experts, size, position, *how, *room, name)
         x_SD, weights_SK, slot_R, row_SK, offsets_e, slot_Q, copy_Tn, splits, *overflow = rows
         sent = Sent(slot_Q, copy_Tn, splits)
         return x_SD, Plan(weights_SK, slot_R, row_SK, offsets_e, sent, before, self, *overflow)
@@ -95,18 +103,18 @@ class AllToAll(NamedTuple):
         num_experts, (name, size, _) = routing.counts_E.shape[0], self.group
         check_experts_divide(num_experts, size)
         ids_TK, before = routing.expert_ids_TK, routing.score_before_experts
-        described, top_k = kind_of(x_TD, routing.weights_TK, before), ids_TK.shape[1]
-        tokens = x_TD, with_ids(routing.weights_TK, ids_TK)
+        described, top_k = kind_of(x_TD, routing.weights_TK, before, self.narrow), ids_TK.shape[1]
+        tokens = (x_TD, self.narrow), (with_ids(routing.weights_TK, ids_TK), False)
         if self.bound is None:
             slot_Q, copy_Tn, *sizes = begin_sizes(ids_TK, num_experts, size, described, name)
-            begun = tuple(pack(t, slot_Q, copy_Tn, name) for t in tokens)
+            begun = tuple(pack(t, slot_Q, copy_Tn, name, narrow) for t, narrow in tokens)
             more = (*sizes, described)
             return _Coming(begun, (slot_Q, copy_Tn), top_k, num_experts, before, more)
         self.bound.check(x_TD.shape[0])
         copies, _ = self.bound.room(size, top_k, num_experts // size)
         slot_Q, copy_Tn, splits, lost = bounded_way(ids_TK, num_experts, size, described, copies, name)
         sent = Sent(slot_Q, copy_Tn, splits)
-        begun = tuple(begin_send(t, *sent, name) for t in tokens)
+        begun = tuple(begin_send(t, *sent, name, narrow) for t, narrow in tokens)
         return _Coming(begun, sent, top_k, num_experts, before, (lost,))
 
     def dispatch_send(self, coming: "_Coming") -> "_Coming":
@@ -172,26 +180,7 @@ def _exchange_rows(
     tensors: Tensors, received: list[int], sent: list[int], group: str, sender: str
 ) -> Tensors:
     """Rows of several tensors as one message: row ``i`` of each goes where ``sent`` says."""
-    return _parts(swap_rows(_message(tensors), received, sent, group, sender), tensors)
-
-
-def _message(tensors: Tensors) -> torch.Tensor:
-    messages = [_as_bytes(t) for t in tensors]
-    return messages[0] if len(messages) == 1 else torch.cat(messages, 1)
-
-
-def _parts(message: torch.Tensor, like: Tensors) -> Tensors:
-    """The tensors that a message was made of."""
-    parts = message.split([t.shape[1:].numel() * t.itemsize for t in like], 1)
-    if len(like) > 1:  # cloned, as a view into the message may lie where its dtype can't
-        parts = tuple(p.clone(memory_format=torch.contiguous_format) for p in parts)
-    return tuple(part.view(t.dtype).view(-1, *t.shape[1:]) for part, t in zip(parts, like))
-
-
-def _as_bytes(t: torch.Tensor) -> torch.Tensor:
-    rows = t.contiguous().flatten(1)
-    # Without elements, or one wide, an expanded cotangent counts as contiguous whatever its strides.
-    return rows.as_strided(rows.shape, (rows.shape[1], 1)).view(torch.uint8)
+    return parts(swap_rows(message(tensors), received, sent, group, sender), tensors)
 
 
 def _exchange_kernel(
@@ -202,21 +191,27 @@ def _exchange_kernel(
     size: int,
     position: int,
     before: bool,
+    narrow: bool,
     group: str,
 ) -> Tensors:
-    described = kind_of(x, weights, before)
+    described = kind_of(x, weights, before, narrow)
     slot_Q, copy_Tn, out_n3, ticket = begin_sizes_kernel(ids, num_experts, size, described, group)
     # What doesn't depend on the sizes is launched before the host waits for them.
     token_Q = torch.div(slot_Q, size, rounding_mode="floor")
-    rows = tuple(gather_kernel(t, token_Q) for t in (x, weights, ids))
-    message = _message(rows)
+    rows = _rows(x, weights, ids, token_Q, narrow)
+    packed = message(rows)
     splits, pairs = end_sizes_kernel(out_n3, ticket, described)
     sent, received = splits.tolist()
-    came = swap_rows(message[: sum(sent)], received, sent, group, "exchange")
-    x_SD, weights_SK, ids_SK = _parts(came, rows)
+    came = swap_rows(packed[: sum(sent)], received, sent, group, "exchange")
+    *tokens, weights_SK, ids_SK = parts(came, rows)
     held = num_experts // size
     slot_R, row_SK, offsets_e = layout_kernel(held_here(ids_SK, position * held, held), held, int(pairs))
+    x_SD = arrived_as(tuple(tokens), x.dtype)
     return x_SD, weights_SK, slot_R, row_SK, offsets_e, slot_Q, copy_Tn, splits
+
+
+def _rows(x: Any, weights: Any, ids: torch.Tensor, token_Q: torch.Tensor, narrow: bool) -> Tensors:
+    return *gathered(x, token_Q, narrow), *(gather_kernel(t, token_Q) for t in (weights, ids))
 
 
 def _bounded_kernel(
@@ -227,17 +222,18 @@ def _bounded_kernel(
     size: int,
     position: int,
     before: bool,
+    narrow: bool,
     copies: int,
     pairs: int,
     group: str,
 ) -> Tensors:
-    described, held = kind_of(x, weights, before), num_experts // size
+    described, held = kind_of(x, weights, before, narrow), num_experts // size
     slot_Q, copy_Tn, splits, lost = bounded_way_kernel(ids, num_experts, size, described, copies, group)
     token_Q = torch.div(slot_Q, size, rounding_mode="floor")
-    rows = tuple(gather_kernel(t, token_Q) for t in (x, weights, ids + 1))  # ids of 0 in empty rows
-    each = [copies] * size
-    x_SD, weights_SK, ids_SK = _exchange_rows(rows, each, each, group, "exchange_bounded")
+    rows, each = _rows(x, weights, ids + 1, token_Q, narrow), [copies] * size  # ids of 0 in empty rows
+    *tokens, weights_SK, ids_SK = _exchange_rows(rows, each, each, group, "exchange_bounded")
     laid = layout_bounded_kernel(ids_SK, lost, position * held + 1, held, pairs)
+    x_SD = arrived_as(tuple(tokens), x.dtype)
     return x_SD, weights_SK, *laid[:3], slot_Q, copy_Tn, splits, laid[3]
 
 
@@ -250,10 +246,8 @@ def _exchange_fake(x: Any, weights: Any, ids: Any, num_experts: int, size: int, 
     )
 
 
-def _bounded_fake(
-    x: Any, weights: Any, ids: Any, num_experts: int, size: int, position: int, before: bool, *room: Any
-) -> Tensors:
-    copies, pairs, _ = room
+def _bounded_fake(x: Any, weights: Any, ids: Any, num_experts: int, size: int, *others: Any) -> Tensors:
+    *_, copies, pairs, _ = others
     x_SD, weights_SK, ids_SK = (t.new_empty(size * copies, t.shape[1]) for t in (x, weights, ids))
     return (
         x_SD,
@@ -377,10 +371,10 @@ def _exchange_vjp(way: _Way, needs: Any, g_x: Any, g_weights: Any, *_: Any) -> t
 
 
 # x (T, D), weights (T, K), ids (T, K) -> their rows for the experts held here (S, D), (S, K). Then come how
-# these lie by expert, as in Plan, and how they were sent, as in Sent.
+# these lie by expert, as in Plan, and how they were sent, as in Sent. ``narrow`` tokens travel in fp8.
 exchange: Operator = declare(
     "exchange(Tensor x, Tensor weights, Tensor ids, SymInt num_experts, int size, int position, bool before, "
-    "str group) "
+    "bool narrow, str group) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     impl=_exchange_kernel,
     fake=_exchange_fake,
@@ -393,6 +387,7 @@ exchange: Operator = declare(
         1,
         0,
         False,
+        bool(torch.randint(2, ())),
         group_alone(),
     ),
     plain=_exchange_plain,
@@ -405,7 +400,7 @@ exchange: Operator = declare(
 
 def _bounded_plain(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, *statics: Any) -> Tensors:
     """As above, where there is room for a row more."""
-    num_experts, pairs = statics[0], statics[5]
+    num_experts, pairs = statics[0], statics[6]
     x, weights, ids = (
         torch.nn.functional.pad(t, (0, 0, 0, 1), value=v) for t, v in zip((x, weights, ids), (0, 0, -1))
     )
@@ -429,7 +424,7 @@ def _bounded_plain(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, *s
 # comes how many of both had no room here.
 exchange_bounded: Operator = declare(
     "exchange_bounded(Tensor x, Tensor weights, Tensor ids, SymInt num_experts, int size, int position, "
-    "bool before, SymInt copies, SymInt pairs, str group) "
+    "bool before, bool narrow, SymInt copies, SymInt pairs, str group) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     impl=_bounded_kernel,
     fake=_bounded_fake,

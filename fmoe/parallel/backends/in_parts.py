@@ -17,11 +17,12 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ...errors import TransformError
-from ...ops.bases import gather_kernel
 from ...ops.combine import COMBINE, weighted_sum_kernel
 from ...ops.core.primitive import Operator, declare
 from ...ops.core.refuse import Unsupported
 from ...ops.dispatch import DISPATCH
+from ...ops.precision import E4M3
+from .payload import arrived_as, gathered, message, parts
 from .wire import arrived, begin_swap
 
 NOT_IN_HALVES = Unsupported("Its exchanges can't be in flight there: leave in_halves out of the backend.")
@@ -133,13 +134,26 @@ def received(ticket: torch.Tensor) -> torch.Tensor:
 _SENT = "Tensor slot, Tensor copy, Tensor splits, str group"
 
 
-def _copies(x: torch.Tensor, slot_Q: torch.Tensor, copy_Tn: torch.Tensor) -> torch.Tensor:
-    return gather_kernel(x, torch.div(slot_Q, copy_Tn.shape[1], rounding_mode="floor"))
+def _copies(x: torch.Tensor, slot_Q: torch.Tensor, copy_Tn: torch.Tensor, narrow: bool) -> torch.Tensor:
+    """Rows to send: those of ``x``, or their bytes if they travel in fp8."""
+    rows = gathered(x, torch.div(slot_Q, copy_Tn.shape[1], rounding_mode="floor"), narrow)
+    return rows[0] if len(rows) == 1 else message(rows)
 
 
-def _begin_send_kernel(x: Any, slot_Q: Any, copy_Tn: Any, splits: torch.Tensor, group: str) -> torch.Tensor:
+def _received_as(like: torch.Tensor, ticket: torch.Tensor) -> torch.Tensor:
+    """Wait for rows, and make them like those of the ticket ``like``."""
+    rows = received(ticket)
+    if rows.dtype == like.dtype:
+        return rows
+    scale = like.new_empty(0, 1, dtype=torch.float32)
+    return arrived_as(parts(rows, (like.new_empty(like.shape, dtype=E4M3), scale)), like.dtype)
+
+
+def _begin_send_kernel(
+    x: Any, slot_Q: Any, copy_Tn: Any, splits: torch.Tensor, group: str, narrow: bool
+) -> torch.Tensor:
     sent, came = splits.tolist()
-    rows = _copies(x, slot_Q[: sum(sent)], copy_Tn)
+    rows = _copies(x, slot_Q[: sum(sent)], copy_Tn, narrow)
     return ticket(x, begin_swap(rows, came, sent, group, "begin_send"))
 
 
@@ -174,22 +188,23 @@ def _end_send_back_vjp(
 ) -> torch.Tensor:
     if splits is None:
         raise TransformError(f"end_send_back: cannot be differentiated a second time. {NOT_IN_HALVES.remedy}")
-    return begin_send(g, slot, copy, splits, group)
+    return begin_send(g, slot, copy, splits, group, False)
 
 
-# x (T, D) -> the ticket of a row for each device that holds one of the token's experts.
+# x (T, D) -> the ticket of a row for each device that holds one of the token's experts; ``narrow`` ones
+# travel in fp8.
 begin_send: Operator = part(
-    f"begin_send(Tensor x, {_SENT}) -> Tensor",
+    f"begin_send(Tensor x, {_SENT}, bool narrow) -> Tensor",
     _begin_send_kernel,
     _ticket_fake,
     DISPATCH,
-    lambda g, _, *sent: end_send_back(g, *sent),
+    lambda g, _, *sent: end_send_back(g, *sent[:-1]),
 )
 
 # That ticket -> the rows that came from all devices (S, D).
 end_send: Operator = part(
     f"end_send(Tensor ticket, {_SENT}, SymInt rows) -> Tensor",
-    lambda ticket, *others: received(ticket),
+    lambda ticket, *others: _received_as(ticket, ticket),
     _rows_fake,
     DISPATCH,
     lambda g, _, *others: back(g, others[:3], others[3]),
@@ -219,8 +234,10 @@ end_send_back: Operator = part(
 # derivative has that place in the order of the backward. ``post`` sends them.
 
 
-def _pack_kernel(x: torch.Tensor, slot_Q: torch.Tensor, copy_Tn: torch.Tensor, group: str) -> torch.Tensor:
-    rows = _copies(x, slot_Q, copy_Tn)
+def _pack_kernel(
+    x: torch.Tensor, slot_Q: torch.Tensor, copy_Tn: torch.Tensor, group: str, narrow: bool
+) -> torch.Tensor:
+    rows = _copies(x, slot_Q, copy_Tn, narrow)
     catch_up(rows)
     return ticket(x, rows)
 
@@ -234,11 +251,11 @@ def _post_kernel(packed: torch.Tensor, splits: torch.Tensor, group: str) -> torc
 
 
 pack: Operator = part(
-    "pack(Tensor x, Tensor slot, Tensor copy, str group) -> Tensor",
+    "pack(Tensor x, Tensor slot, Tensor copy, str group, bool narrow) -> Tensor",
     _pack_kernel,
     _ticket_fake,
     DISPATCH,
-    lambda g, _, slot, copy, group: end_send_back(g, slot, copy, None, group),
+    lambda g, _, slot, copy, group, narrow: end_send_back(g, slot, copy, None, group),
 )
 
 post: Operator = part(
@@ -252,7 +269,7 @@ post: Operator = part(
 # their number, where it is known.
 end_post: Operator = part(
     f"end_post(Tensor packed, Tensor posted, {_SENT}, SymInt? rows) -> Tensor",
-    lambda packed, posted, *others: received(posted),
+    lambda packed, posted, *others: _received_as(packed, posted),
     _rows_fake,
     DISPATCH,
     lambda g, _, posted, *others: back(g, others[:3], others[3]),

@@ -12,15 +12,16 @@ from ...ops import kernels
 from ...ops.core.derive import Tensors
 from ...ops.core.primitive import Operator
 from ...ops.dispatch import DISPATCH, check_ids, layout_fake, layout_kernel
+from . import payload
 from .bounds import agree, check_alike, laid_out
 from .in_parts import beside, catch_up, part, taken, ticket
 from .wire import arrived, begin_swap, process_group
 
 
-def kind_of(x: torch.Tensor, weights: torch.Tensor, before: bool) -> str:
+def kind_of(x: torch.Tensor, weights: torch.Tensor, before: bool, narrow: bool) -> str:
     when = "before" if before else "after"
     weighed = f"{weights.shape[1]} weights of {weights.dtype} {when} the experts"
-    return f"rows of shape {tuple(x.shape[1:])} and {x.dtype} with {weighed}"
+    return f"rows of shape {tuple(x.shape[1:])} and {payload.described(x.dtype, narrow)} with {weighed}"
 
 
 def begin_sizes_kernel(ids: torch.Tensor, num_experts: int, size: int, described: str, group: str) -> Tensors:

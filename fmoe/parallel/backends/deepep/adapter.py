@@ -3,8 +3,9 @@
 An *engine* is a communication buffer of one group, and moves rows through it:
 
 ``dispatch(x, weights, ids, num_experts,    tokens to the devices that hold their experts ->
-max_tokens, wait)``                         :class:`Arrived`. With ``max_tokens``, as many rows as would come
-                                            if every device sent so many here, and no wait of the host
+max_tokens, wait, narrow)``                 :class:`Arrived`. With ``max_tokens``, as many rows as would come
+                                            if every device sent so many here, and no wait of the host.
+                                            ``narrow`` ones travel in fp8
 ``send(x, handle, wait)``                   other rows the same way
 ``combine(y, handle, weights, wait)``       rows back, summed, and with them their weights
 ``send_weights``, ``combine_weights``       weights alone, either way
@@ -32,12 +33,15 @@ import torch
 
 from ....errors import argument_error
 from ....ops.bases import gather_kernel
+from ....ops.precision import Scaled
+from ..payload import in_fp8, narrowed, widened
 
 # The limits of DeepEP's kernels.
 DEVICES = ("cuda",)
 PAYLOADS = (torch.bfloat16,)
 MOST_CHOICES = 32  # experts per token: one per lane of a warp
 MOST_EXPERTS = 1024  # on one device
+SCALED = 128  # numbers of a row in fp8 that share a scale
 WEIGHTS_DIM = 256  # rows of weights, as bytes, are padded to this: long enough for every kernel
 PEERS = 8  # devices of a node that Buffer reaches by NVLink
 NCCL_NEEDED = (2, 30, 4)  # by ElasticBuffer
@@ -218,6 +222,21 @@ def emptied(rows: torch.Tensor, came: torch.Tensor, value: int = 0) -> torch.Ten
     return rows.masked_fill_(past[:, None], value)
 
 
+def as_sent(x: torch.Tensor, narrow: bool) -> torch.Tensor | Scaled:
+    """Tokens as DeepEP takes them: in fp8, values and a float32 scale for each 128 of them."""
+    return narrowed(x, x.shape[1] // SCALED) if in_fp8(x.dtype, narrow) else x
+
+
+def as_tokens(rows: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Rows that came, as tokens again."""
+    if isinstance(rows, torch.Tensor):
+        return rows
+    for t in rows:
+        if t.is_cuda:  # its memory may be of another stream
+            t.record_stream(torch.cuda.current_stream(t.device))
+    return widened(Scaled(*rows), dtype)
+
+
 def payload_dim(sizes: Sizes) -> int:
     """The length of a sent row: a token, or the weights of its choices as bytes."""
     return max(sizes.dim, round_up(2 * sizes.top_k, WEIGHTS_DIM))
@@ -256,12 +275,22 @@ class Engine:
 
 
 class Alone(Engine):
-    """The engine of one device, which keeps the tokens that have an expert. It needs no DeepEP."""
+    """The engine of one device, which keeps the tokens that have an expert. It needs no DeepEP.
+
+    No token travels, so none is rounded.
+    """
 
     id_dtype = torch.int64
 
     def dispatch(
-        self, x: Any, weights: Any, ids: Any, num_experts: int, max_tokens: int = 0, wait: bool = True
+        self,
+        x: Any,
+        weights: Any,
+        ids: Any,
+        num_experts: int,
+        max_tokens: int = 0,
+        wait: bool = True,
+        narrow: bool = False,
     ) -> Any:
         stays, num_pairs = (ids >= 0).any(1), None
         if max_tokens:  # every token has the row of its place

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .adapter import Arrived, Engine, Handle, Sizes, emptied, payload_dim
+from .adapter import Arrived, Engine, Handle, Sizes, as_sent, as_tokens, emptied, payload_dim
 
 # The tensors of an EPHandle. The first has a row per token.
 _TENSORS = (
@@ -40,11 +40,18 @@ class Elastic(Engine):
         self.num_sms = self.buffer.get_theoretical_num_sms(sizes.num_experts, sizes.top_k)
 
     def dispatch(
-        self, x: Any, weights: Any, ids: Any, num_experts: int, max_tokens: int = 0, wait: bool = True
+        self,
+        x: Any,
+        weights: Any,
+        ids: Any,
+        num_experts: int,
+        max_tokens: int = 0,
+        wait: bool = True,
+        narrow: bool = False,
     ) -> Any:
         bound = dict(num_max_tokens_per_rank=max_tokens, do_cpu_sync=False) if max_tokens else {}
-        x, ids, weights, handle, event = self.buffer.dispatch(
-            x,
+        rows, ids, weights, handle, event = self.buffer.dispatch(
+            as_sent(x, narrow),
             topk_idx=ids,
             topk_weights=weights,
             num_experts=num_experts,
@@ -55,14 +62,15 @@ class Elastic(Engine):
         self.latest = self.latest if wait else event
 
         def arrived() -> Arrived:  # a deterministic buffer sorts its handle when the event was waited for
+            x_SD = as_tokens(rows, x.dtype)
             tensors = (*(getattr(handle, name) for name in _TENSORS), getattr(handle, _SORTED))
             numbers = handle.num_experts, handle.num_max_tokens_per_rank, handle.num_sms
             if not max_tokens:
                 pairs = sum(handle.num_recv_tokens_per_expert_list)
-                return Arrived(x, weights, ids, pairs, Handle(tensors, numbers))
+                return Arrived(x_SD, weights, ids, pairs, Handle(tensors, numbers))
             made = Handle(tensors, (*numbers, max_tokens))
             came = self._came(made)
-            return Arrived(emptied(x, came), weights, emptied(ids, came, -1), None, made)
+            return Arrived(emptied(x_SD, came), weights, emptied(ids, came, -1), None, made)
 
         return arrived() if wait else arrived
 

@@ -9,11 +9,12 @@ from ....ops.combine import COMBINE
 from ....ops.core.derive import Tensors
 from ....ops.core.primitive import Operator
 from ....ops.dispatch import DISPATCH, check_ids, layout_fake, layout_kernel
-from ..bounds import agree, laid_out
+from ..bounds import laid_out
 from ..in_parts import NOT_IN_HALVES, beside, catch_up, part, part_of_several, taken, ticket
 from .adapter import PAYLOADS
 from .buffers import find
 from .handle import SENT, pack, sent_fake, unpack
+from .operators import check_alike
 
 
 class _Launched(NamedTuple):
@@ -110,17 +111,16 @@ def _pack_kernel(x: torch.Tensor, weights: torch.Tensor, compiled: bool, buffer:
 
 
 def _post_kernel(
-    packed: torch.Tensor, ids: torch.Tensor, num_experts: int, size: int, max_tokens: int, buffer: str
+    packed: Any, ids: Any, num_experts: int, size: int, narrow: bool, max_tokens: int, buffer: str
 ) -> torch.Tensor:
     check_ids(ids, num_experts)
     (x, weights), held = taken(packed), find(buffer)
-    if size > 1 and max_tokens:  # DeepEP would write beyond the rows of a device that has room for fewer
-        rows = f"rows of {tuple(x.shape[1:])}, {ids.shape[1]} weights"
-        agree(held.group, f"{rows}, at most {max_tokens} tokens")
+    if size > 1:
+        check_alike(held, x, ids, narrow, max_tokens)
     with beside(x):
         engine = held.ready(x, ids, num_experts, max_tokens)
         own_ids = ids.to(engine.id_dtype).contiguous()
-        made = engine.dispatch(x, weights, own_ids, num_experts, max_tokens, wait=False)
+        made = engine.dispatch(x, weights, own_ids, num_experts, max_tokens, wait=False, narrow=narrow)
     launched = _Launched(engine.latest, made, (x, weights, ids, own_ids))
     return ticket(packed.new_empty(0, dtype=torch.uint8), launched)
 
@@ -191,8 +191,8 @@ deepep_pack: Operator = part_of_several(
 
 # The first of them and ids (T, K) -> the ticket of the same rows when they have left.
 deepep_post: Operator = part(
-    "deepep_post(Tensor packed, Tensor ids, SymInt num_experts, int size, SymInt max_tokens, str buffer) "
-    "-> Tensor",
+    "deepep_post(Tensor packed, Tensor ids, SymInt num_experts, int size, bool narrow, SymInt max_tokens, "
+    "str buffer) -> Tensor",
     _post_kernel,
     lambda packed, *others: packed.new_empty(0, dtype=torch.uint8),
     DISPATCH,

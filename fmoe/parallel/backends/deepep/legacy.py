@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from . import adapter
-from .adapter import Arrived, Engine, Handle, Sizes, emptied, payload_dim
+from .adapter import Arrived, Engine, Handle, Sizes, as_sent, as_tokens, emptied, payload_dim
 
 
 class Legacy(Engine):
@@ -31,11 +31,18 @@ class Legacy(Engine):
         self.buffer = module.Buffer(group, near, far, explicitly_destroy=True)
 
     def dispatch(
-        self, x: Any, weights: Any, ids: Any, num_experts: int, max_tokens: int = 0, wait: bool = True
+        self,
+        x: Any,
+        weights: Any,
+        ids: Any,
+        num_experts: int,
+        max_tokens: int = 0,
+        wait: bool = True,
+        narrow: bool = False,
     ) -> Any:
         to_rank, to_node, to_expert, goes, _ = self.buffer.get_dispatch_layout(ids, num_experts)
-        x, ids, weights, counts, handle, event = self.buffer.dispatch(
-            x,
+        rows, ids, weights, counts, handle, event = self.buffer.dispatch(
+            as_sent(x, narrow),
             topk_idx=ids,
             topk_weights=weights,
             num_tokens_per_rank=to_rank,
@@ -52,7 +59,8 @@ class Legacy(Engine):
         made = Handle(tensors, (max_tokens,) if max_tokens else ())
 
         def arrived() -> Arrived:
-            return Arrived(self._emptied(x, made), weights, ids, None if max_tokens else sum(counts), made)
+            x_SD = self._emptied(as_tokens(rows, x.dtype), made)
+            return Arrived(x_SD, weights, ids, None if max_tokens else sum(counts), made)
 
         return arrived() if wait else arrived
 

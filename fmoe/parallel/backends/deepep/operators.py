@@ -13,6 +13,7 @@ from ....ops.core.refuse import ALL_MOVE
 from ....ops.core.tape import checkpoint
 from ....ops.dispatch import DISPATCH, check_ids, layout_fake, layout_kernel, layout_plain, received_fake
 from ..bounds import agree, laid_out
+from ..payload import described
 from .buffers import alone, find
 from .handle import PARTS, SENT, pack, sent_example, sent_fake, unpack
 
@@ -21,12 +22,22 @@ JOIN = checkpoint("join", save=False)
 # ---- kernels ------------------------------------------------------------------------------------------
 
 
-def _dispatch_kernel(x: Any, weights: Any, ids: Any, num_experts: int, size: int, buffer: str) -> Tensors:
+def check_alike(held: Any, x: torch.Tensor, ids: torch.Tensor, narrow: bool, max_tokens: int) -> None:
+    """Make sure that devices send alike rows, or DeepEP would write beyond the memory of some."""
+    rows = f"rows of {tuple(x.shape[1:])} and {described(x.dtype, narrow)}, {ids.shape[1]} weights"
+    agree(held.group, f"{rows}, at most {max_tokens} tokens" if max_tokens else rows)
+
+
+def _dispatch_kernel(
+    x: Any, weights: Any, ids: Any, num_experts: int, size: int, narrow: bool, buffer: str
+) -> Tensors:
     check_ids(ids, num_experts)
-    engine = find(buffer).ready(x, ids, num_experts)
-    came = engine.dispatch(
-        x.contiguous(), weights.contiguous(), ids.to(engine.id_dtype).contiguous(), num_experts
-    )
+    held = find(buffer)
+    if size > 1:
+        check_alike(held, x, ids, narrow, 0)
+    engine = held.ready(x, ids, num_experts)
+    ids = ids.to(engine.id_dtype).contiguous()
+    came = engine.dispatch(x.contiguous(), weights.contiguous(), ids, num_experts, narrow=narrow)
     local_SK = came.ids_SK.to(torch.int64)
     slot_R, row_SK, offsets_e = layout_kernel(local_SK, num_experts // size, came.num_pairs)
     weights_SK = came.weights_SK.masked_fill(local_SK < 0, 0)  # ElasticBuffer sends all of them
@@ -34,33 +45,31 @@ def _dispatch_kernel(x: Any, weights: Any, ids: Any, num_experts: int, size: int
 
 
 def _bounded_kernel(
-    x: Any, weights: Any, ids: Any, num_experts: int, size: int, max_tokens: int, pairs: int, buffer: str
+    x: Any, weights: Any, ids: Any, num_experts: int, size: int, narrow: bool, max_tokens: int, *others: Any
 ) -> Tensors:
+    pairs, buffer = others
     check_ids(ids, num_experts)
     held = find(buffer)
-    if size > 1:  # DeepEP would write beyond the rows of a device that has room for fewer
-        agree(
-            held.group, f"rows of {tuple(x.shape[1:])}, {ids.shape[1]} weights, at most {max_tokens} tokens"
-        )
+    if size > 1:
+        check_alike(held, x, ids, narrow, max_tokens)
     engine = held.ready(x, ids, num_experts, max_tokens)
     ids = ids.to(engine.id_dtype).contiguous()
-    came = engine.dispatch(x.contiguous(), weights.contiguous(), ids, num_experts, max_tokens)
+    came = engine.dispatch(x.contiguous(), weights.contiguous(), ids, num_experts, max_tokens, narrow=narrow)
     local_SK = came.ids_SK.to(torch.int64)
     slot_R, row_SK, offsets_e, overflow = laid_out(local_SK, num_experts // size, pairs)
     weights_SK = came.weights_SK.masked_fill(local_SK < 0, 0)
     return came.x_SD, weights_SK, slot_R, row_SK, offsets_e, *pack(came.handle), overflow
 
 
-def _bounded_fake(
-    x: Any, weights: Any, ids: Any, num_experts: int, size: int, max_tokens: Any, pairs: Any, buffer: str
-) -> Tensors:
+def _bounded_fake(x: Any, weights: Any, ids: Any, num_experts: int, size: int, *others: Any) -> Tensors:
+    _, max_tokens, pairs, _ = others
     x_SD, weights_SK, ids_SK = (t.new_empty(size * max_tokens, t.shape[1]) for t in (x, weights, ids))
     sent = sent_fake(x, ids.shape[0], torch.library.get_ctx().new_dynamic_size)
     laid = layout_fake(ids_SK, num_experts // size, pairs)
     return x_SD, weights_SK, *laid, *sent, ids.new_empty((), dtype=torch.int64)
 
 
-def _dispatch_fake(x: Any, weights: Any, ids: Any, num_experts: int, size: int, buffer: str) -> Tensors:
+def _dispatch_fake(x: Any, weights: Any, ids: Any, num_experts: int, size: int, *others: Any) -> Tensors:
     dynamic = torch.library.get_ctx().new_dynamic_size
     received = received_fake(x, weights, ids, num_experts // size)
     return *received, *sent_fake(x, ids.shape[0], dynamic)
@@ -231,14 +240,14 @@ def _dispatch_way(inputs: tuple[Any, ...], outputs: Tensors) -> _Way:
 
 
 # x (T, D), weights (T, K), ids (T, K) -> their rows for the experts held here (S, D), (S, K). Then come how
-# these lie by expert, as in Plan, and the handle.
+# these lie by expert, as in Plan, and the handle. ``narrow`` tokens travel in fp8.
 deepep_dispatch: Operator = declare(
-    "deepep_dispatch(Tensor x, Tensor weights, Tensor ids, SymInt num_experts, int size, str buffer) -> "
-    f"({', '.join(['Tensor'] * (PARTS + 6))})",
+    "deepep_dispatch(Tensor x, Tensor weights, Tensor ids, SymInt num_experts, int size, bool narrow, "
+    f"str buffer) -> ({', '.join(['Tensor'] * (PARTS + 6))})",
     impl=_dispatch_kernel,
     fake=_dispatch_fake,
     checkpoint=DISPATCH,
-    example=lambda: (random(4, 3), random(4, 2), torch.rand(4, 3).argsort(1)[:, :2], 3, 1, alone()),
+    example=lambda: (random(4, 3), random(4, 2), torch.rand(4, 3).argsort(1)[:, :2], 3, 1, True, alone()),
     plain=_dispatch_plain,
     residuals=_dispatch_way,
     vjp=lambda way, needs, g_x, g_weights, *_: way.back(g_x, g_weights),
@@ -249,7 +258,7 @@ deepep_dispatch: Operator = declare(
 
 def _bounded_plain(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, *statics: Any) -> Tensors:
     """As above, where there is room for a token more."""
-    pairs = statics[3]
+    pairs = statics[4]
     padded = (torch.nn.functional.pad(t, (0, 0, 0, 1), value=v) for t, v in ((x, 0), (weights, 0), (ids, -1)))
     x, weights, ids = padded
     slot, row, offsets = layout_plain(ids, statics[0], pairs)
@@ -260,7 +269,7 @@ def _bounded_plain(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, *s
 # how many pairs had no room here.
 deepep_dispatch_bounded: Operator = declare(
     "deepep_dispatch_bounded(Tensor x, Tensor weights, Tensor ids, SymInt num_experts, int size, "
-    f"SymInt max_tokens, SymInt pairs, str buffer) -> ({', '.join(['Tensor'] * (PARTS + 7))})",
+    f"bool narrow, SymInt max_tokens, SymInt pairs, str buffer) -> ({', '.join(['Tensor'] * (PARTS + 7))})",
     impl=_bounded_kernel,
     fake=_bounded_fake,
     checkpoint=DISPATCH,

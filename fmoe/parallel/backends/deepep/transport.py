@@ -19,6 +19,7 @@ from ....ops.dispatch import Plan
 from ....ops.route import Routing
 from ....ops.transport import InFlight, check_experts_divide
 from ..bounds import Bound, check_bound
+from ..payload import check_payload
 from .adapter import Sizes, refuse
 from .buffers import opened
 from .in_parts import deepep_begin_back, deepep_end_back, deepep_end_dispatch, deepep_pack, deepep_post
@@ -28,7 +29,8 @@ from .operators import deepep_combine, deepep_dispatch, deepep_dispatch_bounded,
 class DeepEP(NamedTuple):
     """The DeepEP backend, from :func:`deepep`: the devices of one group, and the name of their buffer.
 
-    With a ``bound`` no host waits. It is an :class:`~fmoe.ops.transport.Overlapping` transport.
+    With a ``bound`` no host waits. With a ``payload`` of ``"fp8"`` tokens are rounded, with a scale for each
+    128 numbers. It is an :class:`~fmoe.ops.transport.Overlapping` transport.
 
     >>> import fmoe
     >>> sizes = dict(max_tokens_per_rank=64, dim=256, top_k=2, num_experts=8)
@@ -41,6 +43,11 @@ class DeepEP(NamedTuple):
     buffer: str
     bound: Bound | None = None
     in_halves: bool = False
+    payload: str | None = None
+
+    @property
+    def narrow(self) -> bool:
+        return self.payload is not None
 
     def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Plan]:
         num_experts, size = routing.counts_E.shape[0], self.group.size
@@ -50,13 +57,13 @@ class DeepEP(NamedTuple):
         rows: Any
         overflow: Any = ()
         if self.bound is None:
-            rows = deepep_dispatch.outputs(*tokens, num_experts, size, self.buffer)
+            rows = deepep_dispatch.outputs(*tokens, num_experts, size, self.narrow, self.buffer)
         else:
             self.bound.check(x_TD.shape[0])
             most, top_k = self.bound.max_tokens, routing.expert_ids_TK.shape[1]
             pairs = self.bound.room(size, top_k, num_experts // size).pairs
             *rows, overflow = deepep_dispatch_bounded.outputs(
-                *tokens, num_experts, size, most, pairs, self.buffer
+                *tokens, num_experts, size, self.narrow, most, pairs, self.buffer
             )
         x_SD, weights_SK, slot_R, row_SK, offsets_e, *sent = rows
         before = routing.score_before_experts
@@ -78,7 +85,8 @@ class DeepEP(NamedTuple):
             return coming
         ids_TK, num_experts = coming.routing.expert_ids_TK, coming.routing.counts_E.shape[0]
         most = self.bound.max_tokens if self.bound else 0
-        posted = deepep_post(coming.rows, ids_TK, num_experts, self.group.size, most, self.buffer)
+        how = num_experts, self.group.size, self.narrow, most, self.buffer
+        posted = deepep_post(coming.rows, ids_TK, *how)
         return coming._replace(posted=(posted,))
 
     def dispatch_join(self, coming: "_Coming") -> tuple[torch.Tensor, Plan]:
@@ -127,6 +135,7 @@ def deepep(
     overlap: bool = True,
     host_sync: bool = True,
     capacity: float | None = None,
+    payload: str | None = None,
 ) -> Iterator[DeepEP]:
     """The DeepEP backend for the devices of ``line``, with a buffer that is freed at the end.
 
@@ -142,6 +151,7 @@ def deepep(
                          ``max_tokens_per_rank`` from every device; within a node, or ``"elastic"``
     capacity             without ``host_sync``: room for this many times the pairs of rows and experts that an
                          even router sends here. What had none is in ``plan.overflow``. ``None``: for all
+    payload              ``"fp8"``: tokens travel rounded, as by :class:`fmoe.parallel.Backend`
     -> backend           for ``fmoe.shard_map(..., backends={"ep": backend})``. Call the layer, and its
                          backward, inside the ``with``
     ===================  ================================================================
@@ -159,8 +169,10 @@ def deepep(
     """
     sizes = Sizes(max_tokens_per_rank, dim, top_k, num_experts)
     check_bound("deepep", None, capacity)
+    check_payload("deepep", payload)
     if host_sync and capacity is not None:
         got, expected = f"{capacity}, with host_sync", "a capacity for host_sync=False only"
         raise refuse("capacity", got=got, expected=expected)
     with opened(line, sizes, kind, overlap, host_sync) as (group, name):
-        yield DeepEP(group, name, None if host_sync else Bound(max_tokens_per_rank, capacity))
+        bound = None if host_sync else Bound(max_tokens_per_rank, capacity)
+        yield DeepEP(group, name, bound, payload=payload)
