@@ -22,6 +22,7 @@ from .parallel.mesh import make_mesh
 from .parallel.shard_map import shard_map
 from .params import P
 from .transforms import (
+    compress,
     exact_on_overflow,
     offload,
     remat,
@@ -45,6 +46,7 @@ __all__ = [
     "align_rows",
     "checkpoint_name",
     "combine",
+    "compress",
     "dispatch",
     "dropout",
     "exact_on_overflow",

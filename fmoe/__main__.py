@@ -216,7 +216,7 @@ def step_arguments(add: Add) -> None:
     add(
         "--remat",
         default="none",
-        help="none, full, default, save:NAME,NAME, offload:NAME,NAME, or several joined by +",
+        help="none, full, default, save:NAMES, offload:NAMES, compress:NAMES, or several joined by +",
     )
 
 

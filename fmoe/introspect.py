@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import ops, parallel
+from .ops.core.compress import entry_bytes
 from .ops.core.primitive import NAMESPACE, Operator, operators
 from .ops.core.refuse import Unsupported
 from .ops.core.residuals import Residual, Residuals, residuals_of
@@ -134,7 +135,7 @@ def saved_bytes(
             fn(*fake_args, **fake_kwargs)
     total: Counter[str] = Counter()
     for entry in tape.recorded:
-        total[entry.checkpoint] += sum(t.numel() * t.element_size() for t in entry.outputs or ())
+        total[entry.checkpoint] += entry_bytes(entry, tape.record)
     return dict(total)
 
 
@@ -155,8 +156,11 @@ def saved_residuals(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Residu
     ``bytes``     of its whole storage
     ``operator``  what made it, such as ``aten::mm`` or ``fmoe::topk``
     ``source``    the line that called it: the innermost outside PyTorch and fmoe's machinery
-    ``how``       ``"kept"``, ``"offloaded"``, ``"recomputed"``, ``"captured"`` or ``"argument"``
+    ``how``       ``"kept"``, ``"kept in fp8"``, ``"offloaded"``, ``"recomputed"``, ``"captured"`` or
+                  ``"argument"``
     ============  ======================================================================
+
+    What is kept in fp8 has two rows, of its numbers and of their scales.
 
     A value counts as recomputed if it has a checkpoint name and ``remat`` doesn't keep it. Arguments live
     anyway, and so do leaves that ``fn`` captures, such as a module's weights. Tensors saved for a part of the
@@ -193,7 +197,7 @@ def kept_bytes(fn: Callable[..., Any], *args: Any) -> int:
     >>> kept_bytes(lambda x: (x * 2).sin().sum(), x)
     16
     """
-    return saved_residuals(fn, *args).total("kept", "offloaded", "captured")
+    return saved_residuals(fn, *args).total("kept", "kept in fp8", "offloaded", "captured")
 
 
 @contextmanager

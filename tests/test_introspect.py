@@ -68,7 +68,7 @@ def arguments():
     return {"up": torch.randn(4, 16), "down": torch.randn(16, 4)}, torch.randn(3, 4)
 
 
-def rows(fn, *args, how=("kept", "offloaded", "recomputed", "captured")):
+def rows(fn, *args, how=("kept", "kept in fp8", "offloaded", "recomputed", "captured")):
     return [row for row in saved_residuals(fn, *args) if row.how in how]
 
 
@@ -86,6 +86,7 @@ def test_residuals_of_plain_operations():
         (fmoe.save_nothing, {"hidden": "recomputed", "active": "recomputed"}),
         (fmoe.save("hidden"), {"hidden": "kept", "active": "recomputed"}),
         (fmoe.save("hidden") | fmoe.offload("active"), {"hidden": "kept", "active": "offloaded"}),
+        (fmoe.compress("hidden") | fmoe.offload("active"), {"hidden": "kept in fp8", "active": "offloaded"}),
     ],
 )
 def test_residuals_say_what_a_policy_does(policy, expected):
@@ -97,15 +98,30 @@ def test_residuals_say_what_a_policy_does(policy, expected):
     assert {row.name: row.how for row in nested} == expected
 
 
-@pytest.mark.parametrize("policy", [None, fmoe.save_everything, fmoe.save("topk") | fmoe.offload("dispatch")])
+def test_residuals_say_how_values_are_kept_in_fp8():
+    """Numbers and scales, in place of the value."""
+    found = rows(fmoe.remat(mlp, fmoe.compress("hidden")), *arguments(), how=("kept in fp8",))
+    expected = {("hidden", (3,), torch.float32, 4 * 3), ("hidden", (3, 16), torch.float8_e4m3fn, 3 * 16)}
+    assert {row[:4] for row in found} == expected
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        None,
+        fmoe.save_everything,
+        fmoe.save("topk") | fmoe.offload("dispatch"),
+        fmoe.compress("dispatch", "experts_grouped_mm"),
+    ],
+)
 def test_residuals_of_a_layer_add_up_to_what_is_predicted(policy):
-    params, x = random_layer(), torch.randn(7, 6, dtype=torch.float64)
+    params, x = random_layer(dtype=torch.float32), torch.randn(7, 6)
     layer = lambda p, x: fmoe.moe_forward(p, x, router=CONFIGS["sigmoid, groups"])  # noqa: E731
     found = saved_residuals(fmoe.remat(layer, policy), params, x)
     predicted = saved_bytes(layer, params, x, policy=policy)
     by_name = dict.fromkeys(predicted, 0)
     for row in found:
-        if row.how in ("kept", "offloaded"):
+        if row.how in ("kept", "kept in fp8", "offloaded"):
             by_name[row.name] += row.bytes
             assert row.operator.startswith("fmoe::") and row.source.partition(":")[0].endswith(".py")
     assert by_name == predicted

@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops import update
+from ..ops.core.compress import COMPRESS_OP
 from ..ops.core.dtypes import accumulator
 from ..ops.cross_entropy import block_columns, block_rows
 from ..ops.kernels import scaled
@@ -80,8 +81,8 @@ class DryRun(TorchDispatchMode):
         else:
             out = func(*args, **(kwargs or {}))
         outputs = [t for t in optree.tree_leaves(out) if isinstance(t, torch.Tensor)]
-        # A copy that only changes the layout counts as what it copies, such as a gathered parameter.
-        maker = self.maker[self.number(args[0])] if name == "aten::clone" else name
+        # A copy in another layout or in fp8 counts as what it copies, such as a gathered parameter.
+        maker = self.maker[self.number(args[0])] if name in ("aten::clone", COMPRESS_OP) else name
         for tensor in outputs:
             self.number(tensor, name if maker == "given" else maker)
         into, source = (args[0], args[1]) if name in COPIES_INTO else (outputs, args)
@@ -430,6 +431,7 @@ WORKSPACES: dict[str, Callable[[Any, Any], int]] = {
     "fmoe::cross_entropy_terms": _cross_entropy,
     "fmoe::cross_entropy_terms_backward": _cross_entropy_backward,
     "fmoe::exchange": _exchange,
+    COMPRESS_OP: lambda args, outs: 0 if args[0].is_contiguous() else args[0].nbytes + outs[0].nbytes,
     "fmoe::gather_params": _gather_params,
     "fmoe::reduce_params": _reduce_params,
     "fmoe::reduce_scatter": _reduce_scatter,

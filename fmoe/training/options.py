@@ -191,7 +191,8 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     add(
         "--remat",
         default="none",
-        help="what layers recompute: none, full, default, save:NAMES, offload:NAMES, or several joined by +",
+        help="what layers recompute: none, full, default, save:NAMES, offload:NAMES, compress:NAMES, "
+        "or several joined by +",
     )
     add("--compile", action="store_true", help="compile each layer with torch.compile")
     add("--graph", action="store_true", help="on a GPU: make a CUDA graph of the first step, and replay it")

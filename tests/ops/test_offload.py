@@ -5,7 +5,17 @@ import re
 import optree
 import pytest
 import torch
-from helpers import CONFIGS, ORACLE_TRANSFORMS, TRANSFORMS, Example, error, quick, random_layer, squared
+from helpers import (
+    CONFIGS,
+    ORACLE_TRANSFORMS,
+    TRANSFORMS,
+    Example,
+    error,
+    lossless,
+    quick,
+    random_layer,
+    squared,
+)
 from torch.func import grad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
@@ -18,11 +28,18 @@ from fmoe.ops.core.host import _stream, on_host
 ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ROUTER = CONFIGS["sigmoid, groups"]
 POLICY = fmoe.save("topk") | fmoe.offload("hidden", "dispatch", "experts_grouped_mm")
+COMPRESSED = fmoe.compress("hidden", "dispatch", "experts_grouped_mm")
 
 
 def layer(params, x):
     x = fmoe.checkpoint_name(x.sin(), "hidden")
     return x + fmoe.moe_forward(params, x, router=ROUTER)
+
+
+SOME_TRANSFORMS = quick(
+    {"grad", "grad(grad)", "vmap(grad) both", "jvp(grad)", "autograd twice, saving on the CPU"},
+    [name for name in TRANSFORMS if name != "compile"],
+)
 
 
 class Elsewhere:
@@ -43,24 +60,28 @@ class Elsewhere:
         return -tensor
 
 
-@pytest.mark.parametrize(
-    "transform",
-    quick(
-        {
-            "grad",
-            "grad(grad)",
-            "vmap(grad) both",
-            "jvp(grad)",
-            "autograd twice, saving on the CPU",
-        },
-        [name for name in TRANSFORMS if name != "compile"],
-    ),
-)
+@pytest.mark.parametrize("transform", SOME_TRANSFORMS)
 def test_what_is_elsewhere_comes_back_under_every_transform(transform):
     example, host = Example(random_layer(), torch.randn(7, 6, dtype=torch.float64)), Elsewhere()
     expected = ORACLE_TRANSFORMS[transform](squared(layer), example)
     for fn in (fmoe.remat(layer, POLICY), fmoe.remat(fmoe.remat(layer, POLICY), fmoe.offload("hidden"))):
         with on_host(host):
+            found = TRANSFORMS[transform](squared(fn), example)
+        assert error(found, expected) < 1e-10
+    assert "take" in host.log
+
+
+@pytest.mark.parametrize("transform", SOME_TRANSFORMS)
+def test_what_is_compressed_comes_back_under_every_transform(transform):
+    example, host = Example(random_layer(), torch.randn(7, 6, dtype=torch.float64)), Elsewhere()
+    expected = ORACLE_TRANSFORMS[transform](squared(layer), example)
+    for fn in (
+        fmoe.remat(layer, COMPRESSED),
+        fmoe.remat(fmoe.remat(layer, COMPRESSED), fmoe.compress("dispatch")),
+        fmoe.remat(fmoe.remat(layer, COMPRESSED), POLICY),
+        fmoe.remat(fmoe.remat(layer, POLICY), COMPRESSED),
+    ):
+        with on_host(host), lossless():
             found = TRANSFORMS[transform](squared(fn), example)
         assert error(found, expected) < 1e-10
     assert "take" in host.log
@@ -133,6 +154,9 @@ def test_policies_are_joined_and_the_first_that_keeps_decides():
     both, other = fmoe.save("a") | fmoe.offload("a", "b"), fmoe.offload("a", "b") | fmoe.save("a")
     assert [both("a"), both("b"), both("c")] == [True, "offload", False]
     assert other("a") == "offload"
+    third = fmoe.save("a") | fmoe.compress("a", "b") | fmoe.offload("b", "c")
+    answers = [third(name) for name in ("a", "b", "c", "topk", "d")]
+    assert answers == [True, "compress", "offload", True, False]
     assert (fmoe.transforms.save_declared | fmoe.offload("attention"))("topk")
     assert (fmoe.offload("attention") | fmoe.save_everything)("gather") is True
 
@@ -141,9 +165,14 @@ def test_policies_are_joined_and_the_first_that_keeps_decides():
     ("call", "text"),
     [
         (lambda: fmoe.offload("top_k"), "offload: names: got 'top_k', expected names of ['all_gather',"),
+        (lambda: fmoe.compress("top_k"), "compress: names: got 'top_k', expected names of ['all_gather',"),
         (
             lambda: fmoe.remat(layer, fmoe.offload),
             "remat: policy: got offload itself, expected a function",
+        ),
+        (
+            lambda: fmoe.remat(layer, fmoe.save("topk") | fmoe.compress),
+            "remat: policy: got compress itself, expected a function",
         ),
         (
             lambda: fmoe.transforms.per_layer("offload"),

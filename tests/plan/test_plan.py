@@ -34,6 +34,7 @@ from fmoe.training import gradients, optim
 SMALL = dataclasses.replace(preset("debug"), num_layers=3, vocab_size=1000)
 TIED = change(SMALL, tied_head=True, q_lora_rank=24)
 NOTHING = fmoe.save_nothing
+COMPRESSED = functools.partial(fmoe.remat, policy=fmoe.compress("attention", "experts_grouped_mm"))
 FULL = functools.partial(fmoe.remat, policy=NOTHING)
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 
@@ -59,8 +60,9 @@ def same(layer):
         (SMALL, FLOAT32, BFLOAT16, fmoe.remat),
         (TIED, BFLOAT16, BFLOAT16, same),
         pytest.param(TIED, BFLOAT16, BFLOAT16, FULL, marks=pytest.mark.slow),
+        (SMALL, BFLOAT16, BFLOAT16, COMPRESSED),
     ],
-    ids=["float32", "mixed, remat", "bfloat16", "bfloat16, all recomputed"],
+    ids=["float32", "mixed, remat", "bfloat16", "bfloat16, all recomputed", "bfloat16, kept in fp8"],
 )
 def test_parts_are_those_of_a_real_step(config, dtype, compute, wrap):
     shape = (4, 96)
@@ -107,6 +109,29 @@ def test_what_is_offloaded_leaves_the_device(mesh):
         assert none.peak < offloaded.peak <= kept.peak  # the last two layers have all they kept
     on_cpu = [ranks(policy(*names), "cpu") for policy in (fmoe.save, fmoe.offload)]
     assert on_cpu[0] == on_cpu[1]
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_what_is_compressed_takes_its_bytes_in_fp8(device_type):
+    """Of a named kind, and with no copy in between on CUDA, where a kernel rounds."""
+
+    def rank(policy):
+        wrap, how = functools.partial(fmoe.remat, policy=policy), dict(batch_size=8, seq_len=64)
+        config = dataclasses.replace(SMALL, num_layers=4)
+        how |= dict(device_type=device_type, dtype=BFLOAT16)
+        return plan(config, per_layer=wrap, **how).ranks[0]
+
+    names = "experts_grouped_mm", "attention"
+    none = rank(fmoe.save("topk"))
+    kept, compressed = (
+        {kind: n - none.activations.get(kind, 0) for kind, n in rank(policy).activations.items()}
+        for policy in (fmoe.save("topk", *names), fmoe.compress(*names))
+    )
+    assert {kind for kind, n in kept.items() if n} == {kind for kind, n in compressed.items() if n}
+    for kind in ("experts", "attention"):
+        assert 0.5 < compressed[kind] / kept[kind] < 0.75
+    assert none.peaks["forward"] < rank(fmoe.compress(*names)).peaks["forward"]
+    assert rank(fmoe.compress(*names)).peak < rank(fmoe.save("topk", *names)).peak
 
 
 @pytest.mark.parametrize("wrap", [same, fmoe.remat], ids=["all kept", "remat"])

@@ -1,8 +1,10 @@
 """What the tests share: random layers, comparisons, the table of transforms."""
 
 import dataclasses
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import optree
 import pytest
@@ -12,7 +14,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 
 import fmoe
+from fmoe.ops.core import compress
 from fmoe.ops.core.primitive import Operator
+from fmoe.ops.kernels import scaled
+from fmoe.ops.precision import Scaled
 from fmoe.testing.samples import dot, error  # noqa: F401
 
 Scalar = Callable[..., torch.Tensor]
@@ -68,6 +73,18 @@ def random_layer(
     )
     params = optree.tree_map(lambda t: t * scale, params)
     return params._replace(router=params.router._replace(bias_E=torch.randn(experts) * 0.1))
+
+
+@contextmanager
+def lossless() -> Iterator[None]:
+    """Inside, float64 is compressed too, by rows that are scaled and not rounded."""
+
+    def rows(x: torch.Tensor) -> Scaled:
+        scale = 1 + x.abs().amax(-1)
+        return Scaled(x / scale[..., None], scale)
+
+    with mock.patch.object(compress, "DTYPES", (torch.float64,)), mock.patch.object(scaled, "rows", rows):
+        yield
 
 
 def squared(fn: Callable[..., torch.Tensor]) -> Scalar:

@@ -43,10 +43,10 @@ def checkpoint_name(x: T, name: str) -> T:
     -> T    ``x`` itself; in a compiled function a copy
     ======  ==========================================================================
 
-    Outside ``remat`` it does nothing. Inside, ``save(name)`` keeps the value, and ``offload(name)`` keeps it
-    in the host's memory. The default policy doesn't keep it. The operation that gave ``x`` doesn't run again
-    if the policy keeps it, apart from PyTorch's own beneath ``vmap`` and ``jvp``, and those with several
-    results. Whatever came before does, as its values may be needed.
+    Outside ``remat`` it does nothing. Inside, ``save(name)`` keeps the value, ``offload(name)`` keeps it in
+    the host's memory, and ``compress(name)`` in fp8. The default policy doesn't keep it. The operation that
+    gave ``x`` doesn't run again if the policy keeps it, apart from PyTorch's own beneath ``vmap`` and
+    ``jvp``, and those with several results. Whatever came before does, as its values may be needed.
 
     Raises ``ValueError`` for a name that could be meant for an operator's, and for what isn't a tensor.
 

@@ -168,14 +168,25 @@ def declare(
     return op
 
 
-def kernel(schema: str, *, impl: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """The raw kernel alone, without rules: PyTorch's dispatcher knows it, and autograd doesn't see it."""
+def kernel(
+    schema: str,
+    *,
+    impl: Callable[..., Any],
+    fake: Callable[..., Any],
+    vmap: Callable[..., Any] | None = None,
+) -> Any:
+    """The raw kernel alone, without rules: PyTorch's dispatcher knows it, and autograd doesn't see it.
+
+    ``vmap`` is what ``torch.library.register_vmap`` takes.
+    """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device in ("CPU", "CUDA"):
         _LIBRARY.impl(name, without_autocast(impl), device)
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    if vmap:
+        torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap, lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 

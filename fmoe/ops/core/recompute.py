@@ -24,16 +24,14 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from ...errors import argument_error
 from .batches import front
 from .capture import Guard, check_captured
+from .compress import compressed, restored, restored_layout
 from .derive import pull, replaced
 from .dynamo import hidden_from_dynamo
 from .function import primal, runs
 from .host import away, begin, finish, leave, may_leave
 from .modes import Modes, Rng
 from .refuse import refusing_combinations
-from .tape import Entry, Place, PlainTape, Policy, Tape, current_tape, on_tape, replay_error
-
-# Every entry of a tape without its outputs, and how many those are, if it has any.
-Layout = Sequence[tuple[Entry, int | None]]
+from .tape import Entry, Layout, Place, PlainTape, Policy, Tape, current_tape, on_tape, replay_error
 
 
 def _nothing(name: str) -> bool:
@@ -55,8 +53,9 @@ def recomputing(fn: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) 
         treedef,
         _statics(leaves),
         len(tensors),
-        record=(lambda name: policy(name) or outer.record(name)) if outer else policy,
+        record=(lambda name: policy(name) or outer.asks(name)) if outer else policy,
         serve=outer.serve if outer else _nothing,
+        throughout=outer.throughout if outer else _nothing,
         handed=_layout(given),
         found=found,
         modes=Modes.now(tensors),
@@ -89,6 +88,8 @@ class Region:
 
     ``statics`` has a 1-tuple for every leaf of the arguments that isn't a tensor. ``batches`` has ``in_dims``
     and randomness of the vmaps around the call, innermost first. ``handed`` describes the entries it gets.
+    ``throughout`` says what the regions inside keep, too, where values are rounded: else they would make
+    decisions again that exact values made.
     """
 
     fn: Callable[..., Any]
@@ -97,6 +98,7 @@ class Region:
     num_tensors: int
     record: Policy
     serve: Policy
+    throughout: Policy
     handed: Layout
     found: _Found
     modes: Modes
@@ -114,7 +116,14 @@ class Region:
             args, kwargs = optree.tree_unflatten(self.treedef, _merge(self.statics, tensors[:n]))
             entries = _entries(tensors[n:], self.handed)
             look = check_captured if check else None
-            tape = Tape(record=self.record, serve=self.serve, entries=entries, check=look, place=self.place)
+            tape = Tape(
+                record=self.record,
+                serve=self.serve,
+                throughout=self.throughout,
+                entries=entries,
+                check=look,
+                place=self.place,
+            )
             with self.modes.entered(), on_tape(tape):
                 with Guard(tape, check) if check or tape.hands else nullcontext():
                     out = self.fn(*args, **kwargs)
@@ -126,7 +135,7 @@ class Region:
             tape.check_unchanged()
             values = [o for o in outputs if isinstance(o, torch.Tensor)]
             found.differentiable = [_differentiable(v) for v in values]
-            recorded = [*map(_left, tape.recorded)]
+            recorded = [*map(_left, compressed(tape.recorded, self.record))]
             found.recorded, found.homes = _layout(recorded), _homes(recorded)
             return (*values, *_outputs(recorded))
 
@@ -137,9 +146,15 @@ class Region:
 
     def replayed(self) -> "Region":
         """The same region, handed back what its forward recorded."""
-        found = dataclasses.replace(self.found)
+        found, recorded = dataclasses.replace(self.found), self.found.recorded
+        rounded = any(any(entry.dtypes) for entry, _ in recorded)
         return dataclasses.replace(
-            self, record=_nothing, serve=self.record, handed=found.recorded, found=found
+            self,
+            record=_nothing,
+            serve=self.record,
+            throughout=(lambda name: bool(self.record(name))) if rounded else self.throughout,
+            handed=restored_layout(recorded),
+            found=found,
         )
 
     def derivative(
@@ -241,6 +256,7 @@ class _Remat(torch.autograd.Function):
         coming, ctx.coming = ctx.coming or begin(saved[n:], homes), None
         for i, (tensor, home) in enumerate(zip(finish(coming), homes), n):
             saved[i] = saved[i] if home is None else tensor
+        saved[n:] = restored(saved[n:], region.found.recorded)
         if may_leave(saved):
             begin_offloaded((earlier for earlier, _ in ctx.next_functions), runs)
         call, where = region.derivative(saved, ctx.needs_input_grad[1 : 1 + region.num_tensors])
@@ -257,12 +273,11 @@ class _Remat(torch.autograd.Function):
         with _set_fwd_grad_enabled(True), refusing_combinations("remat"):
             saved = [primal(t) for t in ctx.saved_tensors]
             kept: list[Any] = finish(begin(saved[region.num_tensors :], region.found.homes))
-            saved = [*saved[: region.num_tensors], *kept]
+            saved = [*saved[: region.num_tensors], *restored(kept, region.found.recorded)]
             call, where = region.derivative(saved, [t is not None for t in tangents[: region.num_tensors]])
             moving = tuple(saved[i] for i in where), tuple(tangents[i] for i in where)
             moved = iter(torch.func.jvp(call, *moving)[1])
-        num_recorded = len(saved) - region.num_tensors
-        return *(next(moved) if f else None for f in region.found.differentiable), *[None] * num_recorded
+        return *(next(moved) if f else None for f in region.found.differentiable), *[None] * len(kept)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], region: Region, *tensors: torch.Tensor) -> Any:

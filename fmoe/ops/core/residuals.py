@@ -4,7 +4,7 @@ import itertools
 import os
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,15 +18,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...tree import dotted_names
+from .compress import COMPRESS_OP
 from .dtensors import local
 from .host import beneath
 from .naming import observed
 from .primitive import GIVEN, NAMESPACE, operators
 from .recompute import Region
 from .refuse import refusing_combinations
-from .tape import current_tape
+from .tape import Layout, current_tape
 
-KINDS = ("kept", "offloaded", "recomputed", "captured", "argument")
+KINDS = ("kept", "kept in fp8", "offloaded", "recomputed", "captured", "argument")
 
 
 class Residual(NamedTuple):
@@ -93,7 +94,7 @@ def residuals_of(fn: Callable[..., Any], args: Any, kwargs: Any) -> Residuals:
     hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda kept: kept)
     with refusing_combinations("saved_residuals"), torch.enable_grad(), hooks, watch, _Names(watch):
         out = fn(*args, **kwargs)  # its graph holds what was kept
-        offloaded = _offloaded(out)
+        by_regions = _of_regions(out)
     named = [*zip(dotted_names(args), optree.tree_leaves(args))]
     named += zip(dotted_names(kwargs), optree.tree_leaves(kwargs))
     arguments = {_storage(t): (name, t) for name, t in named if isinstance(t, torch.Tensor)}
@@ -110,7 +111,7 @@ def residuals_of(fn: Callable[..., Any], args: Any, kwargs: Any) -> Residuals:
         elif storage in saved.captured:
             how = "captured"
         else:
-            how = "offloaded" if storage in offloaded else "kept"
+            how = by_regions.get(storage, "kept")
         rows.append((made, made.row(kept, how)))
     kept_ones = {id(made) for made, _ in rows}
     rows += [(made, row) for made, row in watch.named.values() if id(made) not in kept_ones]
@@ -126,10 +127,10 @@ def _storage(t: torch.Tensor) -> int:
     return local(t).untyped_storage()._cdata
 
 
-def _offloaded(out: Any) -> set[int]:
-    """The storages that the regions of a result's graph offloaded."""
+def _of_regions(out: Any) -> dict[int, str]:
+    """How the regions of a result's graph keep storages."""
     coming: list[Any] = [t.grad_fn for t in optree.tree_leaves(out) if isinstance(t, torch.Tensor)]
-    seen, found = set[Any](), set[int]()
+    seen, found = set[Any](), dict[int, str]()
     while coming:
         node = coming.pop()
         if node is None or node in seen:
@@ -138,8 +139,15 @@ def _offloaded(out: Any) -> set[int]:
         coming += [earlier for earlier, _ in node.next_functions]
         if isinstance(region := getattr(node, "region", None), Region):
             kept = node.saved_tensors[region.num_tensors :]
-            found |= {_storage(t) for t, home in zip(kept, region.found.homes) if home is not None}
+            found |= {_storage(t): how for t, how in zip(kept, _hows(region.found.recorded))}
     return found
+
+
+def _hows(layout: Layout) -> Iterator[str]:
+    for entry, n in layout:
+        for dtype in entry.dtypes or [None] * (n or 0):
+            how = "offloaded" if entry.homes else "kept" if dtype is None else "kept in fp8"
+            yield from [how] * (1 if dtype is None else 2)
 
 
 class _Saved:
@@ -191,7 +199,8 @@ class _Watch(TorchDispatchMode):
         for t in optree.tree_leaves(out):
             if not isinstance(t, torch.Tensor) or _storage(t) in storages:
                 continue
-            moved = given and given[0].is_cuda and not t.is_cuda  # to the host's memory
+            to_host = given and given[0].is_cuda and not t.is_cuda
+            moved = to_host or func.name() == COMPRESS_OP
             made = self.made.get(_storage(given[0])) if moved else None
             self.made[_storage(t)] = made or _Made("", name, _source(), next(self._times))
             if op and op.checkpoint != GIVEN:

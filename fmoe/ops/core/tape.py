@@ -15,8 +15,9 @@ from .handing import handed
 if TYPE_CHECKING:
     from .primitive import Operator
 
-OFFLOAD = "offload"
-Policy = Callable[[str], bool | str]  # whether to keep what has this name; OFFLOAD: in the host's memory
+OFFLOAD, COMPRESS = "offload", "compress"
+# Whether to keep what has this name; OFFLOAD: in the host's memory; COMPRESS: in fp8.
+Policy = Callable[[str], bool | str]
 Place = tuple[int, ...]  # of a call of PyTorch's: its number in its region, after those of the regions around
 Made = tuple[Place, str]  # the place and the function's name
 
@@ -29,7 +30,8 @@ class Entry(NamedTuple):
     """One operator call on a tape; ``outputs`` are ``None`` where it has no value at the tape's level.
 
     ``homes`` are the devices that offloaded outputs come back to, once they have ``left``. ``made`` says
-    which call made the value that :func:`~fmoe.ops.core.naming.checkpoint_name` named.
+    which call made the value that :func:`~fmoe.ops.core.naming.checkpoint_name` named. Once an entry is
+    compressed, ``dtypes`` are those that its outputs get back; each that has one is two in ``outputs``.
     """
 
     operator: str
@@ -38,6 +40,11 @@ class Entry(NamedTuple):
     homes: tuple[torch.device, ...] = ()
     left: bool = False
     made: Made | None = None
+    dtypes: tuple[torch.dtype | None, ...] = ()
+
+
+# Every entry of a tape without its outputs, and how many those are, if it has any.
+Layout = Sequence[tuple[Entry, int | None]]
 
 
 def checkpoint(name: str, *, save: bool) -> str:
@@ -83,6 +90,7 @@ class Tape:
     It records every call whose checkpoint name ``record`` accepts. It serves ``entries``, in order, to the
     calls whose name ``serve`` accepts. A call beneath a transform that began inside the run has no value at
     this level. Its entry is ``None`` and it is computed again. ``check`` sees every call's arguments first.
+    What ``record`` or ``throughout`` accepts, nested regions keep, too.
 
     It also numbers the calls of PyTorch's own functions, from ``place`` on. So it can say which of them made
     a value that is named later, and needn't compute that again.
@@ -93,11 +101,12 @@ class Tape:
         *,
         record: Policy,
         serve: Policy,
+        throughout: Policy = lambda name: False,
         entries: Sequence[Entry] = (),
         check: Callable[[Any, str], None] | None = None,
         place: Place = (),
     ) -> None:
-        self.record, self.serve, self.check = record, serve, check
+        self.record, self.serve, self.throughout, self.check = record, serve, throughout, check
         self.entries = tuple(entries)
         self.position = 0
         self.recorded: list[Entry] = []
@@ -195,6 +204,10 @@ class Tape:
         """The entries left to hand back."""
         return self.entries[self.position :]
 
+    def asks(self, name: str) -> bool | str:
+        """Whether a nested region is to keep what has this name, whatever its policy."""
+        return self.record(name) or self.throughout(name)
+
     def absorb(self, served: int, recorded: Iterable[Entry]) -> None:
         """Take over what a nested run was handed, and what it recorded that this tape wants too."""
         self.position += served
@@ -223,7 +236,7 @@ class Tape:
 
     def _append(self, entry: Entry) -> None:
         if _depth() != self.depth:
-            entry = entry._replace(outputs=None)
+            entry = entry._replace(outputs=None, dtypes=())
         if self.record(entry.checkpoint) == OFFLOAD and not entry.homes:
             entry = entry._replace(homes=tuple(t.device for t in entry.outputs or ()))
         self.recorded.append(entry)
