@@ -52,9 +52,8 @@ def test_a_gradient_is_off_by_no_more_than_rounding_explains(dtype):
     most += torch.finfo(dtype).eps * (x.double().abs() + torch.finfo(dtype).smallest_normal)
     loss = lambda policy: lambda x: fmoe.remat(own, policy)(x).sum()  # noqa: E731
     for differentiate in (fmoe.value_and_grad, torch.func.grad_and_value):
-        found = differentiate(loss(HIDDEN))(x)
-        (value, g), (exact, _) = sorted(found, key=torch.Tensor.dim), [loss(HIDDEN)(x)] * 2
-        assert torch.equal(value, exact) and torch.equal(value, loss(fmoe.save("hidden"))(x))
+        value, g = sorted(differentiate(loss(HIDDEN))(x), key=torch.Tensor.dim)
+        assert torch.equal(value, own(x).sum())
         off = (g.double() - x.double()).abs()
         assert (off <= most).all()
         assert (off > 2.0**-5 * x.abs()).float().mean() > 0.1  # so it was rounded
