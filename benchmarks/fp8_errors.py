@@ -7,6 +7,10 @@ An error is relative, by Frobenius norms. The predicted one is that of a product
 to fp8 and whose result to bfloat16, if all mantissas are equally likely. The bias of a seed is the mean error
 of a product, over its root mean square error. The last column has the mean bias of all seeds, over its
 standard error.
+
+``--formats`` compares e4m3 and e5m2 as numbers of a cotangent, which may spread over more octaves than tokens
+do: their magnitudes are log-normal, with a deviation of so many octaves. Errors are of the cotangent's rows
+times a weight, both with a scale for each row.
 """
 
 import argparse
@@ -20,7 +24,7 @@ import fmoe
 from fmoe.__main__ import markdown_table
 from fmoe.bench.layers import Shape, config_for, random_params
 from fmoe.ops.bases import grouped_mm, grouped_outer, scaled_grouped_mm, scaled_grouped_outer
-from fmoe.ops.precision import PRECISIONS
+from fmoe.ops.precision import PRECISIONS, ROWWISE, rounded
 
 COLUMNS = ["products take", "rows x weight", "sum over rows", "predicted", "layer", "g of rows", "g of w_in"]
 COLUMNS += ["g of w_out", "bias / standard error"]
@@ -64,6 +68,23 @@ def row(shape: Shape, precision: str | None, seeds: range, device: str) -> list[
     return [precision or "bfloat16", *(f"{cell:.1e}" for cell in cells), f"{significance:+.1f}"]
 
 
+def of_formats(octaves: float, seeds: range) -> list[str]:
+    found = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        g, w = torch.randn(512, 256).sign() * (octaves * torch.randn(512, 256)).exp2(), torch.randn(256, 192)
+        exact, of_weight = g.double() @ w.double(), rounded(w.T, ROWWISE).T
+        errors = []
+        for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            scale = g.abs().amax(1, keepdim=True) / torch.finfo(dtype).max
+            narrow = (g / scale).to(dtype).float()
+            error = (narrow * scale @ of_weight - exact).norm() / exact.norm()
+            errors += [error.item(), (narrow == 0).float().mean().item()]
+        found.append(errors)
+    e4m3, lost, e5m2, lost_too = torch.tensor(found).mean(0).tolist()
+    return [f"{octaves:g}", f"{e4m3:.1e}", f"{lost:.1%}", f"{e5m2:.1e}", f"{lost_too:.1%}"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -71,7 +92,13 @@ def main() -> None:
     parser.add_argument("--sizes", nargs=5, type=int, default=[512, 256, 192, 8, 2], metavar=tuple("TDFEK"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--formats", action="store_true")
     args = parser.parse_args()
+    if args.formats:
+        columns = ["octaves", "error in e4m3", "become zero", "error in e5m2", "become zero"]
+        rows = [of_formats(octaves, range(args.seeds)) for octaves in (1, 2, 3, 4, 6)]
+        print(markdown_table(columns, rows))
+        return
     shape, seeds = Shape(*args.sizes), range(args.seeds)
     print(markdown_table(COLUMNS, [row(shape, p, seeds, args.device) for p in (None, *PRECISIONS)]))
 
