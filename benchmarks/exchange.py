@@ -59,7 +59,7 @@ if __name__ == "__main__":
     with torch.device(device):
         ids = torch.rand(tokens, experts).argsort(1)[:, :top_k]
         rows = torch.randn(tokens, args.dim, dtype=dtype), torch.rand(tokens, top_k), ids
-    held, statics = experts // args.size, (experts, 1, 0, False)
+    held, statics = experts // args.size, (experts, 1, 0, False, False)
     found = {
         "ways": lambda: ways.ways(ids, args.size, held, tokens),
         "exchange": lambda: all_to_all._exchange_kernel(*rows, *statics, group),
