@@ -15,6 +15,7 @@ from fmoe.ops.attention import attention
 from fmoe.ops.core.compress import compress, restore
 from fmoe.ops.kernels import scaled
 from fmoe.ops.precision import Scaled
+from fmoe.testing.samples import same_bits
 from fmoe.transforms import per_layer
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -237,6 +238,25 @@ def test_experts_are_not_chosen_again_from_rounded_numbers():
             found = grad(loss(fmoe.remat(fn, HIDDEN)), (0, 1))(params, x)
         assert counts["topk"] == 1
         assert error(found, grad(loss(layer), (0, 1))(params, x)) < 0.15
+
+
+@pytest.mark.parametrize("keep", [fmoe.save, fmoe.offload], ids=lambda keep: keep.__name__)
+def test_what_a_region_around_keeps_is_exact_there(keep):
+    """Or the next layer inside would run again with other tokens, and choose other experts."""
+    first, second = (random_layer(dtype=torch.float32) for _ in range(2))
+    x, policy = torch.randn(200, 6), fmoe.compress("experts_grouped_mm")
+    layer = fmoe.remat(lambda p, x: fmoe.moe_forward(p, x, router=CONFIGS["sigmoid, groups"]), policy)
+
+    def layers(first, second, x):
+        x = x + layer(first, x)
+        return x + layer(second, x)
+
+    outer = fmoe.remat(layers, keep("experts_grouped_mm"))
+    found, expected = (
+        grad(lambda *at, f=f: f(*at).square().sum(), (0, 1, 2))(first, second, x) for f in (outer, layers)
+    )
+    assert same_bits(found, expected) == 0
+    assert "kept in fp8" not in {row.how for row in saved_residuals(outer, first, second, x)}
 
 
 def test_the_policy_as_a_word_of_commands():

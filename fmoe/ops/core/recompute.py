@@ -31,7 +31,7 @@ from .function import primal, runs
 from .host import away, begin, finish, leave, may_leave
 from .modes import Modes, Rng
 from .refuse import refusing_combinations
-from .tape import Entry, Layout, Place, PlainTape, Policy, Tape, current_tape, on_tape, replay_error
+from .tape import COMPRESS, Entry, Layout, Place, PlainTape, Policy, Tape, current_tape, on_tape, replay_error
 
 
 def _nothing(name: str) -> bool:
@@ -53,7 +53,7 @@ def recomputing(fn: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) 
         treedef,
         _statics(leaves),
         len(tensors),
-        record=(lambda name: policy(name) or outer.asks(name)) if outer else policy,
+        record=_asked_by(policy, outer) if outer else policy,
         serve=outer.serve if outer else _nothing,
         throughout=outer.throughout if outer else _nothing,
         handed=_layout(given),
@@ -67,6 +67,19 @@ def recomputing(fn: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) 
     if outer:
         outer.absorb(found.served, _entries(out[num_outputs:], found.recorded))
     return optree.tree_unflatten(found.out_treedef, _merge(found.out_statics, out[:num_outputs]))
+
+
+def _asked_by(policy: Policy, outer: Tape) -> Policy:
+    """What a nested region keeps, and how. It rounds nothing that the outer tape keeps as it is.
+
+    Else regions after it, which run again with what it gave, would choose experts from rounded numbers.
+    """
+
+    def record(name: str) -> bool | str:
+        how = policy(name)
+        return (how == COMPRESS and outer.record(name)) or how or outer.asks(name)
+
+    return record
 
 
 @dataclass
