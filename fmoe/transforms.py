@@ -248,7 +248,7 @@ def _spoken(words: str) -> Policy:
             kinds = ", ".join(f"{kind}:NAME,NAME" for kind in named)
             expected = f"none, full, default, {kinds}, or several joined by +"
             raise argument_error("per_layer", "remat_policy", got=repr(words), expected=expected)
-    return Names(tuple(found))
+    return Names(tuple(part for policy in found for part in _parts(policy)))
 
 
 def _inductor(graph: Any, inputs: Any) -> Any:

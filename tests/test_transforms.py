@@ -216,6 +216,14 @@ def test_words_of_a_command_line_name_policies():
     assert kept["full"][0]["topk"] == 2
 
 
+@pytest.mark.parametrize("words", ["save:topk,dispatch", "default+save:gather", "offload:dispatch"])
+def test_words_of_a_command_line_in_compiled_layers(words, aot_eager):
+    params, x = random_layer(), torch.randn(7, 6, dtype=torch.float64)
+    compiled = torch.compile(fmoe.transforms.per_layer(words)(layer), fullgraph=True)
+    found, expected = (fmoe.value_and_grad(lambda p, f=f: f(p, x).sum())(params) for f in (compiled, layer))
+    assert error(found, expected) < 1e-10
+
+
 def test_create_graph_and_retain_graph():
     params, x = random_layer(), torch.randn(7, 6, dtype=torch.float64)
     results = []

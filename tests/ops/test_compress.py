@@ -273,10 +273,12 @@ def test_the_policy_as_a_word_of_commands():
 
 
 def test_under_torch_compile_it_raises(aot_eager):
-    step = fmoe.value_and_grad(lambda x: torch.compile(fmoe.remat(own, HIDDEN))(x).sum())
     text = "remat: policy: got one that compresses, expected none under torch.compile. Use fmoe.save"
-    with pytest.raises(Exception, match=text):
-        step(torch.randn(4, 16))
+    named = lambda x: fmoe.checkpoint_name(x.sin(), "gather").cos()  # noqa: E731
+    for fn in (fmoe.remat(own, HIDDEN), per_layer("default+compress:gather")(named)):
+        step = fmoe.value_and_grad(lambda x, f=fn: torch.compile(f)(x).sum())
+        with pytest.raises(Exception, match=text):
+            step(torch.randn(4, 16))
 
 
 def test_writing_into_a_value_that_is_kept_raises():
