@@ -401,7 +401,7 @@ def refused(tokens, capacities):
 def test_devices_with_different_bounds_all_raise(pool):
     for rank, text in enumerate(pool.run(2, refused, 4, [1.0, 2.0])):
         assert f"{2 + 2 * rank} to each device, and others on the devices [{1 - rank}] of the axis" in text
-        assert text.endswith("Give all devices the same router, dimension, dtypes and bounds.")
+        assert text.endswith("Give all devices the same router, dimension, dtypes, payload and bounds.")
 
 
 def test_more_tokens_than_there_is_room_for(pool):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 
 import deep_ep_double
 import laws
@@ -18,10 +19,11 @@ from fmoe.errors import TransformError
 from fmoe.introspect import raw_calls, wire_bytes
 from fmoe.models import decoder
 from fmoe.models.moe import COMPUTING, moe_layer
-from fmoe.ops.core.axes import group_of
+from fmoe.ops.core.axes import Group, group_of
 from fmoe.ops.precision import BLOCKWISE, ROWWISE, rounded
 from fmoe.parallel import AllToAll, Backend, Bound
 from fmoe.parallel.backends.deepep import buffers as deepep_buffers
+from fmoe.parallel.collectives import group_alone
 from fmoe.parallel.spec import known_axes
 from fmoe.testing import check_backend
 from fmoe.testing.samples import dot, error, same_bits
@@ -215,7 +217,7 @@ def arrived(way, dtype):
         x = torch.randn(TOKENS, s.dim)
         x[1], x[2, 3], x[3] = 0, 1000, x[3] * 1e-4
         x[4, 5], x[5, 6], x[6, 1] = torch.inf, torch.nan, -torch.inf
-        x = x.to(dtype)
+        x = x.to(dtype).mT.contiguous().mT  # which need not lie one after another
         ids = torch.full((TOKENS, 1), 5)
         routing = fmoe.Routing(
             ids, torch.ones(TOKENS, 1), torch.bincount(ids[:, 0], minlength=8), torch.rand(TOKENS, 8)
@@ -255,6 +257,16 @@ def untouched(way):
 @pytest.mark.parametrize("way", quick(["exact, odd", "bounded"], ["exact", "exact, odd", "bounded"]))
 def test_float64_is_not_rounded(pool, way):
     assert not any(pool.run(2, untouched, way))
+
+
+def test_what_is_no_payload_raises():
+    backend = AllToAll(Group(group_alone(), 1, 0), payload="fp4")
+    text = "AllToAll: payload: got 'fp4', expected one of ('fp8',), or None: tokens travel in their own dtype"
+    router = fmoe.moe_init(0, dim=8, hidden_dim=8, num_experts=4).router
+    routing = fmoe.route(router, torch.randn(3, 8), fmoe.RouterConfig())
+    for start in (backend.dispatch, backend.dispatch_start):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            start(torch.randn(3, 8), routing)
 
 
 # ---- a model whose layers take halves of their sequences in turn ----------------------------------------

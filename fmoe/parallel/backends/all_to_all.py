@@ -26,7 +26,7 @@ from ...ops.transport import InFlight, check_experts_divide, set_default
 from ..collectives import group_alone
 from .bounds import Bound
 from .in_parts import back, begin_send, end_post, end_send, end_send_back, ids_of, pack, post, with_ids
-from .payload import arrived_as, gathered, message, parts
+from .payload import arrived_as, gathered, message, narrows, parts
 from .ways import (
     begin_sizes,
     begin_sizes_kernel,
@@ -78,7 +78,7 @@ class AllToAll(NamedTuple):
 
     @property
     def narrow(self) -> bool:
-        return self.payload is not None
+        return narrows("AllToAll", self.payload)
 
     def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Plan]:
         num_experts, (name, size, position) = routing.counts_E.shape[0], self.group

@@ -97,5 +97,5 @@ def check_alike(kinds: list[Any], kind: Any, described: str) -> None:
     """Raise ``ValueError`` on every device, since each has heard from all, unless all send alike rows."""
     if others := [device for device, theirs in enumerate(kinds) if theirs != kind]:
         got = f"{described}, and others on the devices {others} of the axis"
-        remedy = "Give all devices the same router, dimension, dtypes and bounds."
+        remedy = "Give all devices the same router, dimension, dtypes, payload and bounds."
         raise argument_error("dispatch", "x_TD, routing", got=got, expected="alike on all", remedy=remedy)

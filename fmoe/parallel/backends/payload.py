@@ -25,6 +25,12 @@ def check_payload(function: str, payload: Any) -> None:
         raise argument_error(function, "payload", got=repr(payload), expected=expected)
 
 
+def narrows(function: str, payload: Any) -> bool:
+    """Whether tokens travel in fp8."""
+    check_payload(function, payload)
+    return payload is not None
+
+
 # ---- several tensors as one message --------------------------------------------------------------------
 
 
@@ -95,7 +101,7 @@ def narrowed(x_RD: torch.Tensor, num_scales: int = 1) -> Scaled:
         values, scale = kernel.rows(x)
     else:
         values, scale = quantise(x)
-    return Scaled(values.flatten(1), scale)
+    return Scaled(values.flatten(1).contiguous(), scale)
 
 
 def widened(scaled: Scaled, dtype: torch.dtype) -> torch.Tensor:

@@ -19,7 +19,7 @@ from ....ops.dispatch import Plan
 from ....ops.route import Routing
 from ....ops.transport import InFlight, check_experts_divide
 from ..bounds import Bound, check_bound
-from ..payload import check_payload
+from ..payload import check_payload, narrows
 from .adapter import Sizes, refuse
 from .buffers import opened
 from .in_parts import deepep_begin_back, deepep_end_back, deepep_end_dispatch, deepep_pack, deepep_post
@@ -47,7 +47,7 @@ class DeepEP(NamedTuple):
 
     @property
     def narrow(self) -> bool:
-        return self.payload is not None
+        return narrows("DeepEP", self.payload)
 
     def dispatch(self, x_TD: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, Plan]:
         num_experts, size = routing.counts_E.shape[0], self.group.size
