@@ -37,17 +37,15 @@ POLICIES: dict[str, Policy | None] = {
 KERNELS = ["product", "topk", "layout", "experts_up", "experts_down"]
 KERNELS += ["experts_up_backward", "experts_down_backward"]
 
-BATCH, WORDS = (
-    (4, 128),
-    [
-        "none",
-        "default",
-        "default+save:attention,experts_grouped_mm",
-        "default+compress:attention",
-        "default+compress:experts_grouped_mm",
-        "default+compress:attention,experts_grouped_mm",
-    ],
-)
+BATCH = 4, 128
+WORDS = [
+    "none",
+    "default",
+    "default+save:attention,experts_grouped_mm",
+    "default+compress:attention",
+    "default+compress:experts_grouped_mm",
+    "default+compress:attention,experts_grouped_mm",
+]
 PARAMS = ["embedding", "query", "router", "experts.w_in", "experts.w_out"]
 
 

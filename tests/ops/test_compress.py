@@ -181,6 +181,14 @@ def test_a_value_of_two_names_is_rounded_once_and_not_if_one_of_them_saves_it():
         assert torch.equal(grad(fmoe.remat(fn, policy))(x), exact)
 
 
+def test_nothing_is_rounded_where_nothing_is_differentiated():
+    x = torch.randn(3, 16, requires_grad=True)
+    for mode, times in ((torch.no_grad, 0), (torch.inference_mode, 0), (torch.enable_grad, 1)):
+        with mode(), raw_calls() as counts:
+            y = fmoe.remat(fmoe.remat(own, HIDDEN), HIDDEN)(x)
+        assert counts.get("compress", 0) == times and torch.equal(y, own(x))
+
+
 def test_views_and_values_that_share_memory(monkeypatch):
     """They come back with their strides, which later operations may need."""
     rows = scaled.rows

@@ -27,7 +27,7 @@ from .capture import Guard, check_captured
 from .compress import compressed, restored, restored_layout
 from .derive import pull, replaced
 from .dynamo import hidden_from_dynamo
-from .function import primal, runs
+from .function import no_derivative, primal, runs
 from .host import away, begin, finish, leave, may_leave
 from .modes import Modes, Rng
 from .refuse import refusing_combinations
@@ -47,6 +47,8 @@ def recomputing(fn: Callable[..., Any], policy: Policy, args: Any, kwargs: Any) 
     leaves, treedef = optree.tree_flatten((args, kwargs), none_is_leaf=True)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     given = outer.rest() if outer else ()
+    if no_derivative():
+        policy = _nothing  # else an evaluation would round and offload what nobody reads
     found = _Found()
     region = Region(
         fn,
