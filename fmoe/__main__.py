@@ -171,6 +171,7 @@ def plan(args: argparse.Namespace) -> None:
     config = decoder.preset(args.model, layers=args.layers)
     dtypes = _dtypes(args)
     optimizer = adamw(moments_dtype=dtypes.pop("moments_dtype"))
+    per_layer(args.remat, compiled=args.compile)  # raises for what no step could do
     waits, capacity = args.ep_capacity is None, args.ep_capacity
     backend = Backend(host_sync=waits, capacity=capacity, payload=args.ep_payload)
     found = plan_step(

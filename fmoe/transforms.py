@@ -219,12 +219,17 @@ def per_layer(remat_policy: str = "none", *, compiled: bool = False) -> Callable
     with ``+`` between them. ``compiled`` compiles each layer whole, by Inductor. A second backward
     (``retain_graph``) is right or an error.
 
-    Raises ``ValueError`` for other words, and for names that nobody declared.
+    Raises ``ValueError`` for other words, for names that nobody declared, and for ``compress`` with
+    ``compiled``.
 
     >>> per_layer("save:topk+offload:dispatch")(lambda x: x.sin())(torch.zeros(2))
     tensor([0., 0.])
     """
     policy = None if remat_policy == "none" else _spoken(remat_policy)
+    if compiled and policy and COMPRESS in map(policy, checkpoint_names()):
+        got, expected = f"{remat_policy!r}, compiled", "none that compresses in compiled layers"
+        remedy = "Use save, or compile nothing."
+        raise argument_error("per_layer", "remat_policy", got=got, expected=expected, remedy=remedy)
 
     def wrap(layer: Callable[..., Any]) -> Callable[..., Any]:
         layer = layer if policy is None else remat(layer, policy)

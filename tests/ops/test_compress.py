@@ -3,6 +3,8 @@
 ``test_offload.py`` has the laws of transforms, with numbers that are scaled and not rounded.
 """
 
+import re
+
 import pytest
 import torch
 from helpers import CONFIGS, Example, error, random_layer
@@ -287,6 +289,19 @@ def test_under_torch_compile_it_raises(aot_eager):
         step = fmoe.value_and_grad(lambda x, f=fn: torch.compile(f)(x).sum())
         with pytest.raises(Exception, match=text):
             step(torch.randn(4, 16))
+
+
+def test_commands_refuse_it_with_compile_before_they_begin(command, capsys):
+    words = "default+compress:gather"
+    text = (
+        f"per_layer: remat_policy: got {words!r}, compiled, expected none that compresses in compiled layers."
+    )
+    with pytest.raises(ValueError, match=re.escape(text)):
+        per_layer(words, compiled=True)
+    how = "--model debug --batch-size 1 --seq-len 8 --compile --remat"
+    with pytest.raises(SystemExit):
+        command("plan", *how.split(), words)
+    assert text in " ".join(capsys.readouterr().err.split())
 
 
 def test_writing_into_a_value_that_is_kept_raises():
