@@ -241,7 +241,7 @@ def _spoken(words: str) -> Policy:
         kind, colon, names = word.partition(":")
         if colon and kind in named:
             check_names(kind, "names", tuple(names.split(",")), own=False)
-            found.append(named[kind](*names.split(",")))
+            found.extend(_parts(named[kind](*names.split(","))))  # Dynamo takes no policy inside another
         elif word in alone:
             found.append(alone[word])
         else:
