@@ -209,11 +209,7 @@ def test_the_benchmark_has_it_beside_the_others(quack, monkeypatch):
     monkeypatch.delenv("FMOE_GROUPED_MM")
     monkeypatch.setattr(gathered, "installed", lambda: True)
     shape = Shape(tokens=32, dim=DIM, hidden=4, experts=EXPERTS, top_k=TOP_K)
-    (params, config), x = layer(torch.float32), torch.randn(32, DIM)
-    params = params._replace(experts=params.experts._replace(w_in=params.experts.w_in[:, :, :4].contiguous()))
-    params = params._replace(
-        experts=params.experts._replace(w_out=params.experts.w_out[..., :4].contiguous())
-    )
+    (params, config), x = layer_of(hidden=4), torch.randn(32, DIM)
     found = layers(shape, config)
     ours = found["fmoe"](params, x)
     assert not quack
