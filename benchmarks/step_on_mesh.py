@@ -30,6 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 import fmoe
 from fmoe.__main__ import markdown_table
 from fmoe.bench.timing import of_host, or_dash, syncs
+from fmoe.errors import argument_error
 from fmoe.models import decoder, stages
 from fmoe.parallel import stack
 from fmoe.parallel.together import from_all
@@ -39,6 +40,10 @@ from fmoe.training.metrics import PEAK_FLOPS
 from fmoe.training.step import training_step
 
 WARM_UP = 3
+COLUMNS = [
+    "way", "tokens/s a device", "of the first", "ms (spread)", "host ms", "waits", "MFU", "peak GiB",
+    "first step s", "planned ms", "planned GiB", "planned bubble", "losses",
+]  # fmt: skip
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +85,11 @@ def steps_of(args: argparse.Namespace, way: argparse.Namespace, world: launch.Wo
 
 
 def measure(args: argparse.Namespace, way: argparse.Namespace, world: launch.World) -> dict[str, Any]:
+    if way.mesh != args.mesh:
+        got, expected, remedy = f"--mesh {way.mesh}", f"{args.mesh}, as all ways", "Run it for each mesh."
+        raise argument_error("step_on_mesh", "--way", got=got, expected=expected, remedy=remedy)
+    config = decoder.preset(args.preset, layers=args.layers, dim=args.dim)
+    of_plan = planned(args, way, config, world.pp)  # before the step, which would be lost if this failed
     torch._dynamo.reset()
     gc.collect()
     on_cuda = torch.device(way.device).type == "cuda"
@@ -107,16 +117,14 @@ def measure(args: argparse.Namespace, way: argparse.Namespace, world: launch.Wor
         waits = syncs(step) if on_cuda else None
         if way.profile:
             kernels(step, way.profile, world)
-    found = statistics.median(ms)
-    tokens = args.batch_size * args.seq_len / world.size / found * 1e3
-    config = decoder.preset(args.preset, layers=args.layers, dim=args.dim)
+    median = statistics.median(ms)
+    tokens = args.batch_size * args.seq_len / world.size / median * 1e3
     name = torch.cuda.get_device_name() if on_cuda else "CPU"
     flops, most = tokens * decoder.flops_per_token(config, args.seq_len), PEAK_FLOPS.get(name)
-    found = dict(tokens_per_second=tokens, ms=found, spread=(max(ms) - min(ms)) / found, host_ms=host)
-    found |= dict(
-        waits=waits, mfu=most and flops / most, gib=None if way.graph else peak, first_s=first, losses=losses
-    )
-    return found | planned(args, way, config, world.pp)
+    return dict(
+        tokens_per_second=tokens, ms=median, spread=(max(ms) - min(ms)) / median, host_ms=host, waits=waits,
+        mfu=most and flops / most, gib=None if way.graph else peak, first_s=first, losses=losses, **of_plan,
+    )  # fmt: skip
 
 
 def kernels(step: Callable[[], Any], number: int, world: launch.World) -> None:
@@ -124,7 +132,8 @@ def kernels(step: Callable[[], Any], number: int, world: launch.World) -> None:
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], acc_events=True) as seen:
         step()
         torch.cuda.synchronize()
-    rows = [e for e in seen.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    on_cuda = [e for e in seen.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    rows = [e for e in on_cuda if not e.is_user_annotation]  # which spans kernels that count already
     rows.sort(key=lambda e: -e.self_device_time_total)
     if world.is_first:
         total = sum(e.self_device_time_total for e in rows) / 1e3
@@ -156,7 +165,7 @@ def planned(args: argparse.Namespace, way: argparse.Namespace, config: Any, pp: 
 
 def row(name: str, found: dict[str, Any], first: dict[str, Any]) -> list[str]:
     if "error" in found:
-        return [name, found["error"], *[""] * 12]
+        return [name, found["error"], *[""] * (len(COLUMNS) - 2)]
     speed, least = found["tokens_per_second"], first.get("tokens_per_second")
     return [
         name or "(as above)",
@@ -173,10 +182,6 @@ def row(name: str, found: dict[str, Any], first: dict[str, Any]) -> list[str]:
         or_dash(found["bubble"], ".1%"),
         " ".join(f"{loss:.4f}" for loss in found["losses"]),
     ]  # fmt: skip
-
-
-COLUMNS = "way", "tokens/s a device", "of the first", "ms (spread)", "host ms", "waits", "MFU", "peak GiB"
-COLUMNS = (*COLUMNS, "first step s", "planned ms", "planned GiB", "planned bubble", "losses")
 
 
 def main() -> None:
@@ -199,6 +204,9 @@ def main() -> None:
     both = options.Parser()
     add_options(both)
     world = launch.join(args.mesh, device_type=torch.device(args.device).type, options=vars(args))
+    if args.batch_size % world.part[1]:
+        got, expected = args.batch_size, f"a multiple of {world.part[1]}, the parts of a batch"
+        raise argument_error("step_on_mesh", "--batch-size", got=got, expected=expected)
     found: dict[str, dict[str, Any]] = {}
     for words in args.way or [[]]:
         way, name = both.parse_args(words, argparse.Namespace(**vars(args))), " ".join(words)

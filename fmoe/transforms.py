@@ -246,7 +246,7 @@ def _spoken(words: str) -> Policy:
         kind, colon, names = word.partition(":")
         if colon and kind in named:
             check_names(kind, "names", tuple(names.split(",")), own=False)
-            found.append(named[kind](*names.split(",")))
+            found.extend(_parts(named[kind](*names.split(","))))  # Dynamo takes no policy inside another
         elif word in alone:
             found.append(alone[word])
         else:
@@ -257,10 +257,11 @@ def _spoken(words: str) -> Policy:
 
 
 def _inductor(graph: Any, inputs: Any) -> Any:
-    """Inductor, which leaves exchanges in parts in order, and takes no wrong backward from its cache.
+    """Inductor, which leaves exchanges in parts in order, and takes no wrong code from its cache.
 
     A backward that runs once may write into *donated buffers*, which are tensors that the forward kept. Run
-    twice, it would spoil them. Inductor's own key is the same for both.
+    twice, it would spoil them. Which kernels compute a layer's experts decides on the strides of a
+    pre-activation. Inductor's own key knows of neither.
     """
     from torch._inductor import exc
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -268,7 +269,7 @@ def _inductor(graph: Any, inputs: Any) -> Any:
 
     def compile_one(graph: Any, *args: Any, **kwargs: Any) -> Any:
         config: Any = torch.compiler.config
-        tag = f"{config.cache_key_tag} donated: {get_donated_idxs()}"
+        tag = f"{config.cache_key_tag} donated: {get_donated_idxs()} strides: {_strides(graph.graph)}"
         _in_order(graph.graph)
         # PyTorch 2.11 describes an operator that it first meets, with all that its arguments were made of.
         # For parts of exchanges, each of which depends on the one before, that takes minutes.
@@ -278,6 +279,13 @@ def _inductor(graph: Any, inputs: Any) -> Any:
 
     passes = {"joint_custom_pre_pass": _without_size_checks()}
     return compile_fx(graph, inputs, inner_compile=compile_one, config_patches=passes)
+
+
+def _strides(graph: Any) -> list[str]:
+    """Those of what our operators make."""
+    nodes = [node for node in graph.nodes if getattr(node.target, "namespace", "") == "fmoe"]
+    made = optree.tree_leaves([node.meta.get("val") for node in nodes])
+    return [str(tuple(t.stride())) for t in made if isinstance(t, torch.Tensor)]
 
 
 def _named(target: Any, args: Any, kwargs: Any) -> str:

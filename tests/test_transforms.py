@@ -665,6 +665,16 @@ def _model():
     return loss, optree.tree_leaves(params)
 
 
+@pytest.mark.parametrize("words", ["save:experts_grouped_mm", "default+save:attention"])
+def test_compiled_layers_keep_values_by_the_words_of_a_command_line(words):
+    function, leaves = _model()
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    wrappers = fmoe.transforms.per_layer(words, compiled=True), lambda layer: layer
+    made = [function(wrap)(*leaves) for wrap in wrappers]
+    got, want = (torch.autograd.grad(out.square().sum(), leaves, allow_unused=True) for out in made)
+    assert error(got, want, unit=1e-2) < 1e-10
+
+
 def test_inductors_key_says_what_a_compiled_backward_may_write_into(monkeypatch):
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._inductor import compile_fx  # which takes seconds

@@ -65,6 +65,20 @@ def test_the_cost_of_a_dispatch_is_measured(monkeypatch, capsys):
     assert all(int(cell) > 0 for row in rows[2:] for cell in row[1:4])
 
 
+def test_ways_to_take_a_step_stand_side_by_side_and_one_may_fail(monkeypatch, capsys):
+    sizes = "--layers", "2", "--batch-size", "2", "--seq-len", "16", "--steps", "1", "--rounds", "1"
+    ways = "--dtype bfloat16", "--dtype float32", "--mesh dp=2"
+    how = *sizes, "--device", "cpu", "--rates", str(RATES), *(f"--way={way}" for way in ways)
+    monkeypatch.setattr(sys, "argv", ["step_on_mesh.py", *how])
+    runpy.run_path(str(BENCHMARKS / "step_on_mesh.py"), run_name="step_on_mesh")["main"]()
+    lines = capsys.readouterr().out.splitlines()
+    heading, _, *rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    assert [row[0] for row in rows] == [*ways]
+    assert len(rows[0]) == len(heading) and float(rows[0][heading.index("planned ms")]) > 0
+    assert "got rates of bfloat16" in rows[1][1] and "--way: got --mesh dp=2" in rows[2][1]
+    assert {line.count("|") for line in lines if line.startswith("|")} == {len(heading) + 1}
+
+
 @pytest.mark.parametrize("script", [*sorted(BENCHMARKS.glob("*.py"))], ids=lambda script: script.stem)
 def test_a_benchmark_finds_what_it_imports(script):
     runpy.run_path(str(script), run_name=script.stem)

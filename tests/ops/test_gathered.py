@@ -9,6 +9,7 @@ import quack_double
 import torch
 from helpers import error
 from rich.console import Console
+from torch._inductor.utils import fresh_cache
 
 import fmoe
 from fmoe.bench import tune as tuning
@@ -16,6 +17,7 @@ from fmoe.bench.layers import Shape, layers
 from fmoe.ops import experts as experts_module
 from fmoe.ops.kernels import gathered, grouped, tuned
 from fmoe.ops.kernels.tuned import Choice
+from fmoe.transforms import per_layer
 
 DIM, HIDDEN, EXPERTS, TOP_K = 16, 6, 5, 2
 
@@ -153,6 +155,29 @@ def test_a_file_or_the_environment_chooses_it(quack, monkeypatch):
         assert gathered.chosen(*shapes(4)) and not gathered.chosen(*shapes(8))
 
 
+def test_the_environment_goes_with_a_file_of_single_products(quack):
+    (params, config), x = layer(), torch.randn(7, DIM, dtype=torch.float64)
+    key = tuned.key("mm transposed", (EXPERTS, HIDDEN, DIM), x.dtype)  # of the down product
+    with tuned.using(x.device, {key: Choice("loop")}):
+        fmoe.moe_forward(params, x, router=config)
+    assert quack == ["gemm"]
+
+
+def test_code_compiled_for_other_kernels_is_not_taken_from_the_cache(quack, monkeypatch):
+    (params, config), x = layer(torch.float32), torch.randn(7, DIM)
+
+    def gradients():
+        torch._dynamo.reset()
+        step = per_layer(compiled=True)(lambda params, x: fmoe.moe_forward(params, x, router=config))
+        return fmoe.value_and_grad(lambda params, x: step(params, x).square().sum(), (0, 1))(params, x)
+
+    with fresh_cache():
+        ours = gradients()
+        assert quack
+        monkeypatch.setenv("FMOE_GROUPED_MM", "loop")
+        assert error(gradients(), ours, unit=1e-2) < 1e-5
+
+
 def test_tuning_compares_tiles_and_then_whole_layers(quack, monkeypatch):
     monkeypatch.delenv("FMOE_GROUPED_MM")
 
@@ -184,11 +209,7 @@ def test_the_benchmark_has_it_beside_the_others(quack, monkeypatch):
     monkeypatch.delenv("FMOE_GROUPED_MM")
     monkeypatch.setattr(gathered, "installed", lambda: True)
     shape = Shape(tokens=32, dim=DIM, hidden=4, experts=EXPERTS, top_k=TOP_K)
-    (params, config), x = layer(torch.float32), torch.randn(32, DIM)
-    params = params._replace(experts=params.experts._replace(w_in=params.experts.w_in[:, :, :4].contiguous()))
-    params = params._replace(
-        experts=params.experts._replace(w_out=params.experts.w_out[..., :4].contiguous())
-    )
+    (params, config), x = layer_of(hidden=4), torch.randn(32, DIM)
     found = layers(shape, config)
     ours = found["fmoe"](params, x)
     assert not quack

@@ -269,8 +269,8 @@ class _Remat(torch.autograd.Function):
         region = ctx.region
         saved, n, homes = [*unwrap_dead_wrappers(ctx.saved_tensors)], region.num_tensors, region.found.homes
         coming, ctx.coming = ctx.coming or begin(saved[n:], homes), None
-        for i, (tensor, home) in enumerate(zip(finish(coming), homes), n):
-            saved[i] = saved[i] if home is None else tensor
+        for i, tensor in enumerate(finish(coming), n):
+            saved[i] = saved[i] if tensor is None else tensor  # on a CPU nothing went away
         saved[n:] = restored(saved[n:], region.found.recorded)
         if may_leave(saved):
             begin_offloaded((earlier for earlier, _ in ctx.next_functions), runs)

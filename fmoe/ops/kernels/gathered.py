@@ -19,7 +19,7 @@ from ...errors import argument_error
 from . import fused, grouped, tuned
 from .tuned import Tile
 
-ENGINE = "quack"
+ENGINE = grouped.LAYERS
 LINE = 8  # numbers in 16 bytes, of which rows must be whole
 PRODUCTS = "up", "up inputs", "up weight", "down inputs", "down weight"
 # Four warps compute a tile while four others store theirs; eight compute one together.
@@ -105,7 +105,11 @@ class Rows(NamedTuple):
 def rows_of(
     slot_R: torch.Tensor, offsets_e: torch.Tensor, top_k: int, weights_SK: torch.Tensor | None = None
 ) -> Rows:
-    """Those of a layout. A row of no pair finds the first token, and weighs nothing."""
+    """Those of a layout. A row of no pair finds the first token, and weighs nothing.
+
+    ``align_rows`` puts such rows among an expert's. So if the first token or its cotangent isn't finite, the
+    gradients of all these experts' weights are NaN, not only of those that the token goes to.
+    """
     if slot_R.is_cuda:
         from . import plan
 

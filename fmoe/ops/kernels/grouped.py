@@ -22,6 +22,7 @@ from .choice import chosen
 from .tuned import Choice
 
 ENGINES = ("triton", "torch", "loop")
+LAYERS = "quack"  # computes layers, not single products
 OVERRIDE = "FMOE_GROUPED_MM"
 BEST = {engine: Choice(engine) for engine in ENGINES}
 
@@ -75,10 +76,12 @@ def choice(product: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, si
     """The engine and tile for a product of rows ``a`` with ``b``, into ``out``; ``sizes`` are (e, I, O)."""
     known = tuned.choices(a.device)
     found = known.get(tuned.key(product, sizes, a.dtype)) if known else None
-    if found is None and os.environ.get(OVERRIDE, "quack") == "quack":
+    if os.environ.get(OVERRIDE, LAYERS) == LAYERS:
+        if found and found.engine in engines(a, b, out):
+            return found
         return BEST[next(name for name in ENGINES if _able(name, a, b, out))]
-    able = sorted(engines(a, b, out), key=lambda name: found is None or name != found.engine)
-    engine = chosen("grouped_mm", OVERRIDE, able, f"{a.dtype} of shape {tuple(a.shape)} on {a.device}")
+    work = f"{a.dtype} of shape {tuple(a.shape)} on {a.device}"
+    engine = chosen("grouped_mm", OVERRIDE, engines(a, b, out), work)
     return found if found and found.engine == engine else BEST[engine]
 
 
