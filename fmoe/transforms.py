@@ -246,13 +246,14 @@ def _spoken(words: str) -> Policy:
         kind, colon, names = word.partition(":")
         if colon and kind in named:
             check_names(kind, "names", tuple(names.split(",")), own=False)
-            found.extend(_parts(named[kind](*names.split(","))))  # Dynamo takes no policy inside another
+            found.append(named[kind](*names.split(",")))
         elif word in alone:
             found.append(alone[word])
         else:
             kinds = ", ".join(f"{kind}:NAME,NAME" for kind in named)
             expected = f"none, full, default, {kinds}, or several joined by +"
             raise argument_error("per_layer", "remat_policy", got=repr(words), expected=expected)
+    # Dynamo takes no policy inside another.
     return Names(tuple(part for policy in found for part in _parts(policy)))
 
 
