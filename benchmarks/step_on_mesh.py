@@ -14,7 +14,6 @@ import dataclasses
 import gc
 import itertools
 import json
-import math
 import shlex
 import statistics
 import time
@@ -33,6 +32,7 @@ from fmoe.bench.timing import of_host, or_dash, syncs
 from fmoe.errors import argument_error
 from fmoe.models import decoder, stages
 from fmoe.parallel import stack
+from fmoe.parallel.backends.deepep import buffers
 from fmoe.parallel.together import from_all
 from fmoe.plan import plan, read_rates
 from fmoe.training import launch, optim, options
@@ -51,6 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_layout(parser)
     options.add_precision(parser)
     add("--plain-loop", action="store_true", help="nothing is gathered or summed ahead of its use")
+    add("--sms", type=int, help="multiprocessors that DeepEP's kernels take (default: DeepEP's)")
     add("--profile", type=int, default=0, metavar="N", help="print the N kinds of kernels that take longest")
 
 
@@ -92,6 +93,11 @@ def measure(args: argparse.Namespace, way: argparse.Namespace, world: launch.Wor
     of_plan = planned(args, way, config, world.pp)  # before the step, which would be lost if this failed
     torch._dynamo.reset()
     gc.collect()
+    if way.sms:
+        import deep_ep
+
+        buffers.free_kept()  # those were made for another number
+        deep_ep.Buffer.set_num_sms(way.sms)
     on_cuda = torch.device(way.device).type == "cuda"
     wait: Callable[[], Any] = torch.cuda.synchronize if on_cuda else lambda: None
     loop = mock.patch.object(stack, "_plain_autograd", return_value=False)
@@ -146,13 +152,11 @@ def planned(args: argparse.Namespace, way: argparse.Namespace, config: Any, pp: 
     if not args.rates or way.ep_overlap:  # which no plan knows yet
         return dict(planned_ms=None, planned_gib=None, bubble=None)
     precision = options.Precision.of(way)
-    bounded = way.ep_capacity is not None
-    capacity = None if way.ep_capacity in (None, math.inf) else way.ep_capacity
     how: dict[str, Any] = dict(
         micro_batches=way.micro_batches, dtype=precision.dtype, compute_dtype=precision.compute,
         zero=way.zero, per_layer=fmoe.transforms.per_layer(way.remat), compiled=way.compile,
         optimizer=optim.adamw(moments_dtype=precision.moments), rates=read_rates(args.rates),
-        backend=fmoe.parallel.Backend(host_sync=not bounded, capacity=capacity, payload=way.ep_payload),
+        backend=fmoe.parallel.Backend(**options.bounds(way.ep_capacity), payload=way.ep_payload),
         precision=precision.recipe,
     )  # fmt: skip
     if pp > 1:

@@ -40,7 +40,7 @@ from .plan import read_rates
 from .plan import report as planned
 from .training import launch, loop, plot
 from .training.optim import adamw
-from .training.options import PRECISION_HELP, Help, recipe
+from .training.options import PRECISION_HELP, Help, bounds, recipe
 from .transforms import per_layer
 
 Add = Callable[..., Any]  # a parser's add_argument
@@ -172,8 +172,7 @@ def plan(args: argparse.Namespace) -> None:
     dtypes = _dtypes(args)
     optimizer = adamw(moments_dtype=dtypes.pop("moments_dtype"))
     per_layer(args.remat, compiled=args.compile)  # raises for what no step could do
-    waits, capacity = args.ep_capacity is None, args.ep_capacity
-    backend = Backend(host_sync=waits, capacity=capacity, payload=args.ep_payload)
+    backend = Backend(**bounds(args.ep_capacity), payload=args.ep_payload)
     found = plan_step(
         config, args.mesh, batch_size=args.batch_size, seq_len=args.seq_len, micro_batches=args.micro_batches,
         zero=args.zero, per_layer=per_layer(args.remat), imbalance=args.imbalance, optimizer=optimizer,
@@ -259,7 +258,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--pp-schedule", choices=KINDS, default="1f1b", help="of a mesh with pp")
     add("--stages-per-rank", type=int, help="default: 1 for 1f1b, else 2")
     add("--imbalance", type=float, default=1.0, help="the busiest device's rows over the mean")
-    add("--ep-capacity", type=float, help="room for rows over the mean, where the host never asks for theirs")
+    add("--ep-capacity", type=float, help="room for rows over the mean, asking nobody for theirs; inf: all")
     add("--ep-payload", choices=PAYLOADS, help="what tokens travel to experts as (default: their dtype)")
     add(
         "--rates",

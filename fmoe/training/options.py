@@ -144,17 +144,16 @@ class Layout(NamedTuple):
         """
         sizes = dict(pp=world.pp, micro_batches=args.micro_batches, stages_per_rank=args.stages_per_rank)
         schedule = make_schedule(args.pp_schedule, **sizes)
+        room = bounds(args.ep_capacity)
         backend = Backend(args.ep_backend, in_halves=args.ep_overlap, payload=args.ep_payload)
         how = dict(mesh=world.mesh, backend=backend, micro_batches=args.micro_batches, schedule=schedule)
         how["per_layer"] = per_layer(args.remat, compiled=args.compile)
         bounded = None
-        if args.ep_capacity is not None:
+        if not room["host_sync"]:
             at_once = args.micro_batches * (2 if args.ep_overlap else 1)
             most = -(-args.batch_size // (world.part[1] * at_once)) * args.seq_len
-            worst = args.ep_capacity == math.inf
-            capacity = None if worst else args.ep_capacity
-            bounded = backend._replace(host_sync=False, capacity=capacity, max_tokens=most)
-            if worst:  # nothing can overflow
+            bounded = backend._replace(**room, max_tokens=most)
+            if bounded.capacity is None:  # nothing can overflow
                 how["backend"], bounded = bounded, None
         return cls(schedule, how, args.zero, bounded)
 
@@ -168,6 +167,16 @@ class Layout(NamedTuple):
             return of_model()
         fast = of_model(backend=self.bounded)
         return exact_on_overflow(graphed(fast) if graph else fast, of_model())
+
+
+def bounds(ep_capacity: float | None) -> dict[str, Any]:
+    """What ``--ep-capacity`` says of a :class:`fmoe.parallel.Backend`.
+
+    >>> bounds(None), bounds(float("inf"))
+    ({'host_sync': True, 'capacity': None}, {'host_sync': False, 'capacity': None})
+    """
+    capacity = None if ep_capacity == math.inf else ep_capacity
+    return {"host_sync": ep_capacity is None, "capacity": capacity}
 
 
 def add_layout(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ import fmoe
 from fmoe.bench import tune as tuning
 from fmoe.bench.layers import Shape, layers
 from fmoe.ops import experts as experts_module
-from fmoe.ops.kernels import gathered, grouped, tuned
+from fmoe.ops.kernels import gathered, tuned
 from fmoe.ops.kernels.tuned import Choice
 from fmoe.transforms import per_layer
 
@@ -216,13 +216,9 @@ def test_the_benchmark_has_it_beside_the_others(quack, monkeypatch):
     assert error(found["fmoe, quack"](params, x), ours) < 1e-5 and quack
 
 
-def test_without_quack_kernels_there_is_nothing_to_choose():
-    if not gathered.installed():
-        assert not gathered.chosen(*shapes(2))
-        assert (
-            grouped.mm(torch.ones(2, 4), torch.ones(1, 4, 3), torch.tensor([2], dtype=torch.int32)).sum()
-            == 24
-        )
+def test_on_a_cpu_there_is_nothing_to_choose(monkeypatch):
+    monkeypatch.delenv("FMOE_GROUPED_MM", raising=False)
+    assert not gathered.able(*shapes(2)) and not gathered.chosen(*shapes(2))
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------------------

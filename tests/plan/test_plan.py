@@ -616,3 +616,11 @@ def test_what_is_no_size_or_device_is_named(options, text):
 def test_the_peak_is_within_a_twentieth_of_what_the_allocator_says(how):
     result = bench_model(preset("16B", layers=3), steps=2, **how)
     assert result["planned_over_peak"] == pytest.approx(1, abs=0.05), result["planned"]
+
+
+def test_a_command_plans_room_for_the_worst_case(command):
+    words = ["plan", "--model", "debug", "--mesh", "ep=2", "--batch-size", 4, "--seq-len", 32, "--json"]
+    found = json.loads(command(*words, "--ep-capacity", "inf", "--dtype", "float32"))
+    worst = Backend(host_sync=False)
+    want = plan(decoder.preset("debug"), "ep=2", batch_size=4, seq_len=32, backend=worst)
+    assert found["peak"] == want.peak > plan(decoder.preset("debug"), "ep=2", batch_size=4, seq_len=32).peak

@@ -101,7 +101,7 @@ def test_ranks_with_every_option_train_as_one_process_does(pool, alone, tmp_path
 
 def test_a_capacity_changes_no_loss(pool, alone, tmp_path):
     """Steps without room for all rows are done again; those with room are the same."""
-    for capacity in ("0.3", "2"):
+    for capacity in ("0.3", "2", "inf"):
         options = [*TWO_LAYERS, "--out", tmp_path / capacity, "--mesh", "ep=2", "--ep-capacity", capacity]
         pool.run(2, run_here, *options)
         assert losses(tmp_path / capacity) == pytest.approx(alone, rel=1e-6)

@@ -120,7 +120,7 @@ def rows_of(
     return Rows((pair_R // top_k).int(), torch.nn.functional.pad(offsets_e, (1, 0)), weights)
 
 
-# ---- the six products of a layer -------------------------------------------------------------------------
+# ---- the products of a layer -----------------------------------------------------------------------------
 
 
 def up(x: torch.Tensor, w_in: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -168,8 +168,8 @@ def down_inputs(
 def down_weight(g: torch.Tensor, act: torch.Tensor, rows: Rows) -> torch.Tensor:
     """Cotangents (S, D) and weighed activations (R, F) -> (e, D, F)."""
     g_w = g.new_empty(rows.starts.shape[0] - 1, g.shape[1], act.shape[1])
-    size = g_w.shape[0], g_w.shape[1], g_w.shape[2]
-    _gemm("down weight", size, _lines(g).T, act, g_w, rows, gather=True, summed=True)
+    experts, dim, hidden = g_w.shape
+    _gemm("down weight", (experts, dim, hidden), _lines(g).T, act, g_w, rows, gather=True, summed=True)
     return g_w
 
 
