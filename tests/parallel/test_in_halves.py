@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import weakref
+from unittest import mock
 
 import deep_ep_double
 import laws
@@ -19,7 +20,7 @@ import fmoe
 from fmoe.errors import TransformError
 from fmoe.models import decoder
 from fmoe.ops.core.axes import group_of
-from fmoe.parallel import Backend
+from fmoe.parallel import Backend, deepep
 from fmoe.parallel.backends import all_to_all, in_parts
 from fmoe.parallel.backends.deepep import buffers as deep_ep_buffers
 from fmoe.parallel.collectives import group_alone
@@ -208,6 +209,29 @@ def over_deepep(kind, way, remats):
 def test_rows_travel_over_deepep_too(pool, kind, way, slow):
     for found in pool.run(2, over_deepep, kind, way, ["none", "full", "default"] if slow else ["none"]):
         assert max(found.values()) < 1e-5, found  # weights travel in float32
+
+
+def whose_memory_is_used_again():
+    install("buffer")
+    sizes = dict(dim=256, top_k=2, num_experts=4)
+    x, ids, weights = (
+        torch.randn(64, 256),
+        torch.rand(64, 4).argsort(1)[:, :2].contiguous(),
+        torch.rand(64, 2),
+    )
+    with deepep(bare_mesh("ep=2")["ep"], max_tokens_per_rank=64, **sizes) as whole:
+        routing = fmoe.Routing(ids, weights, torch.bincount(ids.flatten(), minlength=4), torch.rand(64, 4))
+        want = whole.dispatch(x.clone(), routing)[0]
+        backend = whole._replace(in_halves=True)
+        with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
+            coming = backend.dispatch_start(x, routing)
+            for t in (x, ids, weights):
+                t.zero_()
+            return error(backend.dispatch_join(backend.dispatch_send(coming))[0], want)
+
+
+def test_compiled_code_may_write_at_once_to_what_a_dispatch_was_given(pool):
+    assert pool.run(2, whose_memory_is_used_again) == [0, 0]
 
 
 @pytest.mark.gpu

@@ -103,18 +103,20 @@ deepep_end_send: Operator = part(
 # ---- rows with their weights: a dispatch, and back -------------------------------------------------------
 
 
-def _pack_kernel(x: torch.Tensor, weights: torch.Tensor, compiled: bool, buffer: str) -> Tensors:
-    rows = tuple(_private(t, compiled) for t in (x, weights))
+def _pack_kernel(
+    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, compiled: bool, buffer: str
+) -> Tensors:
+    rows = tuple(_private(t, compiled) for t in (x, weights, ids))
     for t in rows:
         catch_up(t)
     return ticket(x, rows), weights.new_empty(0, weights.shape[1])
 
 
 def _post_kernel(
-    packed: Any, ids: Any, num_experts: int, size: int, narrow: bool, max_tokens: int, buffer: str
+    packed: Any, num_experts: int, size: int, narrow: bool, max_tokens: int, buffer: str
 ) -> torch.Tensor:
+    (x, weights, ids), held = taken(packed), find(buffer)
     check_ids(ids, num_experts)
-    (x, weights), held = taken(packed), find(buffer)
     if size > 1:
         check_alike(held, x, ids, narrow, max_tokens)
     with beside(x):
@@ -179,9 +181,9 @@ def _begin_both_back_kernel(
     return ticket(y, launched), weights.new_empty(0, weights.shape[1])
 
 
-# x (T, D) and weights (T, K) -> tickets of rows that haven't left.
+# x (T, D), weights (T, K) and ids (T, K) -> tickets of the first two, which haven't left.
 deepep_pack: Operator = part_of_several(
-    "deepep_pack(Tensor x, Tensor weights, bool compiled, str buffer) -> (Tensor, Tensor)",
+    "deepep_pack(Tensor x, Tensor weights, Tensor ids, bool compiled, str buffer) -> (Tensor, Tensor)",
     _pack_kernel,
     _tickets_fake,
     DISPATCH,
@@ -189,10 +191,10 @@ deepep_pack: Operator = part_of_several(
     vjp=lambda kept, needs, g_x, g_weights: deepep_end_both_back(g_x, g_weights, *kept),
 )
 
-# The first of them and ids (T, K) -> the ticket of the same rows when they have left.
+# The first of them -> the ticket of the same rows when they have left.
 deepep_post: Operator = part(
-    "deepep_post(Tensor packed, Tensor ids, SymInt num_experts, int size, bool narrow, SymInt max_tokens, "
-    "str buffer) -> Tensor",
+    "deepep_post(Tensor packed, SymInt num_experts, int size, bool narrow, SymInt max_tokens, str buffer) "
+    "-> Tensor",
     _post_kernel,
     lambda packed, *others: packed.new_empty(0, dtype=torch.uint8),
     DISPATCH,

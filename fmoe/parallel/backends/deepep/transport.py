@@ -76,17 +76,16 @@ class DeepEP(NamedTuple):
         check_experts_divide(routing.counts_E.shape[0], self.group.size)
         if self.bound is not None:
             self.bound.check(x_TD.shape[0])
-        tickets = deepep_pack(x_TD, routing.weights_TK.float(), torch.compiler.is_compiling(), self.buffer)
+        tokens = x_TD, routing.weights_TK.float(), routing.expert_ids_TK
+        tickets = deepep_pack(*tokens, torch.compiler.is_compiling(), self.buffer)
         coming = _Coming(tickets[0], tickets[1], routing)
         return coming if self.bound is None else self.dispatch_send(coming)
 
     def dispatch_send(self, coming: "_Coming") -> "_Coming":
         if coming.posted:
             return coming
-        ids_TK, num_experts = coming.routing.expert_ids_TK, coming.routing.counts_E.shape[0]
-        most = self.bound.max_tokens if self.bound else 0
-        how = num_experts, self.group.size, self.narrow, most, self.buffer
-        posted = deepep_post(coming.rows, ids_TK, *how)
+        num_experts, most = coming.routing.counts_E.shape[0], self.bound.max_tokens if self.bound else 0
+        posted = deepep_post(coming.rows, num_experts, self.group.size, self.narrow, most, self.buffer)
         return coming._replace(posted=(posted,))
 
     def dispatch_join(self, coming: "_Coming") -> tuple[torch.Tensor, Plan]:
