@@ -138,7 +138,7 @@ class MadeZeros(TorchDispatchMode):
 @pytest.mark.parametrize("differentiate", [fmoe.value_and_grad, torch.func.grad_and_value])
 @pytest.mark.parametrize("policy", [fmoe.save, fmoe.offload, fmoe.compress])
 def test_a_backward_makes_no_zeros_as_large_as_what_was_kept(policy, differentiate):
-    """Of what was offloaded they would be in the host's memory, where they take longer than the copies."""
+    """Those of what was offloaded would be in the host's memory: the device waits while it is filled."""
 
     def fn(w, x):
         return fmoe.checkpoint_name(x @ w, "up").sin().sum(), x.sum()
