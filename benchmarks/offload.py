@@ -6,7 +6,7 @@ Before anything is timed, each policy must give the first one's loss bit for bit
 rounding, since attention's backward may add in any order. Policies take turns, so that a disturbance hits
 all; times are medians. What is held lies on the device between forward and backward, beyond the parameters.
 The peak is that of a step, parameters and gradients included. Beside both, and for the host's memory, stands
-what ``fmoe.plan`` says.
+what ``fmoe.plan`` says. Beneath stands how fast this machine copies to pinned memory and back.
 """
 
 import statistics
@@ -19,6 +19,7 @@ import torch
 
 from fmoe.__main__ import markdown_table
 from fmoe.bench.measure import ROUNDING
+from fmoe.bench.timing import timed
 from fmoe.models import decoder
 from fmoe.plan import plan
 from fmoe.training.options import Parser, at_least
@@ -34,6 +35,7 @@ POLICIES = [
 HEADINGS = ["`--remat`", "forward ms", "backward ms"]
 HEADINGS += ["held GiB", "planned", "peak GiB", "planned", "on the host GiB"]
 DTYPE = torch.bfloat16
+COPIED = 2**28  # bytes
 
 
 class Step(NamedTuple):
@@ -88,6 +90,18 @@ def planned(words: str, config: decoder.DecoderConfig, **sizes: Any) -> Planned:
     return Planned(held, peak, rank.offloaded)
 
 
+def copy_rates() -> tuple[float, float]:
+    """GB/s from the device to pinned memory of the host and back, the best of five times a few copies."""
+    on_host = torch.empty(COPIED, dtype=torch.uint8, pin_memory=True)
+    here = torch.zeros(COPIED, dtype=torch.uint8, device="cuda")
+
+    def rate(to: torch.Tensor, of: torch.Tensor) -> float:
+        ms = min(timed(lambda: to.copy_(of, non_blocking=True), on_cuda=True) for _ in range(5))
+        return COPIED / ms / 1e6
+
+    return rate(on_host, here), rate(here, on_host)
+
+
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--model", default="16B", help="a preset")
@@ -128,6 +142,9 @@ def main() -> None:
     tokens_of = f"{args.batch_size} x {args.seq_len} tokens"
     print(f"{args.layers} layers of {args.model}, {tokens_of}, {DTYPE}, {name}, torch {torch.__version__}\n")
     print(markdown_table(HEADINGS, rows))
+    if on_cuda:
+        there, back = copy_rates()
+        print(f"\nPinned copies here: {there:.1f} GB/s to the host, {back:.1f} GB/s back.")
 
 
 if __name__ == "__main__":

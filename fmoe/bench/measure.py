@@ -21,7 +21,7 @@ from ..ops.kernels import grouped
 from ..ops.route import RouterConfig, route
 from .layers import Layer, Shape, config_for, layers, plain_layer, random_params, skewed
 from .peers import PEERS
-from .timing import check_number, in_turns, matmul_rate, of_host, on_device, or_dash, syncs, timed
+from .timing import check_number, in_turns, matmul_rate, of_host, on_device, or_dash, say, syncs, timed
 
 ROUNDING = 0.05  # a relative error below this is rounding
 FP8_ROUNDING = 0.1  # the same of products in fp8
@@ -135,6 +135,8 @@ def bench_layer(
                the reasons of peers that didn't run, ``wrong`` the errors of wrong ones
     =========  ===============================================================
 
+    It says on stderr how each layer was checked, and its times once they are known.
+
     Raises ``RuntimeError`` if a layer that is no peer has a wrong output or gradient. Raises ``ValueError``
     for fewer than two rounds, and for names that no layer has.
 
@@ -166,6 +168,9 @@ def bench_layer(
     peers, not_measured, wrong = _peers(run, expected, shape, config, wanted)
     entries |= peers
     forward, step = (_times(entries, rounds, call) for call in (Run.forward, Run.step))
+    for name in entries:
+        alone, both = statistics.median(forward[name]), statistics.median(step[name])
+        say(f"{name}: forward {alone:.2f} ms, with backward {both:.2f} ms")
     times = {name: (forward[name], step[name], apart) for name, apart in _apart(entries, rounds).items()}
     peak_rate = matmul_rate(dtype, device)
     w_in, counts = run.params.experts.w_in.flatten(1, 2).mT, route(run.params.router, run.x, config).counts_E
@@ -204,19 +209,23 @@ def _reference(run: Run, shape: Shape, config: RouterConfig) -> tuple[torch.Tens
 
 
 def _entered(name: str, layer: Layer, run: Run, expected: tuple[torch.Tensor, ...], rounding: float) -> Entry:
-    entry = _tried(layer, run, expected)
+    entry = _tried(name, layer, run, expected)
     if not entry.error < rounding:
         raise RuntimeError(f"bench layer: {name}: relative error {entry.error:.2g} against float32.")
     return entry
 
 
-def _tried(layer: Layer, run: Run, expected: tuple[torch.Tensor, ...]) -> Entry:
+def _tried(name: str, layer: Layer, run: Run, expected: tuple[torch.Tensor, ...]) -> Entry:
     """Run every call that will be timed once. The error is the largest relative one, by Frobenius norms."""
+    start = time.perf_counter()
     # With one expert per token, the router's gradient is rounding only.
     least = max(float(b.norm()) for b in expected) * 1e-5
     errors = [(a.float() - b).norm() / b.norm().clamp(min=least) for a, b in zip(run.step(layer), expected)]
     run.forward(layer)
-    return Entry(layer, run, float(torch.stack(errors).max()), _costs(run, layer))  # max() misses NaN
+    entry = Entry(layer, run, float(torch.stack(errors).max()), _costs(run, layer))  # max() misses NaN
+    seconds = time.perf_counter() - start
+    say(f"{name}: checked against float32 in {seconds:.1f} s, error {entry.error:.1e}")
+    return entry
 
 
 def _peers(
@@ -231,9 +240,10 @@ def _peers(
         try:
             layer = peer.make(shape, config)
             gradients = y, g_x, g_router, *peer.layout(ExpertParams(*g_experts))
-            entry = _tried(layer, run.arranged(peer.layout), gradients)
+            entry = _tried(name, layer, run.arranged(peer.layout), gradients)
         except Exception as error:  # any kind: another version, or an unfit shape or device
             not_measured[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+            say(f"{name}: not measured: {not_measured[name]}")
             continue
         if entry.error < ROUNDING:
             right[name] = entry
@@ -288,6 +298,7 @@ def _apart(entries: dict[str, Entry], rounds: int) -> dict[str, Apart]:
     found = {name: Apart() for name in entries}
     for name, call in steps.items():
         device, launches, host = map(statistics.median, zip(*(turn[name] for turn in turns)))
+        say(f"{name}: device {device:.2f} ms, host {host:.2f} ms, {launches:.0f} launches")
         found[name] = Apart(device, host, _replay(call, rounds), launches)
     return found
 

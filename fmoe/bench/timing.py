@@ -1,6 +1,7 @@
 """The cost of a call: time, launches and waits of the host. Also the device's best rate."""
 
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -83,6 +84,11 @@ def check_number(function: str, argument: str, number: int) -> None:
     if not isinstance(number, int) or number < 2:
         expected = "an integer of at least 2"
         raise argument_error(function, argument, got=number, expected=expected, remedy="Measure more often.")
+
+
+def say(text: str) -> None:
+    """Print on stderr what is known so far, which a run that is ended early would lose."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def or_dash(value: float | None, form: str) -> str:

@@ -5,7 +5,6 @@ Measuring single products misleads: at its power limit, a card pays in clocks fo
 
 import functools
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from ..ops.kernels import gathered, grouped, tuned
 from ..ops.kernels.tuned import Choice, Tile
 from .layers import Shape, config_for
 from .measure import Run, random_run
-from .timing import check_number, or_dash, timed
+from .timing import check_number, or_dash, say, timed
 
 TILES = [
     Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 4), Tile(128, 256, 128, 8, 2), Tile(256, 128, 64, 8, 3),
@@ -58,7 +57,8 @@ def tune(
     -> list  a :class:`Tuned` for each product
     =======  ===============================================================
 
-    The first choice stays unless another makes the median step faster by a hundredth. Raises ``RuntimeError``
+    The first choice stays unless another makes the median step faster by a hundredth. What is chosen for a
+    product is said on stderr at once. Raises ``RuntimeError``
     if a choice gives other gradients, and ``ValueError`` for fewer than two rounds.
     """
     check_number("tune", "rounds", rounds)
@@ -76,6 +76,7 @@ def tune(
         assert first is not None
         best[product] = choices[0] if fastest > first * (1 - GAIN) else choices[ms.index(fastest)]
         found.append(Tuned(product, choices, ms, best[product]))
+        say(f"tune: {product}: {_words(best[product])}, {ms[choices.index(best[product])]:.3f} ms a step")
     tuned.write(run.x.device, best)
     return found
 
@@ -129,7 +130,7 @@ def _compare(
             with tuned.using(device, {product: choice}):
                 got = step()
         except Exception as error:  # Triton raises several kinds for a tile that needs too much
-            print(f"tune: {choice} can't run here: {str(error).splitlines()[0]}", file=sys.stderr)
+            say(f"tune: {choice} can't run here: {str(error).splitlines()[0]}")
             continue
         times[choice] = []
         errors = [(a - b).float().norm() / b.float().norm() for a, b in zip(got, expected)]
@@ -143,6 +144,10 @@ def _compare(
     return [statistics.median(times[choice]) if choice in times else None for choice in able]
 
 
+def _words(choice: Choice) -> str:
+    return f"{choice.engine} {'x'.join(map(str, choice.tile or ()))}".rstrip()
+
+
 def report(found: list[Tuned], console: Console) -> None:
     """Print a column for each product: ms of a step with each choice."""
     table = Table("ms of a step with", *(each.product for each in found))
@@ -150,5 +155,5 @@ def report(found: list[Tuned], console: Console) -> None:
         times = [dict(zip(each.choices, each.ms)).get(choice) for each in found]
         cells = [or_dash(ms, ".3f") for ms in times]
         best = [f"[bold]{c}[/bold]" if each.best == choice else c for c, each in zip(cells, found)]
-        table.add_row(f"{choice.engine} {'x'.join(map(str, choice.tile or ()))}", *best)
+        table.add_row(_words(choice), *best)
     console.print(table)

@@ -56,6 +56,24 @@ def test_the_command_measures_every_layer_and_writes_json(command, tmp_path):
     assert saved["fmoe"] < saved["PyTorch eager"]
 
 
+def test_what_is_known_is_said_at_once_on_stderr(monkeypatch, capfd):
+    said = []
+
+    def timed(*args):
+        said.append(capfd.readouterr())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "_apart", timed)
+    names = ["fmoe", "PyTorch eager"]
+    with pytest.raises(KeyboardInterrupt):
+        measure.bench_layer(TINY, dtype=torch.float32, device="cpu", rounds=2, only=names)
+    ((out, err),) = said
+    assert out == ""
+    checks = [f"{name}: checked against float32 in N s, error N" for name in names]
+    times = [f"{name}: forward N ms, with backward N ms" for name in names]
+    assert re.sub(r"\b\d+\.\d+(e[-+]\d+)?", "N", err).splitlines() == checks + times
+
+
 def test_the_cost_of_a_dispatch_is_measured(monkeypatch, capsys):
     sizes = "--tokens", "64", "--dim", "16", "--experts", "8", "--top-k", "2", "--size", "4"
     monkeypatch.setattr(sys, "argv", ["exchange.py", *sizes])

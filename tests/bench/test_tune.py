@@ -64,10 +64,12 @@ def test_the_fastest_choice_is_kept_and_used(file, monkeypatch, slow):
 
 
 @pytest.mark.usefixtures("two_engines")
-def test_a_small_gain_changes_nothing(monkeypatch):
+def test_a_small_gain_changes_nothing_and_is_said_on_stderr(monkeypatch, capsys):
     times = iter([1.0, 0.995] * 100)
     monkeypatch.setattr(tuning, "timed", lambda call, on_cuda: next(times))
     found = tune(TINY, dtype=torch.float32, device="cpu", rounds=2)
+    said = [f"tune: {product}: torch, 1.000 ms a step" for product in products(TINY, torch.float32)]
+    assert capsys.readouterr() == ("", "".join(f"{line}\n" for line in said))
     assert all(each.best == each.choices[0] == Choice("torch") for each in found)
 
 

@@ -19,6 +19,7 @@ from helpers import (
 from torch.func import grad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fmoe
 from fmoe.errors import TransformError
@@ -118,6 +119,37 @@ def test_a_value_that_left_is_freed():
         y = fn(w, x)
         assert len(host.left) == 1 and host.left[0].expired()
         assert torch.autograd.grad(y.sum(), w)[0].isfinite().all()
+
+
+class MadeZeros(TorchDispatchMode):
+    """The shapes of zeros that are made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "zeros" in str(func):
+            self.shapes.add(tuple(out.shape))
+        return out
+
+
+@pytest.mark.parametrize("differentiate", [fmoe.value_and_grad, torch.func.grad_and_value])
+@pytest.mark.parametrize("policy", [fmoe.save, fmoe.offload, fmoe.compress])
+def test_a_backward_makes_no_zeros_as_large_as_what_was_kept(policy, differentiate):
+    """Those of what was offloaded would be in the host's memory: the device waits while it is filled."""
+
+    def fn(w, x):
+        return fmoe.checkpoint_name(x @ w, "up").sin().sum(), x.sum()
+
+    w, x = torch.randn(4, 5), torch.randn(3, 4)
+    expected = (x.mT @ (x @ w).cos(), (x @ w).cos() @ w.mT)
+    with on_host(Elsewhere()), lossless(), MadeZeros() as zeros:
+        found = differentiate(lambda w, x: fmoe.remat(fn, policy("up"))(w, x)[0], (0, 1))(w, x)
+    grads = found[1] if differentiate is fmoe.value_and_grad else found[0]
+    assert error(grads, expected) < 1e-5
+    assert (3, 5) not in zeros.shapes
 
 
 def test_a_second_backward_brings_them_back_again():

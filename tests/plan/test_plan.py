@@ -95,18 +95,22 @@ def test_what_is_offloaded_leaves_the_device(mesh):
     """Its bytes are in the host's memory between forward and backward, and come back layer by layer."""
 
     def ranks(policy, device_type="cuda"):
-        how = dict(batch_size=8, seq_len=64, micro_batches=2 if "pp" in mesh else 1, device_type=device_type)
+        how = dict(batch_size=8, micro_batches=2 if "pp" in mesh else 1, device_type=device_type)
+        how |= dict(seq_len=1024)  # so that the backward's peak is at its begin, not with all gradients
         wrap = functools.partial(fmoe.remat, policy=policy)
         return plan(dataclasses.replace(SMALL, num_layers=4), mesh, per_layer=wrap, **how).ranks
 
     names = "experts_grouped_mm", "attention"
-    for kept, offloaded, none in zip(ranks(fmoe.save(*names)), ranks(fmoe.offload(*names)), ranks(NOTHING)):
+    plans = [ranks(policy) for policy in (fmoe.save(*names), fmoe.offload(*names), NOTHING)]
+    for kept, offloaded, none in zip(*plans):
         assert offloaded.offloaded > 0 == kept.offloaded
         assert sum(kept.activations.values()) - sum(offloaded.activations.values()) == offloaded.offloaded
         assert offloaded.activations == none.activations
         assert none.peaks["forward"] <= offloaded.peaks["forward"] < kept.peaks["forward"]
         assert offloaded.seconds == kept.seconds
-        assert none.peak < offloaded.peak <= kept.peak  # the last two layers have all they kept
+        assert none.peak <= offloaded.peak <= kept.peak  # the last two layers have all they kept
+    # A first stage may peak at its dense layer, after what came back is gone.
+    assert plans[2][-1].peak < plans[1][-1].peak
     on_cpu = [ranks(policy(*names), "cpu") for policy in (fmoe.save, fmoe.offload)]
     assert on_cpu[0] == on_cpu[1]
 
@@ -116,7 +120,7 @@ def test_what_is_compressed_takes_its_bytes_in_fp8(device_type):
     """Of a named kind, and with no copy in between on CUDA, where a kernel rounds."""
 
     def rank(policy):
-        wrap, how = functools.partial(fmoe.remat, policy=policy), dict(batch_size=8, seq_len=64)
+        wrap, how = functools.partial(fmoe.remat, policy=policy), dict(batch_size=8, seq_len=256)
         config = dataclasses.replace(SMALL, num_layers=4)
         how |= dict(device_type=device_type, dtype=BFLOAT16)
         return plan(config, per_layer=wrap, **how).ranks[0]
