@@ -39,7 +39,8 @@ ROUNDED = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 def interpreter(monkeypatch):
     """Its loop bounds are arrays of one element, which NumPy 2.4 no longer takes for integers.
 
-    Its fp8 numbers don't carry from the mantissa to the exponent, and NaN is a number.
+    Its fp8 numbers don't carry from the mantissa to the exponent, and NaN is a number. It rounds products
+    before it adds to them.
     """
     if INTERPRETED:
         from triton.runtime import interpreter
@@ -52,6 +53,12 @@ def interpreter(monkeypatch):
             return torch.from_numpy(values.copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
         monkeypatch.setattr(interpreter, "_convert_float", converted)
+
+        def fused(self, x, y, z):
+            total = x.data.astype("float64") * y.data + z.data
+            return interpreter.TensorHandle(total.astype(z.data.dtype), z.dtype.scalar)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fused)
 
         def patched(tensor, scope):
             patch(tensor, scope)
@@ -309,6 +316,23 @@ def test_fp8_rows(dtype, width):
     h = torch.stack([x.nan_to_num(1.0, 1.0, 1.0), torch.randn(70, width).to(dtype)], 1).to(DEVICE)
     act = activation.swiglu(h, ends, None, ends).cpu()
     assert same((t[:67] for t in quantise.activated(h, ends)), reference(act[:67]))
+
+
+@ON_KERNELS
+def test_fp8_quotients_are_those_of_division():
+    """Also near the middle of two e4m3 numbers, of zeros with signs, and where scales are tiny or large."""
+    from fmoe.ops.kernels import quantise
+    from fmoe.ops.precision import quantise as reference
+
+    most = torch.cat([torch.rand(20) + 1, torch.tensor([1.0, 1.75, 2.625 - 2**-22, 2 - 2**-23])])
+    most = (most[:, None] * 2.0 ** torch.tensor([-116, -100, -50, 0, 60, 126])).flatten()[:, None]
+    middle = most / 448 * (torch.arange(16, 32) / 16 * 2.0 ** torch.tensor([[-10], [-7], [0], [7]])).flatten()
+    around = [(middle.view(torch.int32) + i).view(torch.float32) for i in range(-2, 3)]
+    x = torch.cat([most, *around, torch.zeros_like(most), torch.full_like(most, -0.0)], 1)
+    x = torch.cat([x, -x])
+    got, want = quantise.rows(x.to(DEVICE)), reference(x)
+    assert torch.equal(got.values.cpu().view(torch.uint8), want.values.view(torch.uint8))
+    assert torch.equal(got.scale.cpu(), want.scale)
 
 
 @ON_KERNELS
