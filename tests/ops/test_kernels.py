@@ -10,6 +10,7 @@ import pathlib
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import optree
@@ -39,7 +40,8 @@ ROUNDED = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 def interpreter(monkeypatch):
     """Its loop bounds are arrays of one element, which NumPy 2.4 no longer takes for integers.
 
-    Its fp8 numbers don't carry from the mantissa to the exponent, and NaN is a number.
+    Its fp8 numbers don't carry from the mantissa to the exponent, and NaN is a number. It rounds products
+    before it adds to them.
     """
     if INTERPRETED:
         from triton.runtime import interpreter
@@ -52,6 +54,12 @@ def interpreter(monkeypatch):
             return torch.from_numpy(values.copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
         monkeypatch.setattr(interpreter, "_convert_float", converted)
+
+        def fused(self, x, y, z):
+            total = x.data.astype("float64") * y.data + z.data
+            return interpreter.TensorHandle(total.astype(z.data.dtype), z.dtype.scalar)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fused)
 
         def patched(tensor, scope):
             patch(tensor, scope)
@@ -312,6 +320,23 @@ def test_fp8_rows(dtype, width):
 
 
 @ON_KERNELS
+def test_fp8_quotients_are_those_of_division():
+    """Also near the middle of two e4m3 numbers, of zeros with signs, and where scales are tiny or large."""
+    from fmoe.ops.kernels import quantise
+    from fmoe.ops.precision import quantise as reference
+
+    most = torch.cat([torch.rand(20) + 1, torch.tensor([1.0, 1.75, 2.625 - 2**-22, 2 - 2**-23])])
+    most = (most[:, None] * 2.0 ** torch.tensor([-116, -100, -50, 0, 60, 126])).flatten()[:, None]
+    middle = most / 448 * (torch.arange(16, 32) / 16 * 2.0 ** torch.tensor([[-10], [-7], [0], [7]])).flatten()
+    around = [(middle.view(torch.int32) + i).view(torch.float32) for i in range(-2, 3)]
+    x = torch.cat([most, *around, torch.zeros_like(most), torch.full_like(most, -0.0)], 1)
+    x = torch.cat([x, -x])
+    got, want = quantise.rows(x.to(DEVICE)), reference(x)
+    assert torch.equal(got.values.cpu().view(torch.uint8), want.values.view(torch.uint8))
+    assert torch.equal(got.scale.cpu(), want.scale)
+
+
+@ON_KERNELS
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("splits", [1, 2, 5])
 @pytest.mark.parametrize(("dtype", "width"), NARROW, ids=str)
@@ -449,24 +474,47 @@ def test_the_experts_in_fp8(
     from fmoe.ops.kernels import quantise, scaled
 
     monkeypatch.setattr(quantise, "ROWS", block)
-    ids, num_experts = FEW[ids]()
     dtype = torch.float32 if INTERPRETED else torch.bfloat16
-    sizes = (num_experts, 2, 32, 16), (num_experts, 16, 32), (len(ids), 16), (len(ids), 16)
-    w_in, w_out, x, cotangent = (torch.randn(size).to(DEVICE, dtype) for size in sizes)
-    weights = torch.rand(ids.shape).to(DEVICE)
-    counts, scores = torch.bincount(ids[ids >= 0], minlength=num_experts), torch.rand(len(ids), num_experts)
+    apart = own = 0.0
+    for _ in range(1 if INTERPRETED else 16):
+        held, num_experts = FEW[ids]()
+        sizes = (num_experts, 2, 32, 16), (num_experts, 16, 32), (len(held), 16), (len(held), 16)
+        given = [torch.randn(size).to(DEVICE, dtype) for size in sizes]
+        weights, scores = torch.rand(held.shape).to(DEVICE), torch.rand(len(held), num_experts)
+        counts = torch.bincount(held[held >= 0], minlength=num_experts)
+        routing = fmoe.Routing(held, weights, counts, scores, score_before)
+        got = fp8_layer(*given, routing, precision)
+        with monkeypatch.context() as m:
+            m.setattr(scaled, "fast", lambda *how: False)
+            want = fp8_layer(*given, routing, precision)
+        if INTERPRETED:
+            assert error(got, want) < 2e-3
+            continue
+        wide = replace(routing, weights_TK=weights.double())
+        exact = fp8_layer(*(t.double() for t in given), wide, None)
+        assert [t.shape for t in got] == [t.shape for t in want]
+        for a, b, c in zip(got, want, exact):
+            if c.any():
+                apart += ((a.double() - b.double()).norm() / c.norm()) ** 2
+                own += ((b.double() - c).norm() / c.norm()) ** 2
+            else:
+                assert not a.any()
+    # A last bit of bfloat16 turns the rounding of some numbers to fp8, each by a whole step. So references in
+    # bfloat16 and in float32 differ, by a part of the error that fp8 makes. Of eight layers together it was
+    # 0.37 in the middle, and more than 0.65 in one of a hundred draws. Sixteen vary less. For layers that
+    # don't round to fp8 at all it was 0.95 or more, each alone.
+    assert apart <= 0.8**2 * own
 
-    def run():
-        def layer(w_in, w_out, x, weights):
-            x_SD, plan = fmoe.dispatch(x, fmoe.Routing(ids, weights, counts, scores, score_before))
-            return fmoe.experts_grouped_mm(fmoe.ExpertParams(w_in, w_out), x_SD, plan, precision=precision)
 
-        y, pull = torch.func.vjp(layer, w_in, w_out, x, weights)
-        return [t.cpu() for t in (y, *pull(cotangent))]
+def fp8_layer(w_in, w_out, x, cotangent, routing, precision):
+    """The output of the experts and its gradients."""
 
-    got = run()
-    monkeypatch.setattr(scaled, "fast", lambda *how: False)
-    assert error(got, run()) < (2e-3 if INTERPRETED else 3e-2)
+    def layer(w_in, w_out, x, weights):
+        x_SD, plan = fmoe.dispatch(x, replace(routing, weights_TK=weights))
+        return fmoe.experts_grouped_mm(fmoe.ExpertParams(w_in, w_out), x_SD, plan, precision=precision)
+
+    y, pull = torch.func.vjp(layer, w_in, w_out, x, routing.weights_TK)
+    return [t.cpu() for t in (y, *pull(cotangent))]
 
 
 @ON_KERNELS

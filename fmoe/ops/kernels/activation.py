@@ -15,6 +15,15 @@ BLOCK = 512
 
 
 @triton.jit
+def sigmoid(x):
+    """``tl.sigmoid`` with fewer instructions. On a GPU it is the same bit for bit.
+
+    There ``tl.exp`` takes care of results below the normal numbers, which adding 1 forgets.
+    """
+    return 1 / (1 + tl.exp2(x * -1.4426950408889634))
+
+
+@triton.jit
 def _swiglu(
     h, slot, weights, offsets, act, num_groups, num_cols,
     PAIRED: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
@@ -30,7 +39,7 @@ def _swiglu(
         else:
             gate = tl.load(h + row * 2 * num_cols + col, mask=inside, other=0.0).to(tl.float32)
             up = tl.load(h + (row * 2 + 1) * num_cols + col, mask=inside, other=0.0).to(tl.float32)
-        value = gate * tl.sigmoid(gate) * up
+        value = gate * sigmoid(gate) * up
         if WEIGHTED:
             pair = tl.load(slot + row)
             value *= tl.load(weights + pair, mask=pair >= 0, other=0.0).to(tl.float32)
@@ -87,11 +96,11 @@ def _swiglu_backward(
             gate = tl.load(h + row * 2 * num_cols + col, mask=inside, other=0.0).to(tl.float32)
             up = tl.load(h + (row * 2 + 1) * num_cols + col, mask=inside, other=0.0).to(tl.float32)
             g = tl.load(g_act + row * num_cols + col, mask=inside, other=0.0).to(tl.float32)
-            sigmoid = tl.sigmoid(gate)
-            silu = gate * sigmoid
+            chance = sigmoid(gate)
+            silu = gate * chance
             total += g * silu * up
             g *= weight
-            tl.store(g_h + row * 2 * num_cols + col, g * up * (sigmoid + silu * (1 - sigmoid)), mask=inside)
+            tl.store(g_h + row * 2 * num_cols + col, g * up * (chance + silu * (1 - chance)), mask=inside)
             tl.store(g_h + (row * 2 + 1) * num_cols + col, g * silu, mask=inside)
         if WEIGHTED:
             tl.store(g_weights + pair, tl.sum(total, 0), mask=pair >= 0)

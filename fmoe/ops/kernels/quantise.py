@@ -12,12 +12,18 @@ import triton
 import triton.language as tl
 
 from ..precision import E4M3, LARGEST, SMALLEST_SCALE, Scaled
+from .activation import sigmoid
 from .launch import cdiv, launch, power_of_2, processors
 from .scaled import MULTIPLE, Columns
 
 BLOCK, ROWS, COLS = 1024, 64, 64
+STAGES = 3  # of reading columns, so that loads are under way while numbers are rounded
 LONGEST = 8192  # numbers of a row that a program holds
-NUMBERS = 4096  # that it holds of short rows
+WARPS, WIDTH, HELD = (
+    4,
+    256,
+    1536,
+)  # of a program; numbers that a warp reads at once, and that it holds at most
 BUSY = 4  # programs of columns that keep a multiprocessor busy
 PLAIN, GATHERED, ACTIVATED = range(3)
 
@@ -37,25 +43,45 @@ def _scale(most, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
 
 
 @triton.jit
-def _scaled(value, scale):
-    """To the nearest even; infinite numbers become 1 or -1, for their scale is infinite."""
-    infinite = tl.abs(value) == float("inf")
-    finite = tl.div_rn(value, tl.broadcast_to(scale, value.shape))
-    return tl.where(infinite, tl.where(value > 0, 1.0, -1.0), finite).to(tl.float8e4nv)
+def _divisor(scale):
+    """What :func:`_scaled` takes for scales: a factor, the scale times this, its reciprocal, whether to care.
+
+    The factor keeps remainders of tiny scales from underflowing. It is zero for infinite ones, NaN for NaN.
+    """
+    finite, tiny = scale < float("inf"), scale < 2.0**-64
+    factor = tl.where(finite, tl.where(tiny, 2.0**64, 1.0), tl.where(scale == scale, 0.0, scale))
+    scale = tl.where(finite, scale * factor, 1.0)
+    reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    return factor, scale, reciprocal, tl.max((factor != 1).to(tl.int32)) > 0
 
 
 @triton.jit
-def _activated(h, row, col, num_cols, mask):
-    """SwiGLU of pre-activations, rounded to their dtype."""
-    gate = tl.load(h + row * 2 * num_cols + col, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(h + (row * 2 + 1) * num_cols + col, mask=mask, other=0.0).to(tl.float32)
-    return gate * tl.sigmoid(gate) * up
+def _scaled(value, factor, scale, reciprocal, unusual):
+    """The e4m3 number nearest to a quotient, or the even one of two, bit for bit as if divided.
+
+    Markstein's correction of a product, with signs that keep that of zero. A search over all scales found no
+    number near the middle of two e4m3 numbers for which its quotient is another one than that of a division.
+    Infinite numbers become 1 or -1, for their scale is infinite or NaN.
+    """
+    if unusual:
+        sign = tl.where(value > 0, 1.0, -1.0)
+        value = tl.where(tl.abs(value) == float("inf"), sign, value * factor)
+    quotient = value * reciprocal
+    excess = tl.fma(quotient, tl.broadcast_to(scale, value.shape), value * -1.0)
+    return tl.fma(excess, tl.broadcast_to(reciprocal * -1.0, value.shape), quotient).to(tl.float8e4nv)
+
+
+@triton.jit
+def _activated(h, up, mask):
+    """SwiGLU of pre-activations, where those are that aren't gates is ``up`` further."""
+    gate = tl.load(h, mask=mask, other=0.0).to(tl.float32)
+    return gate * sigmoid(gate) * tl.load(h + up, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _row(x, row, col, num_cols, mask, ACTIVATION: tl.constexpr):
     if ACTIVATION:
-        value = _activated(x, row, col, num_cols, mask)
+        value = _activated(x + row * 2 * num_cols + col, num_cols, mask)
     else:
         value = tl.load(x + row * num_cols + col, mask=mask, other=0.0)
     return value.to(x.dtype.element_ty).to(tl.float32)
@@ -64,39 +90,42 @@ def _row(x, row, col, num_cols, mask, ACTIVATION: tl.constexpr):
 @triton.jit
 def _rows(
     x, end, out, scales, num_rows, num_cols,
-    ACTIVATION: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
+    ACTIVATION: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
+    """``HELD`` blocks of a row are held, so that rows are read once; zero says that they are read twice."""
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
     if ACTIVATION:
         num_rows = tl.load(end)
     here = row < num_rows
     if tl.program_id(0) * TILE < num_rows:
         col = tl.arange(0, BLOCK)[None, :]
-        if HELD:  # a block, and a smaller one for the rest
-            mask = here & (col < num_cols)
-            value = _row(x, row, col, num_cols, mask, ACTIVATION)
-            most = _largest(tl.abs(value), 1)
-            if REST > 0:
-                last = BLOCK + tl.arange(0, REST)[None, :]
-                inside = here & (last < num_cols)
-                others = _row(x, row, last, num_cols, inside, ACTIVATION)
-                most = tl.maximum(most, _largest(tl.abs(others), 1), propagate_nan=tl.PropagateNan.ALL)
-            scale = _scale(most, LARGEST, SMALLEST)
-            tl.store(out + row * num_cols + col, _scaled(value, scale), mask=mask)
-            if REST > 0:
-                tl.store(out + row * num_cols + last, _scaled(others, scale), mask=inside)
+        most = tl.zeros([TILE, BLOCK], tl.float32)
+        if HELD > 0:
+            held = ()
+            for i in tl.static_range(HELD):
+                mask = here & (i * BLOCK + col < num_cols)
+                value = _row(x, row, i * BLOCK + col, num_cols, mask, ACTIVATION)
+                most = tl.maximum(most, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
+                held += (value,)  # type: ignore[assignment]
+            scale = _scale(_largest(most, 1), LARGEST, SMALLEST)
+            factor, divisor, reciprocal, unusual = _divisor(scale)
+            for i in tl.static_range(HELD):
+                mask = here & (i * BLOCK + col < num_cols)
+                value = _scaled(held[i], factor, divisor, reciprocal, unusual)
+                tl.store(out + row * num_cols + i * BLOCK + col, value, mask=mask)
         else:
-            most = tl.zeros([TILE, BLOCK], tl.float32)
             for start in range(0, num_cols, BLOCK):
                 mask = here & (start + col < num_cols)
                 value = _row(x, row, start + col, num_cols, mask, ACTIVATION)
                 most = tl.maximum(most, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
             scale = _scale(_largest(most, 1), LARGEST, SMALLEST)
+            factor, divisor, reciprocal, unusual = _divisor(scale)
             for start in range(0, num_cols, BLOCK):
                 mask = here & (start + col < num_cols)
                 value = _row(x, row, start + col, num_cols, mask, ACTIVATION)
-                tl.store(out + row * num_cols + start + col, _scaled(value, scale), mask=mask)
+                value = _scaled(value, factor, divisor, reciprocal, unusual)
+                tl.store(out + row * num_cols + start + col, value, mask=mask)
         tl.store(scales + row, scale, mask=here)
 
 
@@ -134,45 +163,38 @@ def _run_rows(x: torch.Tensor, end: torch.Tensor | None) -> Scaled:
     out, scale = x.new_empty(shape, dtype=E4M3), x.new_empty(shape[:-1], dtype=torch.float32)
     if out.numel():
         num_rows, num_cols = scale.numel(), shape[-1]
-        held, block = num_cols <= LONGEST, NUMBERS
-        rest = 0
-        if held:
-            block = 1 << (num_cols.bit_length() - 1)
-            rest = power_of_2(num_cols - block) if num_cols > block else 0
-        tile = cdiv(NUMBERS, block)
+        warps = min(WARPS, power_of_2(cdiv(num_cols, HELD)))  # for a row, where most get along alone
+        block = min(warps * WIDTH, power_of_2(num_cols))
+        tile, held = WARPS * WIDTH // block, cdiv(num_cols, block) if num_cols <= LONGEST else 0
         values = x, x if end is None else end, out, scale, num_rows, num_cols
-        how = end is not None, held, tile, block, rest, LARGEST, SMALLEST_SCALE
-        launch(_rows, (cdiv(num_rows, tile),), *values, *how, num_warps=tile * block // 512)
+        how = end is not None, held, tile, block, LARGEST, SMALLEST_SCALE
+        launch(_rows, (cdiv(num_rows, tile),), *values, *how, num_warps=WARPS)
     return Scaled(out, scale)
 
 
 @triton.jit
 def _tile(
-    x,
-    slot,
-    weights,
-    row,
-    col,
-    last,
-    num_cols,
-    TOP_K: tl.constexpr,
-    KIND: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-):
-    """Rows of one group by columns, zeros past its last row."""
-    here = (row < last)[:, None] & (col < num_cols)[None, :]
-    place, cols = row[:, None], col[None, :]
+    x, slot, weights, start, row, col, last, num_cols,
+    TOP_K: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """Rows of one group, counted from ``start``, by columns; zeros past its last row."""
+    # Only ``start`` has 64 bits. What a thread computes for each row has 32.
+    held = row < tl.minimum(last - start, 2**30).to(tl.int32)
+    here = held[:, None] & (col < num_cols)[None, :]
     if KIND != 0:
-        pair = tl.load(slot + row, mask=row < last, other=-1)[:, None]
+        pair = tl.load(slot + start + row, mask=held, other=-1).to(tl.int32)
     if KIND == 1:
-        here = here & (pair >= 0)
-        value = tl.load(x + (pair // TOP_K) * num_cols + cols, mask=here, other=0.0).to(tl.float32)
+        here = here & (pair >= 0)[:, None]
+        token = (pair // TOP_K).to(tl.int64)[:, None]
+        value = tl.load(x + token * num_cols + col[None, :], mask=here, other=0.0).to(tl.float32)
     elif KIND == 2:
-        value = _activated(x, place, cols, num_cols, here)
+        place = row[:, None] * (2 * num_cols) + col[None, :]
+        value = _activated(x + start * 2 * num_cols + place, num_cols, here)
     else:
-        value = tl.load(x + place * num_cols + cols, mask=here, other=0.0).to(tl.float32)
+        place = row[:, None] * num_cols + col[None, :]
+        value = tl.load(x + start * num_cols + place, mask=here, other=0.0).to(tl.float32)
     if WEIGHTED:
-        value *= tl.load(weights + pair, mask=pair >= 0, other=0.0).to(tl.float32)
+        value *= tl.load(weights + pair, mask=pair >= 0, other=0.0).to(tl.float32)[:, None]
     return value.to(x.dtype.element_ty).to(tl.float32)
 
 
@@ -201,11 +223,11 @@ def _span(
 def _most_of_columns(
     x, slot, weights, first, last, step, col, num_cols,
     TOP_K: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     most = tl.zeros([ROWS, COLS], tl.float32)
-    for start in range(first, last, step):
-        row = start + tl.arange(0, ROWS)
-        value = _tile(x, slot, weights, row, col, last, num_cols, TOP_K, KIND, WEIGHTED)
+    for start in tl.range(first, last, step, num_stages=STAGES):
+        value = _tile(x, slot, weights, start, tl.arange(0, ROWS), col, last, num_cols, TOP_K, KIND, WEIGHTED)
         most = tl.maximum(most, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
     return most
 
@@ -215,6 +237,7 @@ def _parts(
     x, slot, weights, offsets, parts, num_groups, num_cols, width,
     TOP_K: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr, EQUAL: tl.constexpr,
     GROUPS: tl.constexpr, MULTIPLE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """The largest number of each part of a group's columns: every so many blocks of rows."""
     group, part, num_parts = tl.program_id(0).to(tl.int64), tl.program_id(2), tl.num_programs(2)
@@ -222,7 +245,7 @@ def _parts(
     first, last, _, _ = _span(offsets, group, num_groups, num_cols, width, EQUAL, GROUPS, MULTIPLE)
     first, step = first + part * ROWS, num_parts * ROWS
     most = _most_of_columns(
-        x, slot, weights, first, last, step, col, num_cols, TOP_K, KIND, WEIGHTED, ROWS, COLS
+        x, slot, weights, first, last, step, col, num_cols, TOP_K, KIND, WEIGHTED, ROWS, COLS, STAGES
     )
     target = parts + (group * num_parts + part) * num_cols + col[None, :]
     tl.store(target, _largest(most, 0), mask=(col < num_cols)[None, :])
@@ -233,7 +256,7 @@ def _columns(
     x, slot, weights, offsets, parts, out, scales, ends, num_groups, num_cols, width,
     TOP_K: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr, EQUAL: tl.constexpr,
     GROUPS: tl.constexpr, MULTIPLE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    SPLIT: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+    STAGES: tl.constexpr, SPLIT: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     group, part, num_parts = tl.program_id(0).to(tl.int64), tl.program_id(2), tl.num_programs(2)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -246,20 +269,30 @@ def _columns(
     if SPLIT:
         most = _most_of_columns(
             parts + group * num_parts * num_cols, slot, weights, 0, num_parts, ROWS, col, num_cols,
-            1, 0, False, ROWS, COLS,
+            1, 0, False, ROWS, COLS, STAGES,
         )  # fmt: skip
     else:
         most = _most_of_columns(
-            x, slot, weights, first, last, ROWS, col, num_cols, TOP_K, KIND, WEIGHTED, ROWS, COLS
+            x, slot, weights, first, last, ROWS, col, num_cols, TOP_K, KIND, WEIGHTED, ROWS, COLS, STAGES
         )
     scale = _scale(_largest(most, 0), LARGEST, SMALLEST)
     tl.store(scales + group * num_cols + col[None, :], scale, mask=(col < num_cols)[None, :])
-    for start in range(part * ROWS, padded, num_parts * ROWS):
-        row = start + tl.arange(0, ROWS)
-        value = _tile(x, slot, weights, first + row, col, last, num_cols, TOP_K, KIND, WEIGHTED)
-        target = out + place + col[None, :].to(tl.int64) * width + row[:, None]
-        mask = (row < padded)[:, None] & (col < num_cols)[None, :]
-        tl.store(target, _scaled(value, scale), mask=mask)
+    factor, divisor, reciprocal, unusual = _divisor(scale)
+    # Four rows in one thread make a word of e4m3 numbers. That goes to the thread that writes the column.
+    every = 4 * tl.arange(0, ROWS // 4)
+    for start in tl.range(part * ROWS, padded, num_parts * ROWS, num_stages=STAGES):
+        a = _tile(x, slot, weights, first + start, every, col, last, num_cols, TOP_K, KIND, WEIGHTED)
+        b = _tile(x, slot, weights, first + start, every + 1, col, last, num_cols, TOP_K, KIND, WEIGHTED)
+        c = _tile(x, slot, weights, first + start, every + 2, col, last, num_cols, TOP_K, KIND, WEIGHTED)
+        d = _tile(x, slot, weights, first + start, every + 3, col, last, num_cols, TOP_K, KIND, WEIGHTED)
+        value = _scaled(
+            tl.join(tl.join(a, c), tl.join(b, d)),
+            factor[:, :, None, None], divisor[:, :, None, None], reciprocal[:, :, None, None], unusual,
+        )  # fmt: skip
+        value = tl.reshape(tl.permute(value, 1, 0, 2, 3), [COLS, ROWS])
+        row = start + tl.arange(0, ROWS)[None, :]
+        target = out + place + col[:, None].to(tl.int64) * width + row
+        tl.store(target, value, mask=(row < padded) & (col < num_cols)[:, None])
 
 
 def columns(x: torch.Tensor, offsets: torch.Tensor) -> Columns:
@@ -320,14 +353,16 @@ def _write_columns(
     width: int,
     how: tuple[int, ...],
 ) -> None:
-    (num_groups, num_cols), how = scale.shape, (*how, MULTIPLE, ROWS, COLS)
+    (num_groups, num_cols), how = scale.shape, (*how, MULTIPLE, ROWS, COLS, STAGES)
     blocks = num_groups, cdiv(num_cols, COLS)
     splits = num_splits(blocks[0] * blocks[1], num_rows, out.device)
     grid, sizes, parts = (*blocks, splits), (num_groups, num_cols, width), scale
     if splits > 1:
         parts = scale.new_empty(num_groups, splits, num_cols)
         launch(_parts, grid, *given, parts, *sizes, *how)
-    launch(_columns, grid, *given, parts, out, scale, ends, *sizes, *how, splits > 1, LARGEST, SMALLEST_SCALE)
+    values = *given, parts, out, scale, ends, *sizes, *how, splits > 1, LARGEST, SMALLEST_SCALE
+    # SwiGLU would take so many registers that a multiprocessor had three of these programs instead of four.
+    launch(_columns, grid, *values, **({"maxnreg": 128} if how[1] == ACTIVATED else {}))
 
 
 def num_splits(programs: int, num_rows: int, device: torch.device) -> int:
