@@ -19,11 +19,8 @@ from .scaled import MULTIPLE, Columns
 BLOCK, ROWS, COLS = 1024, 64, 64
 STAGES = 3  # of reading columns, so that loads are under way while numbers are rounded
 LONGEST = 8192  # numbers of a row that a program holds
-WARPS, WIDTH, HELD = (
-    4,
-    256,
-    1536,
-)  # of a program; numbers that a warp reads at once, and that it holds at most
+WARPS = 4  # of a program that rounds rows
+WIDTH, HELD = 256, 1536  # numbers of a row that a warp reads at once, and that it holds at most
 BUSY = 4  # programs of columns that keep a multiprocessor busy
 PLAIN, GATHERED, ACTIVATED = range(3)
 
