@@ -166,6 +166,8 @@ def _run_rows(x: torch.Tensor, end: torch.Tensor | None) -> Scaled:
         values = x, x if end is None else end, out, scale, num_rows, num_cols
         how = end is not None, held, tile, block, LARGEST, SMALLEST_SCALE
         launch(_rows, (cdiv(num_rows, tile),), *values, *how, num_warps=WARPS)
+    else:
+        scale.fill_(1)
     return Scaled(out, scale)
 
 
