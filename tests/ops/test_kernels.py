@@ -305,9 +305,11 @@ NARROW = [(torch.bfloat16, 1100), (torch.float16, 16), (torch.float32, 16)]
 
 @ON_KERNELS
 @pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's, of NaN
-@pytest.mark.parametrize(("dtype", "width"), [*NARROW, (torch.bfloat16, 8200)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "width"), [*NARROW, *((torch.bfloat16, n) for n in (1600, 3100, 8200))], ids=str
+)
 def test_fp8_rows(dtype, width, uninitialized_is_nan):
-    """Several short ones to a program, and one longer than a program can hold. Empty ones have a scale of 1."""
+    """Several short ones to a program, one to two or four warps, and one longer than a program can hold."""
     from fmoe.ops.kernels import activation, quantise
     from fmoe.ops.precision import quantise as reference
 
