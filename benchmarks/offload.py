@@ -6,7 +6,7 @@ Before anything is timed, each policy must give the first one's loss bit for bit
 rounding, since attention's backward may add in any order. Policies take turns, so that a disturbance hits
 all; times are medians. What is held lies on the device between forward and backward, beyond the parameters.
 The peak is that of a step, parameters and gradients included. Beside both, and for the host's memory, stands
-what ``fmoe.plan`` says. Beneath stands how fast this machine copies to pinned memory and back.
+what ``fmoe.plan`` says. The rates of copies to pinned memory and back stand below.
 """
 
 import statistics
@@ -91,7 +91,7 @@ def planned(words: str, config: decoder.DecoderConfig, **sizes: Any) -> Planned:
 
 
 def copy_rates() -> tuple[float, float]:
-    """GB/s from the device to pinned memory of the host and back, the best of five times a few copies."""
+    """GB/s from the device to the host's pinned memory, and back: the best of five measurements."""
     on_host = torch.empty(COPIED, dtype=torch.uint8, pin_memory=True)
     here = torch.zeros(COPIED, dtype=torch.uint8, device="cuda")
 

@@ -21,7 +21,18 @@ from ..ops.kernels import grouped
 from ..ops.route import RouterConfig, route
 from .layers import Layer, Shape, config_for, layers, plain_layer, random_params, skewed
 from .peers import PEERS
-from .timing import check_number, in_turns, matmul_rate, of_host, on_device, or_dash, say, syncs, timed
+from .timing import (
+    check_number,
+    in_turns,
+    matmul_rate,
+    of_host,
+    on_device,
+    one_line,
+    or_dash,
+    say,
+    syncs,
+    timed,
+)
 
 ROUNDING = 0.05  # a relative error below this is rounding
 FP8_ROUNDING = 0.1  # the same of products in fp8
@@ -242,7 +253,7 @@ def _peers(
             gradients = y, g_x, g_router, *peer.layout(ExpertParams(*g_experts))
             entry = _tried(name, layer, run.arranged(peer.layout), gradients)
         except Exception as error:  # any kind: another version, or an unfit shape or device
-            not_measured[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+            not_measured[name] = one_line(error)
             say(f"{name}: not measured: {not_measured[name]}")
             continue
         if entry.error < ROUNDING:

@@ -91,6 +91,15 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def one_line(error: Exception) -> str:
+    r"""An error's kind and text in one line, at most 200 characters.
+
+    >>> one_line(RuntimeError("out of\n shared memory")), one_line(AssertionError())
+    ('RuntimeError: out of shared memory', 'AssertionError')
+    """
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")[:200]
+
+
 def or_dash(value: float | None, form: str) -> str:
     """The number in a table, or a dash where it can't be known."""
     return "-" if value is None else format(value, form)

@@ -18,7 +18,7 @@ from ..ops.kernels import gathered, grouped, tuned
 from ..ops.kernels.tuned import Choice, Tile
 from .layers import Shape, config_for
 from .measure import Run, random_run
-from .timing import check_number, or_dash, say, timed
+from .timing import check_number, one_line, or_dash, say, timed
 
 TILES = [
     Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 4), Tile(128, 256, 128, 8, 2), Tile(256, 128, 64, 8, 3),
@@ -57,9 +57,10 @@ def tune(
     -> list  a :class:`Tuned` for each product
     =======  ===============================================================
 
-    The first choice stays unless another makes the median step faster by a hundredth. What is chosen for a
-    product is said on stderr at once. Raises ``RuntimeError``
-    if a choice gives other gradients, and ``ValueError`` for fewer than two rounds.
+    The first choice stays unless another makes the median step faster by a hundredth. Each choice is said on
+    stderr at once.
+
+    Raises ``RuntimeError`` if one gives other gradients, and ``ValueError`` for fewer than two rounds.
     """
     check_number("tune", "rounds", rounds)
     seed = time.time_ns() % 2**31 if seed is None else seed
@@ -130,7 +131,7 @@ def _compare(
             with tuned.using(device, {product: choice}):
                 got = step()
         except Exception as error:  # Triton raises several kinds for a tile that needs too much
-            say(f"tune: {choice} can't run here: {str(error).splitlines()[0]}")
+            say(f"tune: {_words(choice)} can't run here: {one_line(error)}")
             continue
         times[choice] = []
         errors = [(a - b).float().norm() / b.float().norm() for a, b in zip(got, expected)]

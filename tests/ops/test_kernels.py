@@ -305,13 +305,16 @@ NARROW = [(torch.bfloat16, 1100), (torch.float16, 16), (torch.float32, 16)]
 
 @ON_KERNELS
 @pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's, of NaN
-@pytest.mark.parametrize(("dtype", "width"), [*NARROW, (torch.bfloat16, 8200)], ids=str)
-def test_fp8_rows(dtype, width):
-    """Several short ones to a program, and one longer than a program can hold."""
+@pytest.mark.parametrize(
+    ("dtype", "width"), [*NARROW, *((torch.bfloat16, n) for n in (1600, 3100, 8200))], ids=str
+)
+def test_fp8_rows(dtype, width, uninitialized_is_nan):
+    """Several short ones to a program, one to two or four warps, and one longer than a program can hold."""
     from fmoe.ops.kernels import activation, quantise
     from fmoe.ops.precision import quantise as reference
 
     x = fp8_numbers(70, width, dtype)
+    assert same(quantise.rows(x[:, :0].to(DEVICE)), reference(x[:, :0]))
     assert same(quantise.rows(x.to(DEVICE)), reference(x))
     ends = torch.tensor([20, 67], dtype=torch.int32, device=DEVICE)
     h = torch.stack([x.nan_to_num(1.0, 1.0, 1.0), torch.randn(70, width).to(dtype)], 1).to(DEVICE)

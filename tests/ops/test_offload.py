@@ -152,6 +152,41 @@ def test_a_backward_makes_no_zeros_as_large_as_what_was_kept(policy, differentia
     assert (3, 5) not in zeros.shapes
 
 
+class NoCotangent(torch.autograd.Function):
+    """A copy whose backward gives ``None``."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return None
+
+
+@pytest.mark.parametrize("policy", [fmoe.save, fmoe.offload, fmoe.compress])
+@pytest.mark.parametrize("used", [(0,), (2,), (0, 2), ()])
+def test_outputs_without_a_cotangent_count_as_zero(policy, used):
+    """Unused outputs, one used by a function whose backward gives ``None``, and an integer one; twice."""
+
+    def fn(w, x):
+        h = fmoe.checkpoint_name(x @ w, "up")
+        return h.sin(), h.argmax(-1), h.exp().sum(0)
+
+    leaves = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((4, 5), (3, 4))]
+
+    def slopes(fn):
+        out, how = fn(*leaves), dict(create_graph=True, materialize_grads=True)
+        loss = sum(out[i].pow(2).sum() for i in used) + NoCotangent.apply(out[0]).sum()
+        first = torch.autograd.grad(loss, leaves, **how)
+        if not used:
+            return first
+        return first, torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves, **how)
+
+    with on_host(Elsewhere()), lossless():
+        assert error(slopes(fmoe.remat(fn, policy("up"))), slopes(fn)) < 1e-10
+
+
 def test_a_second_backward_brings_them_back_again():
     params, x = random_layer(), torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
     with on_host(host := Elsewhere()):

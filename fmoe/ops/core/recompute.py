@@ -263,7 +263,7 @@ class _Remat(torch.autograd.Function):
         ctx.save_for_forward(*tensors[: region.num_tensors], *recorded)
         constant = [o for o, smooth in zip(output, region.found.differentiable) if not smooth]
         ctx.mark_non_differentiable(*recorded, *constant)
-        # Else the backward is given zeros as large as all that was recorded, on the host for what left.
+        # Else autograd makes zeros as large as all that was recorded, on the host for what left.
         ctx.set_materialize_grads(False)
 
     @staticmethod

@@ -16,9 +16,9 @@ BLOCK = 512
 
 @triton.jit
 def sigmoid(x):
-    """``tl.sigmoid`` with fewer instructions. On a GPU it is the same bit for bit.
+    """``tl.sigmoid`` with fewer instructions, on a GPU bit for bit the same.
 
-    There ``tl.exp`` takes care of results below the normal numbers, which adding 1 forgets.
+    There ``tl.exp`` takes care of denormal results, which are lost anyway when 1 is added.
     """
     return 1 / (1 + tl.exp2(x * -1.4426950408889634))
 
@@ -96,11 +96,11 @@ def _swiglu_backward(
             gate = tl.load(h + row * 2 * num_cols + col, mask=inside, other=0.0).to(tl.float32)
             up = tl.load(h + (row * 2 + 1) * num_cols + col, mask=inside, other=0.0).to(tl.float32)
             g = tl.load(g_act + row * num_cols + col, mask=inside, other=0.0).to(tl.float32)
-            chance = sigmoid(gate)
-            silu = gate * chance
+            sig = sigmoid(gate)
+            silu = gate * sig
             total += g * silu * up
             g *= weight
-            tl.store(g_h + row * 2 * num_cols + col, g * up * (chance + silu * (1 - chance)), mask=inside)
+            tl.store(g_h + row * 2 * num_cols + col, g * up * (sig + silu * (1 - sig)), mask=inside)
             tl.store(g_h + (row * 2 + 1) * num_cols + col, g * silu, mask=inside)
         if WEIGHTED:
             tl.store(g_weights + pair, tl.sum(total, 0), mask=pair >= 0)

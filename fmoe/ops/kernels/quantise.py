@@ -20,7 +20,8 @@ BLOCK, ROWS, COLS = 1024, 64, 64
 STAGES = 3  # of reading columns, so that loads are under way while numbers are rounded
 LONGEST = 8192  # numbers of a row that a program holds
 WARPS = 4  # of a program that rounds rows
-WIDTH, HELD = 256, 1536  # numbers of a row that a warp reads at once, and that it holds at most
+AT_ONCE = 256  # numbers of a row that a warp reads at once
+PER_WARP = 1536  # that it holds at most
 BUSY = 4  # programs of columns that keep a multiprocessor busy
 PLAIN, GATHERED, ACTIVATED = range(3)
 
@@ -41,7 +42,7 @@ def _scale(most, LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
 
 @triton.jit
 def _divisor(scale):
-    """What :func:`_scaled` takes for scales: a factor, the scale times this, its reciprocal, whether to care.
+    """Arguments of :func:`_scaled`: a factor, scale times factor, its reciprocal, and if any factor isn't 1.
 
     The factor keeps remainders of tiny scales from underflowing. It is zero for infinite ones, NaN for NaN.
     """
@@ -54,10 +55,10 @@ def _divisor(scale):
 
 @triton.jit
 def _scaled(value, factor, scale, reciprocal, unusual):
-    """The e4m3 number nearest to a quotient, or the even one of two, bit for bit as if divided.
+    """The e4m3 number nearest to ``value / scale``, ties to even, bit for bit as if divided.
 
-    Markstein's correction of a product, with signs that keep that of zero. A search over all scales found no
-    number near the middle of two e4m3 numbers for which its quotient is another one than that of a division.
+    That is a product with the reciprocal and Markstein's correction, negated so that zeros keep their sign.
+    Over all scales, no quotient near the middle of two e4m3 numbers differed from that of a division.
     Infinite numbers become 1 or -1, for their scale is infinite or NaN.
     """
     if unusual:
@@ -70,7 +71,7 @@ def _scaled(value, factor, scale, reciprocal, unusual):
 
 @triton.jit
 def _activated(h, up, mask):
-    """SwiGLU of pre-activations, where those are that aren't gates is ``up`` further."""
+    """SwiGLU of the gates at ``h`` and of the numbers ``up`` places further."""
     gate = tl.load(h, mask=mask, other=0.0).to(tl.float32)
     return gate * sigmoid(gate) * tl.load(h + up, mask=mask, other=0.0).to(tl.float32)
 
@@ -87,10 +88,10 @@ def _row(x, row, col, num_cols, mask, ACTIVATION: tl.constexpr):
 @triton.jit
 def _rows(
     x, end, out, scales, num_rows, num_cols,
-    ACTIVATION: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
-    """``HELD`` blocks of a row are held, so that rows are read once; zero says that they are read twice."""
+    """Hold the ``BLOCKS`` blocks of a row, so that it is read once. If zero, read it twice."""
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
     if ACTIVATION:
         num_rows = tl.load(end)
@@ -98,16 +99,16 @@ def _rows(
     if tl.program_id(0) * TILE < num_rows:
         col = tl.arange(0, BLOCK)[None, :]
         most = tl.zeros([TILE, BLOCK], tl.float32)
-        if HELD > 0:
+        if BLOCKS > 0:
             held = ()
-            for i in tl.static_range(HELD):
+            for i in tl.static_range(BLOCKS):
                 mask = here & (i * BLOCK + col < num_cols)
                 value = _row(x, row, i * BLOCK + col, num_cols, mask, ACTIVATION)
                 most = tl.maximum(most, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
                 held += (value,)  # type: ignore[assignment]
             scale = _scale(_largest(most, 1), LARGEST, SMALLEST)
             factor, divisor, reciprocal, unusual = _divisor(scale)
-            for i in tl.static_range(HELD):
+            for i in tl.static_range(BLOCKS):
                 mask = here & (i * BLOCK + col < num_cols)
                 value = _scaled(held[i], factor, divisor, reciprocal, unusual)
                 tl.store(out + row * num_cols + i * BLOCK + col, value, mask=mask)
@@ -160,12 +161,14 @@ def _run_rows(x: torch.Tensor, end: torch.Tensor | None) -> Scaled:
     out, scale = x.new_empty(shape, dtype=E4M3), x.new_empty(shape[:-1], dtype=torch.float32)
     if out.numel():
         num_rows, num_cols = scale.numel(), shape[-1]
-        warps = min(WARPS, power_of_2(cdiv(num_cols, HELD)))  # for a row, where most get along alone
-        block = min(warps * WIDTH, power_of_2(num_cols))
-        tile, held = WARPS * WIDTH // block, cdiv(num_cols, block) if num_cols <= LONGEST else 0
+        warps = min(WARPS, power_of_2(cdiv(num_cols, PER_WARP)))  # for each row
+        block = min(warps * AT_ONCE, power_of_2(num_cols))
+        tile, blocks = WARPS * AT_ONCE // block, cdiv(num_cols, block) if num_cols <= LONGEST else 0
         values = x, x if end is None else end, out, scale, num_rows, num_cols
-        how = end is not None, held, tile, block, LARGEST, SMALLEST_SCALE
+        how = end is not None, blocks, tile, block, LARGEST, SMALLEST_SCALE
         launch(_rows, (cdiv(num_rows, tile),), *values, *how, num_warps=WARPS)
+    else:
+        scale.fill_(1)
     return Scaled(out, scale)
 
 
@@ -175,11 +178,11 @@ def _tile(
     TOP_K: tl.constexpr, KIND: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Rows of one group, counted from ``start``, by columns; zeros past its last row."""
-    # Only ``start`` has 64 bits. What a thread computes for each row has 32.
-    held = row < tl.minimum(last - start, 2**30).to(tl.int32)
-    here = held[:, None] & (col < num_cols)[None, :]
+    # Only ``start`` has 64 bits, so that a thread computes in 32: of few rows, and of fewer pairs than 2**31.
+    inside = row < tl.minimum(last - start, 2**30).to(tl.int32)
+    here = inside[:, None] & (col < num_cols)[None, :]
     if KIND != 0:
-        pair = tl.load(slot + start + row, mask=held, other=-1).to(tl.int32)
+        pair = tl.load(slot + start + row, mask=inside, other=-1).to(tl.int32)
     if KIND == 1:
         here = here & (pair >= 0)[:, None]
         token = (pair // TOP_K).to(tl.int64)[:, None]
@@ -275,7 +278,7 @@ def _columns(
     scale = _scale(_largest(most, 0), LARGEST, SMALLEST)
     tl.store(scales + group * num_cols + col[None, :], scale, mask=(col < num_cols)[None, :])
     factor, divisor, reciprocal, unusual = _divisor(scale)
-    # Four rows in one thread make a word of e4m3 numbers. That goes to the thread that writes the column.
+    # One thread makes a word of four rows' e4m3 numbers, which goes to the thread that writes the column.
     every = 4 * tl.arange(0, ROWS // 4)
     for start in tl.range(part * ROWS, padded, num_parts * ROWS, num_stages=STAGES):
         a = _tile(x, slot, weights, first + start, every, col, last, num_cols, TOP_K, KIND, WEIGHTED)
@@ -358,7 +361,7 @@ def _write_columns(
         parts = scale.new_empty(num_groups, splits, num_cols)
         launch(_parts, grid, *given, parts, *sizes, *how)
     values = *given, parts, out, scale, ends, *sizes, *how, splits > 1, LARGEST, SMALLEST_SCALE
-    # SwiGLU would take so many registers that a multiprocessor had three of these programs instead of four.
+    # With SwiGLU's registers, a multiprocessor would have room for three programs instead of four.
     launch(_columns, grid, *values, **({"maxnreg": 128} if how[1] == ACTIVATED else {}))
 
 
