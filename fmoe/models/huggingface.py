@@ -240,6 +240,9 @@ def _open(path: Path, stack: ExitStack) -> dict[str, Any]:
     if missing := [name for name in ["config.json", *files] if not (path / name).exists()]:
         pickled = sorted(file.name for file in path.glob("*.bin"))
         got, remedy = f"{path} without {', '.join(missing)}", "Complete the download."
+        if not path.is_dir():
+            got = f"{path}, which is no directory here"
+            remedy = "Download it first, as with hf download OWNER/NAME --local-dir DIR."
         if pickled:
             got += f", but with {', '.join(pickled)}"
             remedy = "Pickled weights are not read; transformers' save_pretrained writes them as safetensors."

@@ -34,7 +34,8 @@ def import_config(raw: Json, *, mtp: bool = False) -> DecoderConfig:
     """
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise _error([f"model_type={kind!r}, not {' or '.join(FAMILIES)}"])
+        remedy = "Other families can be added: docs/families.md says how."
+        raise _error([f"model_type={kind!r}, not {' or '.join(FAMILIES)}"], remedy)
     family = FAMILIES[kind]
     if mistyped := _mistyped(raw, _types(family) | {"rope_theta": float, "num_nextn_predict_layers": int}):
         raise _error(mistyped)
@@ -45,12 +46,12 @@ def import_config(raw: Json, *, mtp: bool = False) -> DecoderConfig:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     wrong += _wrong_rope(rope)
     wrong += _wrong_quantization(raw.get("quantization_config") or {})
-    if mtp and not _num_mtp(family, raw):
-        wrong.append(
-            f"num_nextn_predict_layers={raw.get('num_nextn_predict_layers')!r}, not at least 1 for mtp=True"
-        )
     if wrong:
         raise _error(wrong)
+    if mtp and not _num_mtp(family, raw):
+        found = raw.get("num_nextn_predict_layers")
+        lacking = f"num_nextn_predict_layers={found!r}, not at least 1 for mtp=True"
+        raise _error([lacking], "Load it without mtp=True.")
     return _config(family, raw, mtp)
 
 
@@ -238,7 +239,6 @@ def _wrong_rope(rope: Any) -> list[str]:
     return wrong + [f"YaRN's {key}={value!r}" for key, value in odd.items()]
 
 
-def _error(wrong: list[str]) -> ValueError:
+def _error(wrong: list[str], remedy: str | None = None) -> ValueError:
     got, expected = "; ".join(wrong), "a model that fmoe computes exactly"
-    remedy = "Convert the model to one, with transformers for instance."
     return argument_error("huggingface.load", "config.json", got=got, expected=expected, remedy=remedy)

@@ -307,6 +307,11 @@ def test_parameters_are_floating_point_numbers(tmp_path):
         load(tmp_path, dtype=torch.int8)
 
 
+def test_a_name_on_the_hub_is_no_directory():
+    with pytest.raises(ValueError, match=r"got Qwen/Qwen3-30B-A3B, which is no directory .* hf download "):
+        load("Qwen/Qwen3-30B-A3B")
+
+
 def test_pickled_and_incomplete_directories_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"without config.json, model.safetensors, expected .* Complete the download"

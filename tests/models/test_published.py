@@ -152,6 +152,11 @@ CONFIG_ERRORS = {
         quantization_config={"weight_block_size": [128]}
     ),
     LOAD + "model_type=['deepseek_v3'], not deepseek_v3 or deepseek_v2": changed(model_type=["deepseek_v3"]),
+    "Other families can be added: docs/families.md says how.": changed(model_type="llama"),
+    LOAD + "num_nextn_predict_layers=0, not at least 1 for mtp=True, expected a model that fmoe computes "
+    "exactly. Load it without mtp=True.": lambda: import_config(
+        {**SHARED, **PUBLISHED["671B"], "num_nextn_predict_layers": 0}, mtp=True
+    ),
     "Yarn: mscale_all_dim: got 0.0": changed(rope_scaling=dict(YARN, mscale=0.707)),
     SAVE + "router.group_best=1, not 2; router.force_balance=True, not False; num_shared_experts=0": (
         exported(

@@ -212,6 +212,17 @@ def test_a_foreign_checkpoint_is_an_error(tmp_path: Path) -> None:
             checkpoint.load(description.parent, state)
 
 
+def test_a_path_that_is_no_checkpoint_is_an_error(tmp_path: Path) -> None:
+    state = {"w": torch.zeros(2)}
+    with pytest.raises(ValueError, match=r"load: path: got None, expected a checkpoint\. Begin without one"):
+        checkpoint.load(checkpoint.latest(tmp_path), state)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"nowhere: got no such folder, expected .* Correct the path\."):
+        checkpoint.load(tmp_path / "nowhere", state)
+    checkpoint.save(tmp_path, 1, state)
+    with pytest.raises(ValueError, match=r"got a folder of checkpoints, expected .*latest\(folder\) is the"):
+        checkpoint.load(tmp_path, state)
+
+
 def test_options_that_came_later_may_be_off(tmp_path: Path) -> None:
     """A checkpoint from before they existed goes on, unless they are used."""
     params = {"w": torch.zeros(1)}

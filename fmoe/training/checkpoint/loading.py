@@ -85,8 +85,11 @@ def load(
     >>> step, torch.equal(state["w"], params["w"])
     (10, True)
     """
-    path, reader = Path(path), PlainReader(path)
     with together():
+        if path is None:
+            remedy = "Begin without one, or correct the folder that latest looked in."
+            raise argument_error("load", "path", got="None", expected="a checkpoint", remedy=remedy)
+        path, reader = Path(path), PlainReader(path)
         check_ranks("load")
         leaves = named("load", like)
         description = folders.described(path)
@@ -199,4 +202,8 @@ def _known(theirs: Any, ours: Any) -> Any:
 def _damaged(path: Path, damage: str) -> ValueError:
     expected = "a whole checkpoint of fmoe"
     remedy = "Choose another, or delete it and resume from the one before."
+    if folders.checkpoints(path):
+        damage, remedy = "a folder of checkpoints", "Pass one of them: latest(folder) is the newest."
+    elif not path.exists():
+        damage, remedy = "no such folder", "Correct the path."
     return argument_error("load", str(path), got=damage, expected=expected, remedy=remedy)
