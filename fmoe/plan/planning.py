@@ -120,8 +120,9 @@ def plan(
     meanwhile. The host is left out: it is taken to be ahead of its device. The noise of routers is left
     out, too. Modules of multi-token prediction are planned with their loss.
 
-    Raises ``ValueError`` for sizes below 1, for sizes that the mesh doesn't divide, for another ``zero``, for
-    a schedule or stages that don't fit the mesh, for other devices, and for a precision without kernels.
+    Raises ``ValueError`` for sizes below 1, for a ``seq_len`` above ``config.max_seq_len``, for sizes that
+    the mesh doesn't divide, for another ``zero``, for a schedule or stages that don't fit the mesh, for other
+    devices, and for a precision without kernels.
 
     >>> from fmoe.models.decoder import num_params, preset
     >>> found = plan(preset("debug"), batch_size=4, seq_len=64, device_type="cpu")
@@ -133,6 +134,9 @@ def plan(
     for name, number in (("batch_size", batch_size), ("seq_len", seq_len), ("micro_batches", micro_batches)):
         if not isinstance(number, int) or number < 1:
             raise error(name, got=number, expected="an integer of at least 1")
+    if seq_len > config.max_seq_len:
+        most, remedy = config.max_seq_len, "Shorten the sequences, or raise max_seq_len."
+        raise error("seq_len", got=seq_len, expected=f"at most max_seq_len={most}", remedy=remedy)
     check_zero("plan", zero)
     recipe = recipe_of("plan", precision)
     slow = sorted({*filter(None, (recipe.experts, recipe.dense))} - {*FAST})

@@ -574,6 +574,10 @@ def test_what_cannot_be_planned_is_named(mesh, options, text):
     [
         ({"batch_size": 0}, "plan: batch_size: got 0, expected an integer of at least 1"),
         ({"seq_len": 0}, "plan: seq_len: got 0, expected an integer of at least 1"),
+        (
+            {"seq_len": SMALL.max_seq_len + 1},
+            f"plan: seq_len: got {SMALL.max_seq_len + 1}, expected at most max_seq_len={SMALL.max_seq_len}.",
+        ),
         ({"seq_len": 2.0}, "plan: seq_len: got 2.0, expected an integer of at least 1"),
         ({"micro_batches": 0}, "plan: micro_batches: got 0, expected an integer of at least 1"),
         ({"zero": 0}, "plan: zero: got 0, expected 1, 2 or 3"),
