@@ -31,7 +31,7 @@ from .models.families import PRESETS
 from .ops.precision import PRECISIONS
 from .parallel import Backend
 from .parallel.backends.payload import PAYLOADS
-from .parallel.mesh import AXES, make_mesh, parse_axes
+from .parallel.mesh import AXES, check_device, make_mesh, parse_axes
 from .parallel.together import this_rank
 from .pipeline import Schedule, make_schedule
 from .pipeline.orders import KINDS
@@ -224,7 +224,13 @@ def layer_arguments(add: Add) -> None:
     """Add the options that measuring a layer needs."""
     on_cuda = torch.cuda.is_available()
     add("--shape", nargs="+", choices=SHAPES, default=["16B" if on_cuda else "small"])
-    add("--sizes", nargs=5, type=int, metavar=tuple("TDFEK"), help="instead of a named shape")
+    add(
+        "--sizes",
+        nargs=5,
+        type=int,
+        metavar=tuple("TDFEK"),
+        help="tokens, dimension, hidden dimension, experts, experts of a token: instead of --shape",
+    )
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if on_cuda else "float32")
     add("--device", default="cuda" if on_cuda else "cpu")
     add("--rounds", type=int, default=20)
@@ -299,6 +305,8 @@ def main() -> None:
     args = arguments().parse_args()
     run = vars(args).pop("run")  # it is no option, which ranks compare
     try:
+        if "device" in args:
+            check_device(args.device)
         run(args)
     except (ValueError, ImportError, OSError) as error:  # the user's error, whose text says what to do
         print(error, file=sys.stderr)

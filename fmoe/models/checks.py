@@ -46,6 +46,11 @@ def check_layer(params: Any, x: torch.Tensor, router: Any, valid: torch.Tensor |
     def error(argument: str, got: Any, expected: str, remedy: str) -> ValueError:
         return argument_error("moe_forward", argument, got=got, expected=expected, remedy=remedy)
 
+    if not hasattr(params, "experts"):
+        remedy = "Pass what moe_init gives, or fmoe.MoEParams(router, experts, shared=())."
+        raise error("params", type(params).__name__, "fmoe.MoEParams", remedy)
+    if not isinstance(x, torch.Tensor):
+        raise error("x", type(x).__name__, "a tensor", "Convert it with torch.as_tensor.")
     leaves = check_tensors("moe_forward", "params", params)
     dim = params.experts.w_in.shape[-1]
     if not isinstance(router, RouterConfig) and not callable(router):

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
 from ..ops.balance import MoEStats, update_expert_bias
-from ..ops.core.axes import axis_names, binding, describe
+from ..ops.core.axes import axis_names, binding, check_mesh, describe
 from ..ops.cross_entropy import LOGITS_BYTES
 from ..ops.precision import Recipe, recipe_of
 from ..ops.random import check_one_key
@@ -76,6 +76,7 @@ def init(
     (4, torch.Size([256, 128]))
     """
     tree = specs(config)
+    check_mesh("init", mesh)
     if mesh is not None:
         tree, mesh = held_on("init", config, mesh, stages)
     return init_on("init", mesh, tree, seed, dtype=dtype, device=device)
@@ -267,6 +268,7 @@ def inputs_of(
     if not isinstance(config, DecoderConfig):  # a batch with segment ids, say, unpacked before the config
         got, remedy = type(config).__name__, "Pass segment ids by name, as segment_ids=."
         raise argument_error(function, "config", got=got, expected="a DecoderConfig", remedy=remedy)
+    check_mesh(function, mesh)
     inputs = inputs if segment_ids is None else {**inputs, "segment_ids": segment_ids}
     check_drawing(function, config.router, key)
     if config.router.noise and key is not None:

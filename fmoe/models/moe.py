@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..errors import argument_error
 from ..ops.balance import MoEStats, moe_stats, stats_sums
 from ..ops.combine import combine, combine_start, join
-from ..ops.core.axes import binding, present
+from ..ops.core.axes import binding, check_mesh, present
 from ..ops.core.dynamo import rearrange
 from ..ops.dispatch import dispatch_join, dispatch_send, dispatch_start
 from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
@@ -237,6 +237,7 @@ def moe_forward(
     >>> fmoe.moe_forward(params, x, router=greedy, return_stats=True)[1].tokens_per_expert.sum()
     tensor(10)
     """
+    check_mesh("moe_forward", mesh)
     check_layer(params, x, router, valid)
     recipe = recipe_of("moe_forward", precision)
     check_drawing("moe_forward", router, key)

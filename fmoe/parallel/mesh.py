@@ -117,6 +117,30 @@ def take_gpu(rank: int, number: int) -> bool:
     return True
 
 
+def named_device(device: str) -> torch.device:
+    """The device of a ``--device``. Raises ``ValueError`` for a text that names none.
+
+    >>> named_device("cuda:1").index
+    1
+    """
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device: got {device!r}, expected cpu, cuda or, say, cuda:1.") from None
+
+
+def check_device(device: str) -> None:
+    """Raise ``ValueError`` for a ``--device`` that isn't here.
+
+    >>> check_device("cpu")
+    """
+    wanted, found = named_device(device), torch.cuda.device_count()
+    if wanted.type == "cuda" and (wanted.index or 0) >= found:
+        expected = f"a device that PyTorch finds; of CUDA it finds {found} here"
+        remedy = "Count from cuda:0." if found else "Use --device cpu, or see python -m fmoe doctor."
+        raise ValueError(f"--device: got {device!r}, expected {expected}. {remedy}")
+
+
 def launched() -> bool:
     """Whether ``torchrun``, or a launcher like it, started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -145,5 +169,7 @@ def parse_axes(
     ]
     if bad:
         expected = f"each of {tuple(known)} at most once, of size at least 1"
-        raise argument_error(function, "axes", got=", ".join(bad), expected=expected)
+        other = function == "make_mesh" and not set(names) <= set(known)
+        remedy = f"For axes of your own pass names={tuple(dict.fromkeys(names))}." if other else None
+        raise argument_error(function, "axes", got=", ".join(bad), expected=expected, remedy=remedy)
     return tuple(dict(found).get(name, 1) for name in known)

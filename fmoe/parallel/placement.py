@@ -7,6 +7,7 @@ computes. They are plain tuples, so that compilers see constants.
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import optree
@@ -14,7 +15,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
-from ..ops.core.axes import axis_names, axis_sizes
+from ..ops.core.axes import axis_names, axis_sizes, check_mesh
 from ..ops.core.dtypes import accumulator
 from ..ops.core.dynamo import remembered
 from ..params import P, init_params, is_spec
@@ -48,8 +49,13 @@ def init_on(
 ) -> Any:
     """Initial values for a tree of ``ParamSpec``. With a mesh they are DTensors, and only pieces are drawn.
 
-    Raises ``ValueError`` listing every spec that doesn't fit the mesh.
+    Raises ``ValueError`` listing every spec that doesn't fit the mesh, and for a seed that isn't one.
     """
+    check_mesh(function, mesh)
+    if not isinstance(seed, Integral | torch.Generator):  # NumPy's integers, too
+        got = "a tensor" if isinstance(seed, torch.Tensor) else repr(seed)
+        expected = "an integer or a torch.Generator, and no key of fmoe.random"
+        raise argument_error(function, "seed", got=got, expected=expected, remedy="Pass 0, say.")
     if mesh is None:
         return init_params(specs, seed, dtype=dtype, device=device)
     device = mesh.device_type if device is None else device

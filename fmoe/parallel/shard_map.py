@@ -10,7 +10,7 @@ from torch._C import _functorch as functorch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error, captured_error
-from ..ops.core.axes import Binding, axis_names, bound, describe
+from ..ops.core.axes import Binding, axis_names, bound, check_mesh, describe
 from ..ops.core.dtensors import is_dtensor
 from ..ops.transport import Transport
 from ..params import P
@@ -108,6 +108,7 @@ def shard_map(
         name, got = ("mesh", mesh) if callable(fn) else ("fn", fn)
         expected = "a mesh" if callable(fn) else "a function, or none beside mesh=, for a decorator"
         raise argument_error("shard_map", name, got=repr(got), expected=expected)
+    check_mesh("shard_map", mesh)
     check_specs("shard_map", "in_specs", in_specs, mesh)
     check_specs("shard_map", "out_specs", out_specs, mesh)
     binding = Binding(mesh, tuple((backends or {}).items()))

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import argument_error
 from ..ops.core import dtensors
-from ..ops.core.axes import axis_names, axis_sizes, describe, group_of, names_of
+from ..ops.core.axes import axis_names, axis_sizes, check_mesh, describe, group_of, names_of
 from ..ops.core.dynamo import constant_to_dynamo, remembered
 from ..params import P, ParamSpec, is_spec
 from ..tree import dotted_names
@@ -96,6 +96,9 @@ def distribute(tree: Any, specs: Any, mesh: DeviceMesh) -> Any:
     >>> distribute({"w": torch.ones(4, 2)}, P("ep"), fmoe.make_mesh("ep=1"))["w"].placements
     (Replicate(), Replicate(), Shard(dim=0), Replicate())
     """
+    if mesh is None:
+        raise argument_error("distribute", "mesh", got="None", expected="a mesh")
+    check_mesh("distribute", mesh)
     leaves, treedef = optree.tree_flatten(tree)
     flat = fitting_specs("distribute", "tree", specs, tree, mesh)
     pieces = [leaf.detach()[local_piece(spec, leaf.shape, mesh)] for spec, leaf in zip(flat, leaves)]
@@ -126,12 +129,22 @@ def broadcast(function: str, argument: str, specs: Any, tree: Any) -> list[P]:
     leaves, treedef = optree.tree_flatten(specs)
     try:
         subtrees = treedef.flatten_up_to(tree)
-    except ValueError as error:
-        got = f"a tree that is no prefix of what it describes: {error}"
+    except ValueError:
+        got = f"a tree that is no prefix of what it describes: {_difference(treedef, tree)}"
         expected = "a tree prefix, as P() is of every tree"
         remedy = "One spec may stand for a whole subtree; a tuple of specs needs a tuple of values."
         raise argument_error(function, argument, got=got, expected=expected, remedy=remedy) from None
     return [spec for spec, sub in zip(leaves, subtrees) for _ in optree.tree_leaves(sub, none_is_leaf=True)]
+
+
+def _difference(specs: Any, tree: Any) -> str:
+    """optree's words for a tree that specs are no prefix of, with shapes instead of the tensors' numbers."""
+    shapes = optree.tree_map(lambda leaf: getattr(leaf, "shape", leaf), tree, none_is_leaf=True)
+    try:
+        specs.flatten_up_to(shapes)
+    except ValueError as error:
+        return str(error).rstrip(".")
+    return "they differ in None"
 
 
 @remembered

@@ -16,6 +16,7 @@ from ..models.checks import check_mtp
 from ..models.config import DecoderConfig
 from ..models.stages import Stages
 from ..ops.balance import MoEStats, merge_stats
+from ..ops.core.axes import check_mesh
 from ..ops.core.dtensors import as_dtensor, is_dtensor, local, map_local
 from ..ops.core.dtypes import accumulator
 from ..parallel.boundary import dtensor_beneath, unwrapped
@@ -152,6 +153,7 @@ def of_model(
     True
     """
     check_zero("of_model", zero)
+    check_mesh("of_model", mesh)
     if mesh is not None and is_pipeline(mesh):
         setup = pipelined.set_up("of_model", config, mesh, micro_batches, schedule, stages, how)
         return pipelined.value_and_grad_of(setup, zero)

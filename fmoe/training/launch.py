@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from ..ops.core.axes import axis_sizes, group_of
-from ..parallel.mesh import make_mesh, num_processes
+from ..parallel.mesh import check_device, make_mesh, num_processes
 from ..parallel.placement import token_axes
 from ..parallel.together import check_alike, num_ranks, this_rank
 
@@ -70,11 +70,13 @@ def join(
     -> World     without a launcher and axes: this process alone, without a mesh
     ===========  ===========================================================================
 
-    Raises ``ValueError`` for options that differ, and for axes that :func:`fmoe.make_mesh` refuses.
+    Raises ``ValueError`` for options that differ, for a device type that isn't here, and for axes that
+    :func:`fmoe.make_mesh` refuses.
 
     >>> join().part
     (0, 1)
     """
+    check_device(device_type or "cpu")
     if not axes and num_processes() == 1:
         return World(None, (0, 1))
     mesh = make_mesh(axes, device_type=device_type)

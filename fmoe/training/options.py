@@ -14,6 +14,7 @@ from ..models.config import DecoderConfig
 from ..ops.precision import Recipe, parse_recipe
 from ..parallel.backends import Backend
 from ..parallel.backends.payload import PAYLOADS
+from ..parallel.mesh import named_device
 from ..pipeline import Schedule, make_schedule
 from ..transforms import exact_on_overflow, per_layer
 from . import gradients
@@ -63,7 +64,7 @@ class Precision(NamedTuple):
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Precision":
         """What was asked for. Float32 is computed in bfloat16 on CUDA, by default."""
-        device = torch.device(args.device)
+        device = named_device(args.device)
         mixed = device.type == "cuda" and args.dtype == "float32"
         compute = args.compute_dtype or ("bfloat16" if mixed else args.dtype)
         names = args.dtype, args.moments_dtype or args.dtype, compute

@@ -24,6 +24,7 @@ from fmoe.models.rotary import Rotary, Yarn
 from fmoe.ops.balance import moe_stats
 from fmoe.ops.core.tape import plain_operators
 from fmoe.params import is_spec
+from fmoe.training import gradients
 
 
 def with_biases(params):
@@ -326,6 +327,11 @@ ERRORS = {
             deepseek_v3.init(TINY, 0, mesh=fmoe.make_mesh(device_type="cpu")), tokens(), TINY
         )
     ),
+    "forward: mesh: got 'ep=2', expected a mesh.": (
+        lambda: deepseek_v3.forward(deepseek_v3.init(TINY, 0), tokens(), TINY, "ep=2")
+    ),
+    "init: mesh: got 'ep=2', expected a mesh.": lambda: deepseek_v3.init(TINY, 0, mesh="ep=2"),
+    "of_model: mesh: got 'ep=2', expected a mesh.": lambda: gradients.of_model(TINY, "ep=2"),
     "loss: targets: got torch.int64 of shape (11,), expected torch.int64 of shape (B, L).": (
         lambda: deepseek_v3.loss(deepseek_v3.init(TINY, 0), tokens(), tokens()[0], TINY)
     ),

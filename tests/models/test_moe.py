@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 
+import numpy as np
 import optree
 import pytest
 import torch
@@ -623,7 +624,48 @@ ERRORS = {
         lambda: fmoe.moe_init(0, dim=4, hidden_dim=4, num_experts=2, dtype=torch.int32),
         "moe_init: dtype: got torch.int32, expected a floating dtype.",
     ),
+    "a key for a seed": (
+        lambda: fmoe.moe_init(fmoe.random.key(0), dim=4, hidden_dim=4, num_experts=2),
+        "moe_init: seed: got a tensor, expected an integer or a torch.Generator, and no key of fmoe.random.",
+    ),
+    "a seed that is no integer": (
+        lambda: fmoe.moe_init(0.5, dim=4, hidden_dim=4, num_experts=2),
+        "moe_init: seed: got 0.5, expected an integer or a torch.Generator",
+    ),
+    "a dict of params": (
+        lambda: fmoe.moe_forward(layer_with()._asdict(), torch.randn(3, 8)),
+        "moe_forward: params: got dict, expected fmoe.MoEParams. Pass what moe_init gives, or",
+    ),
+    "tokens of NumPy": (
+        lambda: fmoe.moe_forward(layer_with(), torch.randn(3, 8, device="cpu").numpy()),
+        "moe_forward: x: got ndarray, expected a tensor. Convert it with torch.as_tensor.",
+    ),
+    "a router in the mesh's place": (
+        lambda: fmoe.moe_forward(layer_with(), torch.randn(3, 8), fmoe.RouterConfig()),
+        "expected a mesh. Make one with fmoe.make_mesh, and pass other options by name.",
+    ),
+    "a text for a mesh": (
+        lambda: fmoe.moe_forward(layer_with(), torch.randn(3, 8), "ep=2"),
+        "moe_forward: mesh: got 'ep=2', expected a mesh. Make one with fmoe.make_mesh(\"ep=2\").",
+    ),
+    "a text for a mesh to begin on": (
+        lambda: fmoe.moe_init(0, dim=4, hidden_dim=4, num_experts=2, mesh="ep=2"),
+        "moe_init: mesh: got 'ep=2', expected a mesh.",
+    ),
+    "a text for a mesh to lie on": (
+        lambda: fmoe.shard_params(layer_with(), "ep=2"),
+        "distribute: mesh: got 'ep=2', expected a mesh.",
+    ),
+    "no mesh to lie on": (
+        lambda: fmoe.shard_params(layer_with(), None),
+        "distribute: mesh: got None, expected a mesh.",
+    ),
 }
+
+
+def test_a_seed_of_numpy_is_the_same_seed():
+    params = [fmoe.moe_init(seed, dim=4, hidden_dim=4, num_experts=2) for seed in (3, np.int64(3))]
+    assert all(map(torch.equal, *(optree.tree_leaves(each) for each in params)))
 
 
 @pytest.mark.parametrize(("call", "text"), ERRORS.values(), ids=ERRORS)

@@ -257,6 +257,8 @@ def test_names_in_a_compiled_region(aot_eager):
         ((torch.ones(1), ""), "name: got '', expected names of"),
         ((torch.ones(1), 3), "name: got 3, expected names of"),
         ((torch.ones(1), ["up"]), "name: got ['up'], expected names of"),
+        ((torch.ones(1), ["up"]), "Give each name as an argument of its own."),
+        (("up", torch.ones(1)), "name: got a tensor, expected names of"),
         (([1.0], "up"), "x: got a float, expected tensors, or trees of them."),
     ],
 )

@@ -15,7 +15,7 @@ import fmoe
 from fmoe import P
 from fmoe.ops.core.axes import group_of
 from fmoe.parallel import distribute, placements, spec_of
-from fmoe.parallel.mesh import take_gpu
+from fmoe.parallel.mesh import check_device, take_gpu
 
 # ---- in one process ---------------------------------------------------------------------------------
 
@@ -41,6 +41,7 @@ def test_the_axes_are_always_there_in_one_order():
             {},
             "got data=2, ep=0, expected each of ('pp', 'dp', 'ep', 'tp') at most once, of",
         ),
+        ("x=1,y=1", {}, "at most once, of size at least 1. For axes of your own pass names=('x', 'y')."),
         ("dp=1", {"dp": 1}, "got dp=1, dp=1, expected each of"),
         ("", {"ep": 1.5}, "got ep=1.5, expected each of"),
     ],
@@ -49,6 +50,26 @@ def test_bad_axes_are_named(args, sizes, text):
     with pytest.raises(ValueError, match=re.escape(text)) as caught:
         fmoe.make_mesh(args, **sizes)
     assert str(caught.value).startswith("make_mesh: axes: got")
+
+
+@pytest.mark.parametrize(
+    ("device", "found", "text"),
+    [
+        ("gpu", 0, "--device: got 'gpu', expected cpu, cuda or, say, cuda:1."),
+        ("cuda", 0, "of CUDA it finds 0 here. Use --device cpu, or see python -m fmoe doctor."),
+        (
+            "cuda:2",
+            2,
+            "got 'cuda:2', expected a device that PyTorch finds; of CUDA it finds 2 here. Count",
+        ),
+    ],
+)
+def test_devices_that_arent_here_are_named(monkeypatch, device, found, text):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    with pytest.raises(ValueError, match=re.escape(text)):
+        check_device(device)
+    for fine in ("cpu", *["cuda", "cuda:1"][:found]):
+        check_device(fine)
 
 
 def run_script(command, script):

@@ -220,6 +220,12 @@ def test_every_spec_the_mesh_refuses_is_listed():
     [
         ((P(), P()), P(), (1.0,), "shard_map: args.0: got float, expected a tensor"),
         ((P(), P()), P(), (torch.ones(2),), "shard_map: in_specs: got a tree that is no prefix of what it"),
+        (
+            (P(), P()),
+            P(),
+            (torch.ones(2),),
+            "expected: 2, got: 1; tuple: (torch.Size([2]),), expected a tree",
+        ),
         (P(None, None), P(), (torch.ones(2),), "args.0: P(None, None) for shape (2,): 2 entries for 1 dim"),
         (P(), (P("ep"),), (torch.ones(()),), "fn(...).0: P('ep') for shape (): 1 entries for 0 dimensions"),
         (P(), {"a": P()}, (torch.ones(2),), "shard_map: out_specs: got a tree that is no prefix"),
@@ -236,6 +242,8 @@ def test_other_misuses():
     bare = torch.distributed.device_mesh.DeviceMesh("cpu", [0])
     with pytest.raises(ValueError, match="shard_map: mesh: got a mesh whose axes have no names"):
         fmoe.shard_map(identity, bare, in_specs=P(), out_specs=P())
+    with pytest.raises(ValueError, match="shard_map: mesh: got 'ep=1', expected a mesh"):
+        fmoe.shard_map(identity, "ep=1", in_specs=P(), out_specs=P())
     call = fmoe.shard_map(lambda x: (x, 3), one_device(), in_specs=P(), out_specs=P())
     with pytest.raises(ValueError, match=re.escape("shard_map: fn(...): got NoneType, expected a tensor")):
         fmoe.shard_map(lambda x: None, one_device(), in_specs=P(), out_specs=P())(torch.ones(2))

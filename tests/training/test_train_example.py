@@ -176,6 +176,7 @@ def test_bad_options_are_named(train, options, text):
         (["--top-k", "0"], "argument --top-k: got 0, expected at least 1"),
         (["--data", "/nowhere"], "read_documents: paths: got [Errno 2] No such file"),
         (["--out", "/dev/null"], "[Errno 17] File exists: '/dev/null'"),
+        (["--device", "gpu"], "--device: got 'gpu', expected cpu, cuda"),
     ],
 )
 def test_errors_are_one_line(module, monkeypatch, capfd, options, text):

@@ -105,6 +105,21 @@ def axis_sizes(mesh: DeviceMesh) -> dict[str, int]:
     return {name: mesh.size(i) for i, name in enumerate(axis_names(mesh))}
 
 
+@constant_to_dynamo
+def check_mesh(function: str, mesh: Any) -> None:
+    """Raise ``ValueError`` for what stands in a mesh's place and is neither a mesh nor ``None``.
+
+    >>> check_mesh("moe_forward", "ep=1")
+    Traceback (most recent call last):
+    ValueError: moe_forward: mesh: got 'ep=1', expected a mesh. Make one with fmoe.make_mesh("ep=1").
+    """
+    if not isinstance(mesh, DeviceMesh | MeshOfSizes | None):
+        remedy = "Make one with fmoe.make_mesh, and pass other options by name."
+        if isinstance(mesh, str):
+            remedy = f'Make one with fmoe.make_mesh("{mesh}").'
+        raise argument_error(function, "mesh", got=repr(mesh), expected="a mesh", remedy=remedy)
+
+
 def describe(mesh: DeviceMesh) -> str:
     return "(" + ", ".join(f"{name}={size}" for name, size in axis_sizes(mesh).items()) + ")"
 

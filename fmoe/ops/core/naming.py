@@ -79,7 +79,10 @@ def check_names(function: str, argument: str, names: tuple[Any, ...], *, own: bo
         if near := _nearest(name, known) if valid else []:
             remedy = f"Write {near[0]!r}, or choose a name that is less like it."
         if near or not (valid and own):
-            raise argument_error(function, argument, got=repr(name), expected=expected, remedy=remedy)
+            got = "a tensor" if isinstance(name, torch.Tensor) else repr(name)
+            if isinstance(name, list | tuple):
+                remedy = "Give each name as an argument of its own."
+            raise argument_error(function, argument, got=got, expected=expected, remedy=remedy)
 
 
 @functools.lru_cache
