@@ -267,7 +267,7 @@ ERRORS = {
     "write": ".tmp: OSError: no space left",
     "other path": f"ValueError: load: path, like: {BESIDE}path is step-00000008, here step-00000009",
     "other like": "state.w is float32 [2], here float32 [3], expected a checkpoint of this model",
-    "no path": "got no readable checkpoint.json (FileNotFoundError: ",
+    "no path": "nothing: got no such folder, expected a whole checkpoint of fmoe.",
 }
 
 
