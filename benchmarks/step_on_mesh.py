@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fmoe
 from fmoe.__main__ import markdown_table
-from fmoe.bench.timing import of_host, or_dash, syncs
+from fmoe.bench.timing import of_host, one_line, or_dash, syncs
 from fmoe.errors import argument_error
 from fmoe.models import decoder, stages
 from fmoe.parallel import stack
@@ -217,7 +217,7 @@ def main() -> None:
         try:
             found[name] = measure(args, way, world)
         except Exception as error:
-            found[name] = dict(error=f"{type(error).__name__}: {error}".splitlines()[0][:300])
+            found[name] = dict(error=one_line(error))
         if world.is_first:
             print(json.dumps({name: found[name]}), flush=True)
     if world.is_first:

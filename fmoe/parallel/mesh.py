@@ -117,8 +117,8 @@ def take_gpu(rank: int, number: int) -> bool:
     return True
 
 
-def named_device(device: str) -> torch.device:
-    """The device of a ``--device``. Raises ``ValueError`` for a text that names none.
+def named_device(device: str, argument: str = "--device") -> torch.device:
+    """The device that a text names. Raises ``ValueError`` if it names none.
 
     >>> named_device("cuda:1").index
     1
@@ -126,19 +126,19 @@ def named_device(device: str) -> torch.device:
     try:
         return torch.device(device)
     except RuntimeError:
-        raise ValueError(f"--device: got {device!r}, expected cpu, cuda or, say, cuda:1.") from None
+        raise ValueError(f"{argument}: got {device!r}, expected cpu, cuda or, say, cuda:1.") from None
 
 
-def check_device(device: str) -> None:
-    """Raise ``ValueError`` for a ``--device`` that isn't here.
+def check_device(device: str, argument: str = "--device") -> None:
+    """Raise ``ValueError`` for a device that isn't here.
 
     >>> check_device("cpu")
     """
-    wanted, found = named_device(device), torch.cuda.device_count()
+    wanted, found = named_device(device, argument), torch.cuda.device_count()
     if wanted.type == "cuda" and (wanted.index or 0) >= found:
         expected = f"a device that PyTorch finds; of CUDA it finds {found} here"
-        remedy = "Count from cuda:0." if found else "Use --device cpu, or see python -m fmoe doctor."
-        raise ValueError(f"--device: got {device!r}, expected {expected}. {remedy}")
+        remedy = "Count from cuda:0." if found else "Use the CPU, or see python -m fmoe doctor."
+        raise ValueError(f"{argument}: got {device!r}, expected {expected}. {remedy}")
 
 
 def launched() -> bool:

@@ -97,7 +97,8 @@ def distribute(tree: Any, specs: Any, mesh: DeviceMesh) -> Any:
     (Replicate(), Replicate(), Shard(dim=0), Replicate())
     """
     if mesh is None:
-        raise argument_error("distribute", "mesh", got="None", expected="a mesh")
+        remedy = "Make one with fmoe.make_mesh."
+        raise argument_error("distribute", "mesh", got="None", expected="a mesh", remedy=remedy)
     check_mesh("distribute", mesh)
     leaves, treedef = optree.tree_flatten(tree)
     flat = fitting_specs("distribute", "tree", specs, tree, mesh)

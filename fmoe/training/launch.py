@@ -76,7 +76,7 @@ def join(
     >>> join().part
     (0, 1)
     """
-    check_device(device_type or "cpu")
+    check_device(device_type or "cpu", "join: device_type")
     if not axes and num_processes() == 1:
         return World(None, (0, 1))
     mesh = make_mesh(axes, device_type=device_type)

@@ -214,11 +214,8 @@ def test_rows_travel_over_deepep_too(pool, kind, way, slow):
 def whose_memory_is_used_again():
     install("buffer")
     sizes = dict(dim=256, top_k=2, num_experts=4)
-    x, ids, weights = (
-        torch.randn(64, 256),
-        torch.rand(64, 4).argsort(1)[:, :2].contiguous(),
-        torch.rand(64, 2),
-    )
+    ids = torch.rand(64, 4).argsort(1)[:, :2].contiguous()
+    x, weights = torch.randn(64, 256), torch.rand(64, 2)
     with deepep(bare_mesh("ep=2")["ep"], max_tokens_per_rank=64, **sizes) as whole:
         routing = fmoe.Routing(ids, weights, torch.bincount(ids.flatten(), minlength=4), torch.rand(64, 4))
         want = whole.dispatch(x.clone(), routing)[0]

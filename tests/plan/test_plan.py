@@ -98,19 +98,18 @@ def test_what_is_offloaded_leaves_the_device(mesh):
         how = dict(batch_size=8, micro_batches=2 if "pp" in mesh else 1, device_type=device_type)
         how |= dict(seq_len=1024)  # so that the backward's peak is at its begin, not with all gradients
         wrap = functools.partial(fmoe.remat, policy=policy)
-        return plan(dataclasses.replace(SMALL, num_layers=4), mesh, per_layer=wrap, **how).ranks
+        # A first stage would peak at a dense layer, after what came back is gone.
+        config = dataclasses.replace(SMALL, num_layers=4, num_dense_layers=0)
+        return plan(config, mesh, per_layer=wrap, **how).ranks
 
     names = "experts_grouped_mm", "attention"
-    plans = [ranks(policy) for policy in (fmoe.save(*names), fmoe.offload(*names), NOTHING)]
-    for kept, offloaded, none in zip(*plans):
+    for kept, offloaded, none in zip(ranks(fmoe.save(*names)), ranks(fmoe.offload(*names)), ranks(NOTHING)):
         assert offloaded.offloaded > 0 == kept.offloaded
         assert sum(kept.activations.values()) - sum(offloaded.activations.values()) == offloaded.offloaded
         assert offloaded.activations == none.activations
         assert none.peaks["forward"] <= offloaded.peaks["forward"] < kept.peaks["forward"]
         assert offloaded.seconds == kept.seconds
-        assert none.peak <= offloaded.peak <= kept.peak  # the last two layers have all they kept
-    # A first stage may peak at its dense layer, after what came back is gone.
-    assert plans[2][-1].peak < plans[1][-1].peak
+        assert none.peak < offloaded.peak <= kept.peak  # the last two layers have all they kept
     on_cpu = [ranks(policy(*names), "cpu") for policy in (fmoe.save, fmoe.offload)]
     assert on_cpu[0] == on_cpu[1]
 
