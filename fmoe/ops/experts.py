@@ -317,7 +317,7 @@ def _up_weight_kernel(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, *f
     g_RF = g_h.flatten(1)
     x_RD = _expanded_columns(x, w_in, rows, weighted=rows.score_before)
     g: Any = scaled.columns(g_RF, rows.offsets_e) if isinstance(x_RD, scaled.Columns) else g_RF
-    return _outer(g, x_RD, rows).to(x.dtype).unflatten(1, (2, -1))
+    return _outer(g, x_RD, rows).unflatten(1, (2, -1))
 
 
 def _down_kernel(h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> torch.Tensor:
@@ -359,7 +359,7 @@ def _down_weight_kernel(g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor, *
     if _gathered(h, rows):
         return gathered.down_weight(g, _activation(h, rows, scaled=True), _found(rows))
     act = _activated_columns(h, w_out, rows)
-    return _outer(_expanded_columns(g, w_out, rows, weighted=False), act, rows).to(h.dtype)
+    return _outer(_expanded_columns(g, w_out, rows, weighted=False), act, rows)
 
 
 def _of_pairs(values_R: torch.Tensor, rows: Layout) -> torch.Tensor:

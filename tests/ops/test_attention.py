@@ -253,6 +253,16 @@ def test_an_engine_can_be_asked_for(monkeypatch):
         causal_attention(q, q, q, 1.0)
 
 
+def test_engines_after_the_first_that_is_able_are_not_proven(monkeypatch):
+    """A proof takes cuDNN a second or so, and a first step waits for it."""
+    asked = []
+    monkeypatch.setattr(kernels, "proven", lambda name, *kind: asked.append(name) or name != "cudnn")
+    kind = dict(dtype=torch.bfloat16, device=torch.device("cuda"), is_cuda=True)
+    q = SimpleNamespace(shape=(1, 4, 2, 8), numel=lambda: 64, **kind)
+    assert kernels.engine(q, q, q) is kernels.CUDA["flash"]
+    assert asked == ["cudnn", "flash"]
+
+
 @pytest.mark.parametrize("wrong", [None, "no segments"])
 def test_an_engine_must_prove_itself_with_segments(wrong, monkeypatch, caplog):
     kernels.proven.cache_clear()

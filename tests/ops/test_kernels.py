@@ -353,12 +353,12 @@ def test_fp8_columns(dtype, width, splits, monkeypatch):
     x = fp8_numbers(210, width, dtype)
     x[208:] = torch.nan  # of no group
     ends = torch.tensor([0, 3, 3, 208], dtype=torch.int32)
-    (values, scale), aligned = quantise.columns(x.to(DEVICE), ends.to(DEVICE))
-    assert aligned.tolist() == [0, 16, 16, 224]
-    assert values.shape == (width, 272)
-    gaps = torch.cat([values[:, 3:16], values[:, 221:]], 1).float()
+    (values, scale), aligned, made_of = quantise.columns(x.to(DEVICE), ends.to(DEVICE))
+    assert aligned.tolist() == [0, 128, 128, 384] and made_of == dtype
+    assert values.shape == (width, 768)
+    gaps = torch.cat([values[:, 3:128], values[:, 333:384]], 1).float()
     assert not torch.cat([gaps[:6], gaps[7:]]).any()  # NaN is in column 6
-    for group, start, rows in ((1, 0, x[:3]), (3, 16, x[3:208])):
+    for group, start, rows in ((1, 0, x[:3]), (3, 128, x[3:208])):
         assert same((values[:, start : start + len(rows)], scale[group]), reference(rows.mT))
     assert (scale[[0, 2]] == 1).all()
     weights = torch.stack([fp8_numbers(96, width, dtype) for _ in range(3)])
@@ -368,14 +368,14 @@ def test_fp8_columns(dtype, width, splits, monkeypatch):
 @ON_KERNELS
 def test_few_groups_of_many_rows_are_split_over_all_processors():
     from fmoe.ops.kernels.launch import processors
-    from fmoe.ops.kernels.quantise import BUSY, ROWS, num_splits
+    from fmoe.ops.kernels.quantise import BUSY, SPLIT, num_splits
 
     enough = BUSY * processors(device := torch.device(DEVICE))
     for programs in (1, 2, enough // 2, enough // 2 + 1, enough, enough + 1, 10 * enough):
         splits = num_splits(programs, 10**6, device)
         assert splits == 1 or programs * splits <= enough
         assert programs * (splits + 1) > enough
-    assert [num_splits(1, rows, device) for rows in (0, 1, ROWS, ROWS + 1)] == [1, 1, 1, 2]
+    assert [num_splits(1, rows, device) for rows in (0, 1, SPLIT.rows, SPLIT.rows + 1)] == [1, 1, 1, 2]
 
 
 @ON_KERNELS
@@ -405,44 +405,26 @@ def test_fp8_rows_as_they_arrive(dtype, parts, width):
         assert got.dtype == dtype and same([got], [want])
 
 
-def meets_the_layout(product, a, b, scale_a, scale_b, *, offs=None, **how):
+def meets_the_layout(product, a, b, scale_a, scale_b, **how):
     """PyTorch's fp8 product, in float32, behind PyTorch's own checks of layouts."""
     given = a, b, scale_a, scale_b
     meta = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in given]
-    if offs is None:
-        product(*meta, **how)
-        return (a.float() * scale_a) @ (b.float() * scale_b)
-    product(*meta, offs=offs.to("meta"), **how)
-    starts = [0, *offs.tolist()]
-    a, b = a.float(), b.float()
-    if b.dim() == 3:
-        out = a.new_full((len(a), b.shape[2]), torch.nan)
-        for e, (first, end) in enumerate(itertools.pairwise(starts)):
-            out[first:end] = a[first:end] @ b[e] * scale_a[first:end, None] * scale_b[e]
-        return out
-    assert not any(end % 16 for end in starts)
-    out = a.new_full((len(offs), len(a), b.shape[1]), torch.nan)
-    for e, (first, end) in enumerate(itertools.pairwise(starts)):
-        if end > first:
-            rows, cols = scale_a.view(len(offs), -1)[e], scale_b.view(len(offs), -1)[e]
-            out[e] = a[:, first:end] @ b[first:end] * rows[:, None] * cols
-    return out
+    product(*meta, **how)
+    return (a.float() * scale_a) @ (b.float() * scale_b)
 
 
 @pytest.fixture
 def fp8_products(monkeypatch):
-    """Everything but PyTorch's products of fp8 numbers, where there is no GPU."""
+    """Everything but PyTorch's product of fp8 numbers, where there is no GPU."""
     from fmoe.ops.kernels import scaled
 
     if INTERPRETED:
         monkeypatch.setattr(kernels, "fused", lambda *rows: all(t.dtype in kernels.DTYPES for t in rows))
         monkeypatch.setattr(scaled, "fused", kernels.fused)
         monkeypatch.setattr(scaled, "fast", lambda precision, x, *dims: precision in FAST and x.numel() > 0)
-        for name in ("_scaled_mm", "_scaled_grouped_mm"):
-            call = functools.partial(meets_the_layout, getattr(torch, name))
-            monkeypatch.setattr(torch, name, call)
+        monkeypatch.setattr(torch, "_scaled_mm", functools.partial(meets_the_layout, torch._scaled_mm))
     elif torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("PyTorch's kernels are for Hopper")
+        pytest.skip("the kernels are for Hopper")
 
 
 FEW = {
@@ -476,7 +458,9 @@ def test_the_experts_in_fp8(
     """
     from fmoe.ops.kernels import quantise, scaled
 
-    monkeypatch.setattr(quantise, "ROWS", block)
+    walk = quantise.SPLIT._replace(rows=block)
+    monkeypatch.setattr(quantise, "SPLIT", walk)
+    monkeypatch.setattr(quantise, "WALKS", [walk] * 3)
     dtype = torch.float32 if INTERPRETED else torch.bfloat16
     apart = own = 0.0
     for _ in range(1 if INTERPRETED else 16):

@@ -472,13 +472,15 @@ def test_what_the_experts_hold_in_fp8(monkeypatch):
     rows, tokens, dim, hidden, num = 256, 128, 48, 40, 4
     new = functools.partial(torch.empty, dtype=BFLOAT16)
     byte = functools.partial(torch.empty, dtype=torch.float8_e4m3fn)
-    padded = rows + num * 15
+    padded = rows + num * 127
 
     def scaled_rows(*shape):
         return scaled.Scaled(byte(*shape), torch.empty(shape[:-1]))
 
     def columns(width):
-        return scaled.Columns(scaled.Scaled(byte(width, padded), torch.empty(num, width)), torch.empty(num))
+        return scaled.Columns(
+            scaled.Scaled(byte(width, padded), torch.empty(num, width)), torch.empty(num), BFLOAT16
+        )
 
     monkeypatch.setattr(scaled, "fast", lambda precision, x, *dims: precision is not None)
     monkeypatch.setattr(scaled, "rows", lambda x: scaled_rows(*x.shape))
@@ -488,7 +490,7 @@ def test_what_the_experts_hold_in_fp8(monkeypatch):
     monkeypatch.setattr(quantise, "gathered_columns", lambda x, *how: columns(x.shape[1]))
     monkeypatch.setattr(quantise, "activated", lambda h, ends: scaled_rows(rows, hidden))
     monkeypatch.setattr(quantise, "activated_columns", lambda h, *how: columns(hidden))
-    monkeypatch.setattr(scaled, "multiply", lambda x, w, ends: new(rows, w.values.shape[1]))
+    monkeypatch.setattr(scaled, "multiply", lambda x, w, *how: new(rows, w.values.shape[1]))
     outer = lambda x, y: new(num, x.scaled.values.shape[0], y.scaled.values.shape[0])  # noqa: E731
     monkeypatch.setattr(scaled, "multiply_columns", outer)
     backward = lambda g, h, rows, scaled: (torch.empty_like(h), torch.empty_like(rows.weights_SK))  # noqa: E731

@@ -16,6 +16,7 @@ on this very device. If it doesn't, or raises, a warning says so and the next on
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -236,12 +237,14 @@ def engine(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *segments: torch.T
     on_cuda, heads, shared = q.is_cuda, (q.shape[-1], v.shape[-1]), q.shape[1] != k.shape[1]
     engines = (CUDA_SEGMENTS if segments else CUDA) if on_cuda else CPU
     kind = q.device, q.dtype, *heads, shared, bool(segments)
-    able = [name for name in engines if not on_cuda or proven(name, *kind)]
-    if segments and not segments[1].numel():  # nobody could count the segments
-        able = [name for name in able if name != "varlen"]
+    uncounted = bool(segments) and not segments[1].numel()
+    names = (name for name in engines if not (uncounted and name == "varlen"))
+    able = (name for name in names if not on_cuda or proven(name, *kind))
+    if OVERRIDE not in os.environ:
+        return engines[next(able)]  # the others' proofs would take a second or so
     what = "segments" if segments else "attention"
     work = f"{what} of {q.dtype} heads of {heads[0]} and {heads[1]} on {q.device.type}"
-    return engines[chosen("causal_attention", OVERRIDE, able, work)]
+    return engines[chosen("causal_attention", OVERRIDE, [*able], work)]
 
 
 @functools.cache

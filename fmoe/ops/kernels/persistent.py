@@ -4,6 +4,9 @@ Rows of x are grouped by expert; a tile of 128 or so rows belongs to one expert,
 the next expert's. Loading those is harmless (a row of the product depends on its own row only),
 and *ragged* descriptors keep them from being stored. Where rows are summed over, in weight
 gradients, ragged loads give zeros for them instead.
+
+Operands in fp8 come with the scales of what isn't summed over, and sums are multiplied by them. Where
+rows are summed over they come as columns, whose groups are padded with zeros to whole tiles.
 """
 
 from typing import NamedTuple
@@ -92,9 +95,19 @@ def _halves(tile):
 
 
 @triton.jit
+def _times_scales(tile, down, across, row, num_rows, col, num_cols):
+    """A tile of sums times the scale of each row and of each column."""
+    i, j = row + tl.arange(0, tile.shape[0]), col + tl.arange(0, tile.shape[1])
+    down = tl.load(down + i, mask=i < num_rows, other=0.0)
+    across = tl.load(across + j, mask=j < num_cols, other=0.0)
+    return tile * down[:, None] * across[None, :]
+
+
+@triton.jit
 def _mm(
-    x, w, out, offsets, expert_of, starts, num_experts, num_cols, depth,
-    TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
+    x, w, out, x_scale, w_scale, offsets, expert_of, starts, num_experts, num_cols, depth,
+    TRANSPOSED: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    DEPTH: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     num_col_blocks = tl.cdiv(num_cols, COLS)
     total = tl.load(starts + num_experts) * num_col_blocks
@@ -108,6 +121,9 @@ def _mm(
             else:
                 b = tl.reshape(w.load([expert, k, col * COLS]), [DEPTH, COLS])
             acc = tl.dot(a, b, acc)
+        if SCALED:
+            across = w_scale + expert.to(tl.int64) * num_cols
+            acc = _times_scales(acc, x_scale + begin, across, row * ROWS, size, col * COLS, num_cols)
         left, right = _halves(acc.to(out.dtype))
         i, j, k = to_ragged_indices(begin, size, row * ROWS)
         out.store([i, j, k, col * COLS], tl.reshape(left, [1, 1, ROWS, COLS // 2]))
@@ -116,8 +132,8 @@ def _mm(
 
 @triton.jit
 def _outer(
-    x, y, out, offsets, num_experts, num_x_cols, num_y_cols,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
+    x, y, out, x_scale, y_scale, offsets, num_experts, num_x_cols, num_y_cols,
+    SCALED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     num_row_blocks, num_col_blocks = tl.cdiv(num_x_cols, ROWS), tl.cdiv(num_y_cols, COLS)
     blocks = num_row_blocks * num_col_blocks
@@ -128,10 +144,18 @@ def _outer(
         size = tl.load(offsets + expert) - begin
         acc = tl.zeros([ROWS, COLS], tl.float32)
         for k in tl.range(0, size, DEPTH):
-            i, j, first = to_ragged_indices(begin, size, k)
-            a = tl.reshape(x.load([i, j, first, row * ROWS]), [DEPTH, ROWS]).T
-            b = tl.reshape(y.load([i, j, first, col * COLS]), [DEPTH, COLS])
+            if SCALED:
+                a = x.load([row * ROWS, begin + k])
+                b = y.load([col * COLS, begin + k]).T
+            else:
+                i, j, first = to_ragged_indices(begin, size, k)
+                a = tl.reshape(x.load([i, j, first, row * ROWS]), [DEPTH, ROWS]).T
+                b = tl.reshape(y.load([i, j, first, col * COLS]), [DEPTH, COLS])
             acc = tl.dot(a, b, acc)
+        if SCALED:
+            down = x_scale + expert.to(tl.int64) * num_x_cols
+            across = y_scale + expert.to(tl.int64) * num_y_cols
+            acc = _times_scales(acc, down, across, row * ROWS, num_x_cols, col * COLS, num_y_cols)
         left, right = _halves(acc.to(out.dtype))
         out.store([expert, row * ROWS, col * COLS], tl.reshape(left, [1, ROWS, COLS // 2]))
         out.store([expert, row * ROWS, col * COLS + COLS // 2], tl.reshape(right, [1, ROWS, COLS // 2]))
@@ -143,9 +167,14 @@ BAND = 8
 
 
 def mm(
-    x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, tile: Tile | None = None
+    x: torch.Tensor,
+    w: torch.Tensor,
+    offsets: torch.Tensor,
+    out: torch.Tensor,
+    tile: Tile | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """``x`` (R, I) in groups times ``w`` (e, I, O) into ``out`` (R, O)."""
+    """``x`` (R, I) in groups times ``w`` (e, I, O) into ``out`` (R, O), times scales (R,) and (e, O)."""
     tile, transposed = tile or TILE, w.stride(1) == 1
     blocks = row_blocks(offsets, x.shape[0], tile.rows)
     box = (1, tile.cols, tile.depth) if transposed else (1, tile.depth, tile.cols)
@@ -154,23 +183,35 @@ def mm(
         TensorDescriptor.from_tensor(x, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(w.mT if transposed else w, list(box)),
         create_ragged_descriptor(out, [tile.rows, tile.cols // 2]),
-        offsets, *blocks, offsets.shape[0], w.shape[2], x.shape[1],
-        transposed, tile.rows, tile.cols, tile.depth, BAND,
+        *(scales or (offsets, offsets)), offsets, *blocks, offsets.shape[0], w.shape[2], x.shape[1],
+        transposed, scales is not None, tile.rows, tile.cols, tile.depth, BAND,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
 def outer(
-    x: torch.Tensor, y: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor, tile: Tile | None = None
+    x: torch.Tensor,
+    y: torch.Tensor,
+    offsets: torch.Tensor,
+    out: torch.Tensor,
+    tile: Tile | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """``x`` (R, I), ``y`` (R, O) in groups into ``out`` (e, I, O): each group's x transposed times its y."""
+    """``x`` (R, I), ``y`` (R, O) in groups into ``out`` (e, I, O): each group's x transposed times its y.
+
+    With scales (e, I) and (e, O) these are columns ``x`` (I, R), ``y`` (O, R), in groups of whole tiles.
+    """
     tile = tile or TILE
+    if scales:
+        a = TensorDescriptor.from_tensor(x, [tile.rows, tile.depth])
+        b = TensorDescriptor.from_tensor(y, [tile.cols, tile.depth])
+    else:
+        a = create_ragged_descriptor(x, [tile.depth, tile.rows])
+        b = create_ragged_descriptor(y, [tile.depth, tile.cols])
     launch(
-        _outer, (processors(x.device),),
-        create_ragged_descriptor(x, [tile.depth, tile.rows]),
-        create_ragged_descriptor(y, [tile.depth, tile.cols]),
-        TensorDescriptor.from_tensor(out, [1, tile.rows, tile.cols // 2]),
-        offsets, offsets.shape[0], x.shape[1], y.shape[1],
-        tile.rows, tile.cols, tile.depth, BAND,
+        _outer, (processors(out.device),),
+        a, b, TensorDescriptor.from_tensor(out, [1, tile.rows, tile.cols // 2]),
+        *(scales or (offsets, offsets)), offsets, *out.shape,
+        scales is not None, tile.rows, tile.cols, tile.depth, BAND,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -224,7 +224,7 @@ def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     bfloat16: nothing is rounded before it is summed.
     """
     if a.dtype == torch.float32:
-        return _mm(thirds(a).flatten(1), b.repeat(3, 1), dtype)
+        return _mm(thirds(a).flatten(1), _thrice(b), dtype)
     if b.dtype == torch.float32:
         return _mm(a, thirds(b).flatten(1), torch.float32).unflatten(1, (3, -1)).sum(1).to(dtype)
     return _mm(a, b, dtype)
@@ -251,7 +251,12 @@ def product_backward(g: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple
     """The cotangents of ``a @ b``, both bfloat16, from a float32 one, whose thirds serve both."""
     parts = thirds(g).flatten(1)
     g_b = torch.mm(parts.mT, a, out_dtype=torch.float32).unflatten(0, (3, -1))
-    return _mm(parts, b.mT.repeat(3, 1), a.dtype), sum_thirds(g_b, b.dtype)
+    return _mm(parts, _thrice(b.mT), a.dtype), sum_thirds(g_b, b.dtype)
+
+
+def _thrice(b: torch.Tensor) -> torch.Tensor:
+    """``b.repeat(3, 1)``, but faster on the host."""
+    return b.expand(3, -1, -1).flatten(0, 1)
 
 
 def _mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

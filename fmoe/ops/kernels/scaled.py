@@ -1,36 +1,40 @@
-"""Grouped products of fp8 numbers: by PyTorch's kernels where they can, else by a reference.
+"""Grouped products of fp8 numbers: by kernels where they can, else by a reference.
 
-``torch``      ``torch._scaled_grouped_mm``, or ``torch._scaled_mm`` for one group, with fast accumulation:
-               Hopper, precisions by rows, bfloat16 and float16, dimensions that are multiples of 16
+``kernels``    our persistent ones, or ``torch._scaled_mm`` for one group, with fast accumulation: Hopper,
+               precisions by rows, bfloat16 and float16, dimensions that are multiples of 16
 ``reference``  rounded operands, multiplied in float32; on CUDA it asks the host where groups end
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ..precision import FAST, Scaled, of_weight_gradient, quantise, rounded
 from . import fused, grouped
+from .tuned import Tile
 
-MULTIPLE = 16  # of numbers that rows of an operand begin at
+ALIGNED = 16  # numbers that a row is a multiple of
+MULTIPLE = 128  # of rows that each group of columns begins at: as many as a program sums at once
+# What was fastest on an H200 of ten choices, on layers of 16B, 30B-A3B and 671B.
+TILE = Tile(rows=128, cols=256, depth=MULTIPLE, warps=8, stages=3)
 
 
 class Columns(NamedTuple):
     """The columns of rows (R, C) in groups as rows, which a sum over each group's rows takes.
 
-    Of ``scaled``, ``values`` are (C, R'), ``scale`` (e, C). In R' each group begins at a multiple of 16, and
-    zeros fill the gaps; ``ends`` are int32, where groups end there.
+    Of ``scaled``, ``values`` are (C, R'), ``scale`` (e, C). In R' each group begins at a multiple of 128, and
+    zeros fill the gaps; ``ends`` are int32, where groups end there. Sums over them are in ``dtype``.
     """
 
     scaled: Scaled
     ends: torch.Tensor
+    dtype: torch.dtype
 
 
 def fast(precision: str | None, x: torch.Tensor, *dims: int) -> bool:
-    """Whether PyTorch's kernels take such rows, and weights of these dimensions."""
+    """Whether kernels take such rows, and weights of these dimensions."""
     narrow = precision in FAST and x.dtype in (torch.bfloat16, torch.float16)
-    fits = x.numel() > 0 and not any(dim % MULTIPLE for dim in dims)
+    fits = x.numel() > 0 and not any(dim % ALIGNED for dim in dims)
     return narrow and fits and x.is_cuda and fused(x) and grouped.hopper(x.device)
 
 
@@ -42,7 +46,7 @@ def mm(
     Rows may be scaled already, where :func:`fast` says that kernels take them.
     """
     if isinstance(x_RI, Scaled):
-        return multiply(x_RI, _weights(w_eIO), offsets_e).to(w_eIO.dtype)
+        return multiply(x_RI, _weights(w_eIO), offsets_e, w_eIO.dtype)
     if x_RI.dtype == torch.float64:
         return grouped.mm(x_RI, w_eIO, offsets_e)
     if fast(precision, x_RI, *w_eIO.shape[1:]):
@@ -56,7 +60,7 @@ def outer(
 ) -> torch.Tensor:
     """(R, I), (R, O) in groups -> (e, I, O): each group's x transposed times its y.
 
-    Both may be :class:`Columns`, where :func:`fast` says that kernels take them; the result is in bfloat16.
+    Both may be :class:`Columns`, where :func:`fast` says that kernels take them.
     """
     if isinstance(x_RI, Columns) and isinstance(y_RO, Columns):
         return multiply_columns(x_RI, y_RO)
@@ -64,7 +68,7 @@ def outer(
     if x_RI.dtype == torch.float64 or of_weight_gradient(precision) is None:
         return grouped.outer(x_RI, y_RO, offsets_e)
     if fast(precision, x_RI, x_RI.shape[1], y_RO.shape[1]):
-        return multiply_columns(columns(x_RI, offsets_e), columns(y_RO, offsets_e)).to(x_RI.dtype)
+        return multiply_columns(columns(x_RI, offsets_e), columns(y_RO, offsets_e))
     x, y = (_rounded_columns(t, offsets_e, precision) for t in (x_RI, y_RO))
     return grouped.outer(x, y, offsets_e).to(x_RI.dtype)
 
@@ -76,7 +80,7 @@ def _rounded_columns(x_RC: torch.Tensor, offsets_e: torch.Tensor, precision: str
     return out
 
 
-# ---- operands of PyTorch's kernels -----------------------------------------------------------------------
+# ---- operands of kernels ---------------------------------------------------------------------------------
 
 
 def rows(x: torch.Tensor) -> Scaled:
@@ -103,28 +107,31 @@ def _weights(w_eIO: torch.Tensor) -> Scaled:
     return rows(w_eOI) if w_eOI.is_contiguous() else kernel.weights(w_eIO.contiguous())
 
 
-# ---- PyTorch's kernels, which give bfloat16 --------------------------------------------------------------
+# ---- kernels ---------------------------------------------------------------------------------------------
 
 
-def multiply(x: Scaled, w: Scaled, offsets_e: torch.Tensor) -> torch.Tensor:
+def multiply(x: Scaled, w: Scaled, offsets_e: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Rows (R, I) times weights (e, O, I) -> (R, O)."""
     if len(w.values) == 1:  # rows of no group, which are undefined, are multiplied too
-        return _product(torch._scaled_mm, x.values, w.values[0].mT, x.scale[:, None], w.scale)
-    scales = x.scale, w.scale
-    return _product(torch._scaled_grouped_mm, x.values, w.values.mT, *scales, offs=offsets_e).contiguous()
+        return _product(x.values, w.values[0].mT, x.scale[:, None], w.scale).to(dtype)
+    from . import persistent
+
+    out = x.values.new_empty(x.values.shape[0], w.values.shape[1], dtype=dtype)
+    persistent.mm(x.values, w.values.mT, offsets_e, out, TILE, (x.scale, w.scale))
+    return out
 
 
 def multiply_columns(x: Columns, y: Columns) -> torch.Tensor:
     """Columns (I, R) and (O, R) -> (e, I, O)."""
-    from . import quantise as kernel
-
     (a, scale_a), (b, scale_b) = x.scaled, y.scaled
     if len(x.ends) == 1:
-        return _product(torch._scaled_mm, a, b.mT, scale_a.mT, scale_b)[None]
-    scales = scale_a.flatten(), scale_b.flatten()
-    out = _product(torch._scaled_grouped_mm, a, b.mT, *scales, offs=x.ends)
-    return kernel.zero_empty(out.contiguous(), x.ends)
+        return _product(a, b.mT, scale_a.mT, scale_b)[None].to(x.dtype)
+    from . import persistent
+
+    out = a.new_empty(len(x.ends), a.shape[0], b.shape[0], dtype=x.dtype)
+    persistent.outer(a, b, x.ends, out, TILE, (scale_a, scale_b))
+    return out
 
 
-def _product(function: Callable[..., torch.Tensor], *operands: torch.Tensor, **how: Any) -> torch.Tensor:
-    return function(*operands, out_dtype=torch.bfloat16, use_fast_accum=True, **how)
+def _product(a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor) -> torch.Tensor:
+    return torch._scaled_mm(a, b, scale_a, scale_b, out_dtype=torch.bfloat16, use_fast_accum=True)
