@@ -45,6 +45,7 @@ MAY_IMPORT = {
     for name in (
         "activation",
         "adamw",
+        "columns",
         "launch",
         "logits",
         "persistent",

@@ -233,10 +233,10 @@ def _expanded_columns(x: torch.Tensor, weight: torch.Tensor, rows: Layout, *, we
     """:func:`_expand` as sums over rows take it."""
     if not _fast(x, weight, rows):
         return _expand(x, rows, scaled=weighted)
-    from .kernels import quantise
+    from .kernels import columns
 
     weights, slot, row, offsets, *_ = rows
-    return quantise.gathered_columns(x, slot, offsets, row.shape[1], weights if weighted else None)
+    return columns.of_tokens(x, slot, offsets, row.shape[1], weights if weighted else None)
 
 
 def _activated(h: torch.Tensor, weight: torch.Tensor, rows: Layout) -> Any:
@@ -253,9 +253,9 @@ def _activated_columns(h: torch.Tensor, weight: torch.Tensor, rows: Layout) -> A
     weighted = not rows.score_before
     if not _fast(h, weight, rows):
         return _activation(h, rows, scaled=weighted)
-    from .kernels import quantise
+    from .kernels import columns
 
-    return quantise.activated_columns(h, rows.slot_R, rows.offsets_e, rows.weights_SK if weighted else None)
+    return columns.of_activations(h, rows.slot_R, rows.offsets_e, rows.weights_SK if weighted else None)
 
 
 def _gathers(x: torch.Tensor, w_in: torch.Tensor, rows: Layout) -> bool:

@@ -345,15 +345,15 @@ def test_fp8_quotients_are_those_of_division():
 @pytest.mark.parametrize(("dtype", "width"), NARROW, ids=str)
 def test_fp8_columns(dtype, width, splits, monkeypatch):
     """Of groups without rows, and of fewer and of more blocks of rows than programs."""
-    from fmoe.ops.kernels import quantise
+    from fmoe.ops.kernels import columns
     from fmoe.ops.precision import quantise as reference
 
-    monkeypatch.setattr(quantise, "num_splits", lambda *how: splits)
+    monkeypatch.setattr(columns, "num_splits", lambda *how: splits)
     width = min(width, 80)  # more columns than in a block
     x = fp8_numbers(210, width, dtype)
     x[208:] = torch.nan  # of no group
     ends = torch.tensor([0, 3, 3, 208], dtype=torch.int32)
-    (values, scale), aligned, made_of = quantise.columns(x.to(DEVICE), ends.to(DEVICE))
+    (values, scale), aligned, made_of = columns.of_rows(x.to(DEVICE), ends.to(DEVICE))
     assert aligned.tolist() == [0, 128, 128, 384] and made_of == dtype
     assert values.shape == (width, 768)
     gaps = torch.cat([values[:, 3:128], values[:, 333:384]], 1).float()
@@ -362,13 +362,13 @@ def test_fp8_columns(dtype, width, splits, monkeypatch):
         assert same((values[:, start : start + len(rows)], scale[group]), reference(rows.mT))
     assert (scale[[0, 2]] == 1).all()
     weights = torch.stack([fp8_numbers(96, width, dtype) for _ in range(3)])
-    assert same(quantise.weights(weights.to(DEVICE)), reference(weights.mT))
+    assert same(columns.of_weights(weights.to(DEVICE)), reference(weights.mT))
 
 
 @ON_KERNELS
 def test_few_groups_of_many_rows_are_split_over_all_processors():
+    from fmoe.ops.kernels.columns import BUSY, SPLIT, num_splits
     from fmoe.ops.kernels.launch import processors
-    from fmoe.ops.kernels.quantise import BUSY, SPLIT, num_splits
 
     enough = BUSY * processors(device := torch.device(DEVICE))
     for programs in (1, 2, enough // 2, enough // 2 + 1, enough, enough + 1, 10 * enough):
@@ -456,11 +456,11 @@ def test_the_experts_in_fp8(
 
     An expert's rows are split into blocks, few or many.
     """
-    from fmoe.ops.kernels import quantise, scaled
+    from fmoe.ops.kernels import columns, scaled
 
-    walk = quantise.SPLIT._replace(rows=block)
-    monkeypatch.setattr(quantise, "SPLIT", walk)
-    monkeypatch.setattr(quantise, "WALKS", [walk] * 3)
+    walk = columns.SPLIT._replace(rows=block)
+    monkeypatch.setattr(columns, "SPLIT", walk)
+    monkeypatch.setattr(columns, "WALKS", [walk] * 3)
     dtype = torch.float32 if INTERPRETED else torch.bfloat16
     apart = own = 0.0
     for _ in range(1 if INTERPRETED else 16):
@@ -511,9 +511,9 @@ def test_gradients_of_weights_in_high_precision_are_those_without_fp8(
     score_before, monkeypatch, uninitialized_is_nan, fp8_products
 ):
     """Bit for bit; nothing is rounded by columns but weights, and the rows' gradients are in fp8."""
-    from fmoe.ops.kernels import quantise
+    from fmoe.ops.kernels import columns
 
-    monkeypatch.delattr(quantise, "_run_columns")
+    monkeypatch.delattr(columns, "_run")
     ids, num_experts = FEW["some dropped"]()
     dtype = torch.float32 if INTERPRETED else torch.bfloat16
     sizes = (num_experts, 2, 32, 16), (num_experts, 16, 32), (len(ids), 16), (len(ids), 16)

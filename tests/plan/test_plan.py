@@ -466,6 +466,7 @@ def test_what_the_experts_hold(monkeypatch):
 def test_what_the_experts_hold_in_fp8(monkeypatch):
     """The same, with tensors of one byte in place of what is quantised."""
     quantise = pytest.importorskip("fmoe.ops.kernels.quantise", exc_type=ImportError)
+    kernel = pytest.importorskip("fmoe.ops.kernels.columns", exc_type=ImportError)
     from fmoe.ops.kernels import rows as fused
     from fmoe.ops.kernels import scaled
 
@@ -487,9 +488,9 @@ def test_what_the_experts_hold_in_fp8(monkeypatch):
     monkeypatch.setattr(fused, "expand", lambda x, *how: x.new_empty(rows, x.shape[1]))
     monkeypatch.setattr(scaled, "_weights", lambda w: scaled_rows(num, w.shape[2], w.shape[1]))
     monkeypatch.setattr(scaled, "columns", lambda x, ends: columns(x.shape[1]))
-    monkeypatch.setattr(quantise, "gathered_columns", lambda x, *how: columns(x.shape[1]))
+    monkeypatch.setattr(kernel, "of_tokens", lambda x, *how: columns(x.shape[1]))
     monkeypatch.setattr(quantise, "activated", lambda h, ends: scaled_rows(rows, hidden))
-    monkeypatch.setattr(quantise, "activated_columns", lambda h, *how: columns(hidden))
+    monkeypatch.setattr(kernel, "of_activations", lambda h, *how: columns(hidden))
     monkeypatch.setattr(scaled, "multiply", lambda x, w, *how: new(rows, w.values.shape[1]))
     outer = lambda x, y: new(num, x.scaled.values.shape[0], y.scaled.values.shape[0])  # noqa: E731
     monkeypatch.setattr(scaled, "multiply_columns", outer)

@@ -94,17 +94,17 @@ def rows(x: torch.Tensor) -> Scaled:
 
 def columns(x_RC: torch.Tensor, offsets_e: torch.Tensor) -> Columns:
     """The columns of rows in groups."""
-    from . import quantise as kernel
+    from . import columns as kernel
 
-    return kernel.columns(x_RC, offsets_e)
+    return kernel.of_rows(x_RC, offsets_e)
 
 
 def _weights(w_eIO: torch.Tensor) -> Scaled:
     """Weights with values (e, O, I) and scales (e, O)."""
-    from . import quantise as kernel
+    from . import columns as kernel
 
     w_eOI = w_eIO.mT
-    return rows(w_eOI) if w_eOI.is_contiguous() else kernel.weights(w_eIO.contiguous())
+    return rows(w_eOI) if w_eOI.is_contiguous() else kernel.of_weights(w_eIO.contiguous())
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------
