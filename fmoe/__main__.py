@@ -82,6 +82,7 @@ def bench(args: argparse.Namespace) -> None:
     results = []
     for shape, routing in itertools.product(_shapes(args), args.routing):
         also = dict(only=args.only, align=args.align, precision=args.precision)
+        also["keep_rounded"] = args.keep_rounded
         result = bench_layer(shape, routing=routing, **also, **_how(args))
         report(result, console())
         results.append(result)
@@ -288,6 +289,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--only", nargs="+", metavar="LAYER", help="names of layers, as in the table")
     add("--align", nargs="+", type=int, default=[], metavar="N", help="also with rows aligned to N")
     add("--precision", nargs="+", choices=PRECISIONS, default=[], help="also with such products")
+    add("--keep-rounded", action="store_true", help="of weights that are rounded before anything is timed")
     add("--json", metavar="FILE", help="write what was measured")
     add("--picture", type=Path, metavar="FILE", help="draw it, as .svg or .png")
     training = commands.add_parser(

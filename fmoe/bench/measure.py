@@ -18,6 +18,7 @@ from ..introspect import kept_bytes
 from ..models.moe import MoEParams
 from ..ops.experts import ExpertParams
 from ..ops.kernels import grouped
+from ..ops.kernels.scaled import keeping_rounded
 from ..ops.route import RouterConfig, route
 from .layers import Layer, Shape, config_for, layers, plain_layer, random_params, skewed
 from .peers import PEERS
@@ -131,20 +132,23 @@ def bench_layer(
     only: list[str] | None = None,
     align: Sequence[int] = (),
     precision: Sequence[str] = (),
+    keep_rounded: bool = False,
     seed: int | None = None,
 ) -> dict[str, Any]:
     """Measure every layer that can run here, on the same random weights and tokens.
 
-    =========  ===============================================================
-    shape      tokens, dimensions, experts
-    routing    how tokens spread over experts, one of ``ROUTINGS``
-    rounds     of a few steps of each layer in turn
-    only       names of layers; ``None``: all
-    align      multiples for :func:`fmoe.align_rows`, each of which adds a layer
-    precision  of the experts' products, as ``"fp8_rowwise"``, each of which adds a layer
-    -> dict    for JSON. ``layers`` has the fields of :class:`Measured`, ``not_measured``
-               the reasons of peers that didn't run, ``wrong`` the errors of wrong ones
-    =========  ===============================================================
+    ============  ===============================================================
+    shape         tokens, dimensions, experts
+    routing       how tokens spread over experts, one of ``ROUTINGS``
+    rounds        of a few steps of each layer in turn
+    only          names of layers; ``None``: all
+    align         multiples for :func:`fmoe.align_rows`, each of which adds a layer
+    precision     of the experts' products, as ``"fp8_rowwise"``, each of which adds a layer
+    keep_rounded  whether these find weights that are rounded already, as in the later
+                  micro-batches of a step
+    -> dict       for JSON. ``layers`` has the fields of :class:`Measured`, ``not_measured``
+                  the reasons of peers that didn't run, ``wrong`` the errors of wrong ones
+    ============  ===============================================================
 
     It says on stderr how each layer was checked, and its times once they are known.
 
@@ -170,25 +174,27 @@ def bench_layer(
         raise argument_error(
             "bench_layer", "only", got=unknown, expected=f"names among {known}", remedy=remedy
         )
-    in_fp8 = {f"fmoe, {name}" for name in precision}
-    entries = {
-        name: _entered(name, layer, run, expected, FP8_ROUNDING if name in in_fp8 else ROUNDING)
-        for name, layer in found.items()
-        if name in wanted
-    }
-    peers, not_measured, wrong = _peers(run, expected, shape, config, wanted)
-    entries |= peers
-    forward, step = (_times(entries, rounds, call) for call in (Run.forward, Run.step))
-    for name in entries:
-        alone, both = statistics.median(forward[name]), statistics.median(step[name])
-        say(f"{name}: forward {alone:.2f} ms, with backward {both:.2f} ms")
-    times = {name: (forward[name], step[name], apart) for name, apart in _apart(entries, rounds).items()}
+    with keeping_rounded(run.params.experts if keep_rounded else ()):
+        in_fp8 = {f"fmoe, {name}" for name in precision}
+        entries = {
+            name: _entered(name, layer, run, expected, FP8_ROUNDING if name in in_fp8 else ROUNDING)
+            for name, layer in found.items()
+            if name in wanted
+        }
+        peers, not_measured, wrong = _peers(run, expected, shape, config, wanted)
+        entries |= peers
+        forward, step = (_times(entries, rounds, call) for call in (Run.forward, Run.step))
+        for name in entries:
+            alone, both = statistics.median(forward[name]), statistics.median(step[name])
+            say(f"{name}: forward {alone:.2f} ms, with backward {both:.2f} ms")
+        times = {name: (forward[name], step[name], apart) for name, apart in _apart(entries, rounds).items()}
     peak_rate = matmul_rate(dtype, device)
     w_in, counts = run.params.experts.w_in.flatten(1, 2).mT, route(run.params.router, run.x, config).counts_E
     product = run.x[:1], w_in, run.x.new_empty(1, w_in.shape[2])
     return dict(
         shape=shape._asdict(), routing=routing, dtype=str(dtype), torch=torch.__version__,
         device=torch.cuda.get_device_name() if run.x.is_cuda else "CPU", seed=seed, rounds=rounds,
+        keep_rounded=keep_rounded,
         matmul_tflops=peak_rate, engine=grouped.choice("mm transposed", *product, w_in.shape).engine,
         overload=float(counts.max() / counts.float().mean()),
         layers=[
@@ -344,7 +350,8 @@ def report(result: dict[str, Any], console: Console) -> None:
         f"{shape}, {result['routing']} routing (most loaded expert {result['overload']:.2f} times the mean), "
         f"{result['dtype']}, {result['device']}, torch {result['torch']}, "
         f"matrix product {result['matmul_tflops']:.1f} TFLOP/s, "
-        f"our grouped products by {result['engine']!r}, seed {result['seed']}"
+        f"our grouped products by {result['engine']!r}, "
+        f"{'weights rounded before, ' if result['keep_rounded'] else ''}seed {result['seed']}"
     )
     times = "forward ms", "fwd+bwd ms", "spread", "device ms", "TFLOP/s", "of matmul", "host ms", "launches"
     costs = "replay ms", "saved MiB", "peak MiB", "syncs"

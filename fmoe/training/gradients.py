@@ -19,6 +19,7 @@ from ..ops.balance import MoEStats, merge_stats
 from ..ops.core.axes import check_mesh
 from ..ops.core.dtensors import as_dtensor, is_dtensor, local, map_local
 from ..ops.core.dtypes import accumulator
+from ..ops.kernels.scaled import keeping_rounded
 from ..parallel.boundary import dtensor_beneath, unwrapped
 from ..parallel.mesh import is_pipeline
 from ..parallel.placement import use, where_placed
@@ -112,6 +113,7 @@ def of_model(
     *,
     micro_batches: int = 1,
     zero: int = 3,
+    keep_rounded: bool = False,
     schedule: str | Schedule = "1f1b",
     stages: Stages | None = None,
     **how: Any,
@@ -121,6 +123,9 @@ def of_model(
     =============  ========================================================================
     micro_batches  into how many parts a batch is cut, as for :func:`accumulate`
     zero           how often, on a mesh, parameters are gathered and gradients summed over devices
+    keep_rounded   whether weights that kernels round for products in fp8 are rounded once a step and kept,
+                   and not rounded anew for every micro-batch. That takes up to two bytes for each of their
+                   numbers, and changes no result. On several devices it wants ``zero`` 1 or 2
     schedule       on a mesh with ``pp``: the order of stages' computations, or the ``name`` of one, as for
                    :func:`fmoe.pipeline.make_schedule`
     stages         on a mesh with ``pp``: which layers a stage has; ``None``: as
@@ -141,7 +146,8 @@ def of_model(
     All three give the same gradients, within summation order, because gathering is linear. On one device
     there is nothing to choose.
 
-    Raises ``ValueError`` for another ``zero``, and for what the loss refuses.
+    Raises ``ValueError`` for another ``zero``, one that doesn't go with ``keep_rounded``, and for what the
+    loss refuses.
 
     Source: ZeRO, arXiv 1910.02054.
 
@@ -154,10 +160,15 @@ def of_model(
     """
     check_zero("of_model", zero)
     check_mesh("of_model", mesh)
+    keep_rounded = keep_rounded and micro_batches > 1
+    alone = mesh is None or mesh.size() == 1
+    if keep_rounded and zero == 3 and not alone:
+        expected = "1 or 2 with keep_rounded: 3 doesn't keep weights"
+        raise argument_error("of_model", "zero", got=zero, expected=expected)
     if mesh is not None and is_pipeline(mesh):
         setup = pipelined.set_up("of_model", config, mesh, micro_batches, schedule, stages, how)
-        return pipelined.value_and_grad_of(setup, zero)
-    if zero == 3 or mesh is None or mesh.size() == 1:
+        return pipelined.value_and_grad_of(setup, zero, keep_rounded)
+    if (zero == 3 or alone) and not keep_rounded:
 
         def of_batch(params: Any, tokens: Any, targets: Any, segment_ids: Any = None, key: Any = None) -> Any:
             inputs = {"tokens": tokens, "targets": targets}
@@ -181,19 +192,22 @@ def of_model(
             given = decoder.optional(inputs, others, key)
             return decoder.stage_loss(params, x, targets, config, **given, **stage)
 
-        value_and_grads = _of_share(of_whole, 1 / mesh.size())  # all devices have equal shares in the value
+        # All devices have equal shares in the value.
+        value_and_grads = _of_share(of_whole, 1 / mesh.size() if mesh else 1.0)
 
         def run(params: Any, *batch: torch.Tensor) -> Any:
-            return of_placed(value_and_grads, params, batch, micro_batches, zero)
+            return of_placed(value_and_grads, params, batch, micro_batches, zero, keep_rounded)
 
         def out_specs(where: P, have: Any) -> Any:
             return (P(), P()), have
 
-        have = where_placed(params, decoder.computing_specs(decoder.specs(config)), mesh)
+        run_on = functools.partial(decoder.run_on, "of_model", run, params, inputs, config, mesh, **how)
         with torch.no_grad():
-            out, grads = decoder.run_on(
-                "of_model", run, params, inputs, config, mesh, out_specs=out_specs, **how
-            )
+            if mesh is None:
+                out, grads = run_on(out_specs=out_specs)
+                return out, optree.tree_map(lambda grad, param: grad.to(param.dtype), grads, params)
+            have = where_placed(params, decoder.computing_specs(decoder.specs(config)), mesh)
+            out, grads = run_on(out_specs=out_specs)
             return out, collected(params, grads, have, mesh)
 
     return call
@@ -210,6 +224,7 @@ def of_placed(
     batch: tuple[torch.Tensor, ...],
     micro_batches: int,
     zero: int,
+    keep_rounded: bool = False,
 ) -> Any:
     """A model's value and gradients on one device, with its placed params gathered once: ``zero`` 1 or 2.
 
@@ -221,7 +236,10 @@ def of_placed(
         return out, scattered(params, grads) if zero == 2 else grads
 
     of_batch = _accumulated(one, micro_batches, wide=True) if micro_batches > 1 else one
-    out, grads = of_batch(by_parts(use, params), *batch)
+    whole = by_parts(use, params)
+    with keeping_rounded(optree.tree_leaves(whole) if keep_rounded else ()):
+        out, grads = of_batch(whole, *batch)
+    del whole
     return out, grads if zero == 2 else scattered(params, grads)
 
 

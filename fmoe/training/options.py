@@ -120,7 +120,7 @@ class Layout(NamedTuple):
     ============  ======================================================================
     ``schedule``  of the stages along ``pp``
     ``how``       keyword arguments of :func:`fmoe.training.gradients.of_model`
-    ``zero``      another one, which :func:`fmoe.training.gradients.loss_of_model` doesn't take
+    ``of_step``   those which :func:`fmoe.training.gradients.loss_of_model` doesn't take
     ``bounded``   the backend of ``--ep-capacity``, for :func:`fmoe.exact_on_overflow`; ``None``: none, or
                   one with room for the worst case, which is among ``how``
     ============  ======================================================================
@@ -128,13 +128,13 @@ class Layout(NamedTuple):
     >>> parser = Parser()
     >>> add_layout(parser)
     >>> layout = Layout.of(parser.parse_args(["--micro-batches", "2"]), World(None, (0, 1)))
-    >>> layout.schedule.stage_to_rank, layout.how["micro_batches"], layout.zero
+    >>> layout.schedule.stage_to_rank, layout.how["micro_batches"], layout.of_step["zero"]
     ((0,), 2, 3)
     """
 
     schedule: Schedule
     how: dict[str, Any]
-    zero: int
+    of_step: dict[str, Any]
     bounded: Backend | None
 
     @classmethod
@@ -156,14 +156,14 @@ class Layout(NamedTuple):
             bounded = backend._replace(**room, max_tokens=most)
             if bounded.capacity is None:  # nothing can overflow
                 how["backend"], bounded = bounded, None
-        return cls(schedule, how, args.zero, bounded)
+        return cls(schedule, how, dict(zero=args.zero, keep_rounded=args.keep_rounded), bounded)
 
     def gradient(self, config: DecoderConfig, *, graph: bool = False, **how: Any) -> Callable[..., Any]:
         """:func:`fmoe.training.gradients.of_model` of this layout, done again exactly if it has no room.
 
         ``graph`` makes a CUDA graph of what is bounded; of a step without a bound the caller can make one.
         """
-        of_model = functools.partial(gradients.of_model, config, zero=self.zero, **self.how | how)
+        of_model = functools.partial(gradients.of_model, config, **self.of_step, **self.how | how)
         if not self.bounded:
             return of_model()
         fast = of_model(backend=self.bounded)
@@ -192,6 +192,7 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     add("--mesh", default="", help='axes and sizes under torchrun, as "dp=2,ep=4"; experts lie along ep')
     add("--micro-batches", type=at_least(1), default=1, help="parts a step's batch is computed in")
     add("--zero", type=int, choices=[1, 2, 3], default=3, help="how often parameters travel: ZeRO's stages")
+    add("--keep-rounded", action="store_true", help="round weights to fp8 once a step, not each micro-batch")
     add("--pp-schedule", default="1f1b", help="of stages along pp: 1f1b, interleaved, zero_bubble or zbv")
     add("--stages-per-rank", type=at_least(1), help="of --pp-schedule (default: 1 for 1f1b, else 2)")
     add("--ep-backend", default="auto", help="what carries tokens along ep: auto, all_to_all or deepep")

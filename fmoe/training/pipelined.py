@@ -18,6 +18,7 @@ from ..ops.balance import MORE_SUMS, moe_stats
 from ..ops.core.axes import Group, axis_sizes, describe, group_of
 from ..ops.core.dtensors import is_dtensor
 from ..ops.core.dtypes import accumulator
+from ..ops.kernels.scaled import keeping_rounded
 from ..parallel.collective_ops import psum_op
 from ..parallel.mesh import stage_mesh
 from ..parallel.placement import is_placed, token_axes, use, where_placed
@@ -117,12 +118,12 @@ def chosen(
     return schedule, stages
 
 
-def value_and_grad_of(setup: Setup, zero: int) -> Callable[..., Any]:
+def value_and_grad_of(setup: Setup, zero: int, keep_rounded: bool = False) -> Callable[..., Any]:
     """The step that :func:`fmoe.training.gradients.of_model` promises, on one rank of a pipeline."""
 
     def call(params: Any, tokens: Any, targets: Any, segment_ids: Any = None, key: Any = None) -> Any:
         def here(inputs: Inputs, params: Any, *batch: torch.Tensor) -> Any:
-            return differentiated(setup, zero, params, batch, inputs=inputs)
+            return differentiated(setup, zero, params, batch, inputs=inputs, keep_rounded=keep_rounded)
 
         def out_specs(where: P, have: Any) -> Any:
             return (P(), P()), have
@@ -238,6 +239,7 @@ def differentiated(
     batch: Any,
     by: Any = None,
     inputs: Inputs = Inputs(),  # noqa: B008
+    keep_rounded: bool = False,
 ) -> Any:
     """``(loss, LossStats)``, and the gradients of this rank's pieces. ``by`` takes the place of ``run``."""
     whole = params if zero == 3 else by_parts(use, params)
@@ -257,7 +259,8 @@ def differentiated(
             )
     # Along tp all devices have the same value, and an equal share in it.
     share = 1 / axis_sizes(setup.mesh).get("tp", 1)
-    ran = (by or run)(setup.schedule, line, stages, variables, seed=share)
+    with keeping_rounded(variables if keep_rounded else ()):
+        ran = (by or run)(setup.schedule, line, stages, variables, seed=share)
     out, divisor = _known_to_all(setup, ran.sums, line.like)
     found = [
         torch.zeros_like(variable) if gradient is None else gradient.div_(divisor)

@@ -21,6 +21,7 @@ from fmoe.bench.breakdown import time_by_kind
 from fmoe.bench.layers import ROUTINGS, SHAPES, Shape, config_for, layers, plain_layer, random_params, skewed
 from fmoe.bench.model import bench_model, report
 from fmoe.models import decoder
+from fmoe.ops.kernels import scaled
 from fmoe.ops.reference import moe_reference
 from fmoe.plan import plan
 from fmoe.training.optim import adamw
@@ -111,6 +112,18 @@ def test_layers_in_fp8_are_measured_beside_others():
     assert found[0]["error"] < 1e-5 and all(0.03 < row["error"] < 0.1 for row in found[1:])
 
 
+def test_weights_are_kept_while_layers_are_measured(monkeypatch):
+    """And not after."""
+    kept = []
+    timed = measure._times
+    monkeypatch.setattr(measure, "_times", lambda *how: kept.append(len(scaled._kept)) or timed(*how))
+    how = dict(dtype=torch.float32, device="cpu", rounds=2, only=["fmoe"])
+    for keep, weights in ((True, 2), (False, 0)):
+        assert measure.bench_layer(TINY, **how, keep_rounded=keep)["keep_rounded"] == keep
+        assert kept == [weights] * 2 and not scaled._kept
+        kept.clear()
+
+
 def test_device_time_decides():
     apart = measure.Apart(device=2.0, host=3.0, replay=2.5, launches=30)
     entry = measure.Entry(None, None, 1e-3, (9.0, 10.0, 0))
@@ -118,9 +131,11 @@ def test_device_time_decides():
     assert (row.step, row.rate, row.share) == (5.0, 500.0, 0.5)
     shown = Console(width=200, file=io.StringIO(), record=True)
     how = dict(routing="random", overload=1.0, dtype="torch.bfloat16", device="A GPU", torch="2.11")
-    how |= dict(matmul_tflops=1000.0, engine="triton", seed=0, wrong={}, not_measured={})
+    how |= dict(matmul_tflops=1000.0, engine="triton", keep_rounded=True, seed=0, wrong={}, not_measured={})
     measure.report(how | {"shape": TINY._asdict(), "layers": [row._asdict()]}, shown)
-    lines = [re.split("[┃│]", line) for line in shown.export_text().splitlines()]
+    text = shown.export_text()
+    assert "weights rounded before" in text
+    lines = [re.split("[┃│]", line) for line in text.splitlines()]
     titles, cells = ([cell.strip() for cell in line] for line in lines if len(line) > 1)
     found = dict(zip(titles, cells))
     assert (found["device ms"], found["host ms"], found["replay ms"]) == ("2.00", "3.00", "2.50")

@@ -1,5 +1,7 @@
 """Layers and models whose products are in fp8."""
 
+import collections
+
 import optree
 import pytest
 import torch
@@ -9,7 +11,8 @@ import fmoe
 from fmoe.introspect import raw_calls
 from fmoe.models import decoder
 from fmoe.models.stages import cut
-from fmoe.ops.precision import FAST, PRECISIONS, Recipe
+from fmoe.ops.kernels import scaled
+from fmoe.ops.precision import FAST, PRECISIONS, Recipe, quantise, restored
 from fmoe.ops.reference import moe_reference
 from fmoe.training import data, gradients, optim
 from fmoe.training.step import training_step
@@ -159,6 +162,90 @@ def test_a_mesh_rounds_what_one_device_does(pool, axes, zeros):
             assert abs(found - value) < 1e-3
             if experts:
                 assert max(relative(experts, want)) < rounding * (1.5 if axes == "dp=2" else 0.3)
+
+
+# ---- weights that are rounded once a step --------------------------------------------------------------
+
+DENSE_WEIGHTS = 2 * 4 + 2 + 2
+
+
+def count_roundings(patch):
+    """How often each weight is rounded each way, with PyTorch in place of the kernels of dense products."""
+    found = collections.Counter()
+
+    def weights(w_eIO):
+        found[w_eIO.data_ptr(), w_eIO.stride()] += 1
+        return quantise(w_eIO.mT)
+
+    def product(a, b, dtype):
+        return (restored(a, torch.float32) @ restored(b, torch.float32).mT).to(dtype)
+
+    def columns(x_RC, ends):
+        return scaled.Columns(quantise(x_RC.mT), ends, x_RC.dtype)
+
+    patch.setattr(scaled, "fast", lambda precision, *how: precision in FAST)
+    patch.setattr(scaled, "_rounded_weights", weights)
+    patch.setattr(scaled, "multiply", lambda x, w, ends, dtype: product(x, w, dtype)[0])
+    patch.setattr(scaled, "columns", columns)
+    patch.setattr(scaled, "multiply_columns", lambda x, y: product(x.scaled, y.scaled, x.dtype)[None])
+    return found
+
+
+@pytest.mark.parametrize("precision", FAST)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_weights_are_rounded_once_a_step_if_they_are_kept(dtype, precision, monkeypatch):
+    """Once each way, though the layers are recomputed, and to the same bits."""
+    params, tokens = decoder.init(MODEL, fresh_seed()), torch.randint(256, (6, 16))
+    roundings = count_roundings(monkeypatch)
+    how = dict(dtype=dtype, per_layer=fmoe.remat, micro_batches=3)
+    (value, _), grads = step(params, tokens, Recipe(dense=precision), **how)
+    assert sum(roundings.values()) == 3 * 3 * DENSE_WEIGHTS
+    roundings.clear()
+    (again, _), same = step(params, tokens, Recipe(dense=precision), **how, keep_rounded=True)
+    assert len(roundings) == 2 * DENSE_WEIGHTS and {*roundings.values()} == {1}
+    assert torch.equal(again, value)
+    for a, b in zip(optree.tree_leaves(same), optree.tree_leaves(grads)):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    assert not scaled._kept
+    roundings.clear()
+    step(params, tokens, Recipe(dense=precision), dtype=dtype, keep_rounded=True)
+    assert sum(roundings.values()) == 2 * DENSE_WEIGHTS  # one batch, nothing to keep
+    (_, stats), wanted = step(params, tokens, None, **how)
+    (_, kept), got = step(params, tokens, None, **how, keep_rounded=True)
+    assert all(map(torch.equal, optree.tree_leaves((kept, got)), optree.tree_leaves((stats, wanted))))
+
+
+def kept_on_a_mesh(axes, params, tokens):
+    mesh = fmoe.make_mesh(axes, device_type="cpu")
+    specs, held, here = decoder.specs(MODEL), params, mesh
+    if "pp" in axes:
+        stages, rank = cut(MODEL, (0, 1)), mesh.get_local_rank("pp")
+        specs, held, here = stages.of_rank(specs, rank), stages.of_rank(params, rank), mesh["dp", "ep", "tp"]
+    spread, mine = fmoe.shard_params(held, here, specs), tokens
+    if "dp" in axes:
+        mine = tokens.chunk(2)[mesh.get_local_rank("dp")]
+    how = dict(micro_batches=3, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="of_model: zero: got 3, expected 1 or 2 with keep_rounded"):
+        step(spread, mine, DENSE, mesh, **how, keep_rounded=True)
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        roundings = count_roundings(patch)
+        for zero in (1, 2):
+            plain = step(spread, mine, DENSE, mesh, zero=zero, **how)
+            roundings.clear()
+            kept = step(spread, mine, DENSE, mesh, zero=zero, **how, keep_rounded=True)
+            pairs = zip(optree.tree_leaves(kept[1]), optree.tree_leaves(plain[1]))
+            equal = torch.equal(kept[0][0], plain[0][0])
+            equal = equal and all(torch.equal(a.to_local(), b.to_local()) for a, b in pairs)
+            found.append((equal, len(roundings), {*roundings.values()}))
+    return found
+
+
+@pytest.mark.parametrize(("axes", "weights"), [("dp=2", [12, 12]), ("pp=2", [6, 6])])
+def test_weights_are_kept_on_a_mesh_with_whole_parameters(axes, weights, pool):
+    params, tokens = decoder.init(MODEL, fresh_seed()), torch.randint(256, (12, 16))
+    ranks = pool.run(2, kept_on_a_mesh, axes, params, tokens, timeout=300.0)
+    assert ranks == [[(True, 2 * number, {1})] * 2 for number in weights]
 
 
 @pytest.mark.slow

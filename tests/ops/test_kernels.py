@@ -506,6 +506,32 @@ def fp8_layer(w_in, w_out, x, cotangent, routing, precision):
 
 @ON_KERNELS
 @pytest.mark.filterwarnings("ignore:All-NaN")
+def test_kept_weights_are_rounded_once_each_way(monkeypatch, fp8_products):
+    """Backwards on CUDA have threads of their own; others' weights are rounded each time."""
+    from fmoe.ops.kernels import scaled
+
+    ids, num_experts = FEW["some dropped"]()
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    sizes = (num_experts, 2, 32, 16), (num_experts, 16, 32), (len(ids), 16), (len(ids), 16)
+    w_in, w_out, x, g = (torch.randn(size).to(DEVICE, dtype) for size in sizes)
+    counts, scores = torch.bincount(ids[ids >= 0], minlength=num_experts), torch.rand(len(ids), num_experts)
+    routing = fmoe.Routing(ids, torch.rand(ids.shape).to(DEVICE), counts, scores)
+    rounded, rounding = [], scaled._rounded_weights
+    monkeypatch.setattr(scaled, "_rounded_weights", lambda w: rounded.append(w.shape) or rounding(w))
+    want = fp8_layer(w_in, w_out, x, g, routing, FAST[0])
+    assert len(rounded) == 4
+    with scaled.keeping_rounded([w_in, w_out]):
+        both = [fp8_layer(w_in, w_out, x, g, routing, FAST[0]) for _ in range(2)]
+        assert len(rounded) == 4 + 4
+        fp8_layer(w_in.clone(), w_out, x, g, routing, FAST[0])
+        assert len(rounded) == 8 + 2
+    assert all(torch.equal(a, b) for got in both for a, b in zip(got, want))
+    fp8_layer(w_in, w_out, x, g, routing, FAST[0])
+    assert len(rounded) == 10 + 4
+
+
+@ON_KERNELS
+@pytest.mark.filterwarnings("ignore:All-NaN")
 @pytest.mark.parametrize("score_before", [False, True])
 def test_gradients_of_weights_in_high_precision_are_those_without_fp8(
     score_before, monkeypatch, uninitialized_is_nan, fp8_products

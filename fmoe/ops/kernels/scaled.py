@@ -5,7 +5,9 @@
 ``reference``  rounded operands, multiplied in float32; on CUDA it asks the host where groups end
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
@@ -101,10 +103,39 @@ def columns(x_RC: torch.Tensor, offsets_e: torch.Tensor) -> Columns:
 
 def _weights(w_eIO: torch.Tensor) -> Scaled:
     """Weights with values (e, O, I) and scales (e, O)."""
+    kept = _kept.get(w_eIO.data_ptr()) if _kept else None
+    if kept is None:
+        return _rounded_weights(w_eIO)
+    key = *w_eIO.shape, *w_eIO.stride(), w_eIO.dtype
+    if key not in kept:
+        kept[key] = _rounded_weights(w_eIO)
+    return kept[key]
+
+
+def _rounded_weights(w_eIO: torch.Tensor) -> Scaled:
     from . import columns as kernel
 
     w_eOI = w_eIO.mT
     return rows(w_eOI) if w_eOI.is_contiguous() else kernel.of_weights(w_eIO.contiguous())
+
+
+# Of the weights of keeping_rounded, by where they lie. One for all threads, as backwards have their own.
+_kept: dict[int, dict[Any, Scaled]] = {}
+
+
+@contextmanager
+def keeping_rounded(weights: Iterable[torch.Tensor]) -> Iterator[None]:
+    """While the block runs, weights that nobody changes meanwhile are rounded once by rows and by columns.
+
+    It changes no result. What isn't among ``weights``, such as a copy in another dtype, is rounded each time.
+    """
+    held = [weight for weight in weights if weight.numel()]  # so that nothing else comes to lie there
+    _kept.update((weight.data_ptr(), {}) for weight in held)
+    try:
+        yield
+    finally:
+        for weight in held:
+            _kept.pop(weight.data_ptr(), None)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------
