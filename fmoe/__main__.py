@@ -289,7 +289,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--only", nargs="+", metavar="LAYER", help="names of layers, as in the table")
     add("--align", nargs="+", type=int, default=[], metavar="N", help="also with rows aligned to N")
     add("--precision", nargs="+", choices=PRECISIONS, default=[], help="also with such products")
-    add("--keep-rounded", action="store_true", help="of weights that are rounded before anything is timed")
+    add("--keep-rounded", action="store_true", help="with --precision: round weights before timing")
     add("--json", metavar="FILE", help="write what was measured")
     add("--picture", type=Path, metavar="FILE", help="draw it, as .svg or .png")
     training = commands.add_parser(

@@ -153,7 +153,7 @@ def bench_layer(
     It says on stderr how each layer was checked, and its times once they are known.
 
     Raises ``RuntimeError`` if a layer that is no peer has a wrong output or gradient. Raises ``ValueError``
-    for fewer than two rounds, and for names that no layer has.
+    for fewer than two rounds, for names that no layer has, and for ``keep_rounded`` without a precision.
 
     >>> shape = Shape(tokens=64, dim=16, hidden=8, experts=4, top_k=2)
     >>> found = bench_layer(shape, dtype=torch.float32, device="cpu", rounds=2, only=["fmoe"], seed=0)
@@ -162,6 +162,11 @@ def bench_layer(
     ('fmoe', True, None)
     """
     check_number("bench_layer", "rounds", rounds)
+    if keep_rounded and not precision:
+        remedy = "Pass a precision, whose weights can be kept."
+        raise argument_error(
+            "bench_layer", "keep_rounded", got=True, expected="False without precision", remedy=remedy
+        )
     seed = time.time_ns() % 2**31 if seed is None else seed
     config = config_for(shape, routing)
     run = random_run(shape, config, routing, dtype, device, seed)
@@ -311,7 +316,7 @@ def _apart(entries: dict[str, Entry], rounds: int) -> dict[str, Apart]:
         for name, entry in entries.items()
         if entry.run.x.is_cuda
     }
-    # Before the first profile: launches take longer in a process that had one.
+    # Apart from profiles: right after one, the host takes longer.
     hosts = [{name: of_host(call) for name, call in steps.items()} for _ in range(rounds)]
     turns = [{name: on_device(call) for name, call in steps.items()} for _ in range(rounds)]
     found = {name: Apart() for name in entries}
@@ -351,7 +356,7 @@ def report(result: dict[str, Any], console: Console) -> None:
         f"{result['dtype']}, {result['device']}, torch {result['torch']}, "
         f"matrix product {result['matmul_tflops']:.1f} TFLOP/s, "
         f"our grouped products by {result['engine']!r}, "
-        f"{'weights rounded before, ' if result['keep_rounded'] else ''}seed {result['seed']}"
+        f"{'weights in fp8 rounded before, ' if result['keep_rounded'] else ''}seed {result['seed']}"
     )
     times = "forward ms", "fwd+bwd ms", "spread", "device ms", "TFLOP/s", "of matmul", "host ms", "launches"
     costs = "replay ms", "saved MiB", "peak MiB", "syncs"

@@ -20,6 +20,7 @@ from ..ops.core.axes import check_mesh
 from ..ops.core.dtensors import as_dtensor, is_dtensor, local, map_local
 from ..ops.core.dtypes import accumulator
 from ..ops.kernels.scaled import keeping_rounded
+from ..ops.precision import FAST, recipe_of
 from ..parallel.boundary import dtensor_beneath, unwrapped
 from ..parallel.mesh import is_pipeline
 from ..parallel.placement import use, where_placed
@@ -125,7 +126,8 @@ def of_model(
     zero           how often, on a mesh, parameters are gathered and gradients summed over devices
     keep_rounded   whether weights that kernels round for products in fp8 are rounded once a step and kept,
                    and not rounded anew for every micro-batch. That takes up to two bytes for each of their
-                   numbers, and changes no result. On several devices it wants ``zero`` 1 or 2
+                   numbers. On several devices it wants ``zero`` 1 or 2. On one it casts parameters once a
+                   step, too, keeps the copies, and sums gradients as with ``zero=1``
     schedule       on a mesh with ``pp``: the order of stages' computations, or the ``name`` of one, as for
                    :func:`fmoe.pipeline.make_schedule`
     stages         on a mesh with ``pp``: which layers a stage has; ``None``: as
@@ -146,8 +148,8 @@ def of_model(
     All three give the same gradients, within summation order, because gathering is linear. On one device
     there is nothing to choose.
 
-    Raises ``ValueError`` for another ``zero``, one that doesn't go with ``keep_rounded``, and for what the
-    loss refuses.
+    Raises ``ValueError`` for another ``zero``, for 3 where something is to be kept on several devices, and
+    for what the loss refuses.
 
     Source: ZeRO, arXiv 1910.02054.
 
@@ -160,11 +162,12 @@ def of_model(
     """
     check_zero("of_model", zero)
     check_mesh("of_model", mesh)
-    keep_rounded = keep_rounded and micro_batches > 1
+    recipe = recipe_of("of_model", how.get("precision"))
+    keep_rounded = keep_rounded and micro_batches > 1 and not {recipe.experts, recipe.dense}.isdisjoint(FAST)
     alone = mesh is None or mesh.size() == 1
     if keep_rounded and zero == 3 and not alone:
         expected = "1 or 2 with keep_rounded: 3 doesn't keep weights"
-        raise argument_error("of_model", "zero", got=zero, expected=expected)
+        raise argument_error("of_model", "zero", got=zero, expected=expected, remedy="Use zero=1.")
     if mesh is not None and is_pipeline(mesh):
         setup = pipelined.set_up("of_model", config, mesh, micro_batches, schedule, stages, how)
         return pipelined.value_and_grad_of(setup, zero, keep_rounded)

@@ -114,14 +114,22 @@ def test_layers_in_fp8_are_measured_beside_others():
 
 def test_weights_are_kept_while_layers_are_measured(monkeypatch):
     """And not after."""
-    kept = []
-    timed = measure._times
-    monkeypatch.setattr(measure, "_times", lambda *how: kept.append(len(scaled._kept)) or timed(*how))
-    how = dict(dtype=torch.float32, device="cpu", rounds=2, only=["fmoe"])
-    for keep, weights in ((True, 2), (False, 0)):
-        assert measure.bench_layer(TINY, **how, keep_rounded=keep)["keep_rounded"] == keep
-        assert kept == [weights] * 2 and not scaled._kept
+    kept, timed = [], measure._times
+
+    def noted(entries, *how):
+        (entry,) = entries.values()
+        kept.append([w.data_ptr() in scaled._kept for w in entry.run.params.experts])
+        return timed(entries, *how)
+
+    monkeypatch.setattr(measure, "_times", noted)
+    shape, name = TINY._replace(dim=64, hidden=48), "fp8_rowwise"
+    how = dict(dtype=torch.float32, device="cpu", rounds=2, precision=[name], only=[f"fmoe, {name}"])
+    for keep in (True, False):
+        assert measure.bench_layer(shape, **how, keep_rounded=keep)["keep_rounded"] == keep
+        assert kept == [[keep, keep]] * 2 and not scaled._kept
         kept.clear()
+    with pytest.raises(ValueError, match="bench_layer: keep_rounded: got True, expected False without prec"):
+        measure.bench_layer(TINY, keep_rounded=True)
 
 
 def test_device_time_decides():
@@ -134,7 +142,7 @@ def test_device_time_decides():
     how |= dict(matmul_tflops=1000.0, engine="triton", keep_rounded=True, seed=0, wrong={}, not_measured={})
     measure.report(how | {"shape": TINY._asdict(), "layers": [row._asdict()]}, shown)
     text = shown.export_text()
-    assert "weights rounded before" in text
+    assert "weights in fp8 rounded before" in text
     lines = [re.split("[┃│]", line) for line in text.splitlines()]
     titles, cells = ([cell.strip() for cell in line] for line in lines if len(line) > 1)
     found = dict(zip(titles, cells))

@@ -735,6 +735,72 @@ def test_persistent_products(ends):
     assert error(out.cpu(), wide(grouped.outer, x, y, offsets)) < ROUNDED[dtype]
 
 
+@ON_KERNELS
+@pytest.mark.parametrize("ends", [[0, 40, 40, 90], [101] * 4, [0, 0, 0, 0], [33, 64, 65, 101]], ids=str)
+def test_persistent_products_of_fp8_numbers(ends):
+    """Small tiles, too, so that there are several, each with its scales."""
+    from fmoe.ops.kernels import columns, persistent, scaled
+    from fmoe.ops.precision import quantise, restored
+
+    if not INTERPRETED and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    held, offsets = ends[-1], torch.tensor(ends, dtype=torch.int32)
+    x, y, w = torch.randn(101, 48), torch.randn(101, 80), torch.randn(4, 48, 80)
+    x, y = x * torch.rand(101, 1), y * torch.rand(80)
+    x[held:], y[held:] = torch.nan, torch.nan
+    rows, weights = quantise(x), quantise(w.mT)
+    want = grouped.mm(restored(rows, torch.float32), restored(weights, torch.float32).mT, offsets)[:held]
+    on_device = offsets.to(DEVICE)
+    (a, down), (b, across) = ((t.to(DEVICE) for t in pair) for pair in (rows, weights))
+    small = [persistent.Tile(32, 32, 16, 4, 2)] if INTERPRETED else []
+    for tile in (scaled.TILE, *small):
+        out = torch.full((101, 80), 7.0, dtype=torch.bfloat16 if not INTERPRETED else None, device=DEVICE)
+        persistent.mm(a, b.mT, on_device, out, tile, (down, across))
+        assert error(out[:held].cpu().float(), want) < 1e-2
+        assert (out[held:] == 7).all()
+    want = grouped.outer(*(scaled._rounded_columns(t, offsets, FAST[0]) for t in (x, y)), offsets)
+    (a, down), aligned, _ = columns.of_rows(x.to(DEVICE), on_device)
+    (b, across), *_ = columns.of_rows(y.to(DEVICE), on_device)
+    for tile in (scaled.TILE, *small):
+        out = torch.full((4, 48, 80), 7.0, dtype=torch.bfloat16 if not INTERPRETED else None, device=DEVICE)
+        persistent.outer(a, b, aligned, out, tile, (down, across))
+        assert error(out.cpu().float(), want) < 1e-2
+
+
+@ON_KERNELS
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("ends", [[197], [129, 129, 200]], ids=str)
+def test_fp8_columns_of_tokens_and_of_activations(ends, splits, monkeypatch, uninitialized_is_nan):
+    """More columns than in a block, and groups of several blocks of rows; weighed and not."""
+    from fmoe.ops.kernels import columns
+    from fmoe.ops.precision import quantise
+
+    monkeypatch.setattr(columns, "num_splits", lambda *how: splits)
+    tokens, top_k, width, num_rows = 90, 3, 112, 230
+    slot = torch.randperm(tokens * top_k)[:num_rows]
+    slot[[5, 77, 140]] = -1
+    x, h, weights = torch.randn(tokens, width), torch.randn(num_rows, 2, width), torch.rand(tokens, top_k)
+    offsets, here = torch.tensor(ends, dtype=torch.int32), slot >= 0
+    of_rows = torch.where(here, weights.flatten()[slot.clamp_min(0)], 0.0)[:, None]
+    copies = torch.where(here[:, None], x[slot.clamp_min(0) // top_k], 0.0)
+    x_, h_, slot_, offsets_, weights_ = (t.to(DEVICE) for t in (x, h, slot, offsets, weights))
+    for weight, factor in ((None, 1), (weights_, of_rows)):
+        for got, rows in (
+            (columns.of_tokens(x_, slot_, offsets_, top_k, weight), copies * factor),
+            (columns.of_activations(h_, slot_, offsets_, weight), experts.swiglu(h) * factor),
+        ):
+            (values, scale), aligned, _ = got
+            values, place = values.cpu().float(), 0
+            for group, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+                want, size = quantise(rows[start:end].mT), end - start
+                torch.testing.assert_close(scale[group].cpu(), want.scale, rtol=1e-5, atol=0)
+                back = values[:, place : place + size] * want.scale[:, None]
+                assert error(back, rows[start:end].mT) < 0.04 if size else True
+                until = place + -(-size // 128) * 128
+                assert not values[:, place + size : until].any() and aligned[group] == until
+                place = until
+
+
 # ---- starting kernels ----------------------------------------------------------------------------------
 
 

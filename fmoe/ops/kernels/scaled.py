@@ -16,7 +16,7 @@ from . import fused, grouped
 from .tuned import Tile
 
 ALIGNED = 16  # numbers that a row is a multiple of
-MULTIPLE = 128  # of rows that each group of columns begins at: as many as a program sums at once
+MULTIPLE = 128  # of rows that each group of columns begins at: the depth of TILE
 # What was fastest on an H200 of ten choices, on layers of 16B, 30B-A3B and 671B.
 TILE = Tile(rows=128, cols=256, depth=MULTIPLE, warps=8, stages=3)
 
@@ -104,12 +104,12 @@ def columns(x_RC: torch.Tensor, offsets_e: torch.Tensor) -> Columns:
 def _weights(w_eIO: torch.Tensor) -> Scaled:
     """Weights with values (e, O, I) and scales (e, O)."""
     kept = _kept.get(w_eIO.data_ptr()) if _kept else None
-    if kept is None:
+    if kept is None or kept.captured != _capturing():  # a graph of less than the block is replayed after it
         return _rounded_weights(w_eIO)
     key = *w_eIO.shape, *w_eIO.stride(), w_eIO.dtype
-    if key not in kept:
-        kept[key] = _rounded_weights(w_eIO)
-    return kept[key]
+    if key not in kept.found:
+        kept.found[key] = _rounded_weights(w_eIO)
+    return kept.found[key]
 
 
 def _rounded_weights(w_eIO: torch.Tensor) -> Scaled:
@@ -119,8 +119,19 @@ def _rounded_weights(w_eIO: torch.Tensor) -> Scaled:
     return rows(w_eOI) if w_eOI.is_contiguous() else kernel.of_weights(w_eIO.contiguous())
 
 
-# Of the weights of keeping_rounded, by where they lie. One for all threads, as backwards have their own.
-_kept: dict[int, dict[Any, Scaled]] = {}
+class _Kept(NamedTuple):
+    """A weight of :func:`keeping_rounded`: by shape and strides, and whether the block is part of a graph."""
+
+    found: dict[Any, Scaled]
+    captured: bool
+
+
+# By where weights lie. Shared by threads: on CUDA a backward runs in one of its own.
+_kept: dict[int, _Kept] = {}
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @contextmanager
@@ -128,14 +139,17 @@ def keeping_rounded(weights: Iterable[torch.Tensor]) -> Iterator[None]:
     """While the block runs, weights that nobody changes meanwhile are rounded once by rows and by columns.
 
     It changes no result. What isn't among ``weights``, such as a copy in another dtype, is rounded each time.
+    A block within another one keeps what the other one doesn't.
     """
     held = [weight for weight in weights if weight.numel()]  # so that nothing else comes to lie there
-    _kept.update((weight.data_ptr(), {}) for weight in held)
+    places = {weight.data_ptr() for weight in held} - _kept.keys()
+    captured = bool(places) and _capturing()
     try:
+        _kept.update((place, _Kept({}, captured)) for place in places)
         yield
     finally:
-        for weight in held:
-            _kept.pop(weight.data_ptr(), None)
+        for place in places:
+            _kept.pop(place, None)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------
