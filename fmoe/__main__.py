@@ -123,8 +123,9 @@ def _write_json(result: Any, path: str | None) -> None:
 
 def model(args: argparse.Namespace) -> None:
     _check_writable(args.json, args.trace)
+    config = decoder.preset(args.model, layers=args.layers)
     result = bench_model(
-        decoder.preset(args.model, layers=args.layers), batch_size=args.batch_size, seq_len=args.seq_len,
+        config, batch_size=args.batch_size, seq_len=_seq_len(args, config),
         steps=args.steps, remat=args.remat, compiled=args.compile, graph=args.graph,
         balanced=args.balanced, data=args.data, segments=args.segments, device=args.device,
         trace=args.trace, seed=args.seed, precision=args.precision,
@@ -175,10 +176,10 @@ def plan(args: argparse.Namespace) -> None:
     per_layer(args.remat, compiled=args.compile)  # raises for what no step could do
     backend = Backend(**bounds(args.ep_capacity), payload=args.ep_payload)
     found = plan_step(
-        config, args.mesh, batch_size=args.batch_size, seq_len=args.seq_len, micro_batches=args.micro_batches,
-        zero=args.zero, per_layer=per_layer(args.remat), imbalance=args.imbalance, optimizer=optimizer,
-        schedule=_schedule(args), rates=args.rates and read_rates(args.rates), compiled=args.compile,
-        precision=args.precision, backend=backend, **dtypes,
+        config, args.mesh, batch_size=args.batch_size, seq_len=_seq_len(args, config),
+        micro_batches=args.micro_batches, zero=args.zero, per_layer=per_layer(args.remat),
+        imbalance=args.imbalance, optimizer=optimizer, schedule=_schedule(args), compiled=args.compile,
+        rates=args.rates and read_rates(args.rates), precision=args.precision, backend=backend, **dtypes,
     )  # fmt: skip
     if args.json:
         ranks = [{**rank._asdict(), "peak": rank.peak} for rank in found.ranks]
@@ -204,12 +205,16 @@ def train(args: argparse.Namespace) -> None:
     launch.run(functools.partial(loop.train, args))
 
 
+def _seq_len(args: argparse.Namespace, config: decoder.DecoderConfig) -> int:
+    return min(4096, config.max_seq_len) if args.seq_len is None else args.seq_len
+
+
 def step_arguments(add: Add) -> None:
     """Add the options that a plan and a benchmark of a model share."""
     add("--model", default="16B", choices=PRESETS)
     add("--layers", type=int, help="only so many, one of them dense")
     add("--batch-size", type=int, default=8, help="sequences a step, over all devices")
-    add("--seq-len", type=int, default=4096)
+    add("--seq-len", type=int, help="default: 4096, or the most that the model takes")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of parameters and gradients")
     add("--compute-dtype", choices=DTYPES, help="default: --dtype")
     add("--moments-dtype", choices=DTYPES, help="default: --dtype")

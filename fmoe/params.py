@@ -155,7 +155,7 @@ def leaf_mask(function: str, argument: str, mask: Any, tree: Any) -> list[bool]:
     try:
         found = optree.broadcast_prefix(mask, tree)
     except ValueError as error:
-        found = [str(error)]
+        found = ["; ".join(str(error).split("; ")[:2])]  # what follows shows whole tensors
     if odd := [value for value in found if not isinstance(value, bool)]:
         expected = "a tree prefix of bools, as True is of every tree"
         remedy = "One bool may stand for a whole subtree."

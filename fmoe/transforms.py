@@ -15,6 +15,7 @@ from unittest import mock
 import optree
 import torch
 import torch.utils.checkpoint as torch_checkpoint
+from torch._C import _functorch as functorch
 
 from .errors import TransformError, argument_error
 from .ops.balance import MoEStats
@@ -373,7 +374,8 @@ def value_and_grad(
     Unlike ``torch.func.grad_and_value`` it takes compiled functions and DTensors, and runs the engine's
     ordinary backward. The arguments are detached first, so no gradient flows to anything outside.
 
-    Raises ``ValueError`` for leaves that aren't floating-point tensors, and for values that aren't scalars.
+    Raises ``ValueError`` for leaves that aren't floating-point tensors, and for values that aren't scalars,
+    and :class:`TransformError` inside transforms of ``torch.func``.
 
     >>> value_and_grad(lambda p: (p["w"] ** 2).sum())({"w": torch.tensor([1.0, 2.0])})
     (tensor(5.), {'w': tensor([2., 4.])})
@@ -387,6 +389,11 @@ def value_and_grad(
             remedy = "Pass what is differentiated by position."
             raise argument_error("value_and_grad", "argnums", got=argnums, expected=expected, remedy=remedy)
         chosen = tuple(args[i] for i in positions)
+        if not torch.compiler.is_dynamo_compiling() and functorch.get_interpreter_stack():
+            raise TransformError(
+                "value_and_grad: got a call inside a transform of torch.func, expected none around it, as it "
+                "runs torch.autograd. Use torch.func.grad_and_value, which nests."
+            )
         leaves = check_tensors("value_and_grad", "args", chosen)
         for i, leaf in enumerate(leaves):
             if not leaf.is_floating_point():

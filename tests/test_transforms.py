@@ -474,6 +474,12 @@ def test_hooks_see_what_the_policy_keeps_and_free_it(policy):
     assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize("transform", [grad, vmap], ids=["grad", "vmap"])
+def test_value_and_grad_within_a_transform_is_refused(transform):
+    with pytest.raises(TransformError, match=r"value_and_grad: got .* Use torch\.func\.grad_and_value"):
+        transform(lambda x: fmoe.value_and_grad(torch.sum)(x)[0])(torch.ones(3))
+
+
 def test_hooks_beneath_torch_func_are_refused():
     params, x = random_layer(), torch.randn(7, 6, dtype=torch.float64)
     fn = fmoe.remat(torch_checkpoint(layer))

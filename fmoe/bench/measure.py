@@ -19,6 +19,7 @@ from ..models.moe import MoEParams
 from ..ops.experts import ExpertParams
 from ..ops.kernels import grouped
 from ..ops.kernels.scaled import keeping_rounded
+from ..ops.precision import FAST
 from ..ops.route import RouterConfig, route
 from .layers import Layer, Shape, config_for, layers, plain_layer, random_params, skewed
 from .peers import PEERS
@@ -153,7 +154,7 @@ def bench_layer(
     It says on stderr how each layer was checked, and its times once they are known.
 
     Raises ``RuntimeError`` if a layer that is no peer has a wrong output or gradient. Raises ``ValueError``
-    for fewer than two rounds, for names that no layer has, and for ``keep_rounded`` without a precision.
+    for fewer than two rounds, for names that no layer has, and for ``keep_rounded`` where no kernel rounds.
 
     >>> shape = Shape(tokens=64, dim=16, hidden=8, experts=4, top_k=2)
     >>> found = bench_layer(shape, dtype=torch.float32, device="cpu", rounds=2, only=["fmoe"], seed=0)
@@ -162,11 +163,9 @@ def bench_layer(
     ('fmoe', True, None)
     """
     check_number("bench_layer", "rounds", rounds)
-    if keep_rounded and not precision:
-        remedy = "Pass a precision, whose weights can be kept."
-        raise argument_error(
-            "bench_layer", "keep_rounded", got=True, expected="False without precision", remedy=remedy
-        )
+    if keep_rounded and {*precision}.isdisjoint(FAST):
+        fits, remedy = f"False without a precision of {FAST}", "Pass one, whose weights can be kept."
+        raise argument_error("bench_layer", "keep_rounded", got=True, expected=fits, remedy=remedy)
     seed = time.time_ns() % 2**31 if seed is None else seed
     config = config_for(shape, routing)
     run = random_run(shape, config, routing, dtype, device, seed)
@@ -179,7 +178,7 @@ def bench_layer(
         raise argument_error(
             "bench_layer", "only", got=unknown, expected=f"names among {known}", remedy=remedy
         )
-    with keeping_rounded(run.params.experts if keep_rounded else ()):
+    with keeping_rounded(run.params.experts if keep_rounded else ()) as kept:
         in_fp8 = {f"fmoe, {name}" for name in precision}
         entries = {
             name: _entered(name, layer, run, expected, FP8_ROUNDING if name in in_fp8 else ROUNDING)
@@ -199,7 +198,7 @@ def bench_layer(
     return dict(
         shape=shape._asdict(), routing=routing, dtype=str(dtype), torch=torch.__version__,
         device=torch.cuda.get_device_name() if run.x.is_cuda else "CPU", seed=seed, rounds=rounds,
-        keep_rounded=keep_rounded,
+        kept=any(weight.found for weight in kept),
         matmul_tflops=peak_rate, engine=grouped.choice("mm transposed", *product, w_in.shape).engine,
         overload=float(counts.max() / counts.float().mean()),
         layers=[
@@ -356,7 +355,7 @@ def report(result: dict[str, Any], console: Console) -> None:
         f"{result['dtype']}, {result['device']}, torch {result['torch']}, "
         f"matrix product {result['matmul_tflops']:.1f} TFLOP/s, "
         f"our grouped products by {result['engine']!r}, "
-        f"{'weights in fp8 rounded before, ' if result['keep_rounded'] else ''}seed {result['seed']}"
+        f"{'weights in fp8 rounded before, ' if result['kept'] else ''}seed {result['seed']}"
     )
     times = "forward ms", "fwd+bwd ms", "spread", "device ms", "TFLOP/s", "of matmul", "host ms", "launches"
     costs = "replay ms", "saved MiB", "peak MiB", "syncs"

@@ -1,5 +1,6 @@
 """Keeping experts evenly loaded without an auxiliary loss, and measuring how even they are."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -142,8 +143,8 @@ def update_expert_bias(params: Any, counts_E: torch.Tensor, rate: float) -> Any:
     -> params                  the same structure; nothing passed in is modified. A bias does not require grad
     ===========  ============  =============================================================
 
-    Raises ``ValueError`` unless there is one count per expert, and for a bias that is cut over devices or
-    narrower than float32.
+    Raises ``ValueError`` unless there is one count per expert, for a rate below zero or not finite, and for a
+    bias that is cut over devices or narrower than float32.
 
     Source: auxiliary-loss-free balancing, arXiv 2408.15664: ``b += rate * sign(mean - counts)``.
 
@@ -159,6 +160,9 @@ def update_expert_bias(params: Any, counts_E: torch.Tensor, rate: float) -> Any:
         expected = f"{tuple(params.bias_E.shape)}, one count per expert"
         remedy = "Pass MoEStats.tokens_per_expert of this layer."
         raise argument_error("update_expert_bias", "counts_E", got=got, expected=expected, remedy=remedy)
+    if isinstance(rate, float | int) and not 0 <= rate < math.inf:
+        expected, remedy = "a finite number of at least 0", "DeepSeek-V3 uses 0.001."
+        raise argument_error("update_expert_bias", "rate", got=rate, expected=expected, remedy=remedy)
     check_bias("update_expert_bias", "params.bias_E", params.bias_E)
     if is_dtensor(params.bias_E) and not all(p.is_replicate() for p in params.bias_E.placements):
         got = f"a DTensor placed by {params.bias_E.placements}"

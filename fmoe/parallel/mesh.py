@@ -118,15 +118,18 @@ def take_gpu(rank: int, number: int) -> bool:
 
 
 def named_device(device: str, argument: str = "--device") -> torch.device:
-    """The device that a text names. Raises ``ValueError`` if it names none.
+    """The device that a text names. Raises ``ValueError`` if it names none that fmoe computes on.
 
     >>> named_device("cuda:1").index
     1
     """
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"{argument}: got {device!r}, expected cpu, cuda or, say, cuda:1.") from None
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"{argument}: got {device!r}, expected cpu, cuda or, say, cuda:1.")
+    return found
 
 
 def check_device(device: str, argument: str = "--device") -> None:

@@ -148,8 +148,8 @@ def of_model(
     All three give the same gradients, within summation order, because gathering is linear. On one device
     there is nothing to choose.
 
-    Raises ``ValueError`` for another ``zero``, for 3 where something is to be kept on several devices, and
-    for what the loss refuses.
+    Raises ``ValueError`` for another ``zero``, for 3 where something is to be kept on several devices, for
+    ``keep_rounded`` where no kernel rounds, and for what the loss refuses.
 
     Source: ZeRO, arXiv 1910.02054.
 
@@ -163,7 +163,10 @@ def of_model(
     check_zero("of_model", zero)
     check_mesh("of_model", mesh)
     recipe = recipe_of("of_model", how.get("precision"))
-    keep_rounded = keep_rounded and micro_batches > 1 and not {recipe.experts, recipe.dense}.isdisjoint(FAST)
+    if keep_rounded and {recipe.experts, recipe.dense}.isdisjoint(FAST):
+        expected, remedy = f"False without a precision of {FAST}", "Pass one, or keep nothing."
+        raise argument_error("of_model", "keep_rounded", got=keep_rounded, expected=expected, remedy=remedy)
+    keep_rounded = keep_rounded and micro_batches > 1
     alone = mesh is None or mesh.size() == 1
     if keep_rounded and zero == 3 and not alone:
         expected = "1 or 2 with keep_rounded: 3 doesn't keep weights"

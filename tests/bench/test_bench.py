@@ -125,11 +125,12 @@ def test_weights_are_kept_while_layers_are_measured(monkeypatch):
     shape, name = TINY._replace(dim=64, hidden=48), "fp8_rowwise"
     how = dict(dtype=torch.float32, device="cpu", rounds=2, precision=[name], only=[f"fmoe, {name}"])
     for keep in (True, False):
-        assert measure.bench_layer(shape, **how, keep_rounded=keep)["keep_rounded"] == keep
+        assert not measure.bench_layer(shape, **how, keep_rounded=keep)["kept"]  # a CPU has no kernels for it
         assert kept == [[keep, keep]] * 2 and not scaled._kept
         kept.clear()
-    with pytest.raises(ValueError, match="bench_layer: keep_rounded: got True, expected False without prec"):
-        measure.bench_layer(TINY, keep_rounded=True)
+    for precision in ([], ["fp8_block"]):
+        with pytest.raises(ValueError, match="keep_rounded: got True, expected False without a precision of"):
+            measure.bench_layer(TINY, keep_rounded=True, precision=precision)
 
 
 def test_device_time_decides():
@@ -139,7 +140,7 @@ def test_device_time_decides():
     assert (row.step, row.rate, row.share) == (5.0, 500.0, 0.5)
     shown = Console(width=200, file=io.StringIO(), record=True)
     how = dict(routing="random", overload=1.0, dtype="torch.bfloat16", device="A GPU", torch="2.11")
-    how |= dict(matmul_tflops=1000.0, engine="triton", keep_rounded=True, seed=0, wrong={}, not_measured={})
+    how |= dict(matmul_tflops=1000.0, engine="triton", kept=True, seed=0, wrong={}, not_measured={})
     measure.report(how | {"shape": TINY._asdict(), "layers": [row._asdict()]}, shown)
     text = shown.export_text()
     assert "weights in fp8 rounded before" in text

@@ -231,6 +231,12 @@ def test_nothing_stays_kept_after_an_error(monkeypatch):
     assert roundings and not scaled._kept
 
 
+@pytest.mark.parametrize("recipe", [None, Recipe(experts="fp8_block")], ids=str)
+def test_nothing_is_kept_where_no_kernel_rounds(recipe):
+    with pytest.raises(ValueError, match="of_model: keep_rounded: got True, expected False without a prec"):
+        gradients.of_model(MODEL, precision=recipe, micro_batches=2, keep_rounded=True)
+
+
 def test_a_block_within_another_keeps_what_that_does_not(monkeypatch):
     roundings = count_roundings(monkeypatch)
     ours, theirs, others = torch.randn(3, 1, 8, 4)

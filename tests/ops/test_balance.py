@@ -25,6 +25,13 @@ def test_the_entropy_is_that_of_normalised_scores_however_small_they_are(size):
     assert stats.router_entropy.dtype == torch.float32 and nothing.router_entropy.isnan()
 
 
+@pytest.mark.parametrize("rate", [math.nan, math.inf, -0.1])
+def test_a_bias_moves_by_a_finite_rate(rate):
+    router = fmoe.moe_init(0, dim=4, hidden_dim=4, num_experts=3).router
+    with pytest.raises(ValueError, match=r"update_expert_bias: rate: got .*, expected a finite number"):
+        fmoe.update_expert_bias(router, torch.tensor([5, 1, 3]), rate)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_bias_never_stops_moving(dtype):
     params = fmoe.moe_init(0, dim=4, hidden_dim=4, num_experts=3, dtype=torch.bfloat16)

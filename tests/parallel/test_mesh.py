@@ -56,6 +56,7 @@ def test_bad_axes_are_named(args, sizes, text):
     ("device", "found", "text"),
     [
         ("gpu", 0, "--device: got 'gpu', expected cpu, cuda or, say, cuda:1."),
+        ("meta", 0, "--device: got 'meta', expected cpu, cuda or, say, cuda:1."),
         ("cuda", 0, "of CUDA it finds 0 here. Use the CPU, or see python -m fmoe doctor."),
         (
             "cuda:2",

@@ -135,18 +135,19 @@ def _capturing() -> bool:
 
 
 @contextmanager
-def keeping_rounded(weights: Iterable[torch.Tensor]) -> Iterator[None]:
+def keeping_rounded(weights: Iterable[torch.Tensor]) -> Iterator[list[_Kept]]:
     """While the block runs, weights that nobody changes meanwhile are rounded once by rows and by columns.
 
     It changes no result. What isn't among ``weights``, such as a copy in another dtype, is rounded each time.
-    A block within another one keeps what the other one doesn't.
+    A block within another one keeps what the other one doesn't. It gets what is kept of each weight.
     """
     held = [weight for weight in weights if weight.numel()]  # so that nothing else comes to lie there
     places = {weight.data_ptr() for weight in held} - _kept.keys()
     captured = bool(places) and _capturing()
+    mine = {place: _Kept({}, captured) for place in places}
     try:
-        _kept.update((place, _Kept({}, captured)) for place in places)
-        yield
+        _kept.update(mine)
+        yield [*mine.values()]
     finally:
         for place in places:
             _kept.pop(place, None)
