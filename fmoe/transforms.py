@@ -375,7 +375,7 @@ def value_and_grad(
     ordinary backward. The arguments are detached first, so no gradient flows to anything outside.
 
     Raises ``ValueError`` for leaves that aren't floating-point tensors, and for values that aren't scalars,
-    and :class:`TransformError` inside transforms of ``torch.func``.
+    and ``TransformError`` inside transforms of ``torch.func``.
 
     >>> value_and_grad(lambda p: (p["w"] ** 2).sum())({"w": torch.tensor([1.0, 2.0])})
     (tensor(5.), {'w': tensor([2., 4.])})
