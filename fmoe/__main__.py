@@ -81,8 +81,7 @@ def bench(args: argparse.Namespace) -> None:
     _check_writable(args.json, args.picture)
     results = []
     for shape, routing in itertools.product(_shapes(args), args.routing):
-        also = dict(only=args.only, align=args.align, precision=args.precision)
-        also["keep_rounded"] = args.keep_rounded
+        also = {name: getattr(args, name) for name in ("only", "align", "precision", "keep_rounded")}
         result = bench_layer(shape, routing=routing, **also, **_how(args))
         report(result, console())
         results.append(result)

@@ -315,7 +315,7 @@ def _apart(entries: dict[str, Entry], rounds: int) -> dict[str, Apart]:
         for name, entry in entries.items()
         if entry.run.x.is_cuda
     }
-    # Apart from profiles: right after one, the host takes longer.
+    # Before profiles, which could slow it.
     hosts = [{name: of_host(call) for name, call in steps.items()} for _ in range(rounds)]
     turns = [{name: on_device(call) for name, call in steps.items()} for _ in range(rounds)]
     found = {name: Apart() for name in entries}

@@ -93,7 +93,7 @@ def check_experts(params: ExpertParams, x_SD: torch.Tensor, plan: Plan) -> None:
         if tuple(weight.shape) != shape:
             got = f"shape {tuple(weight.shape)}"
             expected = f"{shape} for x_SD {tuple(x_SD.shape)} and a plan of {num_experts} experts"
-            remedy = "Pass the experts that the router was made for, on a mesh placed by fmoe.shard_params."
+            remedy = "Pass the experts that the router was made for. On a mesh, use fmoe.shard_params."
             raise argument_error("experts_grouped_mm", argument, got=got, expected=expected, remedy=remedy)
         if weight.dtype != x_SD.dtype or weight.device != x_SD.device:
             got = f"{weight.dtype} on {weight.device}"

@@ -199,7 +199,7 @@ def of_model(
             return decoder.stage_loss(params, x, targets, config, **given, **stage)
 
         # All devices have equal shares in the value.
-        value_and_grads = _of_share(of_whole, 1 / mesh.size() if mesh else 1.0)
+        value_and_grads = _of_share(of_whole, 1.0 if mesh is None else 1 / mesh.size())
 
         def run(params: Any, *batch: torch.Tensor) -> Any:
             return of_placed(value_and_grads, params, batch, micro_batches, zero, keep_rounded)
@@ -207,13 +207,14 @@ def of_model(
         def out_specs(where: P, have: Any) -> Any:
             return (P(), P()), have
 
-        run_on = functools.partial(decoder.run_on, "of_model", run, params, inputs, config, mesh, **how)
+        computing = decoder.computing_specs(decoder.specs(config))
+        have = None if mesh is None else where_placed(params, computing, mesh)
         with torch.no_grad():
+            out, grads = decoder.run_on(
+                "of_model", run, params, inputs, config, mesh, out_specs=out_specs, **how
+            )
             if mesh is None:
-                out, grads = run_on(out_specs=out_specs)
                 return out, optree.tree_map(lambda grad, param: grad.to(param.dtype), grads, params)
-            have = where_placed(params, decoder.computing_specs(decoder.specs(config)), mesh)
-            out, grads = run_on(out_specs=out_specs)
             return out, collected(params, grads, have, mesh)
 
     return call

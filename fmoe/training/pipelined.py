@@ -118,7 +118,7 @@ def chosen(
     return schedule, stages
 
 
-def value_and_grad_of(setup: Setup, zero: int, keep_rounded: bool = False) -> Callable[..., Any]:
+def value_and_grad_of(setup: Setup, zero: int, keep_rounded: bool) -> Callable[..., Any]:
     """The step that :func:`fmoe.training.gradients.of_model` promises, on one rank of a pipeline."""
 
     def call(params: Any, tokens: Any, targets: Any, segment_ids: Any = None, key: Any = None) -> Any:

@@ -165,6 +165,13 @@ def test_master_weights_compute_low_and_get_their_gradients_high() -> None:
     assert all(a is b for a, b in zip(optree.tree_leaves(whole), optree.tree_leaves(low)))
 
 
+def test_a_mask_that_does_not_fit_is_refused_without_whole_tensors() -> None:
+    params = {"a": (torch.ones(2), torch.ones(2))}
+    with pytest.raises(ValueError, match=r"computing_in: keep: got tuple arity mismatch; exp") as refused:
+        computing_in(lambda p: p, torch.bfloat16, keep={"a": (True, False, True)})(params)
+    assert "tensor(" not in str(refused.value)
+
+
 def test_a_mask_says_what_is_not_converted() -> None:
     params = {"a": torch.ones(2), "b": [torch.ones(2), torch.ones(3)]}
     for keep in ({"a": False, "b": True}, lambda tree: {"a": False, "b": [True, True]}):
