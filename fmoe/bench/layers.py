@@ -159,12 +159,13 @@ def layers(
 ) -> dict[str, Layer]:
     """The layers by name: ours, and plain PyTorch.
 
-    Ours is there also by quack-kernels, if they are installed, with rows aligned to each of ``align``, and
-    with products in each ``precision``.
+    If quack-kernels are installed, ours is there also by them and without them. It is there with rows aligned
+    to each of ``align``, and with products in each ``precision``.
     """
     found: dict[str, Layer] = {"fmoe": functools.partial(moe_forward, router=config)}
     if gathered.installed():
         found["fmoe, quack"] = functools.partial(_by_quack, config)
+        found["fmoe, without quack"] = functools.partial(_by_engine, config, "any other")
     for name in precision:
         found[f"fmoe, {name}"] = functools.partial(moe_forward, router=config, precision=name)
     for multiple in align:
@@ -176,11 +177,14 @@ def layers(
 
 
 def _by_quack(config: RouterConfig, params: MoEParams, x: torch.Tensor) -> torch.Tensor:
-    w_in = params.experts.w_in
-    if not gathered.able(x, w_in):
+    if not gathered.able(x, params.experts.w_in):
         raise ValueError(f"quack-kernels don't take {x.dtype} on {x.device}, or these sizes")
-    layer = tuned.key("layer", gathered.sizes(w_in), x.dtype)
-    with tuned.using(x.device, {layer: Choice(gathered.ENGINE)}):
+    return _by_engine(config, gathered.ENGINE, params, x)
+
+
+def _by_engine(config: RouterConfig, engine: str, params: MoEParams, x: torch.Tensor) -> torch.Tensor:
+    layer = tuned.key("layer", gathered.sizes(params.experts.w_in), x.dtype)
+    with tuned.using(x.device, {layer: Choice(engine)}):
         return moe_forward(params, x, router=config)
 
 

@@ -133,7 +133,7 @@ def _experts(shape: Shape, at: int, precision: str | None, new: Any) -> Call:
     h = new(rows.slot_R.shape[0], 2, shape.hidden)
     return (
         functools.partial(experts_up.raw, x, w_in, *rows),
-        functools.partial(experts_down.raw, h, w_out, *rows),
+        functools.partial(experts_down.raw, h, w_out, *rows, None),
         functools.partial(experts_up_backward.raw, h, x, w_in, *rows),
         functools.partial(experts_down_backward.raw, x, h, w_out, *rows),
     )[at]

@@ -25,8 +25,12 @@ TILES = [
     Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 4, 4), Tile(128, 128, 64, 8, 4), Tile(128, 128, 128, 8, 3),
 ]  # fmt: skip
 QUACK_TILES = [  # of four warps, which take turns, or of eight together
-    gathered.TILE, Tile(128, 128, 64, 4, 0), Tile(128, 160, 64, 4, 0), Tile(192, 128, 64, 4, 0),
-    Tile(256, 128, 64, 8, 0), Tile(256, 192, 64, 8, 0), Tile(128, 256, 64, 8, 0),
+    Tile(rows, cols, 64, warps, 0, cluster)
+    for cluster in (1, 2)
+    for rows, cols, warps in [
+        (128, 128, 4), (128, 192, 4), (192, 128, 4), (128, 224, 8), (256, 128, 8), (256, 192, 8),
+        (128, 256, 8),
+    ]
 ]  # fmt: skip
 GAIN = 0.01  # the share of a step's time that another choice must save
 ROUNDING = 0.02  # the most that another choice's results may differ
@@ -110,13 +114,19 @@ def _comparisons(
         return [(product, able, {}) for product in products(shape, dtype)]
     sizes, (apart, together) = gathered.sizes(w_in), (Choice(able[0].engine), Choice(gathered.ENGINE))
     layer = tuned.key("layer", sizes, dtype)
-    tiles = [Choice(gathered.ENGINE, tile) for tile in QUACK_TILES]
-    gathering = [gathered.key(product, sizes, dtype) for product in gathered.PRODUCTS]
     return [
-        *((product, tiles, {layer: together}) for product in gathering),
+        *(
+            (gathered.key(product, sizes, dtype), _tiles(first), {layer: together})
+            for product, first in gathered.PRODUCTS.items()
+        ),
         *((product, able, {layer: apart}) for product in products(shape, dtype)),
         (layer, [apart, together], {}),
     ]
+
+
+def _tiles(first: Tile) -> list[Choice]:
+    """Choices of quack-kernels, that without tuning in front."""
+    return [Choice(gathered.ENGINE, tile) for tile in dict.fromkeys([first, *QUACK_TILES])]
 
 
 def _compare(

@@ -81,7 +81,8 @@ def experts_grouped_mm(
     dtype, x_SD = x_SD.dtype, x_SD.to(product_dtype(x_SD))
     check_experts(expert_params, x_SD, plan)
     rows = layout_of(plan, precision)
-    return experts_down(experts_up(x_SD, expert_params.w_in, *rows), expert_params.w_out, *rows).to(dtype)
+    h, act = experts_up.outputs(x_SD, expert_params.w_in, *rows)
+    return experts_down(h, expert_params.w_out, *rows, act).to(dtype)
 
 
 def check_experts(params: ExpertParams, x_SD: torch.Tensor, plan: Plan) -> None:
@@ -136,18 +137,19 @@ def layout_of(plan: Plan, precision: str | None = None) -> Layout:
     return Layout(*tensors, plan.score_before_experts, precision)
 
 
-def _up_reference(x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> torch.Tensor:
+def _up_reference(x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> Tensors:
     rows = Layout(*fields)
     x_RD = gather(x, rows.source_R)
     if rows.score_before:
         weights_R = gather(rows.weights_SK.flatten(), rows.slot_R)
         x_RD = (x_RD * weights_R[:, None].to(accumulator(x.dtype))).to(x.dtype)
     h = mm_in(rows.precision)(x_RD, rearrange(w_in, "e two f d -> e d (two f)"), rows.offsets_e)
-    return rearrange(h, "r (two f) -> r two f", two=2)
+    h = rearrange(h, "r (two f) -> r two f", two=2)
+    return h, h.new_empty(0)
 
 
 def _down_reference(h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> torch.Tensor:
-    rows, wide = Layout(*fields), accumulator(h.dtype)
+    rows, wide = Layout(*fields[: len(Layout._fields)]), accumulator(h.dtype)
     y_RD = mm_in(rows.precision)(swiglu(h), w_out.mT, rows.offsets_e).to(wide)
     if not rows.score_before:
         y_RD = y_RD * gather(rows.weights_SK.flatten(), rows.slot_R)[:, None].to(wide)
@@ -274,22 +276,19 @@ def _found(rows: Layout, *, weighted: bool = False) -> gathered.Rows:
     return gathered.rows_of(slot, offsets, row.shape[1], weights if weighted else None)
 
 
-def _up_fake(x: Any, w_in: Any, weights: Any, slot: Any, *rest: Any) -> Any:
-    rows = Layout(weights, slot, *rest)
-    empty = gathered.empty_paired if _gathers(x, w_in, rows) else _empty_halves
-    return empty(x, slot.shape[0], w_in.shape[2])
+def _up_fake(x: Any, w_in: Any, weights: Any, slot: Any, *rest: Any) -> Tensors:
+    num_rows, hidden = slot.shape[0], w_in.shape[2]
+    if _gathers(x, w_in, Layout(weights, slot, *rest)):
+        return gathered.empty_paired(x, num_rows, hidden), x.new_empty(num_rows, hidden)
+    return x.new_empty(num_rows, 2, hidden), x.new_empty(0)
 
 
-def _empty_halves(like: torch.Tensor, rows: Any, hidden: Any) -> torch.Tensor:
-    return like.new_empty(rows, 2, hidden)
-
-
-def _up_kernel(x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> torch.Tensor:
+def _up_kernel(x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> Tensors:
     rows = Layout(*fields)
     if _gathers(x, w_in, rows):
         return gathered.up(x, w_in, _found(rows))
     x_RD = _expanded(x, w_in, rows, weighted=rows.score_before)
-    return _mm(x_RD, w_in.flatten(1, 2).mT, rows).unflatten(1, (2, -1))
+    return _mm(x_RD, w_in.flatten(1, 2).mT, rows).unflatten(1, (2, -1)), x.new_empty(0)
 
 
 def _up_backward_kernel(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> Tensors:
@@ -321,8 +320,10 @@ def _up_weight_kernel(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, *f
 
 
 def _down_kernel(h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> torch.Tensor:
-    rows = Layout(*fields)
-    y_RD = _mm(_activated(h, w_out, rows), w_out.mT, rows)
+    *layout, act = fields
+    rows = Layout(*layout)
+    made = act is not None and act.dim() == 2
+    y_RD = _mm(act if made else _activated(h, w_out, rows), w_out.mT, rows)
     return weighted_sum_kernel(y_RD, None if rows.score_before else rows.weights_SK, rows.slot_R, rows.row_SK)
 
 
@@ -406,13 +407,15 @@ experts_up_backward: Operator = declare(
 )
 
 # x (S, D), w_in (e, 2, F, D) -> (R, 2, F): the pre-activation of each row; undefined past the last offset.
+# Where a kernel activates in passing, the activation (R, F) comes beside it, else a tensor without elements.
 experts_up: Operator = declare(
-    f"experts_up(Tensor x, Tensor w_in, {_LAYOUT}) -> Tensor",
+    f"experts_up(Tensor x, Tensor w_in, {_LAYOUT}) -> (Tensor, Tensor)",
     impl=_up_kernel,
     fake=_up_fake,
     checkpoint=EXPERTS,
     example=lambda: (random(4, 3), random(3, 2, 2, 3), *_layout_example()),
     vjp=lambda inputs, needs, g: _by_need(_UP, inputs, needs, g),
+    residual_outputs=1,
     by_need=True,
     reference=_up_reference,
 )
@@ -426,13 +429,16 @@ experts_down_backward: Operator = declare(
     reference=_backward_reference(_down_reference, False),
 )
 
-# h (R, 2, F), w_out (e, D, F) -> (S, D): activated, multiplied, weighted and summed per row.
+# h (R, 2, F), w_out (e, D, F) -> (S, D): activated, multiplied, weighted and summed per row. What experts_up
+# gave beside h may follow. It is used, but isn't differentiated by, nor kept.
 experts_down: Operator = declare(
-    f"experts_down(Tensor h, Tensor w_out, {_LAYOUT}) -> Tensor",
+    f"experts_down(Tensor h, Tensor w_out, {_LAYOUT}, Tensor? act) -> Tensor",
     impl=_down_kernel,
     fake=lambda h, w_out, weights, *rest: h.new_empty(weights.shape[0], w_out.shape[1]),
     checkpoint=EXPERTS,
     example=lambda: (random(8, 2, 2), random(3, 3, 2), *_layout_example()),
+    dependent=lambda h, *rest: (swiglu(h),),
+    residuals=lambda inputs, outputs: inputs[:-1],
     vjp=lambda inputs, needs, g: _by_need(_DOWN, inputs, needs, g),
     by_need=True,
     reference=_down_reference,

@@ -215,7 +215,7 @@ def _of_experts(weight: torch.Tensor, rows: int, num_tokens: int, others: Any, *
     padded = rows + num * (scaled.MULTIPLE - 1)
     return _Experts(
         rows, num_tokens, dim, hidden, weight.numel(), weight.element_size(),
-        bool(others[4]), others[-1] in FAST,
+        bool(others[4]), others[5] in FAST,
         dim * (padded + 4 * num), hidden * (padded + 4 * num), weight.numel() + 4 * num * (dim + 2 * hidden),
     )  # fmt: skip
 

@@ -142,7 +142,7 @@ def _up(x: Any, w_in: Any, weights: Any, slot: Any, *others: Any) -> _Rows:
 def _down(h: Any, w_out: Any, weights: Any, *others: Any) -> _Rows:
     (rows, _, hidden), dim = h.shape, w_out.shape[1]
     numbers = rows * dim, rows * hidden, weights.shape[0] * dim, w_out.numel()
-    return _Rows(2.0 * rows * dim * hidden, *numbers, h.element_size(), others[-1] in FAST)
+    return _Rows(2.0 * rows * dim * hidden, *numbers, h.element_size(), others[4] in FAST)
 
 
 def _experts(at: int, of: Callable[..., _Rows], products: int, passed: Callable[[_Rows], float]) -> Any:

@@ -80,7 +80,7 @@ def test_values_and_gradients_are_those_of_the_other_kernels(monkeypatch, quack,
     seed = torch.randint(2**31, ()).item()
     torch.manual_seed(seed)
     value, grads = pieces(PLANS[plan], wanted)
-    assert "gemm" in quack
+    assert "gated" in quack
     monkeypatch.setenv("FMOE_GROUPED_MM", "loop")
     before = len(quack)
     torch.manual_seed(seed)
@@ -90,11 +90,12 @@ def test_values_and_gradients_are_those_of_the_other_kernels(monkeypatch, quack,
     assert error(grads, want_grads, unit=1e-2) < 1e-12
 
 
-def test_a_step_has_seven_products_and_copies_no_token(monkeypatch, quack):
+def test_a_step_copies_no_token_and_activates_in_passing(monkeypatch, quack):
     monkeypatch.setattr(experts_module, "_expand", None)
+    monkeypatch.setattr(experts_module, "_activation", None)
     pieces(PLANS["plain"], (0, 1, 2, 3))
-    step = ["gemm", "dgated", "gemm summed", "gemm", "gemm summed"]
-    assert quack == [*step, "gemm"]  # and the value, once more
+    step = ["gated", "dgated", "gemm summed", "gemm", "gemm summed"]
+    assert quack == [*step, "gated"]  # and the value, once more
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -144,15 +145,17 @@ def shapes(hidden):
     return torch.empty(3, DIM), torch.empty(EXPERTS, 2, hidden, DIM)
 
 
-def test_a_file_or_the_environment_chooses_it(quack, monkeypatch):
-    assert gathered.chosen(*shapes(4)) and not gathered.chosen(*shapes(3)), "rows must be whole"
+def test_the_environment_a_file_or_its_width_chooses_it(quack, monkeypatch):
+    wide = gathered.WIDE
+    assert gathered.chosen(*shapes(wide)) and not gathered.chosen(*shapes(3)), "rows must be whole"
     monkeypatch.setenv("FMOE_GROUPED_MM", "loop")
     assert not gathered.chosen(*shapes(4))
     monkeypatch.delenv("FMOE_GROUPED_MM")
-    assert not gathered.chosen(*shapes(4))
-    key = tuned.key("layer", (EXPERTS, DIM, 4), torch.float32)
-    with tuned.using(torch.device("cpu"), {key: Choice("quack")}):
-        assert gathered.chosen(*shapes(4)) and not gathered.chosen(*shapes(8))
+    assert gathered.chosen(*shapes(4)) and gathered.chosen(*shapes(wide - 2))
+    assert not gathered.chosen(*shapes(wide))
+    keys = [tuned.key("layer", (EXPERTS, DIM, hidden), torch.float32) for hidden in (4, wide)]
+    with tuned.using(torch.device("cpu"), {keys[0]: Choice("loop"), keys[1]: Choice("quack")}):
+        assert gathered.chosen(*shapes(wide)) and not gathered.chosen(*shapes(4))
 
 
 def test_the_environment_goes_with_a_file_of_single_products(quack):
@@ -160,7 +163,7 @@ def test_the_environment_goes_with_a_file_of_single_products(quack):
     key = tuned.key("mm transposed", (EXPERTS, HIDDEN, DIM), x.dtype)  # of the down product
     with tuned.using(x.device, {key: Choice("loop")}):
         fmoe.moe_forward(params, x, router=config)
-    assert quack == ["gemm"]
+    assert quack == ["gated"]
 
 
 def test_code_compiled_for_other_kernels_is_not_taken_from_the_cache(quack, monkeypatch):
@@ -186,7 +189,11 @@ def test_tuning_compares_tiles_and_then_whole_layers(quack, monkeypatch):
         quack.clear()
         quack_double.configs.clear()
         call()
-        tiles = sum(2.0 - (config["tile_n"] == 256) for config in quack_double.configs)
+        fast = tuning.QUACK_TILES[-1]
+        tiles = sum(
+            2.0 - ((config["tile_n"], config["cluster_m"]) == (fast.cols, fast.cluster))
+            for config in quack_double.configs
+        )
         return tiles or 20.0
 
     monkeypatch.setattr(tuning, "timed", timed)
@@ -201,7 +208,7 @@ def test_tuning_compares_tiles_and_then_whole_layers(quack, monkeypatch):
     quack_double.configs.clear()
     (params, config), x = layer_of(hidden=4), torch.randn(8, DIM)
     fmoe.value_and_grad(lambda p, x: fmoe.moe_forward(p, x, router=config).sum(), (0, 1))(params, x)
-    assert [config["tile_n"] for config in quack_double.configs] == [256] * 5, "the file is read"
+    assert [config["cluster_m"] for config in quack_double.configs] == [2] * 5, "the file is read"
     tuning.report([layer, *gathering], Console(quiet=True))
 
 
@@ -211,9 +218,11 @@ def test_the_benchmark_has_it_beside_the_others(quack, monkeypatch):
     shape = Shape(tokens=32, dim=DIM, hidden=4, experts=EXPERTS, top_k=TOP_K)
     (params, config), x = layer_of(hidden=4), torch.randn(32, DIM)
     found = layers(shape, config)
-    ours = found["fmoe"](params, x)
+    ours = found["fmoe, without quack"](params, x)
     assert not quack
-    assert error(found["fmoe, quack"](params, x), ours) < 1e-5 and quack
+    for name in ("fmoe", "fmoe, quack"):
+        quack.clear()
+        assert error(found[name](params, x), ours) < 1e-5 and quack
 
 
 def test_on_a_cpu_there_is_nothing_to_choose(monkeypatch):
@@ -240,9 +249,11 @@ def test_on_a_gpu_they_are_as_right_as_the_other_kernels(monkeypatch, shape, dty
 
     def step(params, x):
         def loss(params, x):
-            return (fmoe.moe_forward(params, x, router=config).float() * seed).sum()
+            y = fmoe.moe_forward(params, x, router=config)
+            return (y.float() * seed).sum(), y.detach()
 
-        return optree.tree_leaves(fmoe.value_and_grad(loss, (0, 1))(params, x))
+        (_, y), grads = fmoe.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
+        return y, *optree.tree_leaves(grads)
 
     wide = optree.tree_map(lambda t: t.double(), narrow)
     exact = step(wide, x.to(dtype).double())

@@ -835,20 +835,30 @@ def test_a_kernel_started_again_gets_what_triton_would_give_it(monkeypatch):
             get_device_properties=lambda _: {"max_shared_mem": 2**17},
         )
 
-    noted = []
+    noted, grids = [], []
     before, compiled = driver._active, {}
     monkeypatch.setattr(launch, "_COMPILED", compiled)
     driver.set_active(Driver())
     try:
-        for width, kinds in ((16, 1), (17, 2), (33, 2), (1, 3), (32, 3)):
+        index = torch.tensor([3, -1, 2])
+        for width, number, kinds in (
+            (16, 3, 1),
+            (17, 3, 2),
+            (33, 3, 2),
+            (1, 3, 3),
+            (1, 1, 4),
+            (1, 2, 4),
+            (32, 3, 4),
+        ):
             x = torch.randn(4, width)
             for _ in range(2):
-                rows.gather(x, torch.tensor([3, -1, 2]))
+                rows.gather(x, index[:number])
             assert len(compiled) == kinds
+            grids += [(number if width > 1 else 1, 1, 1)]
     finally:
         driver._active = before
-    for first, again in zip(noted[::2], noted[1::2]):
-        assert first[:3] == (3, 1, 1)
+    for first, again, grid in zip(noted[::2], noted[1::2], grids, strict=True):
+        assert first[:3] == grid
         assert again[:6] == first[:6] and again[6:9] == (None, None, None)  # no hooks
         assert again[9] is first[9] and again[12:] == first[12:]
         assert [t.dtype for t in again[10:12]] == [torch.int64, torch.float32]

@@ -448,7 +448,7 @@ def test_what_the_experts_hold(monkeypatch):
     monkeypatch.setattr(experts.grouped, "outer", outer)
     x, h, g = new(tokens, dim), new(rows, 2, hidden), new(tokens, dim)
     w_in, w_out, weights = new(num, 2, hidden, dim), new(num, dim, hidden), torch.empty(tokens, 2)
-    layout = weights, torch.empty(rows), torch.empty(tokens, 2), torch.empty(num), False
+    layout = weights, torch.empty(rows), torch.empty(tokens, 2), torch.empty(num), False, None
     for stated, kernel, args in (
         (dry_run._experts_up, experts._up_kernel, (x, w_in)),
         (dry_run._experts_up_backward, experts._up_backward_kernel, (h, x, w_in)),
@@ -459,8 +459,9 @@ def test_what_the_experts_hold(monkeypatch):
         (dry_run._experts_down_backward_inputs, experts._down_inputs_kernel, (g, h, w_out)),
         (dry_run._experts_down_backward_weight, experts._down_weight_kernel, (g, h, w_out)),
     ):
-        got = beyond_results(lambda kernel=kernel, args=args: kernel(*args, *layout))
-        assert stated((*args, *layout), ()) == pytest.approx(got, rel=0.02), kernel
+        given = *args, *layout, *[None] * (kernel is experts._down_kernel)  # no activation yet
+        got = beyond_results(lambda kernel=kernel, given=given: kernel(*given))
+        assert stated(given, ()) == pytest.approx(got, rel=0.02), kernel
 
 
 def test_what_the_experts_hold_in_fp8(monkeypatch):
@@ -510,8 +511,9 @@ def test_what_the_experts_hold_in_fp8(monkeypatch):
         (dry_run._experts_down_backward_inputs, experts._down_inputs_kernel, (g, h, w_out)),
         (dry_run._experts_down_backward_weight, experts._down_weight_kernel, (g, h, w_out)),
     ):
-        got = beyond_results(lambda kernel=kernel, args=args: kernel(*args, *layout))
-        assert stated((*args, *layout), ()) == pytest.approx(got, rel=0.05), kernel
+        given = *args, *layout, *[None] * (kernel is experts._down_kernel)  # no activation yet
+        got = beyond_results(lambda kernel=kernel, given=given: kernel(*given))
+        assert stated(given, ()) == pytest.approx(got, rel=0.05), kernel
 
 
 def test_what_the_loss_holds():

@@ -35,6 +35,14 @@ def _gemm(a, b, out, *, cu_seqlens_m, cu_seqlens_k, A_idx, concat_layout, config
     out.copy_(made)
 
 
+def _gated(a, b, pre, act, *, activation, cu_seqlens_m, A_idx, concat_layout, config):
+    assert activation == "swiglu"
+    where = dict(cu_seqlens_m=cu_seqlens_m, cu_seqlens_k=None, A_idx=A_idx)
+    _gemm(a, b, pre, **where, concat_layout=concat_layout, config=config)
+    calls[-1] = "gated"
+    act.copy_(torch.nn.functional.silu(pre[:, 0::2]) * pre[:, 1::2])
+
+
 def _dgated(
     a, b, pre, g_pre, act, *, colvec_scale, colvec_reduce, cu_seqlens_m, A_idx, dynamic_scheduler, config
 ):
@@ -61,7 +69,9 @@ def install(monkeypatch):
     from fmoe.ops.kernels import gathered
 
     interface = types.SimpleNamespace(
-        gemm_tuned=types.SimpleNamespace(fn=_gemm), gemm_dgated_tuned=types.SimpleNamespace(fn=_dgated)
+        gemm_tuned=types.SimpleNamespace(fn=_gemm),
+        gemm_gated_tuned=types.SimpleNamespace(fn=_gated),
+        gemm_dgated_tuned=types.SimpleNamespace(fn=_dgated),
     )
     config = types.SimpleNamespace(GemmConfig=dict)
     monkeypatch.setitem(sys.modules, "quack", types.SimpleNamespace(gemm_interface=interface))

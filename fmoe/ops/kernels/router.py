@@ -19,18 +19,18 @@ def _ranked(x):
 
 @triton.jit
 def _topk(
-    scores, bias, ids, num_tokens, num_experts, num_groups, top_groups, group_best,
-    TOP_K: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
-    LIMITED: tl.constexpr,
+    scores, bias, ids, num_tokens, num_groups, top_groups, group_best,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr,
+    SIZE: tl.constexpr, LIMITED: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     group, member = tl.arange(0, GROUPS), tl.arange(0, SIZE)
-    size = num_experts // num_groups
+    size = EXPERTS // num_groups
     expert = group[:, None] * size + member[None, :]
     known = (group < num_groups)[:, None] & (member < size)[None, :]
     exists = known[None, :, :]
     inside = exists & (token < num_tokens)[:, None, None]
-    place = token.to(tl.int64)[:, None, None] * num_experts + expert[None, :, :]
+    place = token.to(tl.int64)[:, None, None] * EXPERTS + expert[None, :, :]
     x = tl.load(scores + place, mask=inside, other=0.0)
     x += tl.load(bias + expert, mask=known, other=0.0)[None, :, :]
     rank = tl.where(exists, _ranked(x), CHOSEN)
@@ -73,8 +73,8 @@ def topk(
     if num_tokens:
         launch(
             _topk, (cdiv(num_tokens, tokens),),
-            scores, bias, ids, num_tokens, num_experts, num_groups, top_groups, min(group_best, size),
-            k, tokens, *padded, limited,
+            scores, bias, ids, num_tokens, num_groups, top_groups, min(group_best, size),
+            num_experts, k, tokens, *padded, limited,
         )  # fmt: skip
     return ids
 

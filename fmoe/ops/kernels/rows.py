@@ -24,11 +24,20 @@ def _gather(x, index, out, num_cols, BLOCK: tl.constexpr):
     tl.store(out + row * num_cols + col, value, mask=col < num_cols)
 
 
+@triton.jit
+def _take(x, index, out, num_rows, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    source = tl.load(index + row, mask=row < num_rows, other=-1)
+    tl.store(out + row, tl.load(x + source, mask=source >= 0, other=0.0), mask=row < num_rows)
+
+
 def gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows of ``x`` by index; zeros for -1."""
     x = x.contiguous()
     out = x.new_empty(index.shape[0], x.shape[1])
-    if out.numel():
+    if out.numel() == out.shape[0] > 0:  # rows of one number, of which a program takes many
+        launch(_take, (cdiv(out.shape[0], BLOCK),), x, index, out, out.shape[0], BLOCK)
+    elif out.numel():
         launch(_gather, (out.shape[0], cdiv(out.shape[1], BLOCK)), x, index, out, out.shape[1], BLOCK)
     return out
 

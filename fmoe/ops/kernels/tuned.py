@@ -20,13 +20,17 @@ OVERRIDE = "FMOE_TUNED"
 
 
 class Tile(NamedTuple):
-    """The part of a product that one program computes at a time, and its share of the processor."""
+    """The part of a product that one program computes at a time, and its share of the processor.
+
+    ``cluster`` programs, of quack-kernels only, share what they load.
+    """
 
     rows: int
     cols: int
     depth: int
     warps: int
     stages: int
+    cluster: int = 1
 
 
 class Choice(NamedTuple):
