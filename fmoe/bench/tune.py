@@ -116,8 +116,8 @@ def _comparisons(
     layer = tuned.key("layer", sizes, dtype)
     return [
         *(
-            (gathered.key(product, sizes, dtype), _tiles(first), {layer: together})
-            for product, first in gathered.PRODUCTS.items()
+            (gathered.key(product, sizes, dtype), _tiles(gathered.usual(product, sizes)), {layer: together})
+            for product in gathered.PRODUCTS
         ),
         *((product, able, {layer: apart}) for product in products(shape, dtype)),
         (layer, [apart, together], {}),

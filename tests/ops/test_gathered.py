@@ -225,6 +225,18 @@ def test_the_benchmark_has_it_beside_the_others(quack, monkeypatch):
         assert error(found[name](params, x), ours) < 1e-5 and quack
 
 
+def test_a_tile_without_tuning_fits_the_hidden_numbers(quack):
+    shape = EXPERTS, DIM
+    cols = {hidden: gathered.usual("down inputs", (*shape, hidden)).cols for hidden in (512, 768, 1408)}
+    assert cols == {512: 256, 768: 256, 1408: 128}
+    (params, config), x = layer_of(hidden=4), torch.randn(8, DIM)
+    fmoe.value_and_grad(lambda p, x: fmoe.moe_forward(p, x, router=config).sum(), (0, 1))(params, x)
+    used = [(config["tile_m"], config["tile_n"], config["cluster_m"]) for config in quack_double.configs]
+    order = "up", "down inputs", "down weight", "up inputs", "up weight"
+    tiles = [gathered.usual(product, (*shape, 4)) for product in order]
+    assert used == [(tile.rows, tile.cols, tile.cluster) for tile in tiles]
+
+
 def test_on_a_cpu_there_is_nothing_to_choose(monkeypatch):
     monkeypatch.delenv("FMOE_GROUPED_MM", raising=False)
     assert not gathered.able(*shapes(2)) and not gathered.chosen(*shapes(2))

@@ -22,6 +22,9 @@ from .derive import Tensors, as_tuple, few
 from .refuse import Unsupported, refusing_combinations
 from .tape import on_tape
 
+_LEAF: Any = vars(torch._C._functions)["AccumulateGrad"]  # the class of a leaf's node
+_UNSAID: list[int] = []  # the last run of the engine that said nothing about leaves
+
 
 def traced_function(op: Any) -> Any:
     """The operator's Function for Dynamo, which traces neither ``jvp`` rules nor closures over objects."""
@@ -151,10 +154,19 @@ def _asked_for(ctx: Any) -> list[bool]:
 
 
 def runs(node: Any) -> bool:
-    """Whether a node is part of this run of the engine."""
+    """Whether a node is part of this run of the engine.
+
+    Where gradients are returned, not accumulated, the engine raises an error when asked about a leaf. That
+    takes as long as starting several kernels, so it is asked once in a run, and leaves count as part of it.
+    """
+    leaf, run = type(node) is _LEAF, torch._C._current_graph_task_id()
+    if leaf and run in _UNSAID:
+        return True
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf whose gradient is asked for; of no other node the engine says so
+    except RuntimeError:
+        if leaf:
+            _UNSAID[:] = [run]
         return True
 
 

@@ -21,16 +21,7 @@ from .tuned import Tile
 
 ENGINE = grouped.LAYERS
 LINE = 8  # numbers in 16 bytes, of which rows must be whole
-# Four warps compute a tile while four others store theirs; eight compute one together. These were the fastest
-# on average over layers of 5 sizes, among 11 tiles with and without clusters.
-_TOGETHER, _IN_TURN = Tile(128, 256, 64, warps=8, stages=0), Tile(192, 128, 64, warps=4, stages=0)
-PRODUCTS = {
-    "up": _TOGETHER,
-    "up inputs": _IN_TURN,
-    "up weight": _TOGETHER,
-    "down inputs": _TOGETHER._replace(cluster=2),
-    "down weight": _TOGETHER,
-}
+PRODUCTS = "up", "up inputs", "up weight", "down inputs", "down weight"
 WIDE = 2048  # hidden numbers of an expert, from which on what its rows cost beside products is little
 
 
@@ -59,6 +50,23 @@ def chosen(x: torch.Tensor, w_in: torch.Tensor) -> bool:
 def key(product: str, sizes: tuple[int, int, int], dtype: torch.dtype) -> str:
     """The name in a file of one of ``PRODUCTS`` of a layer."""
     return tuned.key(f"gathered {product}", sizes, dtype)
+
+
+@functools.cache
+def usual(product: str, sizes: tuple[int, int, int]) -> Tile:
+    """The tile of one of ``PRODUCTS`` that no file names.
+
+    Four warps compute a tile while four others store theirs, or eight compute one together. These were the
+    fastest on average over layers of five sizes, of eleven tiles with and without clusters.
+    """
+    wide = Tile(128, 256, 64, warps=8, stages=0)
+    match product:
+        case "up inputs":
+            return Tile(192, 128, 64, warps=4, stages=0)
+        case "down inputs":
+            narrow = Tile(128, 128, 64, warps=4, stages=0)
+            return (narrow if sizes[2] % wide.cols else wide)._replace(cluster=2)
+    return wide
 
 
 def sizes(w_in: torch.Tensor) -> tuple[int, int, int]:
@@ -223,8 +231,9 @@ def _quack() -> Any:
 
 def _config(product: str, size: tuple[int, int, int], x: torch.Tensor) -> Any:
     """The tile of a product, which a file may name."""
-    found = tuned.choices(x.device).get(key(product, size, x.dtype))
-    return _made((found and found.tile) or PRODUCTS[product])
+    known = tuned.choices(x.device)
+    found = known.get(key(product, size, x.dtype)) if known else None
+    return _made((found and found.tile) or usual(product, size))
 
 
 @functools.cache

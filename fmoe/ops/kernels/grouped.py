@@ -102,8 +102,13 @@ def _able(name: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> boo
 
 def _aligned(x: torch.Tensor) -> bool:
     """Whether rows start at whole 16 bytes."""
-    inner, *outer = sorted(x.stride())
-    return inner == 1 and math.gcd(*outer) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    return _whole_lines(x.stride(), x.element_size()) and x.data_ptr() % 16 == 0
+
+
+@functools.lru_cache(maxsize=1024)
+def _whole_lines(strides: tuple[int, ...], size: int) -> bool:
+    inner, *outer = sorted(strides)
+    return inner == 1 and math.gcd(*outer) * size % 16 == 0
 
 
 @functools.cache
