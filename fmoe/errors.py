@@ -30,6 +30,32 @@ def argument_error(
     return ValueError(f"{text} {remedy}" if remedy else text)
 
 
+def check_kind(function: str, argument: str, value: Any, kind: type, remedy: str | None = None) -> None:
+    """Raise that ``ValueError`` unless ``value`` is of a class.
+
+    >>> check_kind("combine", "plan", None, dict, "Pass what dispatch gives.")
+    Traceback (most recent call last):
+    ValueError: combine: plan: got None, expected a dict. Pass what dispatch gives.
+    """
+    if not isinstance(value, kind):
+        got = "None" if value is None else type(value).__name__
+        article = "an" if kind.__name__[0] in "AEIOUaeiou" else "a"
+        raise argument_error(
+            function, argument, got=got, expected=f"{article} {kind.__name__}", remedy=remedy
+        )
+
+
+def check_function(function: str, argument: str, value: Any) -> None:
+    """Raise that ``ValueError`` unless ``value`` can be called.
+
+    >>> check_function("remat", "fn", None)
+    Traceback (most recent call last):
+    ValueError: remat: fn: got None, expected a function.
+    """
+    if not callable(value):
+        raise argument_error(function, argument, got=repr(value), expected="a function")
+
+
 def captured_error(function: str, tensor: Any, use: str = "") -> ValueError:
     """The ``ValueError`` for a function whose gradient would be wrong, because it closes over ``tensor``.
 

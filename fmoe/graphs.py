@@ -10,7 +10,7 @@ import optree
 import torch
 from torch._C import _functorch as functorch
 
-from .errors import TransformError, argument_error
+from .errors import TransformError, argument_error, check_function
 from .ops.core.dtensors import is_dtensor, local, map_local
 from .ops.core.memory import alone
 from .tree import dotted_names
@@ -43,6 +43,7 @@ def graphed(fn: Callable[..., Any], *, donate: Sequence[int] = ()) -> Callable[.
     >>> double(torch.ones(2, device="cuda" if torch.cuda.is_available() else "cpu")).tolist()
     [2.0, 2.0]
     """
+    check_function("graphed", "fn", fn)
     if not torch.cuda.is_available():
         return fn
     captured: dict[Any, _Captured] = {}

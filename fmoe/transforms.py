@@ -17,7 +17,7 @@ import torch
 import torch.utils.checkpoint as torch_checkpoint
 from torch._C import _functorch as functorch
 
-from .errors import TransformError, argument_error
+from .errors import TransformError, argument_error, check_function
 from .ops.balance import MoEStats
 from .ops.core.derive import replaced
 from .ops.core.dtensors import local
@@ -189,6 +189,7 @@ def remat(fn: Callable[..., Any], policy: Policy | None = None) -> Callable[...,
     >>> layer = fmoe.remat(fmoe.moe_forward, fmoe.save("topk"))
     >>> grads = torch.func.grad(lambda p, x: layer(p, x).sum())(params, torch.randn(4, 8))
     """
+    check_function("remat", "fn", fn)
     policy = save_declared if policy is None else policy
     policies = _parts(policy)
     makers = save, offload, compress
@@ -380,6 +381,7 @@ def value_and_grad(
     >>> value_and_grad(lambda p: (p["w"] ** 2).sum())({"w": torch.tensor([1.0, 2.0])})
     (tensor(5.), {'w': tensor([2., 4.])})
     """
+    check_function("value_and_grad", "fn", fn)
     positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
     @functools.wraps(fn)
@@ -459,6 +461,9 @@ def exact_on_overflow(fast: Callable[..., Any], exact: Callable[..., Any]) -> Ca
     >>> y.shape, stats.overflow
     (torch.Size([5, 8]), tensor(0))
     """
+
+    check_function("exact_on_overflow", "fast", fast)
+    check_function("exact_on_overflow", "exact", exact)
 
     @functools.wraps(fast)
     def call(*args: Any, **kwargs: Any) -> Any:

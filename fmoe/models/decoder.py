@@ -12,7 +12,7 @@ import optree
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..errors import argument_error
+from ..errors import argument_error, check_kind
 from ..ops.balance import MoEStats, update_expert_bias
 from ..ops.core.axes import axis_names, binding, check_mesh, describe
 from ..ops.cross_entropy import LOGITS_BYTES
@@ -75,6 +75,7 @@ def init(
     >>> len(params.layers), params.embedding.shape
     (4, torch.Size([256, 128]))
     """
+    check_kind("init", "config", config, DecoderConfig, "Pass a config, then a seed.")
     tree = specs(config)
     check_mesh("init", mesh)
     if mesh is not None:

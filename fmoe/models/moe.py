@@ -117,7 +117,8 @@ def moe_init(
     -> MoEParams        normal weights of deviation 0.02, zero biases
     ==================  ===============================================================
 
-    Raises ``ValueError`` for sizes below one, sizes that the mesh doesn't divide, and other dtypes.
+    Raises ``ValueError`` for sizes below one, sizes that the mesh doesn't divide, other dtypes, and devices
+    that aren't here.
 
     >>> params = moe_init(0, dim=8, hidden_dim=16, num_experts=4, num_shared_experts=1)
     >>> params.experts.w_in.shape, params.shared.w_out.shape
@@ -130,9 +131,6 @@ def moe_init(
         least = 0 if name == "num_shared_experts" else 1
         if not isinstance(size, int) or size < least:
             raise argument_error("moe_init", name, got=repr(size), expected=f"an integer of at least {least}")
-    if not dtype.is_floating_point:
-        expected, remedy = "a floating dtype", "Use torch.bfloat16, say."
-        raise argument_error("moe_init", "dtype", got=dtype, expected=expected, remedy=remedy)
     return init_on("moe_init", mesh, moe_specs(**sizes), seed_or_generator, dtype=dtype, device=device)
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import argument_error
+from ..errors import argument_error, check_kind
 from .core.dtensors import is_dtensor, local, map_local
 from .core.dtypes import accumulator
 from .core.dynamo import rearrange
@@ -153,8 +153,12 @@ def update_expert_bias(params: Any, counts_E: torch.Tensor, rate: float) -> Any:
     >>> fmoe.update_expert_bias(router, torch.tensor([5, 1, 3]), 0.01).bias_E
     tensor([-0.0100,  0.0100,  0.0000])
     """
+    check_kind("update_expert_bias", "counts_E", counts_E, torch.Tensor, "Pass MoEStats.tokens_per_expert.")
     if hasattr(params, "router"):
         return params._replace(router=update_expert_bias(params.router, counts_E, rate))
+    if not hasattr(params, "bias_E"):
+        got, expected = type(params).__name__, "RouterParams, or params with a field router of them"
+        raise argument_error("update_expert_bias", "params", got=got, expected=expected)
     if counts_E.shape != params.bias_E.shape:
         got = f"shape {tuple(counts_E.shape)}"
         expected = f"{tuple(params.bias_E.shape)}, one count per expert"

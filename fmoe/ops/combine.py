@@ -34,7 +34,7 @@ def combine(y_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
     >>> torch.equal(fmoe.combine(x_SD, plan), x)  # with one device nothing moves
     True
     """
-    check_rows("combine", "y_SD", y_SD, plan.weights_SK.shape[0])
+    check_rows("combine", "y_SD", y_SD, plan)
     return y_SD if plan.transport is None else plan.transport.combine(y_SD, plan)
 
 
@@ -51,7 +51,7 @@ def combine_start(y_SD: torch.Tensor, plan: Plan) -> InFlight:
     >>> torch.equal(join(coming, plan, meanwhile), x + 1)
     True
     """
-    check_rows("combine_start", "y_SD", y_SD, plan.weights_SK.shape[0])
+    check_rows("combine_start", "y_SD", y_SD, plan)
     overlapping = getattr(plan.transport, "combine_start", None)
     return InFlight(combine(y_SD, plan)) if overlapping is None else overlapping(y_SD, plan)
 
@@ -94,7 +94,7 @@ def reduce(y_RD: torch.Tensor, plan: Plan) -> torch.Tensor:
     >>> torch.allclose(fmoe.reduce(fmoe.expand(x_SD, plan), plan), x, rtol=1e-4)  # weights sum to one
     True
     """
-    check_rows("reduce", "y_RD", y_RD, plan.slot_R.shape[0])
+    check_rows("reduce", "y_RD", y_RD, plan, expanded=True)
     weights = torch.ones_like(plan.weights_SK) if plan.score_before_experts else plan.weights_SK
     return weighted_sum(y_RD, weights, plan.slot_R, plan.row_SK)
 

@@ -7,7 +7,7 @@ import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..errors import argument_error
+from ..errors import argument_error, check_kind
 from ..tree import node, static
 from . import kernels
 from .bases import gather, random
@@ -153,6 +153,13 @@ def dispatch_join(coming: Dispatching) -> tuple[torch.Tensor, Plan]:
 
 
 def _check(function: str, x_TD: torch.Tensor, routing: Routing) -> None:
+    check_kind(function, "x_TD", x_TD, torch.Tensor)
+    check_kind(function, "routing", routing, Routing, "Pass what route gives.")
+    if routing.expert_ids_TK.dtype != torch.int64:
+        wrong, remedy = routing.expert_ids_TK.dtype, "Convert it with .long()."
+        raise argument_error(
+            function, "routing.expert_ids_TK", got=wrong, expected="torch.int64", remedy=remedy
+        )
     if x_TD.dim() != 2 or routing.expert_ids_TK.shape[:1] != x_TD.shape[:1]:
         got = f"shape {tuple(x_TD.shape)}"
         expected = f"({routing.expert_ids_TK.shape[0]}, D), a row for each row of routing.expert_ids_TK"
@@ -187,7 +194,7 @@ def expand(x_SD: torch.Tensor, plan: Plan) -> torch.Tensor:
     >>> y.shape
     torch.Size([3, 4])
     """
-    check_rows("expand", "x_SD", x_SD, plan.weights_SK.shape[0])
+    check_rows("expand", "x_SD", x_SD, plan)
     x_RD = gather(x_SD, rows_of_slots(plan.slot_R, plan.weights_SK.shape[1]))
     if plan.score_before_experts:
         weights_R = gather(plan.weights_SK.flatten(), plan.slot_R)
@@ -219,6 +226,7 @@ def align_rows(plan: Plan, multiple: int) -> Plan:
     >>> plan.slot_R, plan.offsets_e
     (tensor([ 0,  2, -1, -1,  1, -1, -1, -1, -1]), tensor([4, 8], dtype=torch.int32))
     """
+    check_kind("align_rows", "plan", plan, Plan, "Pass what dispatch gives.")
     if not isinstance(multiple, int) or multiple < 1:
         expected = "a positive integer"
         remedy = "Pass how many rows a block has."
@@ -239,7 +247,13 @@ def align_rows(plan: Plan, multiple: int) -> Plan:
     return replace(plan, slot_R=slot_R, row_SK=row_SK, offsets_e=offsets_e)
 
 
-def check_rows(function: str, argument: str, rows: torch.Tensor, expected: int) -> None:
+def check_rows(
+    function: str, argument: str, rows: torch.Tensor, plan: Plan, *, expanded: bool = False
+) -> None:
+    """Raise ``ValueError`` unless these are rows of a plan: dispatched, or one for each of an expert."""
+    check_kind(function, argument, rows, torch.Tensor)
+    check_kind(function, "plan", plan, Plan, "Pass what dispatch gives beside the rows.")
+    expected = (plan.slot_R if expanded else plan.weights_SK).shape[0]
     if rows.dim() != 2 or rows.shape[0] != expected:
         got = f"shape {tuple(rows.shape)}"
         remedy = "Pass the plan these rows were made with."

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from ..errors import argument_error
+from ..errors import argument_error, check_kind
 from . import kernels
 from .bases import gather, gather_kernel, mm_in, random, scatter_add
 from .combine import weight_gradients_kernel, weighted_sum_kernel
@@ -77,6 +77,8 @@ def experts_grouped_mm(
     torch.Size([3, 4])
     """
     check_precision("experts_grouped_mm", "precision", precision)
+    check_rows("experts_grouped_mm", "x_SD", x_SD, plan)
+    check_kind("experts_grouped_mm", "expert_params", expert_params, ExpertParams, "Pass params.experts.")
     expert_params = ExpertParams(*(weight.to(product_dtype(weight)) for weight in expert_params))
     dtype, x_SD = x_SD.dtype, x_SD.to(product_dtype(x_SD))
     check_experts(expert_params, x_SD, plan)
@@ -86,7 +88,6 @@ def experts_grouped_mm(
 
 
 def check_experts(params: ExpertParams, x_SD: torch.Tensor, plan: Plan) -> None:
-    check_rows("experts_grouped_mm", "x_SD", x_SD, plan.weights_SK.shape[0])
     num_experts, dim, hidden = plan.offsets_e.shape[0], x_SD.shape[-1], params.w_in.shape[-2]
     shapes = (num_experts, 2, hidden, dim), (num_experts, dim, hidden)
     for name, weight, shape in zip(params._fields, params, shapes):

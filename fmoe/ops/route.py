@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from einops import rearrange, reduce
 
-from ..errors import argument_error
+from ..errors import argument_error, check_kind
 from ..tree import node, static
 from . import kernels
 from .bases import bilinear_jvp, random
@@ -104,8 +104,10 @@ class RouterConfig:
             raise error("top_groups", f"between 1 and num_groups={self.num_groups}", ungrouped)
         if self.group_best < 1:
             raise error("group_best", "at least 1", "DeepSeek-V3 has 2, DeepSeek-V2 1.")
-        if not 0 <= self.noise < math.inf:
+        if not (isinstance(self.noise, int | float) and 0 <= self.noise < math.inf):
             raise error("noise", "a standard deviation, from 0 on", "Leave it out for none.")
+        if not (isinstance(self.scale, int | float) and math.isfinite(self.scale)):
+            raise error("scale", "a finite number", "Leave it out for 1.")
         reachable = num_experts // self.num_groups * self.top_groups
         if self.top_k > reachable:
             groups = f"top_groups={self.top_groups} of num_groups={self.num_groups}, {num_experts} experts"
@@ -171,9 +173,15 @@ def route(
     >>> routing.expert_ids_TK, routing.weights_TK.sum()
     (tensor([[0, 1]]), tensor(1.))
     """
+    check_kind("route", "router_params", router_params, RouterParams, "Pass params.router.")
+    check_kind("route", "x_TD", x_TD, torch.Tensor)
+    check_kind("route", "config", config, RouterConfig)
     weight_ED, bias_E = router_params
     num_experts = weight_ED.shape[0]
     config.check(num_experts, "route")
+    if not x_TD.is_floating_point():
+        remedy = "Embed tokens before the layer, or use x.float()."
+        raise argument_error("route", "x_TD", got=x_TD.dtype, expected="a floating dtype", remedy=remedy)
     if x_TD.dim() != 2 or x_TD.shape[1] != weight_ED.shape[1]:
         got = f"shape {tuple(x_TD.shape)}"
         expected = f"(T, {weight_ED.shape[1]}), as weight_ED is {tuple(weight_ED.shape)}"

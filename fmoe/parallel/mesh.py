@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..errors import argument_error
+from ..errors import argument_error, check_kind
 from ..ops.core.axes import axis_names, axis_sizes, describe
 from .together import check_alike
 
@@ -50,7 +50,10 @@ def make_mesh(
     if not names or len({*names}) < len(names) or not all(str(name).isidentifier() for name in names):
         expected = "different names, each a word of letters, digits and _"
         raise argument_error("make_mesh", "names", got=names, expected=expected)
+    check_kind("make_mesh", "axes", axes, str, 'Pass "dp=2,ep=4", say.')
     shape = parse_axes("make_mesh", axes, sizes, names)
+    if device_type is not None:
+        check_device(device_type, "make_mesh: device_type")
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     world = num_processes()
     if math.prod(shape) != world:

@@ -23,6 +23,7 @@ from ..tree import dotted_names
 from . import buckets
 from .boundary import dtensor_beneath, unwrapped
 from .buckets import Move, Placed
+from .mesh import check_device
 from .spec import (
     as_dtensor,
     axes_by_dim,
@@ -49,13 +50,19 @@ def init_on(
 ) -> Any:
     """Initial values for a tree of ``ParamSpec``. With a mesh they are DTensors, and only pieces are drawn.
 
-    Raises ``ValueError`` listing every spec that doesn't fit the mesh, and for a seed that isn't one.
+    Raises ``ValueError`` listing every spec that doesn't fit the mesh, and for a seed, dtype or device that
+    isn't one.
     """
     check_mesh(function, mesh)
     if not isinstance(seed, Integral | torch.Generator):  # NumPy's integers, too
         got = "a tensor" if isinstance(seed, torch.Tensor) else repr(seed)
         expected = "an integer or a torch.Generator, and no key of fmoe.random"
         raise argument_error(function, "seed", got=got, expected=expected, remedy="Pass 0, say.")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        expected, remedy = "a floating dtype", "Use torch.bfloat16, say."
+        raise argument_error(function, "dtype", got=repr(dtype), expected=expected, remedy=remedy)
+    if device is not None and str(device) != "meta":
+        check_device(str(device), f"{function}: device")
     if mesh is None:
         return init_params(specs, seed, dtype=dtype, device=device)
     device = mesh.device_type if device is None else device
