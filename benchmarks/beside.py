@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fmoe.training import options
+from fmoe.training import launch, options
 from fmoe.training.metrics import read_metrics
 
 HERE = Path(__file__).resolve().parents[1]
@@ -42,7 +42,7 @@ def speed(tree: Path, processes: int, options: list[str]) -> float:
     return statistics.median(record["tokens_per_second"] for record in records)
 
 
-if __name__ == "__main__":
+def main() -> None:
     mine, theirs = sys.argv[1:], []
     if "--" in mine:
         mine, theirs = mine[: mine.index("--")], mine[mine.index("--") + 1 :]
@@ -63,3 +63,7 @@ if __name__ == "__main__":
             f"{name:6s} {statistics.median(several):10,.0f} tokens/s, of", *(f"{one:,.0f}" for one in several)
         )
     print(f"now / before: {statistics.median(found['now']) / statistics.median(found['before']):.2f}")
+
+
+if __name__ == "__main__":
+    launch.run(main)

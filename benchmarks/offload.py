@@ -22,6 +22,7 @@ from fmoe.bench.measure import ROUNDING
 from fmoe.bench.timing import timed
 from fmoe.models import decoder
 from fmoe.plan import plan
+from fmoe.training import launch
 from fmoe.training.options import Parser, at_least
 from fmoe.transforms import per_layer
 
@@ -148,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

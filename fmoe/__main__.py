@@ -40,7 +40,7 @@ from .plan import read_rates
 from .plan import report as planned
 from .training import launch, loop, plot
 from .training.optim import adamw
-from .training.options import PRECISION_HELP, Help, bounds, recipe
+from .training.options import PRECISION_HELP, Help, at_least, bounds, recipe
 from .transforms import per_layer
 
 Add = Callable[..., Any]  # a parser's add_argument
@@ -232,7 +232,7 @@ def layer_arguments(add: Add) -> None:
     add(
         "--sizes",
         nargs=5,
-        type=int,
+        type=at_least(1),
         metavar=tuple("TDFEK"),
         help="tokens, dimension, hidden dimension, experts, experts of a token: instead of --shape",
     )

@@ -36,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     600
     """
     add: Callable[..., Any] = parser.add_argument
-    positive, rate = options.at_least(1), options.at_least(0.0)
+    positive, natural, rate = options.at_least(1), options.at_least(0), options.at_least(0.0)
     add("--preset", help="model configuration, such as 16B or 30B-A3B (default: debug)")
     add("--layers", type=int, help="how many of the preset's layers (default: all)")
     add("--dim", type=int, help="numbers in a token's vector (default: the preset's)")
@@ -54,9 +54,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_text(parser)
     options.add_layout(parser)
     options.add_precision(parser)
-    add("--eval-every", type=int, default=0, help="steps between evaluations on held-out text; 0: none")
+    add("--eval-every", type=natural, default=0, help="steps between evaluations on held-out text; 0: none")
     add("--held-out", type=float, default=0.05, help="with --eval-every: share of the text not trained on")
-    add("--save-every", type=int, default=0, help="steps between checkpoints; 0: none")
+    add("--save-every", type=natural, default=0, help="steps between checkpoints; 0: none")
     add("--keep", type=positive, default=2, help="how many checkpoints to keep")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one")
     add("--sample", metavar="PROMPT", help="print what the model makes of this in the end")
@@ -126,6 +126,8 @@ def train(args: argparse.Namespace) -> None:
         f"{name} on {world}: {total / 1e6:.2f}M parameters, {active / 1e6:.2f}M active; {precision}; "
         f"step {first}; {len(text) / 1e6:.1f}M {unit}s of text, unigram entropy {entropy:.3f} nats a {unit}"
     )
+    if idle := layout.idle(args, world):
+        console.print(f"without effect on {world}: {', '.join(idle)}")
 
     how: dict[str, Any] = dict(dtype=precision.compute, precision=precision.recipe)
     how["stages"] = stages_of(config)

@@ -11,6 +11,7 @@ import torch
 
 from ..graphs import graphed
 from ..models.config import DecoderConfig
+from ..ops.core.axes import axis_sizes
 from ..ops.precision import Recipe, parse_recipe
 from ..parallel.backends import Backend
 from ..parallel.backends.payload import PAYLOADS
@@ -25,8 +26,8 @@ from .tokenizer import BYTES, Tokenizer, load_tokenizer
 class Parser(argparse.ArgumentParser):
     """An ``ArgumentParser`` whose help shows defaults and keeps the description's lines.
 
-    Defaults of ``None``, ``""`` and ``False`` are left to the option's own text. A mistake ends the script
-    with one line, as :func:`fmoe.training.launch.run` does.
+    Defaults of ``None``, ``""`` and ``False`` are left to the option's own text. A mistake is a
+    ``ValueError``, of which :func:`fmoe.training.launch.run` makes one line.
 
     >>> parser = Parser(prog="train")
     >>> _ = parser.add_argument("--steps", type=at_least(1), default=600, help="how many")
@@ -34,14 +35,14 @@ class Parser(argparse.ArgumentParser):
     True
     >>> parser.parse_args(["--steps", "0"])
     Traceback (most recent call last):
-    SystemExit: error: argument --steps: got 0, expected at least 1
+    ValueError: argument --steps: got 0, expected at least 1
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": Help, **options})
 
     def error(self, message: str) -> NoReturn:
-        raise SystemExit(f"error: {message}")
+        raise ValueError(message)
 
 
 class Precision(NamedTuple):
@@ -158,6 +159,25 @@ class Layout(NamedTuple):
                 how["backend"], bounded = bounded, None
         return cls(schedule, how, dict(zero=args.zero, keep_rounded=args.keep_rounded), bounded)
 
+    @staticmethod
+    def idle(args: argparse.Namespace, world: World) -> list[str]:
+        """The options that change nothing on these devices.
+
+        >>> parser = Parser()
+        >>> add_layout(parser)
+        >>> Layout.idle(parser.parse_args(["--ep-overlap", "--pp-schedule", "zbv"]), World(None, (0, 1)))
+        ['--ep-overlap', '--pp-schedule']
+        """
+        sizes = {} if world.mesh is None else axis_sizes(world.mesh)
+        chosen = {
+            "--ep-backend": args.ep_backend != "auto",
+            "--ep-capacity": args.ep_capacity is not None,
+            "--ep-payload": args.ep_payload is not None,
+            "--ep-overlap": args.ep_overlap,
+            "--pp-schedule": args.pp_schedule != "1f1b",
+        }
+        return [name for name, given in chosen.items() if given and sizes.get(name[2:4], 1) == 1]
+
     def gradient(self, config: DecoderConfig, *, graph: bool = False, **how: Any) -> Callable[..., Any]:
         """:func:`fmoe.training.gradients.of_model` of this layout, done again exactly if it has no room.
 
@@ -228,7 +248,7 @@ def add_text(parser: argparse.ArgumentParser) -> None:
 def tokenizer_of(args: argparse.Namespace) -> tuple[Tokenizer, str]:
     """The tokenizer of :func:`add_text`'s options, and the word for what it makes of text.
 
-    Raises ``SystemExit`` for ``--segments`` of bytes.
+    Raises ``ValueError`` for ``--segments`` of bytes.
 
     >>> parser = Parser()
     >>> add_text(parser)
@@ -239,7 +259,7 @@ def tokenizer_of(args: argparse.Namespace) -> tuple[Tokenizer, str]:
         return load_tokenizer(args.tokenizer), "token"
     if args.segments:
         reason = "among bytes, a separator is a newline like any other"
-        raise SystemExit(f"error: --segments needs --tokenizer: {reason}")
+        raise ValueError(f"--segments needs --tokenizer: {reason}")
     return BYTES, "byte"
 
 

@@ -138,5 +138,5 @@ def test_alone_there_is_no_mesh_unless_one_is_asked_for():
 def test_numbers_below_the_least_are_refused(least, text):
     parser = options.Parser()
     parser.add_argument("--n", type=at_least(least))
-    with pytest.raises(SystemExit, match=r"^error: argument --n: (got|invalid number value)"):
+    with pytest.raises(ValueError, match=r"^argument --n: (got|invalid number value)"):
         parser.parse_args([f"--n={text}"])
