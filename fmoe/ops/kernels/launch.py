@@ -65,11 +65,11 @@ def kind(value: Any) -> Any:
     >>> kind(32) == kind(48), kind(32) == kind(33), kind(1) == kind(33)  # a size by its divisibility
     (True, False, False)
     """
-    if isinstance(value, torch.Tensor):
-        return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype, "not aligned")
-    if isinstance(value, int):
+    if type(value) is int:
         divisor = 1 if value == 1 else 2 if value % 16 else 16
         return divisor if value.bit_length() < 32 else -divisor
+    if isinstance(value, torch.Tensor):
+        return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype, "not aligned")
     if isinstance(value, TensorDescriptor):
         return value.base.dtype, *value.block_shape
     return type(value)

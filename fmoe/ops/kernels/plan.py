@@ -14,14 +14,19 @@ BLOCK = 128
 
 
 @triton.jit
-def _count(ids, counts, num_pairs, num_experts, num_blocks, BLOCK: tl.constexpr):
-    block = tl.program_id(0)
-    pair = block * BLOCK + tl.arange(0, BLOCK)
+def _expert(ids, pair, num_pairs, num_experts):
+    """The experts of pairs, and ``num_experts`` for a pair of none."""
     expert = tl.load(ids + pair, mask=pair < num_pairs, other=-1)
-    for start in range(0, num_experts, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        count = tl.sum((expert[:, None] == column[None, :]).to(tl.int32), 0)
-        tl.store(counts + column.to(tl.int64) * num_blocks + block, count, mask=column < num_experts)
+    return tl.where((expert >= 0) & (expert < num_experts), expert, num_experts).to(tl.int32)
+
+
+@triton.jit
+def _count(ids, counts, num_pairs, num_experts, num_blocks, BLOCK: tl.constexpr, BINS: tl.constexpr):
+    block = tl.program_id(0)
+    expert = _expert(ids, block * BLOCK + tl.arange(0, BLOCK), num_pairs, num_experts)
+    bin = tl.arange(0, BINS)
+    place = counts + bin.to(tl.int64) * num_blocks + block
+    tl.store(place, tl.histogram(expert, BINS), mask=bin < num_experts)
 
 
 @triton.jit
@@ -40,26 +45,24 @@ def _sum_up(counts, totals, num_blocks, BLOCK: tl.constexpr):
 
 @triton.jit
 def _place(
-    ids, counts, totals, slot, row, ends, num_pairs, num_rows, num_experts, num_blocks, BLOCK: tl.constexpr
-):
+    ids, counts, totals, slot, row, ends, num_pairs, num_rows, num_experts, num_blocks,
+    BLOCK: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0)
     index = tl.arange(0, BLOCK)
     pair = block * BLOCK + index
-    expert = tl.load(ids + pair, mask=pair < num_pairs, other=-1)
-    # Read once more along the other axis: cheaper than a transpose.
-    other = tl.load(ids + block * BLOCK + index, mask=pair < num_pairs, other=-1)
-    before = tl.sum(((expert[:, None] == other[None, :]) & (index[None, :] < index[:, None])).to(tl.int32), 1)
-    held = (expert >= 0) & (expert < num_experts)
-    earlier = tl.load(counts + expert * num_blocks + block, mask=held, other=0)
-    start, all_held, narrow = tl.zeros([BLOCK], tl.int32), 0, expert.to(tl.int32)
-    for first in range(0, num_experts, BLOCK):
-        column = first + index
-        total = tl.load(totals + column, mask=column < num_experts, other=0)
-        start += tl.sum(tl.where(column[None, :] < narrow[:, None], total[None, :], 0), 1)
-        mine = (column < num_experts) & (block == 0)
-        tl.store(ends + column, all_held + tl.cumsum(total, 0), mask=mine)
-        all_held += tl.sum(total, 0)
-    place = tl.where(held, start + earlier + before, -1).to(tl.int64)
+    expert = _expert(ids, pair, num_pairs, num_experts)
+    # Summed over the axis that a thread holds whole.
+    equal = (expert[:, None] == expert[None, :]) & (index[:, None] < index[None, :])
+    before = tl.sum(equal.to(tl.int32), 0)
+    held = expert < num_experts
+    earlier = tl.load(counts + expert.to(tl.int64) * num_blocks + block, mask=held, other=0)
+    bin = tl.arange(0, BINS)
+    total = tl.load(totals + bin, mask=bin < num_experts, other=0)
+    end = tl.cumsum(total, 0)
+    tl.store(ends + bin, end, mask=(bin < num_experts) & (block == 0))
+    all_held = tl.sum(total, 0)
+    place = tl.where(held, tl.gather(end - total, expert, 0) + earlier + before, -1).to(tl.int64)
     tl.store(row + pair, place, mask=pair < num_pairs)
     tl.store(slot + place, pair.to(tl.int64), mask=held & (place < num_rows))
     nothing = tl.zeros([BLOCK], tl.int64) - 1
@@ -78,8 +81,9 @@ def layout(
     slot, row = ids.new_empty(num_rows, dtype=torch.int64), torch.empty_like(ids, dtype=torch.int64)
     counts = ids.new_empty(num_experts, num_blocks, dtype=torch.int32)
     totals, ends = (ids.new_empty(num_experts, dtype=torch.int32) for _ in range(2))
-    launch(_count, (num_blocks,), ids, counts, num_pairs, num_experts, num_blocks, BLOCK)
-    launch(_sum_up, (num_experts,), counts, totals, num_blocks, BLOCK)
+    bins = power_of_2(num_experts + 1)
+    launch(_count, (num_blocks,), ids, counts, num_pairs, num_experts, num_blocks, BLOCK, bins)
+    launch(_sum_up, (num_experts,), counts, totals, num_blocks, min(1024, power_of_2(num_blocks)))
     launch(
         _place,
         (cdiv(max(num_pairs, num_rows), BLOCK),),
@@ -94,6 +98,7 @@ def layout(
         num_experts,
         num_blocks,
         BLOCK,
+        bins,
     )
     return slot, row, ends
 
