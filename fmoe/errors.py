@@ -45,6 +45,15 @@ def check_kind(function: str, argument: str, value: Any, kind: type, remedy: str
         )
 
 
+def is_pair(value: Any) -> bool:
+    """Whether a value is a tuple of two, named or not.
+
+    >>> is_pair((1, 2)), is_pair([1, 2])
+    (True, False)
+    """
+    return isinstance(value, tuple) and len(value) == 2
+
+
 def check_function(function: str, argument: str, value: Any) -> None:
     """Raise that ``ValueError`` unless ``value`` can be called.
 

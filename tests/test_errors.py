@@ -1,6 +1,7 @@
 """What a newcomer passes by mistake: each gets an error that names function, argument, got and expected."""
 
 import re
+from fractions import Fraction
 
 import pytest
 import torch
@@ -55,6 +56,18 @@ def test_a_mistake_is_named(mistake):
     with pytest.raises(ValueError, match=re.escape(mistake.removesuffix(" of integers"))) as caught:
         MISTAKES[mistake]()
     assert re.fullmatch(r"[\w.]+: [\w.]+: got .+, expected .+\..*", str(caught.value)), caught.value
+
+
+def test_what_fits_by_its_nature_is_taken():
+    halves = fmoe.RouterConfig(scale=Fraction(1, 2), noise=0)
+    half, whole = (fmoe.moe_forward(PARAMS, X, router=config) for config in (halves, CONFIG))
+    assert torch.allclose(2 * half, whole)
+    assert torch.equal(fmoe.route(tuple(PARAMS.router), X, CONFIG).weights_TK, ROUTING.weights_TK)
+    rows = fmoe.experts_grouped_mm(tuple(PARAMS.experts), ROWS, PLAN)
+    assert torch.equal(rows, fmoe.experts_grouped_mm(PARAMS.experts, ROWS, PLAN))
+    for device in ("meta", "meta:0", torch.device("meta"), torch.device("cpu"), "cpu"):
+        assert fmoe.moe_init(0, **SIZES, device=device).experts.w_in.device.type == str(device)[:4].strip(":")
+    assert fmoe.make_mesh(device_type="").size() == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is no mistake with a GPU")

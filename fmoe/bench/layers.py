@@ -4,7 +4,9 @@ All layers route with the same rule and hold the same weights, so their outputs 
 """
 
 import functools
+import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from ..ops.combine import combine
 from ..ops.core.tape import Policy
 from ..ops.dispatch import align_rows, dispatch
 from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
-from ..ops.kernels import gathered, tuned
+from ..ops.kernels import gathered, grouped, tuned
 from ..ops.kernels.tuned import Choice
 from ..ops.route import RouterConfig, RouterParams, route
 from ..params import is_spec
@@ -159,13 +161,14 @@ def layers(
 ) -> dict[str, Layer]:
     """The layers by name: ours, and plain PyTorch.
 
-    If quack-kernels are installed, ours is there also by them and without them. It is there with rows aligned
-    to each of ``align``, and with products in each ``precision``.
+    If quack-kernels are installed, ours is there also by them and without them, unless ``FMOE_GROUPED_MM``
+    names one engine. It is there with rows aligned to each of ``align``, and with products in each
+    ``precision``.
     """
     found: dict[str, Layer] = {"fmoe": functools.partial(moe_forward, router=config)}
-    if gathered.installed():
+    if gathered.installed() and grouped.OVERRIDE not in os.environ:
         found["fmoe, quack"] = functools.partial(_by_quack, config)
-        found["fmoe, without quack"] = functools.partial(_by_engine, config, "any other")
+        found["fmoe, without quack"] = functools.partial(_by_engine, config, "triton")
     for name in precision:
         found[f"fmoe, {name}"] = functools.partial(moe_forward, router=config, precision=name)
     for multiple in align:
@@ -183,9 +186,14 @@ def _by_quack(config: RouterConfig, params: MoEParams, x: torch.Tensor) -> torch
 
 
 def _by_engine(config: RouterConfig, engine: str, params: MoEParams, x: torch.Tensor) -> torch.Tensor:
-    layer = tuned.key("layer", gathered.sizes(params.experts.w_in), x.dtype)
-    with tuned.using(x.device, {layer: Choice(engine)}):
+    with by_engine(engine, params.experts.w_in):
         return moe_forward(params, x, router=config)
+
+
+def by_engine(engine: str, w_in: torch.Tensor) -> AbstractContextManager[None]:
+    """Inside, an engine computes layers of such experts, unless ``FMOE_GROUPED_MM`` names another."""
+    layer = tuned.key("layer", gathered.sizes(w_in), w_in.dtype)
+    return tuned.using(w_in.device, {layer: Choice(engine)})
 
 
 def _aligned(config: RouterConfig, multiple: int, params: MoEParams, x: torch.Tensor) -> torch.Tensor:

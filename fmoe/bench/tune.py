@@ -116,7 +116,11 @@ def _comparisons(
     layer = tuned.key("layer", sizes, dtype)
     return [
         *(
-            (gathered.key(product, sizes, dtype), _tiles(gathered.usual(product, sizes)), {layer: together})
+            (
+                gathered.key(product, sizes, dtype),
+                _tiles(gathered.usual(product, shape.hidden)),
+                {layer: together},
+            )
             for product in gathered.PRODUCTS
         ),
         *((product, able, {layer: apart}) for product in products(shape, dtype)),

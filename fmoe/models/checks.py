@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from numbers import Real
 from typing import Any
 
 import optree
@@ -35,7 +36,7 @@ def check_drawing(function: str, router: Any, key: torch.Tensor | None) -> None:
             function, "key", got="one, beside a router function", expected="None", remedy=remedy
         )
     noise = router.noise if isinstance(router, RouterConfig) else 0
-    if isinstance(noise, int | float) and noise > 0 and key is None:  # the router refuses what is no number
+    if isinstance(noise, Real) and noise > 0 and key is None:  # the router refuses what is no number
         got, expected = f"None, with router.noise={noise}", "a key, as fmoe.random.key(0)"
         remedy = "Pass one of this step, or evaluate with noise=0.0."
         raise argument_error(function, "key", got=got, expected=expected, remedy=remedy)

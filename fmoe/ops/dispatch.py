@@ -215,6 +215,9 @@ def align_rows(plan: Plan, multiple: int) -> Plan:
     For products that want blocks of rows of one expert. Rows of no pair are zeros in :func:`expand` and
     nothing in :func:`fmoe.reduce`, so what goes through the plan is the same.
 
+    With quack-kernels, an expert's rows of no pair find the first token, and weigh nothing. So where that
+    token or its cotangent isn't finite, nor are the gradients of all held experts' weights.
+
     Raises ``ValueError`` for a multiple that isn't a positive integer.
 
     >>> import fmoe, torch

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from ..errors import argument_error, check_kind
+from ..errors import argument_error, check_kind, is_pair
 from . import kernels
 from .bases import gather, gather_kernel, mm_in, random, scatter_add
 from .combine import weight_gradients_kernel, weighted_sum_kernel
@@ -78,7 +78,8 @@ def experts_grouped_mm(
     """
     check_precision("experts_grouped_mm", "precision", precision)
     check_rows("experts_grouped_mm", "x_SD", x_SD, plan)
-    check_kind("experts_grouped_mm", "expert_params", expert_params, ExpertParams, "Pass params.experts.")
+    if not is_pair(expert_params):
+        check_kind("experts_grouped_mm", "expert_params", expert_params, ExpertParams, "Pass params.experts.")
     expert_params = ExpertParams(*(weight.to(product_dtype(weight)) for weight in expert_params))
     dtype, x_SD = x_SD.dtype, x_SD.to(product_dtype(x_SD))
     check_experts(expert_params, x_SD, plan)
@@ -284,6 +285,11 @@ def _up_fake(x: Any, w_in: Any, weights: Any, slot: Any, *rest: Any) -> Tensors:
     return x.new_empty(num_rows, 2, hidden), x.new_empty(0)
 
 
+def _unused(act: torch.Tensor) -> torch.Tensor:
+    """In place of an activation that nobody will take: it holds no memory."""
+    return act.new_empty(0) if act.dim() == 2 else act
+
+
 def _up_kernel(x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> Tensors:
     rows = Layout(*fields)
     if _gathers(x, w_in, rows):
@@ -323,8 +329,10 @@ def _up_weight_kernel(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, *f
 def _down_kernel(h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> torch.Tensor:
     *layout, act = fields
     rows = Layout(*layout)
-    made = act is not None and act.dim() == 2
-    y_RD = _mm(act if made else _activated(h, w_out, rows), w_out.mT, rows)
+    if act is not None and act.dim() == 2:
+        y_RD = gathered.down(act, w_out, _found(rows)) if _gathered(h, rows) else _mm(act, w_out.mT, rows)
+    else:
+        y_RD = _mm(_activated(h, w_out, rows), w_out.mT, rows)
     return weighted_sum_kernel(y_RD, None if rows.score_before else rows.weights_SK, rows.slot_R, rows.row_SK)
 
 
@@ -417,6 +425,7 @@ experts_up: Operator = declare(
     example=lambda: (random(4, 3), random(3, 2, 2, 3), *_layout_example()),
     vjp=lambda inputs, needs, g: _by_need(_UP, inputs, needs, g),
     residual_outputs=1,
+    kept=lambda outs: (outs[0], _unused(outs[1])),  # experts_down bears the same name, so it is kept too
     by_need=True,
     reference=_up_reference,
 )

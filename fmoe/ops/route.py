@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange, reduce
 
-from ..errors import argument_error, check_kind
+from ..errors import argument_error, check_kind, is_pair
 from ..tree import node, static
 from . import kernels
 from .bases import bilinear_jvp, random
@@ -104,9 +105,9 @@ class RouterConfig:
             raise error("top_groups", f"between 1 and num_groups={self.num_groups}", ungrouped)
         if self.group_best < 1:
             raise error("group_best", "at least 1", "DeepSeek-V3 has 2, DeepSeek-V2 1.")
-        if not (isinstance(self.noise, int | float) and 0 <= self.noise < math.inf):
+        if not (isinstance(self.noise, Real) and 0 <= self.noise < math.inf):
             raise error("noise", "a standard deviation, from 0 on", "Leave it out for none.")
-        if not (isinstance(self.scale, int | float) and math.isfinite(self.scale)):
+        if not (isinstance(self.scale, Real) and abs(self.scale) < math.inf):
             raise error("scale", "a finite number", "Leave it out for 1.")
         reachable = num_experts // self.num_groups * self.top_groups
         if self.top_k > reachable:
@@ -173,7 +174,8 @@ def route(
     >>> routing.expert_ids_TK, routing.weights_TK.sum()
     (tensor([[0, 1]]), tensor(1.))
     """
-    check_kind("route", "router_params", router_params, RouterParams, "Pass params.router.")
+    if not is_pair(router_params):
+        check_kind("route", "router_params", router_params, RouterParams, "Pass params.router.")
     check_kind("route", "x_TD", x_TD, torch.Tensor)
     check_kind("route", "config", config, RouterConfig)
     weight_ED, bias_E = router_params

@@ -52,8 +52,9 @@ def make_mesh(
         raise argument_error("make_mesh", "names", got=names, expected=expected)
     check_kind("make_mesh", "axes", axes, str, 'Pass "dp=2,ep=4", say.')
     shape = parse_axes("make_mesh", axes, sizes, names)
-    if device_type is not None:
-        check_device(device_type, "make_mesh: device_type")
+    if device_type and device_type not in ("cpu", "cuda", "meta"):
+        got, expected = repr(device_type), "'cpu' or 'cuda'"
+        raise argument_error("make_mesh", "device_type", got=got, expected=expected)
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     world = num_processes()
     if math.prod(shape) != world:
@@ -63,6 +64,7 @@ def make_mesh(
         raise argument_error("make_mesh", "axes", got=got, expected=expected, remedy=remedy)
     if not dist.is_initialized():
         if device_type == "cuda":
+            check_device(device_type, "make_mesh: device_type")
             rank, here = (int(os.environ.get(f"LOCAL_{name}", 0)) for name in ("RANK", "WORLD_SIZE"))
             if take_gpu(rank, here) and rank == 0:
                 gpus = torch.cuda.device_count()
@@ -120,8 +122,8 @@ def take_gpu(rank: int, number: int) -> bool:
     return True
 
 
-def named_device(device: str, argument: str = "--device") -> torch.device:
-    """The device that a text names. Raises ``ValueError`` if it names none that fmoe computes on.
+def named_device(device: Any, argument: str = "--device") -> torch.device:
+    """The device that a text or a number names. Raises ``ValueError`` if it names none that fmoe computes on.
 
     >>> named_device("cuda:1").index
     1
@@ -135,7 +137,7 @@ def named_device(device: str, argument: str = "--device") -> torch.device:
     return found
 
 
-def check_device(device: str, argument: str = "--device") -> None:
+def check_device(device: Any, argument: str = "--device") -> None:
     """Raise ``ValueError`` for a device that isn't here.
 
     >>> check_device("cpu")

@@ -61,8 +61,8 @@ def init_on(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         expected, remedy = "a floating dtype", "Use torch.bfloat16, say."
         raise argument_error(function, "dtype", got=repr(dtype), expected=expected, remedy=remedy)
-    if device is not None and str(device) != "meta":
-        check_device(str(device), f"{function}: device")
+    if device is not None and not str(device).startswith("meta"):
+        check_device(device, f"{function}: device")
     if mesh is None:
         return init_params(specs, seed, dtype=dtype, device=device)
     device = mesh.device_type if device is None else device

@@ -169,14 +169,19 @@ class Layout(NamedTuple):
         ['--ep-overlap', '--pp-schedule']
         """
         sizes = {} if world.mesh is None else axis_sizes(world.mesh)
-        chosen = {
+        along_ep = {
             "--ep-backend": args.ep_backend != "auto",
-            "--ep-capacity": args.ep_capacity is not None,
+            "--ep-capacity": args.ep_capacity is not None and not args.graph,  # it says what is in the graph
             "--ep-payload": args.ep_payload is not None,
             "--ep-overlap": args.ep_overlap,
-            "--pp-schedule": args.pp_schedule != "1f1b",
         }
-        return [name for name, given in chosen.items() if given and sizes.get(name[2:4], 1) == 1]
+        along_pp = {"--pp-schedule": args.pp_schedule != "1f1b"}
+        return [
+            name
+            for axis, options in (("ep", along_ep), ("pp", along_pp))
+            for name, given in options.items()
+            if given and sizes.get(axis, 1) == 1
+        ]
 
     def gradient(self, config: DecoderConfig, *, graph: bool = False, **how: Any) -> Callable[..., Any]:
         """:func:`fmoe.training.gradients.of_model` of this layout, done again exactly if it has no room.

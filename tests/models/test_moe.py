@@ -306,6 +306,15 @@ def test_derivatives_of_params_over_nothing(config):
             assert one.shape == (0, *leaf.shape) and slope.shape == (0, 6, *leaf.shape)
 
 
+def test_a_config_may_change_under_compile():
+    """Dynamo then takes its numbers for symbols."""
+    params, x = fmoe.moe_init(0, dim=8, hidden_dim=16, num_experts=4), torch.randn(5, 8)
+    compiled = torch.compile(fmoe.moe_forward, fullgraph=True, backend="eager")
+    for scale in (1.0, 2.5, 3.5):
+        config = fmoe.RouterConfig(scale=scale)
+        assert error(compiled(params, x, router=config), fmoe.moe_forward(params, x, router=config)) < 1e-6
+
+
 @pytest.mark.parametrize("backend", quick(["aot_eager"], ["aot_eager", "inductor"]))
 def test_compiles_fullgraph_once_though_routing_changes(backend):
     from torch._dynamo.testing import CompileCounterWithBackend

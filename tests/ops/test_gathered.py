@@ -14,6 +14,7 @@ from torch._inductor.utils import fresh_cache
 import fmoe
 from fmoe.bench import tune as tuning
 from fmoe.bench.layers import Shape, layers
+from fmoe.introspect import saved_residuals
 from fmoe.ops import experts as experts_module
 from fmoe.ops.kernels import gathered, tuned
 from fmoe.ops.kernels.tuned import Choice
@@ -94,8 +95,8 @@ def test_a_step_copies_no_token_and_activates_in_passing(monkeypatch, quack):
     monkeypatch.setattr(experts_module, "_expand", None)
     monkeypatch.setattr(experts_module, "_activation", None)
     pieces(PLANS["plain"], (0, 1, 2, 3))
-    step = ["gated", "dgated", "gemm summed", "gemm", "gemm summed"]
-    assert quack == [*step, "gated"]  # and the value, once more
+    step = ["gated", "gemm", "dgated", "gemm summed", "gemm", "gemm summed"]
+    assert quack == [*step, "gated", "gemm"]  # and the value, once more
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -138,6 +139,19 @@ def test_other_transforms_take_it_too(quack):
     assert error(*(torch.func.grad(lambda x, f=f: f(x).sum())(x) for f in (kept, function))) < 1e-12
 
 
+def test_a_policy_keeps_no_activation(quack):
+    """Its operators' outputs are handed back, so nobody would use it."""
+    (params, config), x = layer(), torch.randn(7, DIM, dtype=torch.float64)
+    kept = fmoe.remat(lambda x: fmoe.moe_forward(params, x, router=config), fmoe.save("experts_grouped_mm"))
+    found = saved_residuals(kept, x.requires_grad_())
+    assert [each.shape for each in found if each.how == "kept" and each.bytes] == [
+        (7 * TOP_K, 2, HIDDEN),
+        (7, DIM),
+    ]
+    want = torch.autograd.grad(fmoe.moe_forward(params, x, router=config).square().sum(), x)
+    assert error(torch.autograd.grad(kept(x).square().sum(), x), want) < 1e-12
+
+
 # ---- chosen ------------------------------------------------------------------------------------------------
 
 
@@ -163,7 +177,7 @@ def test_the_environment_goes_with_a_file_of_single_products(quack):
     key = tuned.key("mm transposed", (EXPERTS, HIDDEN, DIM), x.dtype)  # of the down product
     with tuned.using(x.device, {key: Choice("loop")}):
         fmoe.moe_forward(params, x, router=config)
-    assert quack == ["gated"]
+    assert quack == ["gated", "gemm"], "it is about layers without these"
 
 
 def test_code_compiled_for_other_kernels_is_not_taken_from_the_cache(quack, monkeypatch):
@@ -208,7 +222,7 @@ def test_tuning_compares_tiles_and_then_whole_layers(quack, monkeypatch):
     quack_double.configs.clear()
     (params, config), x = layer_of(hidden=4), torch.randn(8, DIM)
     fmoe.value_and_grad(lambda p, x: fmoe.moe_forward(p, x, router=config).sum(), (0, 1))(params, x)
-    assert [config["cluster_m"] for config in quack_double.configs] == [2] * 5, "the file is read"
+    assert [config["cluster_m"] for config in quack_double.configs] == [2] * 6, "the file is read"
     tuning.report([layer, *gathering], Console(quiet=True))
 
 
@@ -226,14 +240,13 @@ def test_the_benchmark_has_it_beside_the_others(quack, monkeypatch):
 
 
 def test_a_tile_without_tuning_fits_the_hidden_numbers(quack):
-    shape = EXPERTS, DIM
-    cols = {hidden: gathered.usual("down inputs", (*shape, hidden)).cols for hidden in (512, 768, 1408)}
+    cols = {hidden: gathered.usual("down inputs", hidden).cols for hidden in (512, 768, 1408)}
     assert cols == {512: 256, 768: 256, 1408: 128}
     (params, config), x = layer_of(hidden=4), torch.randn(8, DIM)
     fmoe.value_and_grad(lambda p, x: fmoe.moe_forward(p, x, router=config).sum(), (0, 1))(params, x)
     used = [(config["tile_m"], config["tile_n"], config["cluster_m"]) for config in quack_double.configs]
-    order = "up", "down inputs", "down weight", "up inputs", "up weight"
-    tiles = [gathered.usual(product, (*shape, 4)) for product in order]
+    order = "up", "down", "down inputs", "down weight", "up inputs", "up weight"
+    tiles = [gathered.usual(product, 4) for product in order]
     assert used == [(tile.rows, tile.cols, tile.cluster) for tile in tiles]
 
 

@@ -22,9 +22,6 @@ from .derive import Tensors, as_tuple, few
 from .refuse import Unsupported, refusing_combinations
 from .tape import on_tape
 
-_LEAF: Any = vars(torch._C._functions)["AccumulateGrad"]  # the class of a leaf's node
-_UNSAID: list[int] = []  # the last run of the engine that said nothing about leaves
-
 
 def traced_function(op: Any) -> Any:
     """The operator's Function for Dynamo, which traces neither ``jvp`` rules nor closures over objects."""
@@ -154,19 +151,10 @@ def _asked_for(ctx: Any) -> list[bool]:
 
 
 def runs(node: Any) -> bool:
-    """Whether a node is part of this run of the engine.
-
-    Where gradients are returned, not accumulated, the engine raises an error when asked about a leaf. That
-    takes as long as starting several kernels, so it is asked once in a run, and leaves count as part of it.
-    """
-    leaf, run = type(node) is _LEAF, torch._C._current_graph_task_id()
-    if leaf and run in _UNSAID:
-        return True
+    """Whether a node is part of this run of the engine."""
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:
-        if leaf:
-            _UNSAID[:] = [run]
+    except RuntimeError:  # a leaf whose gradient is asked for; of no other node the engine says so
         return True
 
 

@@ -60,6 +60,7 @@ class Operator:
     dependent: Callable[..., Tensors]
     residual_outputs: int
     by_need: bool = False
+    kept: Callable[[Tensors], Tensors] = tuple
 
     def __post_init__(self) -> None:
         self.name = self.raw._schema.name.removeprefix(f"{NAMESPACE}::")
@@ -80,7 +81,7 @@ class Operator:
         return args[1] if self.checkpoint == GIVEN else self.checkpoint
 
     def outputs(self, *args: Any) -> Tensors:
-        """All outputs, those for the backward included. Arguments left out are ``None``."""
+        """All outputs, those without a derivative included. Arguments left out are ``None``."""
         args = (*args, *[None] * (self.num_inputs - len(args)))
         if torch.compiler.is_dynamo_compiling():
             refuse_transforms_inside_compile(self.name)
@@ -107,6 +108,7 @@ def declare(
     dependent: Callable[..., Tensors] = lambda *inputs: (),
     residual_outputs: int = 0,
     by_need: bool = False,
+    kept: Callable[[Tensors], Tensors] = tuple,
     residuals: Callable[[tuple[Any, ...], Tensors], tuple[Any, ...]] | None = None,
     vjp: Rule | None = None,
     jvp: Rule | None = None,
@@ -124,9 +126,11 @@ def declare(
                       operator, which computes nothing alone, and equals nothing
     plain             the same function in plain PyTorch, the oracle; not needed with a ``reference``
     dependent         the example's last arguments where they follow from the others, as in a backward
-    residual_outputs  how many trailing outputs exist for the backward only; callers don't see them
+    residual_outputs  how many trailing outputs have no derivative, and are seen by the backward and by
+                      callers of :meth:`Operator.outputs` only
     by_need           whether ``vjp`` computes nothing but what ``needs`` says: then the two halves of a
                       pipeline's backward compute nothing twice
+    kept              what a policy keeps of the outputs: all, or less where the rest needn't be handed back
     residuals         ``(inputs, outputs)`` -> what the rules need, a tuple or ``NamedTuple`` of tensors,
                       statics and further tuples; nothing else is kept; default: the inputs
     vjp               ``(residuals, needs, *cotangents)`` -> cotangents of the inputs, or of the first of
@@ -163,7 +167,7 @@ def declare(
     if plain is None and example is not None:
         raise TypeError(f"{name}: declared with neither a plain function nor a reference.")
     rules = Rules(vjp, jvp, vmap, residuals or (inputs_alone if vjp else _nothing))
-    op = Operator(raw, rules, by_hand, checkpoint, example, plain, dependent, residual_outputs, by_need)
+    op = Operator(raw, rules, by_hand, checkpoint, example, plain, dependent, residual_outputs, by_need, kept)
     _REGISTRY[name] = op
     return op
 

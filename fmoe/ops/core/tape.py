@@ -130,7 +130,7 @@ class Tape:
         if isinstance(out, torch.Tensor):
             self._note(op.name, out, made if kept else None)
         if self.record(name):
-            self._append(Entry(op.name, name, out if isinstance(out, tuple) else (out,)))
+            self._append(Entry(op.name, name, op.kept(out if isinstance(out, tuple) else (out,))))
         return out
 
     def name(self, op: "Operator", x: torch.Tensor, name: str) -> torch.Tensor:

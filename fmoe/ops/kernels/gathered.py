@@ -21,7 +21,7 @@ from .tuned import Tile
 
 ENGINE = grouped.LAYERS
 LINE = 8  # numbers in 16 bytes, of which rows must be whole
-PRODUCTS = "up", "up inputs", "up weight", "down inputs", "down weight"
+PRODUCTS = "up", "down", "up inputs", "up weight", "down inputs", "down weight"
 WIDE = 2048  # hidden numbers of an expert, from which on what its rows cost beside products is little
 
 
@@ -53,19 +53,19 @@ def key(product: str, sizes: tuple[int, int, int], dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def usual(product: str, sizes: tuple[int, int, int]) -> Tile:
-    """The tile of one of ``PRODUCTS`` that no file names.
+def usual(product: str, hidden: int) -> Tile:
+    """The tile of one of ``PRODUCTS`` that no file names, for experts of so many hidden numbers.
 
     Four warps compute a tile while four others store theirs, or eight compute one together. These were the
     fastest on average over layers of five sizes, of eleven tiles with and without clusters.
     """
     wide = Tile(128, 256, 64, warps=8, stages=0)
     match product:
-        case "up inputs":
+        case "down" | "up inputs":
             return Tile(192, 128, 64, warps=4, stages=0)
         case "down inputs":
             narrow = Tile(128, 128, 64, warps=4, stages=0)
-            return (narrow if sizes[2] % wide.cols else wide)._replace(cluster=2)
+            return (narrow if hidden % wide.cols else wide)._replace(cluster=2)
     return wide
 
 
@@ -153,6 +153,14 @@ def up(x: torch.Tensor, w_in: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, t
     return h, act
 
 
+def down(act: torch.Tensor, w_out: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Activations (R, F) by experts (e, D, F) -> (R, D)."""
+    experts, dim, hidden = w_out.shape
+    y = act.new_empty(act.shape[0], dim)
+    _gemm("down", (experts, dim, hidden), act, _lines(w_out).mT, y, rows)
+    return y
+
+
 def up_inputs(g_h: torch.Tensor, w_in: torch.Tensor, rows: Rows) -> torch.Tensor:
     """Cotangents (R, 2, F) -> those of each row's token (R, D)."""
     g_x = g_h.new_empty(g_h.shape[0], w_in.shape[3])
@@ -233,7 +241,7 @@ def _config(product: str, size: tuple[int, int, int], x: torch.Tensor) -> Any:
     """The tile of a product, which a file may name."""
     known = tuned.choices(x.device)
     found = known.get(key(product, size, x.dtype)) if known else None
-    return _made((found and found.tile) or usual(product, size))
+    return _made((found and found.tile) or usual(product, size[2]))
 
 
 @functools.cache
