@@ -19,7 +19,8 @@ from ..models.moe import MoEParams, moe_forward, moe_init, moe_specs
 from ..ops.combine import combine
 from ..ops.core.tape import Policy
 from ..ops.dispatch import align_rows, dispatch
-from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
+from ..ops.experts import ExpertParams, experts_grouped_mm
+from ..ops.experts_kernels import swiglu
 from ..ops.kernels import gathered, grouped, tuned
 from ..ops.kernels.tuned import Choice
 from ..ops.route import RouterConfig, RouterParams, route

@@ -18,7 +18,8 @@ from ..ops.core.axes import axis_sizes, group_of
 from ..ops.core.primitive import Operator
 from ..ops.cross_entropy import LOGITS_BYTES, cross_entropy_sum, cross_entropy_terms
 from ..ops.dispatch import dispatch
-from ..ops.experts import experts_down, experts_down_backward, experts_up, experts_up_backward, layout_of
+from ..ops.experts import experts_down, experts_down_backward, experts_up, experts_up_backward
+from ..ops.experts_kernels import layout_of
 from ..ops.kernels import scaled
 from ..ops.precision import ROWWISE
 from ..ops.route import RouterParams, route

@@ -15,7 +15,8 @@ from ..ops.combine import combine, combine_start, join
 from ..ops.core.axes import binding, check_mesh, present
 from ..ops.core.dynamo import rearrange
 from ..ops.dispatch import dispatch_join, dispatch_send, dispatch_start
-from ..ops.experts import ExpertParams, experts_grouped_mm, swiglu
+from ..ops.experts import ExpertParams, experts_grouped_mm
+from ..ops.experts_kernels import swiglu
 from ..ops.linear import linear
 from ..ops.precision import Recipe, recipe_of
 from ..ops.random import check_one_key, fold_in

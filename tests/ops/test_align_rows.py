@@ -12,7 +12,7 @@ from helpers import error, quick
 import fmoe
 from fmoe.ops.bases import grouped_mm
 from fmoe.ops.core.axes import group_of
-from fmoe.ops.experts import swiglu
+from fmoe.ops.experts_kernels import swiglu
 from fmoe.ops.reference import swiglu_reference
 from fmoe.parallel import AllToAll
 from fmoe.testing import check_backend, check_experts

@@ -15,7 +15,7 @@ import fmoe
 from fmoe.bench import tune as tuning
 from fmoe.bench.layers import Shape, layers
 from fmoe.introspect import saved_residuals
-from fmoe.ops import experts as experts_module
+from fmoe.ops import experts_kernels
 from fmoe.ops.kernels import gathered, tuned
 from fmoe.ops.kernels.tuned import Choice
 from fmoe.transforms import per_layer
@@ -92,8 +92,8 @@ def test_values_and_gradients_are_those_of_the_other_kernels(monkeypatch, quack,
 
 
 def test_a_step_copies_no_token_and_activates_in_passing(monkeypatch, quack):
-    monkeypatch.setattr(experts_module, "_expand", None)
-    monkeypatch.setattr(experts_module, "_activation", None)
+    monkeypatch.setattr(experts_kernels, "_expand", None)
+    monkeypatch.setattr(experts_kernels, "_activation", None)
     pieces(PLANS["plain"], (0, 1, 2, 3))
     step = ["gated", "gemm", "dgated", "gemm summed", "gemm", "gemm summed"]
     assert quack == [*step, "gated", "gemm"]  # and the value, once more

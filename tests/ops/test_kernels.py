@@ -19,9 +19,9 @@ import torch
 from helpers import error, fresh_seed, quick, random_layer
 
 import fmoe
-from fmoe.ops import combine, dispatch, experts, kernels, route, weigh
+from fmoe.ops import combine, dispatch, experts, experts_kernels, kernels, route, weigh
 from fmoe.ops.bases import gather_kernel
-from fmoe.ops.experts import Layout
+from fmoe.ops.experts_kernels import Layout
 from fmoe.ops.kernels import grouped
 from fmoe.ops.precision import FAST
 from fmoe.parallel.backends import ways
@@ -191,7 +191,7 @@ def test_rows_to_experts_and_back(layer, scaled, uninitialized_is_nan):
     names = "x", "y", "weights", "slot", "row", "offsets", "held"
     x, y, weights, slot, row, offsets, held = (layer[name] for name in names)
     given = weights if scaled else None
-    expected = wide(experts._expand, x, Layout(weights, slot, row, offsets, scaled), scaled=scaled)
+    expected = wide(experts_kernels._expand, x, Layout(weights, slot, row, offsets, scaled), scaled=scaled)
     pairs = [
         (rows.expand(x, row, slot, offsets, given)[:held], expected[:held]),
         (rows.gather(x, torch.div(slot, 3, rounding_mode="floor")), wide(gather_kernel, x, slot // 3)),
@@ -214,10 +214,10 @@ def test_swiglu_and_its_backward(layer, scaled, uninitialized_is_nan):
     g, h, weights, slot, row, offsets, held, tolerance = (layer[name] for name in names)
     got = activation.swiglu(h, slot, weights if scaled else None, offsets)
     layout = Layout(weights, slot, row, offsets, scaled)
-    want = wide(experts._activation, h, layout, scaled=scaled)
+    want = wide(experts_kernels._activation, h, layout, scaled=scaled)
     assert error(got[:held].cpu(), want[:held]) < tolerance
     g_h, g_weights = activation.swiglu_backward(g, h, slot, layer["row"], weights, offsets, weighted=scaled)
-    want = wide(experts._activation_backward, g, h, layout, scaled=scaled)
+    want = wide(experts_kernels._activation_backward, g, h, layout, scaled=scaled)
     assert error(g_h[:held].cpu(), want[0][:held]) < tolerance
     assert error(g_weights.cpu(), want[1]) < tolerance if scaled else g_weights.numel() == 0
 
@@ -554,13 +554,13 @@ def test_gradients_of_weights_in_high_precision_are_those_without_fp8(
     ):
 
         def pull(precision, op=op, g_rows=g_rows, rows=rows, weight=weight):
-            layout = experts.layout_of(plan, precision)
+            layout = experts_kernels.layout_of(plan, precision)
             return torch.func.vjp(lambda *a: op(*a, *layout), rows, weight)[1](g_rows)
 
         (g_x, g_w), (g_x_plain, want) = pull(FAST[1]), pull(None)
         inside = slice(None) if rows is x else slice(plan.offsets_e[-1])
         assert error(g_x[inside], g_x_plain[inside]) > 1e-3
-        whole = backward.raw(g_rows, rows, weight, *experts.layout_of(plan, FAST[1]))
+        whole = backward.raw(g_rows, rows, weight, *experts_kernels.layout_of(plan, FAST[1]))
         assert torch.equal(g_w, want) and torch.equal(whole[1], want)
         assert torch.equal(whole[0][inside], g_x[inside])
 
@@ -788,7 +788,7 @@ def test_fp8_columns_of_tokens_and_of_activations(ends, splits, monkeypatch, uni
     for weight, factor in ((None, 1), (weights_, of_rows)):
         for got, rows in (
             (columns.of_tokens(x_, slot_, offsets_, top_k, weight), copies * factor),
-            (columns.of_activations(h_, slot_, offsets_, weight), experts.swiglu(h) * factor),
+            (columns.of_activations(h_, slot_, offsets_, weight), experts_kernels.swiglu(h) * factor),
         ):
             (values, scale), aligned, _ = got
             values, place = values.cpu().float(), 0

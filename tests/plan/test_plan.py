@@ -20,7 +20,7 @@ from fmoe.bench.model import bench_model
 from fmoe.introspect import kept_bytes, wire_bytes
 from fmoe.models import decoder, deepseek_v3
 from fmoe.models.decoder import preset
-from fmoe.ops import attention, experts, update
+from fmoe.ops import attention, experts_kernels, update
 from fmoe.ops.core.axes import group_of
 from fmoe.ops.core.dtensors import local
 from fmoe.ops.cross_entropy import cross_entropy_sum, cross_entropy_terms, cross_entropy_terms_backward
@@ -438,28 +438,28 @@ def test_what_the_experts_hold(monkeypatch):
     """Triton's kernels give one tensor each and hold nothing; with such in their place, what is left."""
     rows, tokens, dim, hidden, num = 256, 128, 48, 40, 4
     new = functools.partial(torch.empty, dtype=BFLOAT16)
-    monkeypatch.setattr(experts, "_expand", lambda x, *how, scaled: new(rows, x.shape[1]))
-    monkeypatch.setattr(experts, "_activation", lambda h, *how, scaled: new(rows, hidden))
+    monkeypatch.setattr(experts_kernels, "_expand", lambda x, *how, scaled: new(rows, x.shape[1]))
+    monkeypatch.setattr(experts_kernels, "_activation", lambda h, *how, scaled: new(rows, hidden))
     backward = lambda g, h, rows, scaled: (torch.empty_like(h), torch.empty_like(rows.weights_SK))  # noqa: E731
-    monkeypatch.setattr(experts, "_activation_backward", backward)
-    monkeypatch.setattr(experts, "weighted_sum_kernel", lambda y, *how: new(tokens, y.shape[1]))
-    monkeypatch.setattr(experts.grouped, "mm", lambda x, w, offsets: new(x.shape[0], w.shape[2]))
+    monkeypatch.setattr(experts_kernels, "_activation_backward", backward)
+    monkeypatch.setattr(experts_kernels, "weighted_sum_kernel", lambda y, *how: new(tokens, y.shape[1]))
+    monkeypatch.setattr(experts_kernels.grouped, "mm", lambda x, w, offsets: new(x.shape[0], w.shape[2]))
     outer = lambda x, y, offsets: new(num, x.shape[1], y.shape[1])  # noqa: E731
-    monkeypatch.setattr(experts.grouped, "outer", outer)
+    monkeypatch.setattr(experts_kernels.grouped, "outer", outer)
     x, h, g = new(tokens, dim), new(rows, 2, hidden), new(tokens, dim)
     w_in, w_out, weights = new(num, 2, hidden, dim), new(num, dim, hidden), torch.empty(tokens, 2)
     layout = weights, torch.empty(rows), torch.empty(tokens, 2), torch.empty(num), False, None
     for stated, kernel, args in (
-        (dry_run._experts_up, experts._up_kernel, (x, w_in)),
-        (dry_run._experts_up_backward, experts._up_backward_kernel, (h, x, w_in)),
-        (dry_run._experts_down, experts._down_kernel, (h, w_out)),
-        (dry_run._experts_down_backward, experts._down_backward_kernel, (g, h, w_out)),
-        (dry_run._experts_up_backward_inputs, experts._up_inputs_kernel, (h, x, w_in)),
-        (dry_run._experts_up_backward_weight, experts._up_weight_kernel, (h, x, w_in)),
-        (dry_run._experts_down_backward_inputs, experts._down_inputs_kernel, (g, h, w_out)),
-        (dry_run._experts_down_backward_weight, experts._down_weight_kernel, (g, h, w_out)),
+        (dry_run._experts_up, experts_kernels.up, (x, w_in)),
+        (dry_run._experts_up_backward, experts_kernels.up_backward, (h, x, w_in)),
+        (dry_run._experts_down, experts_kernels.down, (h, w_out)),
+        (dry_run._experts_down_backward, experts_kernels.down_backward, (g, h, w_out)),
+        (dry_run._experts_up_backward_inputs, experts_kernels.up_inputs, (h, x, w_in)),
+        (dry_run._experts_up_backward_weight, experts_kernels.up_weight, (h, x, w_in)),
+        (dry_run._experts_down_backward_inputs, experts_kernels.down_inputs, (g, h, w_out)),
+        (dry_run._experts_down_backward_weight, experts_kernels.down_weight, (g, h, w_out)),
     ):
-        given = *args, *layout, *[None] * (kernel is experts._down_kernel)  # no activation yet
+        given = *args, *layout, *[None] * (kernel is experts_kernels.down)  # no activation yet
         got = beyond_results(lambda kernel=kernel, given=given: kernel(*given))
         assert stated(given, ()) == pytest.approx(got, rel=0.02), kernel
 
@@ -496,22 +496,22 @@ def test_what_the_experts_hold_in_fp8(monkeypatch):
     outer = lambda x, y: new(num, x.scaled.values.shape[0], y.scaled.values.shape[0])  # noqa: E731
     monkeypatch.setattr(scaled, "multiply_columns", outer)
     backward = lambda g, h, rows, scaled: (torch.empty_like(h), torch.empty_like(rows.weights_SK))  # noqa: E731
-    monkeypatch.setattr(experts, "_activation_backward", backward)
-    monkeypatch.setattr(experts, "weighted_sum_kernel", lambda y, *how: new(tokens, y.shape[1]))
+    monkeypatch.setattr(experts_kernels, "_activation_backward", backward)
+    monkeypatch.setattr(experts_kernels, "weighted_sum_kernel", lambda y, *how: new(tokens, y.shape[1]))
     x, h, g = new(tokens, dim), new(rows, 2, hidden), new(tokens, dim)
     w_in, w_out, weights = new(num, 2, hidden, dim), new(num, dim, hidden), torch.empty(tokens, 2)
     layout = weights, torch.zeros(rows), torch.empty(tokens, 2), torch.empty(num), False, "fp8_rowwise"
     for stated, kernel, args in (
-        (dry_run._experts_up, experts._up_kernel, (x, w_in)),
-        (dry_run._experts_up_backward, experts._up_backward_kernel, (h, x, w_in)),
-        (dry_run._experts_up_backward_inputs, experts._up_inputs_kernel, (h, x, w_in)),
-        (dry_run._experts_up_backward_weight, experts._up_weight_kernel, (h, x, w_in)),
-        (dry_run._experts_down, experts._down_kernel, (h, w_out)),
-        (dry_run._experts_down_backward, experts._down_backward_kernel, (g, h, w_out)),
-        (dry_run._experts_down_backward_inputs, experts._down_inputs_kernel, (g, h, w_out)),
-        (dry_run._experts_down_backward_weight, experts._down_weight_kernel, (g, h, w_out)),
+        (dry_run._experts_up, experts_kernels.up, (x, w_in)),
+        (dry_run._experts_up_backward, experts_kernels.up_backward, (h, x, w_in)),
+        (dry_run._experts_up_backward_inputs, experts_kernels.up_inputs, (h, x, w_in)),
+        (dry_run._experts_up_backward_weight, experts_kernels.up_weight, (h, x, w_in)),
+        (dry_run._experts_down, experts_kernels.down, (h, w_out)),
+        (dry_run._experts_down_backward, experts_kernels.down_backward, (g, h, w_out)),
+        (dry_run._experts_down_backward_inputs, experts_kernels.down_inputs, (g, h, w_out)),
+        (dry_run._experts_down_backward_weight, experts_kernels.down_weight, (g, h, w_out)),
     ):
-        given = *args, *layout, *[None] * (kernel is experts._down_kernel)  # no activation yet
+        given = *args, *layout, *[None] * (kernel is experts_kernels.down)  # no activation yet
         got = beyond_results(lambda kernel=kernel, given=given: kernel(*given))
         assert stated(given, ()) == pytest.approx(got, rel=0.05), kernel
 
