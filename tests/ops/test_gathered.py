@@ -1,7 +1,7 @@
 """Products that gather rows: right on a double of quack-kernels, chosen where they run, right on a GPU."""
 
 import dataclasses
-import importlib.util
+import importlib.metadata
 
 import optree
 import pytest
@@ -250,6 +250,32 @@ def test_a_tile_without_tuning_fits_the_hidden_numbers(quack):
     assert used == [(tile.rows, tile.cols, tile.cluster) for tile in tiles]
 
 
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [
+        ("0.3.10", False),
+        ("0.3.11", True),
+        ("0.3.12.post1", True),
+        ("0.4.0", False),
+        ("0.6.5", False),
+        ("", False),
+    ],
+)
+def test_another_interface_counts_as_not_installed(monkeypatch, version, fits):
+    def of_package(name):
+        assert name == "quack-kernels"
+        if version:
+            return version
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "version", of_package)
+    gathered.installed.cache_clear()
+    try:
+        assert gathered.installed() == fits
+    finally:
+        gathered.installed.cache_clear()
+
+
 def test_on_a_cpu_there_is_nothing_to_choose(monkeypatch):
     monkeypatch.delenv("FMOE_GROUPED_MM", raising=False)
     assert not gathered.able(*shapes(2)) and not gathered.chosen(*shapes(2))
@@ -257,7 +283,7 @@ def test_on_a_cpu_there_is_nothing_to_choose(monkeypatch):
 
 # ---- on a GPU ----------------------------------------------------------------------------------------------
 
-GPU = torch.cuda.is_available() and importlib.util.find_spec("quack") is not None
+GPU = torch.cuda.is_available() and gathered.installed()
 SHAPES = {"narrow": (512, 128, 8, 4), "wide": (256, 768, 5, 2), "one expert": (256, 64, 1, 1)}
 
 

@@ -9,8 +9,9 @@ for products in fp8, the kernels of ``persistent.py`` and ``activation.py`` do t
 """
 
 import functools
-import importlib.util
+import importlib.metadata
 import os
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from . import fused, grouped, tuned
 from .tuned import Tile
 
 ENGINE = grouped.LAYERS
+VERSIONS = "0.3.11", "0.4"  # from the first on and below the second: whose interface this file follows
 LINE = 8  # numbers in 16 bytes, of which rows must be whole
 PRODUCTS = "up", "down", "up inputs", "up weight", "down inputs", "down weight"
 WIDE = 2048  # hidden numbers of an expert, from which on what its rows cost beside products is little
@@ -37,7 +39,8 @@ def chosen(x: torch.Tensor, w_in: torch.Tensor) -> bool:
     if not able(x, w_in):
         if wanted == ENGINE and x.is_cuda:
             got = f"{x.dtype} of {w_in.shape[3]} numbers and hidden ones of {w_in.shape[2]} on {x.device}"
-            expected = f"quack-kernels, a Hopper GPU, bfloat16 or float16, and multiples of {LINE} numbers"
+            package = "quack-kernels from {} to before {}".format(*VERSIONS)
+            expected = f"{package}, a Hopper GPU, bfloat16 or float16, and multiples of {LINE} numbers"
             remedy = f"Install fmoe[hopper], or unset {grouped.OVERRIDE}."
             raise argument_error("experts_grouped_mm", "x_SD", got=got, expected=expected, remedy=remedy)
         return False
@@ -88,8 +91,13 @@ def serve(t: torch.Tensor) -> bool:
 
 @functools.cache
 def installed() -> bool:
-    """Whether quack-kernels can be imported."""
-    return importlib.util.find_spec("quack") is not None
+    """Whether quack-kernels are installed, of ``VERSIONS``."""
+    try:
+        version = importlib.metadata.version("quack-kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    first, beyond = (tuple(map(int, text.split("."))) for text in VERSIONS)
+    return first <= tuple(map(int, re.findall(r"\d+", version)[:3])) < beyond
 
 
 def empty_paired(like: torch.Tensor, rows: Any, hidden: Any) -> torch.Tensor:
