@@ -31,7 +31,7 @@ def argument_error(
 
 
 def check_kind(function: str, argument: str, value: Any, kind: type, remedy: str | None = None) -> None:
-    """Raise that ``ValueError`` unless ``value`` is of a class.
+    """Raise :func:`argument_error` unless ``value`` is of a class.
 
     >>> check_kind("combine", "plan", None, dict, "Pass what dispatch gives.")
     Traceback (most recent call last):
@@ -55,7 +55,7 @@ def is_pair(value: Any) -> bool:
 
 
 def check_function(function: str, argument: str, value: Any) -> None:
-    """Raise that ``ValueError`` unless ``value`` can be called.
+    """Raise :func:`argument_error` unless ``value`` can be called.
 
     >>> check_function("remat", "fn", None)
     Traceback (most recent call last):

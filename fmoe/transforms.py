@@ -461,7 +461,6 @@ def exact_on_overflow(fast: Callable[..., Any], exact: Callable[..., Any]) -> Ca
     >>> y.shape, stats.overflow
     (torch.Size([5, 8]), tensor(0))
     """
-
     check_function("exact_on_overflow", "fast", fast)
     check_function("exact_on_overflow", "exact", exact)
 

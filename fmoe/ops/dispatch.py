@@ -71,8 +71,8 @@ def dispatch(
 
     Differentiable in ``x_TD`` and, through ``plan.weights_SK``, in ``routing.weights_TK``.
 
-    Raises ``ValueError`` if ``routing`` doesn't describe the rows of ``x_TD``, for an axis that isn't bound,
-    and experts that can't be spread over it equally.
+    Raises ``ValueError`` if ``routing`` doesn't describe the rows of ``x_TD``, or its ids aren't int64, for
+    an axis that isn't bound, and for experts that can't be spread over it equally.
 
     >>> import fmoe, torch
     >>> router = fmoe.RouterParams(torch.eye(2), torch.zeros(2))

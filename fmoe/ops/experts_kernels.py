@@ -184,7 +184,7 @@ def up_fake(x: Any, w_in: Any, weights: Any, slot: Any, *rest: Any) -> Tensors:
 
 
 def unused(act: torch.Tensor) -> torch.Tensor:
-    """In place of an activation that nobody will take: it holds no memory."""
+    """What stands for an activation that nobody will read. It has no elements."""
     return act.new_empty(0) if act.dim() == 2 else act
 
 

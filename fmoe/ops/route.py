@@ -166,8 +166,8 @@ def route(
     Arithmetic is float32 (float64 for float64 tokens) whatever the dtype of the tokens. Gradients
     reach ``weight_ED`` and ``x_TD`` through weights and scores; that of ``bias_E`` is zero.
 
-    Raises ``ValueError`` for shapes that don't fit, for a bias in less than float32, for a ``config`` E
-    experts can't satisfy, and for noise without keys.
+    Raises ``ValueError`` for arguments of other kinds, for shapes that don't fit, for a bias in less than
+    float32, for a ``config`` E experts can't satisfy, and for noise without keys.
 
     >>> router = RouterParams(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]), torch.zeros(3))
     >>> routing = route(router, torch.tensor([[4.0, 0.0]]), RouterConfig(top_k=2))

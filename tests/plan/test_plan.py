@@ -434,6 +434,26 @@ def test_what_plain_attention_holds(monkeypatch):
     assert dry_run.plain_attention_backward(how, ()) == pytest.approx(got, rel=0.1)
 
 
+def check_held_by_experts(rows, tokens, dim, hidden, num, precision, rel):
+    """What plans state of each raw kernel is what it holds beyond its results."""
+    new, raw = functools.partial(torch.empty, dtype=BFLOAT16), experts_kernels
+    x, h, g = new(tokens, dim), new(rows, 2, hidden), new(tokens, dim)
+    w_in, w_out, weights = new(num, 2, hidden, dim), new(num, dim, hidden), torch.empty(tokens, 2)
+    layout = weights, torch.zeros(rows), torch.empty(tokens, 2), torch.empty(num), False, precision
+    for stated, kernel, args in (
+        (dry_run._experts_up, raw.up, (x, w_in, *layout)),
+        (dry_run._experts_up_backward, raw.up_backward, (h, x, w_in, *layout)),
+        (dry_run._experts_up_backward_inputs, raw.up_inputs, (h, x, w_in, *layout)),
+        (dry_run._experts_up_backward_weight, raw.up_weight, (h, x, w_in, *layout)),
+        (dry_run._experts_down, raw.down, (h, w_out, *layout, None)),  # without an activation
+        (dry_run._experts_down_backward, raw.down_backward, (g, h, w_out, *layout)),
+        (dry_run._experts_down_backward_inputs, raw.down_inputs, (g, h, w_out, *layout)),
+        (dry_run._experts_down_backward_weight, raw.down_weight, (g, h, w_out, *layout)),
+    ):
+        got = beyond_results(lambda kernel=kernel, args=args: kernel(*args))
+        assert stated(args, ()) == pytest.approx(got, rel=rel), kernel
+
+
 def test_what_the_experts_hold(monkeypatch):
     """Triton's kernels give one tensor each and hold nothing; with such in their place, what is left."""
     rows, tokens, dim, hidden, num = 256, 128, 48, 40, 4
@@ -446,22 +466,7 @@ def test_what_the_experts_hold(monkeypatch):
     monkeypatch.setattr(experts_kernels.grouped, "mm", lambda x, w, offsets: new(x.shape[0], w.shape[2]))
     outer = lambda x, y, offsets: new(num, x.shape[1], y.shape[1])  # noqa: E731
     monkeypatch.setattr(experts_kernels.grouped, "outer", outer)
-    x, h, g = new(tokens, dim), new(rows, 2, hidden), new(tokens, dim)
-    w_in, w_out, weights = new(num, 2, hidden, dim), new(num, dim, hidden), torch.empty(tokens, 2)
-    layout = weights, torch.empty(rows), torch.empty(tokens, 2), torch.empty(num), False, None
-    for stated, kernel, args in (
-        (dry_run._experts_up, experts_kernels.up, (x, w_in)),
-        (dry_run._experts_up_backward, experts_kernels.up_backward, (h, x, w_in)),
-        (dry_run._experts_down, experts_kernels.down, (h, w_out)),
-        (dry_run._experts_down_backward, experts_kernels.down_backward, (g, h, w_out)),
-        (dry_run._experts_up_backward_inputs, experts_kernels.up_inputs, (h, x, w_in)),
-        (dry_run._experts_up_backward_weight, experts_kernels.up_weight, (h, x, w_in)),
-        (dry_run._experts_down_backward_inputs, experts_kernels.down_inputs, (g, h, w_out)),
-        (dry_run._experts_down_backward_weight, experts_kernels.down_weight, (g, h, w_out)),
-    ):
-        given = *args, *layout, *[None] * (kernel is experts_kernels.down)  # no activation yet
-        got = beyond_results(lambda kernel=kernel, given=given: kernel(*given))
-        assert stated(given, ()) == pytest.approx(got, rel=0.02), kernel
+    check_held_by_experts(rows, tokens, dim, hidden, num, None, rel=0.02)
 
 
 def test_what_the_experts_hold_in_fp8(monkeypatch):
@@ -498,22 +503,7 @@ def test_what_the_experts_hold_in_fp8(monkeypatch):
     backward = lambda g, h, rows, scaled: (torch.empty_like(h), torch.empty_like(rows.weights_SK))  # noqa: E731
     monkeypatch.setattr(experts_kernels, "_activation_backward", backward)
     monkeypatch.setattr(experts_kernels, "weighted_sum_kernel", lambda y, *how: new(tokens, y.shape[1]))
-    x, h, g = new(tokens, dim), new(rows, 2, hidden), new(tokens, dim)
-    w_in, w_out, weights = new(num, 2, hidden, dim), new(num, dim, hidden), torch.empty(tokens, 2)
-    layout = weights, torch.zeros(rows), torch.empty(tokens, 2), torch.empty(num), False, "fp8_rowwise"
-    for stated, kernel, args in (
-        (dry_run._experts_up, experts_kernels.up, (x, w_in)),
-        (dry_run._experts_up_backward, experts_kernels.up_backward, (h, x, w_in)),
-        (dry_run._experts_up_backward_inputs, experts_kernels.up_inputs, (h, x, w_in)),
-        (dry_run._experts_up_backward_weight, experts_kernels.up_weight, (h, x, w_in)),
-        (dry_run._experts_down, experts_kernels.down, (h, w_out)),
-        (dry_run._experts_down_backward, experts_kernels.down_backward, (g, h, w_out)),
-        (dry_run._experts_down_backward_inputs, experts_kernels.down_inputs, (g, h, w_out)),
-        (dry_run._experts_down_backward_weight, experts_kernels.down_weight, (g, h, w_out)),
-    ):
-        given = *args, *layout, *[None] * (kernel is experts_kernels.down)  # no activation yet
-        got = beyond_results(lambda kernel=kernel, given=given: kernel(*given))
-        assert stated(given, ()) == pytest.approx(got, rel=0.05), kernel
+    check_held_by_experts(rows, tokens, dim, hidden, num, "fp8_rowwise", rel=0.05)
 
 
 def test_what_the_loss_holds():

@@ -24,7 +24,7 @@ ENGINE = grouped.LAYERS
 VERSIONS = "0.3.11", "0.4"  # from the first on and below the second: whose interface this file follows
 LINE = 8  # numbers in 16 bytes, of which rows must be whole
 PRODUCTS = "up", "down", "up inputs", "up weight", "down inputs", "down weight"
-WIDE = 2048  # hidden numbers of an expert, from which on what its rows cost beside products is little
+WIDE = 2048  # from so many hidden numbers on, moving rows costs little beside an expert's products
 
 
 def chosen(x: torch.Tensor, w_in: torch.Tensor) -> bool:
