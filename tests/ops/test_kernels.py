@@ -113,6 +113,15 @@ def test_layout(ids):
 
 
 @ON_KERNELS
+@pytest.mark.parametrize("number", [1, 1023, 2500])
+def test_rows_of_one_number(number):
+    from fmoe.ops.kernels import rows
+
+    x, index = torch.randn(3000, 1, device=DEVICE), torch.randint(-1, 3000, (number,), device=DEVICE)
+    assert torch.equal(rows.gather(x, index), torch.where(index[:, None] < 0, 0, x[index]))
+
+
+@ON_KERNELS
 @pytest.mark.parametrize("copies", [200, 30, 1])
 @pytest.mark.parametrize("tokens", [0, 1, 150])
 def test_ways(tokens, copies):
