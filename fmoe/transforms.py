@@ -19,6 +19,7 @@ from torch._C import _functorch as functorch
 
 from .errors import TransformError, argument_error, check_function
 from .ops.balance import MoEStats
+from .ops.core import engine
 from .ops.core.derive import replaced
 from .ops.core.dtensors import local
 from .ops.core.naming import check_names
@@ -409,7 +410,7 @@ def value_and_grad(
             out = fn(*replaced(args, positions, trees), **kwargs)
             value = _scalar(out, has_aux)
             if value.requires_grad:
-                grads = torch.autograd.grad(value, variables, materialize_grads=True)
+                grads = engine.grad(value, variables, materialize_grads=True)
             else:
                 grads = tuple(torch.zeros_like(v) for v in variables)
         detached = optree.tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, out)

@@ -16,6 +16,7 @@ from ..errors import argument_error
 from ..graphs import graphed
 from ..introspect import kept_bytes
 from ..models.moe import MoEParams
+from ..ops.core import engine
 from ..ops.experts import ExpertParams
 from ..ops.kernels import grouped
 from ..ops.kernels.scaled import keeping_rounded
@@ -97,7 +98,7 @@ class Run(NamedTuple):
 
     def step(self, layer: Layer) -> tuple[torch.Tensor, ...]:
         y = layer(self.params, self.x)
-        return (y.detach(), *torch.autograd.grad(y, self.leaves(), self.cotangent))
+        return (y.detach(), *engine.grad(y, self.leaves(), self.cotangent))
 
     def arranged(self, layout: Callable[[ExpertParams], Any]) -> "Run":
         """The same arguments, with the experts' weights as a peer keeps them."""
@@ -302,7 +303,7 @@ def _costs(run: Run, layer: Layer) -> tuple[float, float | None, int | None]:
     edge = torch.autograd.graph.get_gradient_edge(y)
     del y
     saved = torch.cuda.memory_allocated() - before
-    grads = torch.autograd.grad(edge, run.leaves(), run.cotangent)
+    grads = engine.grad(edge, run.leaves(), run.cotangent)
     peak = torch.cuda.max_memory_allocated() - before
     del edge, grads
     return saved / 2**20, peak / 2**20, syncs(functools.partial(run.step, layer))

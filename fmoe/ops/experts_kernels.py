@@ -176,6 +176,11 @@ def _found(rows: Layout, *, weighted: bool = False) -> gathered.Rows:
     return gathered.rows_of(slot, offsets, row.shape[1], weights if weighted else None)
 
 
+def _found_for(h: torch.Tensor, rows: Layout) -> gathered.Rows | None:
+    """The same if those products made ``h``, else ``None``."""
+    return _found(rows) if _gathered(h, rows) else None
+
+
 def up_fake(x: Any, w_in: Any, weights: Any, slot: Any, *rest: Any) -> Tensors:
     num_rows, hidden = slot.shape[0], w_in.shape[2]
     if _gathers(x, w_in, Layout(weights, slot, *rest)):
@@ -197,27 +202,40 @@ def up(x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> Tensors:
 
 
 def up_backward(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> Tensors:
-    g_x, g_weights = up_inputs(g_h, x, w_in, *fields)  # its large tensors go before the next ones
-    return g_x, up_weight(g_h, x, w_in, *fields), g_weights
+    rows = Layout(*fields)
+    found = _found_for(g_h, rows)
+    g_x, g_weights = _up_inputs(g_h, x, w_in, rows, found)  # its large tensors go before the next ones
+    return g_x, _up_weight(g_h, x, w_in, rows, found), g_weights
 
 
 def up_inputs(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> Tensors:
     rows = Layout(*fields)
+    return _up_inputs(g_h, x, w_in, rows, _found_for(g_h, rows))
+
+
+def up_weight(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> torch.Tensor:
+    rows = Layout(*fields)
+    return _up_weight(g_h, x, w_in, rows, _found_for(g_h, rows))
+
+
+def _up_inputs(
+    g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, rows: Layout, found: gathered.Rows | None
+) -> Tensors:
     weights, slot, row, *_ = rows
-    if _gathered(g_h, rows):
-        g_x_RD = gathered.up_inputs(g_h, w_in, _found(rows))
-    else:
-        g_x_RD = _mm(g_h.flatten(1), w_in.flatten(1, 2), rows)
+    of_all = w_in.flatten(1, 2)
+    g_x_RD = gathered.up_inputs(g_h, w_in, found) if found else _mm(g_h.flatten(1), of_all, rows)
     if rows.score_before:
         g_weights = weight_gradients_kernel(x, g_x_RD, weights, slot, row)
         return weighted_sum_kernel(g_x_RD, weights, slot, row), g_weights
     return weighted_sum_kernel(g_x_RD, None, slot, row), weights.new_empty(0)
 
 
-def up_weight(g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, *fields: Any) -> torch.Tensor:
-    rows = Layout(*fields).of_weight
-    if _gathered(g_h, rows):
-        return gathered.up_weight(g_h, x, _found(rows))
+def _up_weight(
+    g_h: torch.Tensor, x: torch.Tensor, w_in: torch.Tensor, rows: Layout, found: gathered.Rows | None
+) -> torch.Tensor:
+    if found:
+        return gathered.up_weight(g_h, x, found)
+    rows = rows.of_weight
     g_RF = g_h.flatten(1)
     x_RD = _expanded_columns(x, w_in, rows, weighted=rows.score_before)
     g: Any = scaled.columns(g_RF, rows.offsets_e) if isinstance(x_RD, scaled.Columns) else g_RF

@@ -6,13 +6,17 @@ twice if a node computes only what is asked for, as PyTorch's own do, and operat
 other node, such as that of a recomputed or compiled layer, gives its weights' gradients in the first half.
 """
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from ..ops.core import engine
 
 Gradients = list[torch.Tensor | None]
 NODES_LIVE_ALONE = torch.__version__ >= "2.13"  # before, one written in Python dies with the graph it is in
@@ -57,7 +61,8 @@ def input_gradient(
     ]
     try:
         wanted = [x, *(leaves[i] for i in now)]
-        g, *some = torch.autograd.grad(outputs, wanted, cotangents, retain_graph=True, allow_unused=True)
+        with _donating():
+            g, *some = engine.grad(outputs, wanted, cotangents, retain_graph=True, allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()
@@ -83,19 +88,26 @@ def weight_gradients(rest: Rest, leaves: Sequence[torch.Tensor]) -> Gradients:
         several = zip(nodes, given) if len(nodes) > 1 else ()
         hooks = [node.register_prehook(lambda _, noted=noted: noted) for node, noted in several if noted]
         try:
-            grads = torch.autograd.grad(
-                [edge for edge, _ in edges],
-                [leaves[i] for i in which],
-                [g for _, g in edges],
-                retain_graph=True,
-                allow_unused=True,
-            )
+            with _donating():
+                grads = engine.grad(
+                    [edge for edge, _ in edges],
+                    [leaves[i] for i in which],
+                    [g for _, g in edges],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
         finally:
             for hook in hooks:
                 hook.remove()
         for i, gradient in zip(which, grads):
             found[i] = gradient
     return found
+
+
+def _donating() -> AbstractContextManager[None]:
+    """Compiled nodes may write into what they kept, for each runs once, though the graph is retained."""
+    config: Any = sys.modules.get("torch._functorch.config")  # where something is compiled
+    return config.patch(donated_buffer=False) if config else nullcontext()
 
 
 def _users(outputs: Sequence[GradientEdge]) -> Mapping[Any, list[Any]]:

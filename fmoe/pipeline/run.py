@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..errors import argument_error
+from ..ops.core import engine
 from ..ops.core.dtypes import accumulator
 from ..ops.core.primitive import kernel
 from ..parallel.backends.wire import process_group
@@ -297,7 +298,7 @@ class Step:
         wanted = [*([] if x is None else [x]), *self.used(stage)]
         found: Gradients = [None] * len(wanted)
         if outputs:
-            found = [*torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True)]
+            found = [*engine.grad(outputs, wanted, cotangents, allow_unused=True)]
         if x is not None:
             g, *found = found
             self.give(stage, "B", m, torch.zeros_like(x) if g is None else g)

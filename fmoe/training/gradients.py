@@ -4,6 +4,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import optree
@@ -16,11 +17,12 @@ from ..models.checks import check_mtp
 from ..models.config import DecoderConfig
 from ..models.stages import Stages
 from ..ops.balance import MoEStats, merge_stats
+from ..ops.core import engine
 from ..ops.core.axes import check_mesh
 from ..ops.core.dtensors import as_dtensor, is_dtensor, local, map_local
 from ..ops.core.dtypes import accumulator
 from ..ops.kernels.scaled import keeping_rounded
-from ..ops.precision import FAST, recipe_of
+from ..ops.precision import FAST, Recipe, recipe_of
 from ..parallel.boundary import dtensor_beneath, unwrapped
 from ..parallel.mesh import is_pipeline
 from ..parallel.placement import use, where_placed
@@ -163,14 +165,9 @@ def of_model(
     check_zero("of_model", zero)
     check_mesh("of_model", mesh)
     recipe = recipe_of("of_model", how.get("precision"))
-    if keep_rounded and {recipe.experts, recipe.dense}.isdisjoint(FAST):
-        expected, remedy = f"False without a precision of {FAST}", "Pass one, or keep nothing."
-        raise argument_error("of_model", "keep_rounded", got=keep_rounded, expected=expected, remedy=remedy)
-    keep_rounded = keep_rounded and micro_batches > 1
     alone = mesh is None or mesh.size() == 1
-    if keep_rounded and zero == 3 and not alone:
-        expected = "1 or 2 with keep_rounded: 3 doesn't keep weights"
-        raise argument_error("of_model", "zero", got=zero, expected=expected, remedy="Use zero=1.")
+    if keep_rounded:
+        keep_rounded = keeps("of_model", recipe, zero, micro_batches, alone=alone)
     if mesh is not None and is_pipeline(mesh):
         setup = pipelined.set_up("of_model", config, mesh, micro_batches, schedule, stages, how)
         return pipelined.value_and_grad_of(setup, zero, keep_rounded)
@@ -202,7 +199,8 @@ def of_model(
         value_and_grads = _of_share(of_whole, 1.0 if mesh is None else 1 / mesh.size())
 
         def run(params: Any, *batch: torch.Tensor) -> Any:
-            return of_placed(value_and_grads, params, batch, micro_batches, zero, keep_rounded)
+            keeping = keeping_rounded if keep_rounded else nullcontext
+            return of_placed(value_and_grads, params, batch, micro_batches, zero, keeping)
 
         def out_specs(where: P, have: Any) -> Any:
             return (P(), P()), have
@@ -220,6 +218,18 @@ def of_model(
     return call
 
 
+def keeps(function: str, recipe: Recipe, zero: int, micro_batches: int, *, alone: bool) -> bool:
+    """Whether ``keep_rounded`` keeps something. Raises ``ValueError`` where nothing could be kept."""
+    error = functools.partial(argument_error, function)
+    if {recipe.experts, recipe.dense}.isdisjoint(FAST):
+        expected, remedy = f"False without a precision of {FAST}", "Pass one, or keep nothing."
+        raise error("keep_rounded", got=True, expected=expected, remedy=remedy)
+    if zero == 3 and micro_batches > 1 and not alone:
+        expected = "1 or 2 with keep_rounded: 3 doesn't keep weights"
+        raise error("zero", got=zero, expected=expected, remedy="Use zero=1.")
+    return micro_batches > 1
+
+
 def check_zero(function: str, zero: int) -> None:
     if zero not in (1, 2, 3):
         raise argument_error(function, "zero", got=repr(zero), expected="1, 2 or 3")
@@ -231,11 +241,12 @@ def of_placed(
     batch: tuple[torch.Tensor, ...],
     micro_batches: int,
     zero: int,
-    keep_rounded: bool = False,
+    keeping: Callable[[list[torch.Tensor]], AbstractContextManager[Any]] = nullcontext,
 ) -> Any:
     """A model's value and gradients on one device, with its placed params gathered once: ``zero`` 1 or 2.
 
     ``value_and_grad_fn`` is of whole params and a micro-batch. The gradients are those of the pieces.
+    All micro-batches are computed while ``keeping`` of the whole params is entered.
     """
 
     def one(whole: Any, *part: torch.Tensor) -> Any:
@@ -244,7 +255,7 @@ def of_placed(
 
     of_batch = _accumulated(one, micro_batches, wide=True) if micro_batches > 1 else one
     whole = by_parts(use, params)
-    with keeping_rounded(optree.tree_leaves(whole) if keep_rounded else ()):
+    with keeping(optree.tree_leaves(whole)):
         out, grads = of_batch(whole, *batch)
     del whole
     return out, grads if zero == 2 else scattered(params, grads)
@@ -261,7 +272,7 @@ def _of_share(loss: Callable[..., Any], share: float) -> Callable[..., Any]:
             value, stats = loss(structure.unflatten(given), *batch)
         check_captured(given, [value])
         seed = torch.full_like(value, share)
-        grads = torch.autograd.grad(value, variables, seed, materialize_grads=True)
+        grads = engine.grad(value, variables, seed, materialize_grads=True)
         return (value.detach(), stats), structure.unflatten(grads)
 
     return call

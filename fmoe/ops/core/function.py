@@ -56,8 +56,7 @@ def eager_function(op: Any) -> Any:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         outputs = as_tuple(output)
-        if rules.vjp is None and any(o.is_floating_point() for o in outputs):
-            raise TypeError(f"{op.name}: declared without a vjp, yet it has a floating-point output.")
+        check_constant(op, outputs)
         ctx.num_kept = len(inputs) - n
         ctx.where = [i for i, value in enumerate(inputs) if isinstance(value, torch.Tensor)]
         ctx.outputs = [(o.shape, o.dtype, o.device) for o in outputs[: op.num_values]]
@@ -121,9 +120,18 @@ class _Unbound(torch.autograd.Function):
         return plainly.apply(*unwrap_dead_wrappers(args))
 
 
-def no_derivative() -> bool:
-    """Whether nothing is differentiated or mapped now, as in a backward that makes no graph."""
-    some = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+def check_constant(op: Any, outputs: Tensors) -> None:
+    """Raise ``TypeError`` for an operator without a ``vjp`` that would need one."""
+    if op.rules.vjp is None and any(o.is_floating_point() for o in outputs):
+        raise TypeError(f"{op.name}: declared without a vjp, yet it has a floating-point output.")
+
+
+def no_derivative(*, constant: bool = False) -> bool:
+    """Whether nothing is differentiated or mapped now, as in a backward that makes no graph.
+
+    Nor is what an operator gives that is ``constant``, unless ``torch.func`` or forward AD is at work.
+    """
+    some = torch._C._are_functorch_transforms_active() or (torch.is_grad_enabled() and not constant)
     return not some and forward_ad._current_level < 0
 
 

@@ -25,7 +25,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 
 from .derive import Rules, Tensors, as_tuple, derive, few, inputs_alone
 from .dynamo import hidden_from_dynamo
-from .function import eager_function, no_derivative, traced_function
+from .function import check_constant, eager_function, no_derivative, traced_function
 from .modes import without_autocast
 from .refuse import Unsupported, refuse_transforms_inside_compile
 from .tape import current_tape
@@ -94,7 +94,12 @@ def _eager(op: Operator, args: tuple[Any, ...]) -> Any:
     tape = current_tape()
     if tape is not None:
         return tape.call(op, args)
-    return op.raw(*unwrap_dead_wrappers(args)) if no_derivative() else op.function.apply(*args)
+    if not no_derivative(constant=op.rules.vjp is None):
+        return op.function.apply(*args)
+    with torch.no_grad():  # that a kernel in PyTorch records nothing
+        found = op.raw(*unwrap_dead_wrappers(args))
+    check_constant(op, as_tuple(found))
+    return found
 
 
 def declare(
