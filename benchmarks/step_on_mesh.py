@@ -157,7 +157,7 @@ def planned(args: argparse.Namespace, way: argparse.Namespace, config: Any, pp: 
         zero=way.zero, per_layer=fmoe.transforms.per_layer(way.remat), compiled=way.compile,
         optimizer=optim.adamw(moments_dtype=precision.moments), rates=read_rates(args.rates),
         backend=fmoe.parallel.Backend(**options.bounds(way.ep_capacity), payload=way.ep_payload),
-        precision=precision.recipe,
+        precision=precision.recipe, keep_rounded=way.keep_rounded,
     )  # fmt: skip
     if pp > 1:
         sizes = dict(pp=pp, micro_batches=way.micro_batches, stages_per_rank=way.stages_per_rank)

@@ -178,7 +178,8 @@ def plan(args: argparse.Namespace) -> None:
         config, args.mesh, batch_size=args.batch_size, seq_len=_seq_len(args, config),
         micro_batches=args.micro_batches, zero=args.zero, per_layer=per_layer(args.remat),
         imbalance=args.imbalance, optimizer=optimizer, schedule=_schedule(args), compiled=args.compile,
-        rates=args.rates and read_rates(args.rates), precision=args.precision, backend=backend, **dtypes,
+        rates=args.rates and read_rates(args.rates), precision=args.precision, backend=backend,
+        keep_rounded=args.keep_rounded, **dtypes,
     )  # fmt: skip
     if args.json:
         ranks = [{**rank._asdict(), "peak": rank.peak} for rank in found.ranks]
@@ -266,6 +267,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--micro-batches", type=int, default=1)
     how_often = "parameters are gathered and gradients summed: 3 each micro-batch, 1 once a step, 2 between"
     add("--zero", type=int, default=3, choices=(1, 2, 3), help=how_often)
+    add("--keep-rounded", action="store_true", help="weights are rounded to fp8 once a step, and kept")
     add("--pp-schedule", choices=KINDS, default="1f1b", help="of a mesh with pp")
     add("--stages-per-rank", type=int, help="default: 1 for 1f1b, else 2")
     add("--imbalance", type=float, default=1.0, help="the busiest device's rows over the mean")

@@ -24,7 +24,7 @@ from ..parallel.backends.bounds import Bound
 from ..parallel.mesh import AXES, parse_axes
 from ..parallel.placement import token_axes
 from ..pipeline.schedule import Schedule
-from ..training.gradients import check_zero
+from ..training.gradients import check_zero, keeps
 from ..training.optim import Optimizer, adamw
 from ..training.pipelined import chosen
 from .dry_run import Rows
@@ -87,6 +87,7 @@ def plan(
     rates: Rates | None = None,
     compiled: bool = False,
     precision: str | Recipe | None = None,
+    keep_rounded: bool = False,
 ) -> Plan:
     """Plan the memory, the traffic and the time of a training step on each device, without using any.
 
@@ -111,6 +112,7 @@ def plan(
     compiled       for the time: whether each layer is compiled, so that neighbouring elementwise operators
                    run as one
     precision      of products, as for ``decoder.loss``; but only those that kernels compute
+    keep_rounded   as for :func:`fmoe.training.gradients.of_model`; on a CPU nothing is kept
     -> Plan
     =============  =======================================================================
 
@@ -122,7 +124,7 @@ def plan(
 
     Raises ``ValueError`` for sizes below 1, for a ``seq_len`` above ``config.max_seq_len``, for sizes that
     the mesh doesn't divide, for another ``zero``, for a schedule or stages that don't fit the mesh, for other
-    devices, and for a precision without kernels.
+    devices, for a precision without kernels, and for ``keep_rounded`` where ``of_model`` refuses it.
 
     >>> from fmoe.models.decoder import num_params, preset
     >>> found = plan(preset("debug"), batch_size=4, seq_len=64, device_type="cpu")
@@ -160,6 +162,9 @@ def plan(
         raise error("mesh", got=repr(mesh), expected=expected, remedy=remedy)
     words, named = (mesh, {}) if isinstance(mesh, str) else ("", mesh)
     sizes = dict(zip(AXES, parse_axes("plan", words, named)))
+    if keep_rounded:
+        alone = math.prod(sizes.values()) == 1
+        keep_rounded = keeps("plan", recipe, zero, micro_batches, alone=alone)
     pp = sizes["pp"]
     here: Any = MeshOfSizes({axis: n for axis, n in sizes.items() if axis != "pp"})
     devices = math.prod(axis_sizes(here)[axis] for axis in token_axes(here))
@@ -182,7 +187,7 @@ def plan(
     job = Job(
         config, here, batch, micro_batches, dtype, compute_dtype or dtype, reduce_dtype, zero, per_layer,
         optimizer or adamw(), max_norm, logits_bytes, segments, rows, device_type == "cuda", rates, compiled,
-        recipe, bounded.payload,
+        recipe, bounded.payload, keep_rounded,
     )  # fmt: skip
     _check_links(rates, sizes)
     whole: Any = MeshOfSizes(sizes)

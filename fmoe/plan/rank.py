@@ -4,6 +4,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import optree
@@ -27,9 +28,10 @@ from ..training.gradients import accumulate, of_placed
 from ..training.optim import Optimizer, clip_factor, global_norm
 from ..training.zero import collected
 from ..transforms import value_and_grad
-from .dry_run import CUBLAS, DryRun, Mark, Rows, Totals
+from .dry_run import DryRun, Mark, Rows, Totals
 from .rates import Rates
 from .stopwatch import Stopwatch
+from .workspaces import CUBLAS
 
 PARTS = ("parameters", "converted", "gradients", "optimizer", "activations", "workspace")
 
@@ -44,8 +46,8 @@ class RankPlan(NamedTuple):
     ===============  ====================================================================
     ``layers``       for each of its stages, the first layer and the one after the last
     ``parameters``   in the dtype they are kept in
-    ``converted``    copies of them, gathered or cast, between forward and backward, of all micro-batches in
-                     flight; in ``phases`` all that exist
+    ``converted``    copies of them, gathered, cast or kept in fp8, between forward and backward, of all
+                     micro-batches in flight; in ``phases`` all that exist
     ``gradients``    as the optimizer gets them; in ``phases`` also the sums of micro-batches
     ``optimizer``    its state
     ``activations``  between forward and backward, by kind of operator, of all micro-batches in flight
@@ -121,6 +123,7 @@ class Job(NamedTuple):
     compiled: bool = False
     recipe: Recipe = Recipe()
     payload: str | None = None
+    keep_rounded: bool = False
 
 
 class Stepped(NamedTuple):
@@ -181,7 +184,7 @@ def step(job: Job, tree: ModelParams, differentiate: Differentiate) -> Stepped:
         run.mark("differentiated")
         if watch:
             watch.compiled, watch.kind = False, "optimizer"
-        owned["converted"] = {*run.copies}
+        owned["converted"] = run.copies | run.kept
         owned["gradients"] |= run.numbers(grads)
         scale = None if job.max_norm is None else clip_factor(global_norm(grads), job.max_norm)
         run.mark("clipped")
@@ -225,8 +228,8 @@ def plan_alone(job: Job) -> RankPlan:
         **done.of_update(),
     }
     totals = run.totals.copy()
-    for _ in range(job.micro_batches - parts):
-        totals.update(run.since(*began))
+    for _ in range(job.micro_batches - parts):  # computed like the second, and added like the first
+        totals.update(run.since(began[1], ended[1]) + run.since(ended[0], began[1]))
     held = done.memory(kept | (alive & owned["converted"]))
     return described(job, ((0, job.config.num_layers),), done, phases, held, 1, totals)
 
@@ -303,11 +306,13 @@ def _differentiated(
 
         return call
 
-    if job.zero == 3 or job.mesh.size() == 1:
+    if (job.zero == 3 or job.mesh.size() == 1) and not job.keep_rounded:
         return accumulate(watched(value_and_grad(of_pieces, has_aux=True)), parts)(params, tokens)
     with torch.no_grad():
         have, here = on_its_devices(job, tree, params)
-        out, grads = of_placed(watched(value_and_grad(loss, has_aux=True)), here, (tokens,), parts, job.zero)
+        value_and_grads = watched(value_and_grad(loss, has_aux=True))
+        keeping = run.keeping_rounded if job.keep_rounded else nullcontext
+        out, grads = of_placed(value_and_grads, here, (tokens,), parts, job.zero, keeping)
         return out, collected(params, grads, have, job.mesh)
 
 

@@ -40,10 +40,14 @@ from .time import of_pipeline
 
 
 class Effect(NamedTuple):
-    """One computation: a micro-batch's memory at its peak and afterwards, and what was counted."""
+    """One computation: a micro-batch's memory at its peak and afterwards, and what was counted.
+
+    ``lasting`` is what it leaves to the rest of the step: sums of gradients, and weights kept in fp8.
+    """
 
     peak: Memory
     after: Memory
+    lasting: Memory
     totals: Totals
 
 
@@ -53,7 +57,6 @@ class Sample(NamedTuple):
     ===========  ======================================================================
     ``done``     the dry run that they are from
     ``effects``  of each of the rank's stages and kinds: for the first micro-batch, and for a later one
-    ``sums``     for each of its stages, the bytes of summed gradients
     ``base``     what is held all the time
     ``phases``   the peaks of what isn't a stage's computation
     ``around``   what is counted there
@@ -62,17 +65,16 @@ class Sample(NamedTuple):
 
     done: Stepped
     effects: dict[tuple[int, Kind], list[Effect]]
-    sums: list[int]
     base: Memory
     phases: dict[str, Memory]
     around: Totals
 
 
 class _Noted(NamedTuple):
-    """Where each computation began and ended, and the storages of each stage's summed gradients."""
+    """Where each computation began and ended, and the storages of summed gradients."""
 
     spans: dict[Action, tuple[Mark, Mark]]
-    sums: defaultdict[int, set[int]]
+    sums: set[int]
 
 
 class _Sampled(Step):
@@ -99,7 +101,7 @@ class _Sampled(Step):
         self.owned["gradients"] |= self.dry.numbers(found)
         before = self.dry.numbers(self.gradients)
         super().add(stage, found)
-        self.noted.sums[stage] |= self.dry.numbers(self.gradients) - before
+        self.noted.sums.update(self.dry.numbers(self.gradients) - before)
 
 
 def plan_in_stages(
@@ -114,10 +116,10 @@ def plan_in_stages(
     ranks = tuple(replay(job, schedule, stages, rank, samples[first]) for rank, first in enumerate(like))
     if not job.rates:
         return ranks, 0.0, 0.0
-    times: dict[tuple[int, str], float] = {
-        (schedule.stages(rank)[i], kind): spent(effects[-1].totals)
+    times = {
+        action: spent(effect.totals)
         for rank, first in enumerate(like)
-        for (i, kind), effects in samples[first].effects.items()
+        for action, effect in _of_each(schedule, rank, samples[first]).items()
     }
     around = [spent(samples[first].around) for first in like]
     transfer = job.rates.sending(message(job), "pp", "pipeline")
@@ -157,41 +159,46 @@ def sample(job: Job, schedule: Schedule, stages: Stages, rank: int, everywhere: 
     group = SimpleNamespace(group_name=f"pp={len(schedule.actions)}")
     on = {"dtype": job.compute_dtype}
     setup = Setup("plan", job.config, rank, group, job.mesh, everywhere, schedule, stages, on, each)
-    noted = _Noted({}, defaultdict(set))
+    noted = _Noted({}, set())
     done = step(job, tree, functools.partial(_differentiated, job, setup, tree, noted))
     run, owned, spans, marks = done.run, done.owned, noted.spans, done.run.marks
     before = {
         (a.stage, a.micro_batch): run.alive(start.at) for a, (start, _) in spans.items() if a.kind == "F"
     }
-    sums = set().union(*noted.sums.values())
-    owned["gradients"] |= sums
+    lasting = noted.sums | run.kept
+    owned["gradients"] |= noted.sums
     owned["activations"] = set()
     for action, (_, end) in spans.items():
-        kept = run.alive(end.at) - before[action.stage, action.micro_batch]
-        owned["activations"] |= kept - sums - owned["converted"] - owned["gradients"]
+        made = run.alive(end.at) - before[action.stage, action.micro_batch]
+        owned["activations"] |= made - owned["converted"] - owned["gradients"]
     effects: defaultdict[tuple[int, Kind], list[Effect]] = defaultdict(list)
     for action, (start, end) in spans.items():
-        others = before[action.stage, action.micro_batch]
-        peak = run.alive(run.peak(start.at, end.at)[1]) - others
-        after = run.alive(end.at) - others - sums
-        effect = Effect(done.memory(peak), done.memory(after), run.since(start, end))
+        others, had = before[action.stage, action.micro_batch], lasting & run.alive(start.at)
+        highest = run.alive(run.peak(start.at, end.at)[1]) - others - had
+        left = run.alive(end.at) - others - had
+        peak, after, more = map(done.memory, (highest, left - lasting, left & lasting))
+        effect = Effect(peak, after, more, run.since(start, end))
         effects[mine.index(action.stage), action.kind].append(effect)
     (started,), (first,), (last,), (end,) = (marks[m] for m in ("started", "first", "last", "differentiated"))
     phases = {"forward": done.most((started, first)), "backward": done.most((last, end)), **done.of_update()}
     base = done.memory(run.alive(first.at))
     around = run.totals - run.since(first, last)
-    return Sample(done, dict(effects), [run.size(noted.sums[s]) for s in mine], base, phases, around)
+    return Sample(done, dict(effects), base, phases, around)
 
 
 def _two_of_each(schedule: Schedule, rank: int) -> list[Action]:
-    """Computations of two micro-batches of each stage, or of one, for each way to divide its backward."""
+    """Computations of two micro-batches of each stage, or of one, for each way to divide its backward.
+
+    Those of a stage begin with its first micro-batch.
+    """
     computed: defaultdict[tuple[int, int], list[Action]] = defaultdict(list)
     for action in schedule.computations(rank):
         computed[action.stage, action.micro_batch].append(action)
     ways: defaultdict[tuple[int, str], list[list[Action]]] = defaultdict(list)
     for (stage, _), listed in computed.items():
         ways[stage, "".join(action.kind for action in listed)].append(listed)
-    return [action for _, several in sorted(ways.items()) for listed in several[:2] for action in listed]
+    by_stage = sorted(ways.items(), key=lambda way: way[0][0])
+    return [action for _, several in by_stage for listed in several[:2] for action in listed]
 
 
 def _differentiated(
@@ -214,7 +221,8 @@ def _differentiated(
         sampled = _Sampled(schedule, line, stages, variables, seed)
         sampled.dry, sampled.owned, sampled.noted = dry, owned, noted
         dry.mark("first")
-        ran = sampled.run(_two_of_each(schedule, line.rank))
+        with dry.keeping_rounded(variables if job.keep_rounded else ()):
+            ran = sampled.run(_two_of_each(schedule, line.rank))
         dry.mark("last")
         return ran
 
@@ -225,6 +233,16 @@ def _differentiated(
         return out, collected(params, grads, have, job.mesh)
 
 
+def _of_each(schedule: Schedule, rank: int, sample: Sample) -> dict[Action, Effect]:
+    """The effect of each of a rank's computations: of a stage's first micro-batch, or of a later one."""
+    mine, found, begun = schedule.stages(rank), dict[Action, Effect](), set[tuple[int, Kind]]()
+    for action in schedule.computations(rank):
+        key = mine.index(action.stage), action.kind
+        found[action] = sample.effects[key][-1 if key in begun else 0]
+        begun.add(key)
+    return found
+
+
 def _kept(memory: Memory) -> int:
     """Bytes between forward and backward, without gradients that wait for a second half."""
     return sum(n for (part, _), n in memory.items() if part in ("activations", "converted"))
@@ -232,13 +250,13 @@ def _kept(memory: Memory) -> int:
 
 def replay(job: Job, schedule: Schedule, stages: Stages, rank: int, sample: Sample) -> RankPlan:
     """The plan of a rank whose stages are like those of ``sample``."""
-    mine, nbytes = schedule.stages(rank), message(job)
+    nbytes, effects = message(job), _of_each(schedule, rank, sample)
     phases, live, totals = dict(sample.phases), sample.base.copy(), sample.around.copy()
     held: dict[tuple[int, int], Memory] = {}  # of forwards whose backward isn't done
     most: Memory = Counter()  # of these, when they are largest
     waiting = Counter[tuple[int, str, int]]()  # what has come, and what will go
     going: list[Action] = []
-    in_flight, summed = 0, set[int]()
+    in_flight = 0
     for action in schedule.actions[rank]:
         stage, kind, m, _, moment = action
         if moment is not None:
@@ -253,20 +271,15 @@ def replay(job: Job, schedule: Schedule, stages: Stages, rank: int, sample: Samp
                 waiting[stage, kind, m] = nbytes
             continue
         waiting.pop((stage, "RECV_F" if kind == "F" else "RECV_B", m), None)
-        seen = sample.effects[mine.index(stage), kind]
-        effect = seen[0] if stage not in summed else seen[-1]
-        before = held.pop((stage, m), Counter())
-        live.subtract(before)
+        effect = effects[action]
+        live.subtract(held.pop((stage, m), Counter()))
         phase = "forward" if kind == "F" else "backward"
         peak = live + effect.peak
         peak["workspace", "pipeline"] += waiting.total()
         phases[phase] = max(phases[phase], peak, key=on_device)
         totals.update(effect.totals)
-        if kind in ("B", "W"):
-            if stage not in summed:
-                live["gradients", ""] += sample.sums[mine.index(stage)]
-            summed.add(stage)
-        else:
+        live.update(effect.lasting)
+        if kind in ("F", "I"):
             held[stage, m] = effect.after
             live.update(effect.after)
         in_flight = max(in_flight, len(held))
@@ -276,7 +289,7 @@ def replay(job: Job, schedule: Schedule, stages: Stages, rank: int, sample: Samp
             here = schedule.stage_to_rank[to] == rank
             way = "F" if kind == "F" else "B"
             waiting[(to, f"RECV_{way}", m) if here else (stage, f"SEND_{way}", m)] = nbytes
-    # With parameters that are gathered once, copies are in the base.
-    most["converted", ""] += sample.base["converted", ""]
-    layers = tuple(stages.layers[s] for s in mine)
+    # Parameters that are gathered once, and weights that are kept in fp8, are there to the end.
+    most["converted", ""] += live["converted", ""]
+    layers = tuple(stages.layers[s] for s in schedule.stages(rank))
     return described(job, layers, sample.done, phases, most, in_flight, totals)

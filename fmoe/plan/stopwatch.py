@@ -8,8 +8,9 @@ import optree
 import torch
 
 from ..introspect import operator_class
-from .dry_run import PURPOSE, SENT, Mark, Totals, axes_along
+from .dry_run import Mark, Totals
 from .rates import Rates
+from .sent import PURPOSE, SENT, axes_along
 from .work import NONE, Work, touched, work
 
 BEGUN = {"fmoe::begin_gather", "fmoe::begin_reduce"}
@@ -62,8 +63,9 @@ class Stopwatch:
         kwargs: Any,
         outputs: Sequence[torch.Tensor],
         workspace: int,
+        spared: int = 0,
     ) -> None:
-        """An operator has run, which held ``workspace`` bytes."""
+        """An operator has run, which held ``workspace`` bytes. ``spared`` are bytes of passes left out."""
         sent = None
         if name in SENT:
             along, purpose, begun = axes_along(args), PURPOSE.get(name, "sums"), name in BEGUN
@@ -72,6 +74,7 @@ class Stopwatch:
             done = Work("memory", 0, 0 if begun else 2 * max(0, workspace))  # packed, and unpacked
         elif (done := work(name, func, args, kwargs, outputs)) == NONE:
             return
+        done = done._replace(passed=done.passed - spared)
         given = [t for t in optree.tree_leaves(args) if isinstance(t, torch.Tensor)]
         read, made = ({self.number(t): touched(t) for t in tensors} for tensors in (given, outputs))
         compiled = self.compiled and not func._schema.is_mutable

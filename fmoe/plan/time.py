@@ -36,23 +36,23 @@ class Time(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured(Costs):
-    """A time for each stage and kind of computation."""
+    """A time for each computation."""
 
-    times: Mapping[tuple[int, str], float] = field(default_factory=dict)
+    times: Mapping[Action, float] = field(default_factory=dict)
 
     def of(self, action: Action) -> float:
-        return self.times[action.stage, action.kind]
+        return self.times[action]
 
 
 def of_pipeline(
     schedule: Schedule,
-    times: Mapping[tuple[int, str], float],
+    times: Mapping[Action, float],
     around: Sequence[float],
     transfer: float,
 ) -> tuple[float, float]:
     """Seconds of a step, and by how many of these it is longer than if stages' results came at once.
 
-    ``times`` are of stages' computations, ``around`` of what each rank does before and after all of its own,
+    ``times`` are of all computations, ``around`` of what each rank does before and after all of its own,
     and ``transfer`` that in which a stage's result goes to another rank.
     """
     now, late = (

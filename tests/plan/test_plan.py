@@ -28,7 +28,7 @@ from fmoe.parallel import Backend, collective_ops
 from fmoe.parallel.backends.wire import process_group
 from fmoe.parallel.placement import computing, token_axes
 from fmoe.params import is_spec
-from fmoe.plan import copies_per_token, dry_run, plan
+from fmoe.plan import copies_per_token, dry_run, plan, workspaces
 from fmoe.training import gradients, optim
 
 SMALL = dataclasses.replace(preset("debug"), num_layers=3, vocab_size=1000)
@@ -161,7 +161,9 @@ def test_segments_in_float32_take_a_mask(dtype):
     q = torch.empty(2, 64, 4, 8, dtype=dtype)
     mask = 4 * 2 * 64 * 64 * (dtype == torch.float32)
     for name, args in (("attention", (q, q, q)), ("attention_backward", (q, q, q, q, 1.0, q, q))):
-        plain, segments = (dry_run.WORKSPACES[f"fmoe::{kind}{name}"](args, ()) for kind in ("", "segment_"))
+        plain, segments = (
+            workspaces.WORKSPACES[f"fmoe::{kind}{name}"](args, ()) for kind in ("", "segment_")
+        )
         assert segments - plain == mask
 
 
@@ -426,32 +428,33 @@ def beyond_results(fn):
 def test_what_plain_attention_holds(monkeypatch):
     monkeypatch.setenv(attention.kernels.OVERRIDE, "plain")
     q, k, v = (torch.randn(2, 160, 3, n).bfloat16() for n in (24, 24, 16))
-    stated = dry_run.plain_attention((q, k, v, 0.3), ())
+    stated = workspaces.plain_attention((q, k, v, 0.3), ())
     assert stated == pytest.approx(beyond_results(lambda: attention._forward_kernel(q, k, v, 0.3)), rel=0.1)
     y, lse = attention._forward_kernel(q, k, v, 0.3)
     how = torch.randn_like(y), q, k, v, 0.3, y, lse
     got = beyond_results(lambda: attention._backward_kernel(*how))
-    assert dry_run.plain_attention_backward(how, ()) == pytest.approx(got, rel=0.1)
+    assert workspaces.plain_attention_backward(how, ()) == pytest.approx(got, rel=0.1)
 
 
-def check_held_by_experts(rows, tokens, dim, hidden, num, precision, rel):
+def check_held_by_experts(rows, tokens, dim, hidden, num, precision, rel, kept=False):
     """What plans state of each raw kernel is what it holds beyond its results."""
     new, raw = functools.partial(torch.empty, dtype=BFLOAT16), experts_kernels
     x, h, g = new(tokens, dim), new(rows, 2, hidden), new(tokens, dim)
     w_in, w_out, weights = new(num, 2, hidden, dim), new(num, dim, hidden), torch.empty(tokens, 2)
     layout = weights, torch.zeros(rows), torch.empty(tokens, 2), torch.empty(num), False, precision
-    for stated, kernel, args in (
-        (dry_run._experts_up, raw.up, (x, w_in, *layout)),
-        (dry_run._experts_up_backward, raw.up_backward, (h, x, w_in, *layout)),
-        (dry_run._experts_up_backward_inputs, raw.up_inputs, (h, x, w_in, *layout)),
-        (dry_run._experts_up_backward_weight, raw.up_weight, (h, x, w_in, *layout)),
-        (dry_run._experts_down, raw.down, (h, w_out, *layout, None)),  # without an activation
-        (dry_run._experts_down_backward, raw.down_backward, (g, h, w_out, *layout)),
-        (dry_run._experts_down_backward_inputs, raw.down_inputs, (g, h, w_out, *layout)),
-        (dry_run._experts_down_backward_weight, raw.down_weight, (g, h, w_out, *layout)),
+    stated = workspaces.WORKSPACES | (workspaces.KEPT if kept else {})
+    for name, kernel, args in (
+        ("up", raw.up, (x, w_in, *layout)),
+        ("up_backward", raw.up_backward, (h, x, w_in, *layout)),
+        ("up_backward_inputs", raw.up_inputs, (h, x, w_in, *layout)),
+        ("up_backward_weight", raw.up_weight, (h, x, w_in, *layout)),
+        ("down", raw.down, (h, w_out, *layout, None)),  # without an activation
+        ("down_backward", raw.down_backward, (g, h, w_out, *layout)),
+        ("down_backward_inputs", raw.down_inputs, (g, h, w_out, *layout)),
+        ("down_backward_weight", raw.down_weight, (g, h, w_out, *layout)),
     ):
         got = beyond_results(lambda kernel=kernel, args=args: kernel(*args))
-        assert stated(args, ()) == pytest.approx(got, rel=rel), kernel
+        assert stated[f"fmoe::experts_{name}"](args, ()) == pytest.approx(got, rel=rel), name
 
 
 def test_what_the_experts_hold(monkeypatch):
@@ -469,7 +472,8 @@ def test_what_the_experts_hold(monkeypatch):
     check_held_by_experts(rows, tokens, dim, hidden, num, None, rel=0.02)
 
 
-def test_what_the_experts_hold_in_fp8(monkeypatch):
+@pytest.mark.parametrize("kept", [False, True], ids=["", "weights kept"])
+def test_what_the_experts_hold_in_fp8(kept, monkeypatch):
     """The same, with tensors of one byte in place of what is quantised."""
     quantise = pytest.importorskip("fmoe.ops.kernels.quantise", exc_type=ImportError)
     kernel = pytest.importorskip("fmoe.ops.kernels.columns", exc_type=ImportError)
@@ -492,7 +496,15 @@ def test_what_the_experts_hold_in_fp8(monkeypatch):
     monkeypatch.setattr(scaled, "fast", lambda precision, x, *dims: precision is not None)
     monkeypatch.setattr(scaled, "rows", lambda x: scaled_rows(*x.shape))
     monkeypatch.setattr(fused, "expand", lambda x, *how: x.new_empty(rows, x.shape[1]))
-    monkeypatch.setattr(scaled, "_weights", lambda w: scaled_rows(num, w.shape[2], w.shape[1]))
+    made = [scaled_rows(num, 2 * hidden, dim), scaled_rows(num, dim, 2 * hidden)]
+    made += [scaled_rows(num, dim, hidden), scaled_rows(num, hidden, dim)]
+    there = {each.values.shape: each for each in made if kept}
+
+    def of_weights(w):
+        shape = w.mT.shape
+        return there.get(shape) or scaled_rows(*shape)
+
+    monkeypatch.setattr(scaled, "_weights", of_weights)
     monkeypatch.setattr(scaled, "columns", lambda x, ends: columns(x.shape[1]))
     monkeypatch.setattr(kernel, "of_tokens", lambda x, *how: columns(x.shape[1]))
     monkeypatch.setattr(quantise, "activated", lambda h, ends: scaled_rows(rows, hidden))
@@ -503,21 +515,21 @@ def test_what_the_experts_hold_in_fp8(monkeypatch):
     backward = lambda g, h, rows, scaled: (torch.empty_like(h), torch.empty_like(rows.weights_SK))  # noqa: E731
     monkeypatch.setattr(experts_kernels, "_activation_backward", backward)
     monkeypatch.setattr(experts_kernels, "weighted_sum_kernel", lambda y, *how: new(tokens, y.shape[1]))
-    check_held_by_experts(rows, tokens, dim, hidden, num, "fp8_rowwise", rel=0.05)
+    check_held_by_experts(rows, tokens, dim, hidden, num, "fp8_rowwise", 0.05, kept)
 
 
 def test_what_the_loss_holds():
     x, weight, index = torch.randn(512, 16), torch.randn(8192, 16), torch.randint(8192, (512,))
     how = x, weight, index, 4 * 512 * 1024
     got = beyond_results(lambda: cross_entropy_terms.raw(*how))
-    assert dry_run._cross_entropy(how, ()) == pytest.approx(got, rel=0.05)
+    assert workspaces._cross_entropy(how, ()) == pytest.approx(got, rel=0.05)
     out = cross_entropy_terms.raw(*how)
     how = torch.randn_like(out), *how, out
     got = beyond_results(lambda: cross_entropy_terms_backward.raw(*how))
-    assert dry_run._cross_entropy_backward(how, ()) == pytest.approx(got, rel=0.1)
+    assert workspaces._cross_entropy_backward(how, ()) == pytest.approx(got, rel=0.1)
     how = x, weight, index, 4 * 8192 * 128
     got = beyond_results(lambda: cross_entropy_sum.raw(*how))
-    assert dry_run._cross_entropy_sum(how, ()) == pytest.approx(got, rel=0.1)
+    assert workspaces._cross_entropy_sum(how, ()) == pytest.approx(got, rel=0.1)
 
 
 # ---- the command -----------------------------------------------------------------------------------

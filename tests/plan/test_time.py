@@ -228,7 +228,8 @@ def test_a_pipeline_takes_as_long_as_its_clock_says(schedule):
 
 def test_stages_that_take_equal_times_have_the_bubble_of_the_schedule():
     made = make_schedule("interleaved", pp=4, micro_batches=8)
-    times = {(stage, kind): 1.0 + (kind == "B") for stage in range(8) for kind in "FB"}
+    computed = [action for rank in range(4) for action in made.computations(rank)]
+    times = {action: 1.0 + (action.kind == "B") for action in computed}
     seconds, waits = time.of_pipeline(made, times, [0.0] * 4, 0.0)
     assert 1 - 8 * 6 / seconds == pytest.approx(bubble(made))
     assert waits == 0
