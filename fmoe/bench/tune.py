@@ -113,12 +113,12 @@ def _comparisons(
     if not gathered.able(run.x, w_in):
         return [(product, able, {}) for product in products(shape, dtype)]
     sizes, (apart, together) = gathered.sizes(w_in), (Choice(able[0].engine), Choice(gathered.ENGINE))
-    layer = tuned.key("layer", sizes, dtype)
+    layer, rows_each = tuned.key("layer", sizes, dtype), shape.tokens * shape.top_k // shape.experts
     return [
         *(
             (
                 gathered.key(product, sizes, dtype),
-                _tiles(gathered.usual(product, shape.hidden)),
+                _tiles(gathered.usual(product, shape.hidden, rows_each)),
                 {layer: together},
             )
             for product in gathered.PRODUCTS

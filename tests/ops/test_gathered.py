@@ -239,14 +239,17 @@ def test_the_benchmark_has_it_beside_the_others(quack, monkeypatch):
         assert error(found[name](params, x), ours) < 1e-5 and quack
 
 
-def test_a_tile_without_tuning_fits_the_hidden_numbers(quack):
-    cols = {hidden: gathered.usual("down inputs", hidden).cols for hidden in (512, 768, 1408)}
+@pytest.mark.parametrize("crowded", [3, 4])  # experts have 3 rows on average
+def test_a_tile_without_tuning_fits_the_sizes(quack, monkeypatch, crowded):
+    cols = {hidden: gathered.usual("down inputs", hidden, 1).cols for hidden in (512, 768, 1408)}
     assert cols == {512: 256, 768: 256, 1408: 128}
+    monkeypatch.setattr(gathered, "CROWDED", crowded)
+    assert gathered.usual("up", 512, 3).cluster == (2 if crowded == 3 else 1)
     (params, config), x = layer_of(hidden=4), torch.randn(8, DIM)
     fmoe.value_and_grad(lambda p, x: fmoe.moe_forward(p, x, router=config).sum(), (0, 1))(params, x)
     used = [(config["tile_m"], config["tile_n"], config["cluster_m"]) for config in quack_double.configs]
     order = "up", "down", "down inputs", "down weight", "up inputs", "up weight"
-    tiles = [gathered.usual(product, 4) for product in order]
+    tiles = [gathered.usual(product, 4, 8 * TOP_K // EXPERTS) for product in order]
     assert used == [(tile.rows, tile.cols, tile.cluster) for tile in tiles]
 
 

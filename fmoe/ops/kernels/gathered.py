@@ -25,6 +25,7 @@ VERSIONS = "0.3.11", "0.4"  # from the first on and below the second: whose inte
 LINE = 8  # numbers in 16 bytes, of which rows must be whole
 PRODUCTS = "up", "down", "up inputs", "up weight", "down inputs", "down weight"
 WIDE = 2048  # from so many hidden numbers on, moving rows costs little beside an expert's products
+CROWDED = 1024  # rows of an expert, on average, from which on two tiles of them may share its weights
 
 
 def chosen(x: torch.Tensor, w_in: torch.Tensor) -> bool:
@@ -55,15 +56,22 @@ def key(product: str, sizes: tuple[int, int, int], dtype: torch.dtype) -> str:
     return tuned.key(f"gathered {product}", sizes, dtype)
 
 
-@functools.cache
-def usual(product: str, hidden: int) -> Tile:
+def usual(product: str, hidden: int, rows_each: int) -> Tile:
     """The tile of one of ``PRODUCTS`` that no file names, for experts of so many hidden numbers.
 
     Four warps compute a tile while four others store theirs, or eight compute one together. These were the
-    fastest on average over layers of five sizes, of eleven tiles with and without clusters.
+    fastest on average over layers of eight sizes, of eleven tiles with and without clusters. ``rows_each``
+    are an expert's rows on average.
     """
+    return _usual(product, hidden, rows_each >= CROWDED)
+
+
+@functools.cache
+def _usual(product: str, hidden: int, crowded: bool) -> Tile:
     wide = Tile(128, 256, 64, warps=8, stages=0)
     match product:
+        case "up":
+            return wide._replace(cluster=2 if crowded else 1)
         case "down" | "up inputs":
             return Tile(192, 128, 64, warps=4, stages=0)
         case "down inputs":
@@ -156,7 +164,7 @@ def up(x: torch.Tensor, w_in: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, t
         return h.zero_(), act.zero_()
     _quack().gemm_gated_tuned.fn(
         _lines(x), _lines(w_in).flatten(1, 2).mT, _pairs(h), act, activation="swiglu", concat_layout=("B",),
-        cu_seqlens_m=rows.starts, A_idx=rows.source, config=_config("up", sizes(w_in), x),
+        cu_seqlens_m=rows.starts, A_idx=rows.source, config=_config("up", sizes(w_in), x, rows),
     )  # fmt: skip
     return h, act
 
@@ -195,7 +203,8 @@ def down_inputs(
     g_h, act = empty_paired(h, num_rows, hidden), h.new_empty(num_rows, hidden)
     if not g.numel() or not num_rows:
         return g_h.zero_(), h.new_zeros(num_rows, dtype=torch.float32), act.zero_()
-    interface, config = _quack(), _config("down inputs", (w_out.shape[0], w_out.shape[1], hidden), g)
+    experts, dim, _ = w_out.shape
+    interface, config = _quack(), _config("down inputs", (experts, dim, hidden), g, rows)
     sums = interface.gemm_dgated_tuned.fn(
         _lines(g), _lines(w_out), _pairs(h), _pairs(g_h), act, colvec_scale=rows.weights, colvec_reduce=True,
         cu_seqlens_m=rows.starts, A_idx=rows.source, dynamic_scheduler=False, config=config,
@@ -234,7 +243,7 @@ def _gemm(
         a, b, out,
         cu_seqlens_m=None if summed else rows.starts, cu_seqlens_k=rows.starts if summed else None,
         A_idx=rows.source if gather else None, concat_layout=concat and (concat,),
-        config=_config(product, size, a),
+        config=_config(product, size, a, rows),
     )  # fmt: skip
 
 
@@ -245,11 +254,11 @@ def _quack() -> Any:
     return gemm_interface
 
 
-def _config(product: str, size: tuple[int, int, int], x: torch.Tensor) -> Any:
+def _config(product: str, size: tuple[int, int, int], x: torch.Tensor, rows: Rows) -> Any:
     """The tile of a product, which a file may name."""
     known = tuned.choices(x.device)
     found = known.get(key(product, size, x.dtype)) if known else None
-    return _made((found and found.tile) or usual(product, size[2]))
+    return _made((found and found.tile) or usual(product, size[2], rows.source.shape[0] // size[0]))
 
 
 @functools.cache
