@@ -1,5 +1,6 @@
 """Errors: each says which function, which argument, what it got, what it expected, and what to do."""
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -28,6 +29,16 @@ def argument_error(
     """
     text = f"{function}: {argument}: got {got}, expected {expected}."
     return ValueError(f"{text} {remedy}" if remedy else text)
+
+
+def some(texts: Sequence[str], separator: str = ", ", most: int = 8) -> str:
+    """The first of several texts, and how many more there are.
+
+    >>> some(["a", "b", "c", "d"], most=2)
+    'a, b and 2 more'
+    """
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return separator.join(texts[:most]) + more
 
 
 def check_kind(function: str, argument: str, value: Any, kind: type, remedy: str | None = None) -> None:

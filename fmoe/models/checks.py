@@ -10,7 +10,7 @@ import optree
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..errors import argument_error
+from ..errors import argument_error, some
 from ..ops.core.axes import axis_sizes, describe
 from ..ops.core.dtypes import product_dtype
 from ..ops.route import RouterConfig, Routing
@@ -132,7 +132,7 @@ def check_params(function: str, params: Any, specs: Any, wanted: Any, mesh: Devi
         if found != expected:
             wrong.append(f"{name} {'a plain tensor' if plain else 'a DTensor'} of {found}, not {expected}")
     if wrong or len(leaves) != len(described):
-        got = "; ".join(wrong) or f"{len(leaves)} tensors"
+        got = some(wrong, "; ") or f"{len(leaves)} tensors"
         all_of_them = f"{len(described)} tensors of config, on {describe(mesh)}"
         remedy = "Place them with fmoe.shard_params(params, mesh, decoder.specs(config))."
         raise argument_error(function, "params", got=got, expected=all_of_them, remedy=remedy)

@@ -15,7 +15,7 @@ import optree
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..errors import argument_error
+from ..errors import argument_error, some
 from ..ops.core.dtensors import is_dtensor, local
 from ..ops.core.memory import alone
 from ..parallel.placement import held_pieces
@@ -310,7 +310,7 @@ def _checked(leaves: list[Leaf], params: ModelParams) -> list[torch.Tensor]:
         elif not parts and (value.to_local() if is_dtensor(value) else value).any():
             wrong.append(f"{name} not zero, which has no place in its family")
     if wrong:
-        got, expected = "; ".join(wrong), "the parameters of config"
+        got, expected = some(wrong, "; "), "the parameters of config"
         remedy = "Pass the configuration the parameters were made for."
         raise argument_error("huggingface.save", "params", got=got, expected=expected, remedy=remedy)
     return [found[leaf.name].detach() for leaf in leaves]

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ..errors import argument_error
+from ..errors import argument_error, some
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ def check_alike(function: str, values: Mapping[str, Any]) -> None:
     first, *others = from_all(values)
     for rank, other in enumerate(others, 1):
         if found := [text for name in first for text in differences(name, first[name], other[name])]:
-            got = f"on rank {rank}, beside rank 0: {'; '.join(found)}"
+            got = f"on rank {rank}, beside rank 0: {some(found, '; ')}"
             expected = "the same on every rank"
             remedy = "Start all ranks with the same options."
             raise argument_error(function, ", ".join(values), got=got, expected=expected, remedy=remedy)

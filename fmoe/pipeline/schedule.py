@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
-from ..errors import argument_error
+from ..errors import argument_error, some
 from .clock import UNIT, Action, Costs, Fill, Moment, Timed, check_costs, receiver, run_clock
 from .orders import IN_HALVES, KINDS, order
 
@@ -154,7 +154,7 @@ def from_computations(
     check_costs("from_computations", costs, len(stage_to_rank))
     if wrong := _misplaced(listed, stage_to_rank):
         expected = "F and B, or F, I and W, of each stage and micro-batch once, on the stage's rank"
-        raise error("orders", got=_some(wrong), expected=expected)
+        raise error("orders", got=some(wrong), expected=expected)
     moments = run_clock(listed, stage_to_rank, costs)
     _check_ended("from_computations", "orders", listed, moments)
     actions = _with_transfers(moments, stage_to_rank, len(listed))
@@ -280,12 +280,8 @@ def _check_ended(
     done = Counter(timed.rank for moment in moments for timed in moment.began)
     stuck = [f"rank {r} before {order[done[r]]}" for r, order in enumerate(orders) if done[r] < len(order)]
     if stuck:
-        got = f"ranks that wait for each other: {_some(stuck)}"
+        got = f"ranks that wait for each other: {some(stuck)}"
         raise argument_error(function, argument, got=got, expected="an order in which one can always go on")
-
-
-def _some(texts: Sequence[str], most: int = 8) -> str:
-    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
 def _end(moments: Sequence[Moment]) -> float:

@@ -11,7 +11,7 @@ import optree
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..errors import argument_error
+from ..errors import argument_error, some
 from ..models import decoder
 from ..models.checks import check_mtp
 from ..models.config import DecoderConfig
@@ -37,7 +37,6 @@ from . import pipelined
 from .optim import global_norm, trained_by_default
 from .zero import by_parts, collected, scattered
 
-NAMES_SHOWN = 8
 REMEDY = "Resume from the last checkpoint with a lower learning rate, a longer warm-up or other data."
 
 
@@ -47,7 +46,8 @@ def accumulate(value_and_grad_fn: Callable[..., Any], num_micro_batches: int) ->
     ==================  =======================================================================
     value_and_grad_fn   ``(params, *batch) -> (value, grads)`` or ``((value, aux), grads)``, as
                         ``fmoe.value_and_grad`` makes it; the value is a mean over the batch
-    num_micro_batches   into how many parts, as equal as can be, a batch's first dimension is cut
+    num_micro_batches   into how many parts, as equal as can be, a batch's first dimension is cut; a plain
+                        tensor of fewer rows is cut into its rows
     -> function         the same function of the whole batch, within summation order
     ==================  =======================================================================
 
@@ -345,9 +345,9 @@ def computing_in(fn: Callable[..., Any], dtype: torch.dtype, *, keep: Any = None
 
 def _split(tensor: torch.Tensor, parts: int) -> list[torch.Tensor]:
     """Parts of a batch's rows, as equal as can be. Those of a DTensor stay where they are."""
-    pieces = local(tensor).tensor_split(parts)
     if not is_dtensor(tensor):
-        return [*pieces]
+        return [*tensor.tensor_split(min(parts, max(1, len(tensor))))]
+    pieces = local(tensor).tensor_split(parts)  # as many on devices with fewer rows
     return [as_dtensor(piece, tensor.device_mesh, tensor.placements) for piece in pieces]
 
 
@@ -433,9 +433,7 @@ def _not_finite(tree: Any, mesh: DeviceMesh | None) -> str:
     if mesh is not None and is_pipeline(mesh):  # all ranks along pp are here
         listed = sorted({leaf for of_rank in from_all(listed, mesh.get_group("pp")) for leaf in of_rank})
     bad = [name for _, name, finite in listed[::-1] if not finite]
-    shown = ", ".join(bad[:NAMES_SHOWN]) or "none"
-    rest = f" and {len(bad) - NAMES_SHOWN} more" if len(bad) > NAMES_SHOWN else ""
-    return f"{len(bad)} of {len(listed)} tensors: {shown}{rest}"
+    return f"{len(bad)} of {len(listed)} tensors: {some(bad) or 'none'}"
 
 
 def _merged(shares: torch.Tensor, *parts: Any) -> Any:

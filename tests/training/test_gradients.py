@@ -139,6 +139,14 @@ def test_two_leaves_of_one_gradient_tensor() -> None:
     torch.testing.assert_close(grads, {"a": expected, "b": expected})
 
 
+def test_a_batch_of_few_rows_is_cut_into_these() -> None:
+    """An empty part has no mean."""
+    mean = fmoe.value_and_grad(lambda w, x: (w * x).mean())
+    args = torch.tensor(2.0, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    for found, expected in zip(accumulate(mean, 7)(*args), mean(*args)):
+        torch.testing.assert_close(found, expected)
+
+
 def test_batches_that_cannot_be_cut_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"accumulate: batch: got tensors of \[6, 5\] rows, expected as many"

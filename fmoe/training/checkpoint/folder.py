@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ...errors import argument_error
+from ...errors import argument_error, some
 
 VERSION = 2
 DESCRIPTION = "checkpoint.json"
@@ -77,7 +77,8 @@ def damage(path: Path) -> str:
     if isinstance(description, str):
         return description
     sizes = ((name, _size(path / name), file["bytes"]) for name, file in description["files"].items())
-    return "; ".join(f"{name} of {size} bytes, which had {had}" for name, size, had in sizes if size != had)
+    wrong = [f"{name} of {size} bytes, which had {had}" for name, size, had in sizes if size != had]
+    return some(wrong, "; ")
 
 
 def changed(path: Path, names: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ...errors import argument_error
+from ...errors import argument_error, some
 from ...parallel.mesh import is_pipeline
 from ...parallel.together import differences, from_all, num_ranks, together
 from ...tree import check_tensors, dotted_names
@@ -58,7 +58,7 @@ def described_along(
         for rank, theirs in enumerate(of_ranks):
             both = {name: text for name, text in theirs.items() if name in found}
             if wrong := differences(argument, {name: found[name] for name in both}, both):
-                got = f"on rank {rank} along pp, beside another: {'; '.join(wrong)}"
+                got = f"on rank {rank} along pp, beside another: {some(wrong, '; ')}"
                 raise argument_error(function, argument, got=got, expected="the same on every rank")
             found = theirs | found
     return found
