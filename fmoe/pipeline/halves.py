@@ -4,6 +4,7 @@ The first half runs the nodes between outputs and input. On the way it notes wha
 weights flow into, too. The second half runs those nodes again, for their weights only. This costs nothing
 twice if a node computes only what is asked for, as PyTorch's own do, and operators declared ``by_need``. Any
 other node, such as that of a recomputed or compiled layer, gives its weights' gradients in the first half.
+So does whatever would make such a node run again, or what lies between two uses of one weight.
 """
 
 import sys
@@ -52,7 +53,7 @@ def input_gradient(
     (tensor(5.), [tensor(3.)])
     """
     users = _users(outputs)
-    on_the_way, _ = _above(get_gradient_edge(x).node, users, ())
+    on_the_way, _ = _above([get_gradient_edge(x).node], users, ())
     now, groups = _grouped([get_gradient_edge(leaf).node for leaf in leaves], users, on_the_way)
     hooks = [
         node.register_prehook(_keeper(group.given, i))
@@ -84,21 +85,14 @@ def weight_gradients(rest: Rest, leaves: Sequence[torch.Tensor]) -> Gradients:
         ]
         if not edges:
             continue
-        # Where one node lies above another, what flows into the lower one is in what was noted there.
-        several = zip(nodes, given) if len(nodes) > 1 else ()
-        hooks = [node.register_prehook(lambda _, noted=noted: noted) for node, noted in several if noted]
-        try:
-            with _donating():
-                grads = engine.grad(
-                    [edge for edge, _ in edges],
-                    [leaves[i] for i in which],
-                    [g for _, g in edges],
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with _donating():
+            grads = engine.grad(
+                [edge for edge, _ in edges],
+                [leaves[i] for i in which],
+                [g for _, g in edges],
+                retain_graph=True,
+                allow_unused=True,
+            )
         for i, gradient in zip(which, grads):
             found[i] = gradient
     return found
@@ -127,10 +121,10 @@ def _users(outputs: Sequence[GradientEdge]) -> Mapping[Any, list[Any]]:
 
 
 def _above(
-    start: Any, users: Mapping[Any, list[Any]], stop: Collection[Any]
+    start: Sequence[Any], users: Mapping[Any, list[Any]], stop: Collection[Any]
 ) -> tuple[set[Any], dict[Any, None]]:
     """The nodes from ``start`` upwards, up to those in ``stop``, and which of these were met."""
-    found, met, waiting = {start}, dict[Any, None](), [start]
+    found, met, waiting = {*start}, dict[Any, None](), [*start]
     while waiting:
         for user in users.get(waiting.pop(), ()):
             if user in stop:
@@ -144,11 +138,16 @@ def _above(
 def _grouped(
     leaves: Sequence[Any], users: Mapping[Any, list[Any]], on_the_way: set[Any]
 ) -> tuple[list[int], list[Group]]:
-    """Which leaves get their gradients now, and groups of the others: each node is in one."""
+    """Which leaves get their gradients now, and groups of the others: each node is in one.
+
+    In the second half, a group's nodes run, and those between them and its leaves.
+    """
     now: list[int] = []
     owners: dict[Any, tuple[dict[Any, None], list[int]]] = {}
+    whole: list[set[Any]] = []  # what runs for a leaf alone, and computes everything
     for i, leaf in enumerate(leaves):
-        _, met = _above(leaf, users, on_the_way)
+        below, met = _above([leaf], users, on_the_way)
+        whole.append({node for node in below if not _by_need(node)})
         if not all(map(_by_need, met)):
             now.append(i)
             continue
@@ -157,8 +156,25 @@ def _grouped(
             joined[0].update(nodes)
             joined[1].extend(several)
         owners |= dict.fromkeys(joined[0], joined)
-    each = {id(owner): owner for owner in owners.values()}.values()
-    return now, [Group([*nodes], [()] * len(nodes), sorted(several)) for nodes, several in each]
+    each = [*{id(owner): owner for owner in owners.values()}.values()]
+    while True:
+        ran = set[Any]().union(*(whole[i] for i in now))
+        twice = [
+            several
+            for nodes, several in each
+            if _stacked(nodes, users) or any(whole[i] & ran for i in several)
+        ]
+        if not twice:
+            break
+        now += [i for several in twice for i in several]
+        each = [owner for owner in each if owner[1] not in twice]
+    return sorted(now), [Group([*nodes], [()] * len(nodes), sorted(several)) for nodes, several in each]
+
+
+def _stacked(nodes: Collection[Any], users: Mapping[Any, list[Any]]) -> bool:
+    """Whether one of some nodes lies above another."""
+    above, _ = _above([user for node in nodes for user in users.get(node, ())], users, ())
+    return len(nodes) > 1 and not above.isdisjoint(nodes)
 
 
 def _by_need(node: Any) -> bool:

@@ -40,7 +40,7 @@ def random_graph(rng: random.Random, x: torch.Tensor, leaves: list[torch.Tensor]
     values = [x]
     for _ in range(rng.randint(3, 10)):
         a, w = rng.choice(values), rng.choice(leaves)
-        kind = rng.choice(["mm", "opaque", "scaled", "sum", "remat", "leaves"])
+        kind = rng.choice(["mm", "opaque", "scaled", "sum", "remat", "leaves", "opaque leaves"])
         if kind == "mm":
             values.append((a @ w).tanh())
         elif kind == "opaque":
@@ -52,20 +52,24 @@ def random_graph(rng: random.Random, x: torch.Tensor, leaves: list[torch.Tensor]
         elif kind == "remat":
             values.append(fmoe.remat(lambda a, w: (a @ w).sin())(a, w))
         else:  # not on the way to x
-            values.append(a + (w @ rng.choice(leaves)).sum())
+            product = Opaque.apply if kind == "opaque leaves" else torch.matmul
+            values.append(a + product(w, rng.choice(leaves)).sum())
     return [values[-1], rng.choice(values[1:]).sin().sum()]
 
 
-@pytest.mark.parametrize("attempt", range(30))
+@pytest.mark.parametrize("attempt", range(60))
 def test_two_halves_of_a_random_graph_equal_the_whole(attempt: int) -> None:
     rng = random.Random(fresh_seed())
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     leaves = [torch.randn(4, 4, dtype=torch.float64, requires_grad=True) for _ in range(4)]
     outputs = random_graph(rng, x, leaves)
     cotangents = [torch.randn_like(out) for out in outputs]
+    calls = [Opaque.calls]
     want = torch.autograd.grad(outputs, [x, *leaves], cotangents, retain_graph=True, allow_unused=True)
+    calls.append(Opaque.calls)
     g, rest = input_gradient([get_gradient_edge(out) for out in outputs], cotangents, x, leaves)
     found = [g, *weight_gradients(rest, leaves)]
+    assert Opaque.calls - calls[1] == calls[1] - calls[0], "each runs once"
     for mine, theirs in zip(found, want):
         assert (mine is None) == (theirs is None)
         assert mine is None or error(mine, theirs) < 1e-13
