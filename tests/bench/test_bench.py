@@ -122,7 +122,7 @@ def test_weights_are_kept_while_layers_are_measured(monkeypatch):
         return timed(entries, *how)
 
     monkeypatch.setattr(measure, "_times", noted)
-    shape, name = TINY._replace(dim=64, hidden=48), "fp8_rowwise"
+    shape, name = TINY._replace(tokens=512, dim=64, hidden=48), "fp8_rowwise"
     how = dict(dtype=torch.float32, device="cpu", rounds=2, precision=[name], only=[f"fmoe, {name}"])
     for keep in (True, False):
         assert not measure.bench_layer(shape, **how, keep_rounded=keep)["kept"]  # a CPU has no kernels for it
