@@ -104,7 +104,7 @@ def test_a_benchmark_finds_what_it_imports(script):
 
 
 def test_layers_in_fp8_are_measured_beside_others():
-    shape = TINY._replace(dim=64, hidden=48)
+    shape = TINY._replace(tokens=512, dim=64, hidden=48)
     how = dict(dtype=torch.float32, device="cpu", rounds=2, precision=["fp8_rowwise", "fp8_block"])
     only = ["fmoe", "fmoe, fp8_rowwise", "fmoe, fp8_block"]
     found = measure.bench_layer(shape, only=only, **how)["layers"]
