@@ -211,13 +211,15 @@ def test_tuning_compares_tiles_and_then_whole_layers(quack, monkeypatch):
         return tiles or 20.0
 
     monkeypatch.setattr(tuning, "timed", timed)
-    shape = Shape(tokens=32, dim=DIM, hidden=4, experts=EXPERTS, top_k=TOP_K)
+    monkeypatch.setattr(gathered, "CROWDED", 12)
+    shape = Shape(tokens=32, dim=DIM, hidden=4, experts=EXPERTS, top_k=TOP_K)  # 12 rows an expert
     found = {each.product: each for each in tuning.tune(shape, dtype=torch.float32, device="cpu", rounds=2)}
     size = EXPERTS, DIM, 4
     layer = found.pop(tuned.key("layer", size, torch.float32))
     assert layer.choices == [Choice("loop"), Choice("quack")] and layer.best == Choice("quack")
     gathering = [found[gathered.key(product, size, torch.float32)] for product in gathered.PRODUCTS]
     assert all(each.best == Choice("quack", tuning.QUACK_TILES[-1]) for each in gathering)
+    assert gathering[0].choices[0].tile.cluster == 2, "as without tuning"
     assert len(found) == len(gathering) + len(tuning.products(shape, torch.float32))
     quack_double.configs.clear()
     (params, config), x = layer_of(hidden=4), torch.randn(8, DIM)

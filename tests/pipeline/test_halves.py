@@ -89,25 +89,27 @@ def test_an_opaque_node_runs_once_and_a_product_only_for_what_is_asked() -> None
     assert products == [3, 1]  # two of the opaque node, and one of the other in each half
 
 
-def test_a_compiled_node_that_writes_into_what_it_kept() -> None:
-    """As a pipeline's rank has it: one stage runs a backward whole, and then another one in two halves."""
+def test_compiled_nodes_that_write_into_what_they_kept() -> None:
+    """As a pipeline's rank has them: one stage runs a backward whole, and then another one in two halves."""
     torch._dynamo.reset()
 
-    @torch.compile(backend="inductor", fullgraph=True)
     def layer(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return ((x @ w).sin().exp() * x).cos()
 
-    def plain(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return ((x @ w).sin().exp() * x).cos()
+    def scaled(w: torch.Tensor) -> torch.Tensor:  # not on the way to x: it runs in the second half
+        return (w @ w).sin().exp() * w / 4
 
-    leaves = [torch.randn(6, 6).requires_grad_() for _ in range(2)]
-    x, g = torch.randn(5, 6).requires_grad_(), torch.randn(5, 6)
-    expected = torch.autograd.grad(plain(plain(x, leaves[0]) @ leaves[1], leaves[0]), [x, *leaves], g)
-    whole = layer(layer(x, leaves[0]) @ leaves[1], leaves[0])
-    assert error(torch.autograd.grad(whole, [x, *leaves], g), expected) < 1e-5
-    out = layer(layer(x, leaves[0]) @ leaves[1], leaves[0])
-    of_x, rest = input_gradient([get_gradient_edge(out)], [g], x, leaves)
-    assert error((of_x, *weight_gradients(rest, leaves)), expected) < 1e-5
+    def whole(layer: Any, scaled: Any) -> torch.Tensor:
+        return layer(layer(x, leaves[0]) @ scaled(leaves[1]), leaves[0])
+
+    leaves = [torch.randn(6, 6, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    x, g = (torch.randn(5, 6, dtype=torch.float64, requires_grad=grad) for grad in (True, False))
+    expected = torch.autograd.grad(whole(layer, scaled), [x, *leaves], g)
+    compiled = [torch.compile(fn, fullgraph=True) for fn in (layer, scaled)]
+    assert error(torch.autograd.grad(whole(*compiled), [x, *leaves], g), expected) < 1e-9
+    of_x, rest = input_gradient([get_gradient_edge(whole(*compiled))], [g], x, leaves)
+    assert rest.groups, "something is left for the second half"
+    assert error((of_x, *weight_gradients(rest, leaves)), expected) < 1e-9
 
 
 def test_memory_goes_with_the_second_half() -> None:
