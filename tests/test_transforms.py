@@ -737,3 +737,15 @@ def test_a_second_backward_of_what_is_compiled_is_right_whatever_the_cache_holds
             out = compiled(*leaves)
             for _ in range(2):
                 assert error(backward(out, retain_graph=True), expected) < 1e-12
+
+
+def test_a_backward_of_value_and_grad_stays_in_its_thread():
+    seen = []
+
+    def loss(x):
+        y = x * x
+        y.register_hook(lambda g: seen.append(torch._C._is_multithreading_enabled()))
+        return y.sum()
+
+    fmoe.value_and_grad(loss)(torch.randn(3))
+    assert seen == [False] and torch._C._is_multithreading_enabled()

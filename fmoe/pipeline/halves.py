@@ -54,7 +54,8 @@ def input_gradient(
     """
     users = _users(outputs)
     on_the_way, _ = _above([get_gradient_edge(x).node], users, ())
-    now, groups = _grouped([get_gradient_edge(leaf).node for leaf in leaves], users, on_the_way)
+    roots = {edge.node for edge in outputs}
+    now, groups = _grouped([get_gradient_edge(leaf).node for leaf in leaves], users, on_the_way, roots)
     hooks = [
         node.register_prehook(_keeper(group.given, i))
         for group in groups
@@ -136,7 +137,7 @@ def _above(
 
 
 def _grouped(
-    leaves: Sequence[Any], users: Mapping[Any, list[Any]], on_the_way: set[Any]
+    leaves: Sequence[Any], users: Mapping[Any, list[Any]], on_the_way: set[Any], roots: set[Any]
 ) -> tuple[list[int], list[Group]]:
     """Which leaves get their gradients now, and groups of the others: each node is in one.
 
@@ -148,7 +149,7 @@ def _grouped(
     for i, leaf in enumerate(leaves):
         below, met = _above([leaf], users, on_the_way)
         whole.append({node for node in below if not _by_need(node)})
-        if not all(map(_by_need, met)):
+        if below & roots or not all(map(_by_need, met)):  # an output that x isn't part of is in no group
             now.append(i)
             continue
         joined = met, [i]

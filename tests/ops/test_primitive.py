@@ -95,10 +95,22 @@ def test_a_float_output_without_a_vjp_is_refused(device):
         example=lambda: (torch.randn(3),),
         plain=lambda x: x * 2,
     )
-    with pytest.raises(
-        TypeError, match=f"test_no_rule_{device}: declared without a vjp, yet it has a floating-point"
-    ):
-        grad(lambda x: wrong(x).sum())(torch.randn(3))
+    x = torch.randn(3, requires_grad=True)
+    for call in (lambda: grad(lambda x: wrong(x).sum())(torch.randn(3)), lambda: wrong(x)):
+        with pytest.raises(
+            TypeError, match=f"test_no_rule_{device}: declared without a vjp, yet it has a floating-point"
+        ):
+            call()
+    with torch.no_grad():
+        assert torch.equal(wrong(x), 2 * x)
+
+
+def test_an_operator_of_integers_makes_no_node_and_keeps_nothing(monkeypatch):
+    topk, scores, packed = operators()["topk"], torch.randn(6, 8, requires_grad=True), []
+    monkeypatch.setattr(topk.function, "apply", lambda *args: pytest.fail("it makes a node"))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        topk(scores, torch.zeros(8), 1, 1, 1, 2)
+    assert not packed
 
 
 def test_a_backward_makes_no_graph_unless_it_is_asked_for(monkeypatch):

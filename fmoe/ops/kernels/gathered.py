@@ -61,7 +61,7 @@ def usual(product: str, hidden: int, rows_each: int) -> Tile:
 
     Four warps compute a tile while four others store theirs, or eight compute one together. These were the
     fastest on average over layers of eight sizes, of eleven tiles with and without clusters. ``rows_each``
-    are an expert's rows on average.
+    are an expert's rows, or room for them, on average.
     """
     return _usual(product, hidden, rows_each >= CROWDED)
 
