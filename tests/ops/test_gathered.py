@@ -13,7 +13,7 @@ from torch._inductor.utils import fresh_cache
 
 import fmoe
 from fmoe.bench import tune as tuning
-from fmoe.bench.layers import Shape, layers
+from fmoe.bench.layers import Shape, layers, skewed
 from fmoe.introspect import saved_residuals
 from fmoe.ops import experts_kernels
 from fmoe.ops.kernels import gathered, tuned
@@ -296,11 +296,14 @@ SHAPES = {"narrow": (512, 128, 8, 4), "wide": (256, 768, 5, 2), "one expert": (2
 @pytest.mark.skipif(not GPU, reason="needs a GPU and quack-kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_on_a_gpu_they_are_as_right_as_the_other_kernels(monkeypatch, shape, dtype):
+@pytest.mark.parametrize("routing", ["random", "zipf", "hot"])
+def test_on_a_gpu_they_are_as_right_as_the_other_kernels(monkeypatch, routing, shape, dtype):
     dim, hidden, experts, top_k = SHAPES[shape]
     config = fmoe.RouterConfig(top_k=top_k)
     params = fmoe.moe_init(0, dim=dim, hidden_dim=hidden, num_experts=experts, device="cuda")
     x, seed = (torch.randn(1000, dim, device="cuda") for _ in range(2))
+    if experts > 1:
+        params = skewed(params, x, config, routing)
     narrow = optree.tree_map(lambda t: t if t.dim() == 1 else t.to(dtype), params)
 
     def step(params, x):
