@@ -73,11 +73,12 @@ def check_layer(params: Any, x: torch.Tensor, router: Any, valid: torch.Tensor |
         remedy = "Plain params on a mesh are whole but for experts along ep and hidden dimensions along tp."
         raise error("params.shared.w_in", got, f"(2, F, {dim})", remedy)
     num_router = len(optree.tree_leaves(params.router))  # the first leaves, of any dtype
+    device, dtype = x.device, product_dtype(x)
     for i, leaf in enumerate(leaves):
-        if leaf.device != x.device:
+        if leaf.device != device:
             name, remedy = f"params.{dotted_names(params)[i]}", "Move one of the two with .to()."
-            raise error(name, leaf.device, f"{x.device}, as x", remedy)
-        if i >= num_router and product_dtype(leaf) != product_dtype(x):
+            raise error(name, leaf.device, f"{device}, as x", remedy)
+        if i >= num_router and leaf.dtype != x.dtype and product_dtype(leaf) != dtype:
             name, remedy = f"params.{dotted_names(params)[i]}", "Convert one of the two with .to()."
             raise error(name, leaf.dtype, f"{x.dtype}, as x", remedy)
 

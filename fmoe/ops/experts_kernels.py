@@ -94,7 +94,7 @@ def _activation_backward(g_act: torch.Tensor, h: torch.Tensor, rows: Layout, *, 
     silu = gate * sigmoid
     g_weights = weights.new_empty(0)
     if scaled:
-        g_weights = _of_pairs((g_act * silu * up).sum(1), rows)
+        g_weights = _of_pairs(g_act * silu * up, rows)
         g_act = g_act * _weights_R1(rows)
     g_gate = g_act * up * (sigmoid + silu * (1 - sigmoid))
     return torch.stack([g_gate, g_act * silu], 1).to(h.dtype), g_weights
@@ -256,8 +256,10 @@ def down_backward(g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor, *fields
     rows = Layout(*fields)
     if _gathered(h, rows):
         found = _found(rows, weighted=True)
-        g_h, g_weights_R, act = gathered.down_inputs(g, h, w_out, found)
-        return g_h, gathered.down_weight(g, act, found), _of_pairs(g_weights_R, rows)
+        g_h, sums_RN, act = gathered.down_inputs(g, h, w_out, found)
+        g_weights = _of_pairs(sums_RN, rows)
+        del sums_RN
+        return g_h, gathered.down_weight(g, act, found), g_weights
     if _fast(g, w_out, rows):
         g_w_out = down_weight(g, h, w_out, *fields)
         g_h, g_weights = down_inputs(g, h, w_out, *fields)
@@ -273,8 +275,8 @@ def down_backward(g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor, *fields
 def down_inputs(g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor, *fields: Any) -> Tensors:
     rows = Layout(*fields)
     if _gathered(h, rows):
-        g_h, g_weights_R, _ = gathered.down_inputs(g, h, w_out, _found(rows, weighted=True))
-        return g_h, _of_pairs(g_weights_R, rows)
+        g_h, sums_RN, _ = gathered.down_inputs(g, h, w_out, _found(rows, weighted=True))
+        return g_h, _of_pairs(sums_RN, rows)
     g_act = _mm(_expanded(g, w_out, rows, weighted=False), w_out, rows)
     return _activation_backward(g_act, h, rows, scaled=not rows.score_before)
 
@@ -288,10 +290,15 @@ def down_weight(g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor, *fields: 
     return _outer(_expanded_columns(g, w_out, rows, weighted=False), act, rows)
 
 
-def _of_pairs(values_R: torch.Tensor, rows: Layout) -> torch.Tensor:
-    """Values of rows (R,) as those of pairs (S, K), zero for a pair without a row."""
-    weights = rows.weights_SK
-    return gather_kernel(values_R[:, None], rows.row_SK.flatten()).view(weights.shape).to(weights.dtype)
+def _of_pairs(values_RN: torch.Tensor, rows: Layout) -> torch.Tensor:
+    """The sums of rows (R, N) as values of pairs (S, K), zero for a pair without a row."""
+    if kernels.fused(values_RN):
+        from .kernels import rows as fused
+
+        sums_SK = fused.sums(values_RN, rows.row_SK)
+    else:
+        sums_SK = gather_kernel(values_RN.sum(1), rows.row_SK.flatten()).view(rows.row_SK.shape)
+    return sums_SK.to(rows.weights_SK.dtype)
 
 
 # Weights that don't multiply these rows have no cotangent here: a tensor without elements stands for it.

@@ -175,7 +175,7 @@ def use(tree: Any) -> Any:
     What moves along the same axes in the same dtypes moves in one collective.
     """
     leaves, structure = optree.tree_flatten(tree, is_leaf=is_placed)
-    return optree.tree_unflatten(structure, buckets.use(leaves))
+    return optree.tree_unflatten(structure, buckets.use(leaves)) if any(map(is_placed, leaves)) else tree
 
 
 def is_placed(value: Any) -> bool:

@@ -31,7 +31,6 @@ def quack(monkeypatch, tmp_path):
     quack_double.install(monkeypatch)
     yield quack_double.calls
     gathered._quack.cache_clear()
-    gathered._made.cache_clear()
     tuned.forget()
 
 

@@ -609,7 +609,7 @@ def test_logits_of_two_blocks(columns, dtype, monkeypatch):
 
 @ON_KERNELS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("columns", [64, 5000])
+@pytest.mark.parametrize("columns", [64, 5000, 40000])
 def test_losses_and_cotangents_of_whole_rows(columns, dtype):
     from fmoe.ops import cross_entropy
     from fmoe.ops.kernels import logits as fused
@@ -817,14 +817,15 @@ def test_fp8_columns_of_tokens_and_of_activations(ends, splits, monkeypatch, uni
 def test_a_kernel_is_compiled_for_what_its_code_depends_on():
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from fmoe.ops.kernels.launch import kind
+    from fmoe.ops.kernels.launch import resolved
 
     x = torch.zeros(64, 64)
     boxes = [TensorDescriptor.from_tensor(x, [n, 32]) for n in (16, 16, 32)]
     equal = [(16, 1600), (3, 7), (2**31, 2**40), (0.5, 1.0), (x, x + 1), boxes[:2]]
     different = [(1, 3), (16, 3), (16, 2**31), (x, x[0, 1:]), (x, x.half()), (x, 16), boxes[1:]]
-    assert all(kind(a) == kind(b) for a, b in equal)
-    assert not any(kind(a) == kind(b) for a, b in different)
+    kinds = lambda pair: [resolved([value])[0] for value in pair]  # noqa: E731
+    assert all(a == b for a, b in map(kinds, equal))
+    assert not any(a == b for a, b in map(kinds, different))
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="Triton is to see another device")

@@ -1,7 +1,6 @@
 """Marks on functions for torch.compile, without importing ``torch._dynamo``, which takes seconds."""
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,7 +15,8 @@ def hidden_from_dynamo(fn: F) -> F:
 
     @functools.wraps(fn)
     def call(*args: Any) -> Any:
-        return _disabled(fn)(*args) if "torch._dynamo" in sys.modules else fn(*args)
+        traces = torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+        return _disabled(fn)(*args) if traces else fn(*args)
 
     return call  # type: ignore[return-value]
 

@@ -8,7 +8,6 @@ drops second tangents, hence :func:`primal`.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.autograd import forward_ad
 from ...errors import TransformError
 from .batches import Fold, each, front, one_more
 from .derive import Tensors, as_tuple, few
+from .engine import runs
 from .refuse import Unsupported, refusing_combinations
 from .tape import on_tape
 
@@ -158,22 +158,21 @@ def _asked_for(ctx: Any) -> list[bool]:
     return needs
 
 
-def runs(node: Any) -> bool:
-    """Whether a node is part of this run of the engine."""
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf whose gradient is asked for; of no other node the engine says so
-        return True
-
-
-@contextmanager
-def _rule(op: Any, transform: str, rule: Any) -> Iterator[None]:
+class _rule(refusing_combinations):
     """Around every rule: operators called by a rule belong to no tape; a missing rule is an error."""
-    if rule is None or isinstance(rule, Unsupported):
-        remedy = rule.remedy if rule else "Call it outside the transform."
-        raise TransformError(f"{op.name}: cannot run under torch.func.{transform}. {remedy}")
-    with on_tape(None), refusing_combinations(op.name):
-        yield
+
+    def __init__(self, op: Any, transform: str, rule: Any) -> None:
+        if rule is None or isinstance(rule, Unsupported):
+            remedy = rule.remedy if rule else "Call it outside the transform."
+            raise TransformError(f"{op.name}: cannot run under torch.func.{transform}. {remedy}")
+        self.name, self.untaped = op.name, on_tape(None)
+
+    def __enter__(self) -> None:
+        self.untaped.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.untaped.__exit__()
+        super().__exit__(*error)
 
 
 def _padded(found: Any, number: int) -> tuple[Any, ...]:
@@ -202,14 +201,15 @@ def _keep(ctx: Any, residuals: Any, outputs: Tensors, num_values: int) -> list[t
     return tensors
 
 
-def _apart(value: Any, tensors: list[torch.Tensor]) -> Any:
+def _apart(values: tuple[Any, ...], tensors: list[torch.Tensor]) -> Any:
     """Nested tuples, named or not, without their tensors, which go to a list: their class stands there."""
-    if isinstance(value, tuple):
-        return _like(value, [_apart(item, tensors) for item in value])
-    if isinstance(value, torch.Tensor):
-        tensors.append(value)
-        return torch.Tensor
-    return value
+    kept: list[Any] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+            value = torch.Tensor
+        kept.append(_apart(value, tensors) if isinstance(value, tuple) else value)
+    return _like(values, kept)
 
 
 def _restored(kept: Any, tensors: Sequence[torch.Tensor]) -> Any:
@@ -217,10 +217,12 @@ def _restored(kept: Any, tensors: Sequence[torch.Tensor]) -> Any:
     return _together(kept, iter(tensors))
 
 
-def _together(kept: Any, rest: Iterator[torch.Tensor]) -> Any:
-    if isinstance(kept, tuple):
-        return _like(kept, [_together(item, rest) for item in kept])
-    return next(rest) if kept is torch.Tensor else kept
+def _together(kept: tuple[Any, ...], rest: Iterator[torch.Tensor]) -> Any:
+    values = [
+        next(rest) if item is torch.Tensor else _together(item, rest) if isinstance(item, tuple) else item
+        for item in kept
+    ]
+    return _like(kept, values)
 
 
 def _like(value: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:

@@ -72,6 +72,8 @@ def without_autocast(impl: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(impl)
     def call(*args: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return impl(*args)
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
             return impl(*args)
 

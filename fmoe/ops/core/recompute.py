@@ -27,7 +27,8 @@ from .capture import Guard, check_captured
 from .compress import compressed, restored, restored_layout
 from .derive import pull, replaced
 from .dynamo import hidden_from_dynamo
-from .function import no_derivative, primal, runs
+from .engine import runs
+from .function import no_derivative, primal
 from .host import away, begin, finish, leave, may_leave
 from .modes import Modes, Rng
 from .refuse import refusing_combinations

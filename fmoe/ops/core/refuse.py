@@ -1,8 +1,6 @@
 """Transforms that cannot work, and the errors for them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -54,17 +52,21 @@ _IMPOSSIBLE = {
 }
 
 
-@contextmanager
-def refusing_combinations(name: str) -> Iterator[None]:
+class refusing_combinations:  # around each rule, where a generator would take longer
     """Raise ``TransformError`` for PyTorch's own errors about transforms it can't combine.
 
     Rules of ``jvp`` are made of ``torch.func.jvp``, which PyTorch can't nest in its own forward mode. Beneath
     a transform, those of ``vjp`` are made of ``torch.func.vjp``, which forbids saved-tensor hooks.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        for words, text in _IMPOSSIBLE.items():
-            if words in str(error):
-                raise TransformError(f"{name}: {text}") from error
-        raise
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, RuntimeError):
+            for words, text in _IMPOSSIBLE.items():
+                if words in str(error):
+                    raise TransformError(f"{self.name}: {text}") from error

@@ -266,14 +266,17 @@ class PlainTape:
         return op.plain(*args)
 
 
-@contextmanager
-def on_tape(tape: Tape | PlainTape | None) -> Iterator[None]:
+class on_tape:  # around each rule, where a generator would take longer
     """Operators called inside belong to this tape."""
-    token = _TAPE.set(tape)
-    try:
-        yield
-    finally:
-        _TAPE.reset(token)
+
+    def __init__(self, tape: Tape | PlainTape | None) -> None:
+        self.tape = tape
+
+    def __enter__(self) -> None:
+        self.token = _TAPE.set(self.tape)
+
+    def __exit__(self, *error: Any) -> None:
+        _TAPE.reset(self.token)
 
 
 def plain_operators() -> AbstractContextManager[None]:

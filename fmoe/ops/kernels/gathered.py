@@ -9,6 +9,7 @@ for products in fp8, the kernels of ``persistent.py`` and ``activation.py`` do t
 """
 
 import functools
+import importlib
 import importlib.metadata
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...errors import argument_error
+from ..core.dtypes import accumulator
 from . import fused, grouped, tuned
 from .tuned import Tile
 
@@ -162,9 +164,10 @@ def up(x: torch.Tensor, w_in: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, t
     h, act = empty_paired(x, num_rows, hidden), x.new_empty(num_rows, hidden)
     if not x.numel() or not num_rows:
         return h.zero_(), act.zero_()
-    _quack().gemm_gated_tuned.fn(
-        _lines(x), _lines(w_in).flatten(1, 2).mT, _pairs(h), act, activation="swiglu", concat_layout=("B",),
-        cu_seqlens_m=rows.starts, A_idx=rows.source, config=_config("up", sizes(w_in), x, rows),
+    tile = _tile("up", sizes(w_in), x, rows)
+    _quack("gemm_act").gemm_gated(
+        _lines(x), _lines(w_in).flatten(1, 2), _pairs(h), None, act, None, "swiglu", *_shape(tile),
+        concat_layout=("B",), cu_seqlens_m=rows.starts, A_idx=rows.source,
     )  # fmt: skip
     return h, act
 
@@ -173,21 +176,21 @@ def down(act: torch.Tensor, w_out: torch.Tensor, rows: Rows) -> torch.Tensor:
     """Activations (R, F) by experts (e, D, F) -> (R, D)."""
     experts, dim, hidden = w_out.shape
     y = act.new_empty(act.shape[0], dim)
-    _gemm("down", (experts, dim, hidden), act, _lines(w_out).mT, y, rows)
+    _gemm("down", (experts, dim, hidden), act, _lines(w_out), y, rows)
     return y
 
 
 def up_inputs(g_h: torch.Tensor, w_in: torch.Tensor, rows: Rows) -> torch.Tensor:
     """Cotangents (R, 2, F) -> those of each row's token (R, D)."""
     g_x = g_h.new_empty(g_h.shape[0], w_in.shape[3])
-    _gemm("up inputs", sizes(w_in), _pairs(g_h), _lines(w_in).flatten(1, 2), g_x, rows, concat="B")
+    _gemm("up inputs", sizes(w_in), _pairs(g_h), _lines(w_in).flatten(1, 2).mT, g_x, rows, concat="B")
     return g_x
 
 
 def up_weight(g_h: torch.Tensor, x: torch.Tensor, rows: Rows) -> torch.Tensor:
     """Cotangents (R, 2, F) and tokens (S, D) -> (e, 2, F, D)."""
     g_w = x.new_empty(rows.starts.shape[0] - 1, 2, g_h.shape[2], x.shape[1])
-    operands = _lines(x).T, _pairs(g_h), g_w.flatten(1, 2).mT
+    operands = _lines(x).T, _pairs(g_h).T, g_w.flatten(1, 2).mT
     _gemm("up weight", sizes(g_w), *operands, rows, gather=True, summed=True, concat="out")
     return g_w
 
@@ -195,19 +198,21 @@ def up_weight(g_h: torch.Tensor, x: torch.Tensor, rows: Rows) -> torch.Tensor:
 def down_inputs(
     g: torch.Tensor, h: torch.Tensor, w_out: torch.Tensor, rows: Rows
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cotangents (S, D) -> those of ``h`` (R, 2, F) and of rows' weights (R,), and the weighed activation.
+    """Cotangents (S, D) -> those of ``h`` (R, 2, F) and of rows' weights, and the weighed activation.
 
-    The last (R, F) is what :func:`down_weight` takes.
+    Those of weights are sums over the columns of (R, N). The last (R, F) is what :func:`down_weight` takes.
     """
     num_rows, _, hidden = h.shape
     g_h, act = empty_paired(h, num_rows, hidden), h.new_empty(num_rows, hidden)
     if not g.numel() or not num_rows:
-        return g_h.zero_(), h.new_zeros(num_rows, dtype=torch.float32), act.zero_()
+        return g_h.zero_(), h.new_zeros(num_rows, 1, dtype=accumulator(h.dtype)), act.zero_()
     experts, dim, _ = w_out.shape
-    interface, config = _quack(), _config("down inputs", (experts, dim, hidden), g, rows)
-    sums = interface.gemm_dgated_tuned.fn(
-        _lines(g), _lines(w_out), _pairs(h), _pairs(g_h), act, colvec_scale=rows.weights, colvec_reduce=True,
-        cu_seqlens_m=rows.starts, A_idx=rows.source, dynamic_scheduler=False, config=config,
+    tile = _tile("down inputs", (experts, dim, hidden), g, rows)
+    tiles = -(-hidden // tile.cols)  # of a row, each of which has a sum
+    sums = h.new_empty(num_rows, tiles, dtype=accumulator(h.dtype))
+    _quack("gemm_dact").gemm_dgated(
+        _lines(g), _lines(w_out).mT, _pairs(g_h), _pairs(h), act, None, "swiglu", *_shape(tile),
+        colvec_scale=rows.weights, colvec_reduce=sums, cu_seqlens_m=rows.starts, A_idx=rows.source,
     )  # fmt: skip
     return g_h, sums, act
 
@@ -216,7 +221,7 @@ def down_weight(g: torch.Tensor, act: torch.Tensor, rows: Rows) -> torch.Tensor:
     """Cotangents (S, D) and weighed activations (R, F) -> (e, D, F)."""
     g_w = g.new_empty(rows.starts.shape[0] - 1, g.shape[1], act.shape[1])
     experts, dim, hidden = g_w.shape
-    _gemm("down weight", (experts, dim, hidden), _lines(g).T, act, g_w, rows, gather=True, summed=True)
+    _gemm("down weight", (experts, dim, hidden), _lines(g).T, act.T, g_w, rows, gather=True, summed=True)
     return g_w
 
 
@@ -232,41 +237,35 @@ def _gemm(
     summed: bool = False,
     concat: str | None = None,
 ) -> None:
-    """Rows of ``a`` in groups by matrices ``b``; or ``summed``, the product of each group's rows.
+    """Rows of ``a`` in groups by transposed matrices ``b``; or ``summed``, the product of each group's rows.
 
     ``gather``: rows of ``a`` are found by index. ``concat``: the operand whose gates all come before its ups.
     """
     if not a.numel() or not rows.source.numel():
         out.zero_()
         return
-    _quack().gemm_tuned.fn(
-        a, b, out,
+    _quack("gemm").gemm(
+        a, b, out, None, None, *_shape(_tile(product, size, a, rows)),
         cu_seqlens_m=None if summed else rows.starts, cu_seqlens_k=rows.starts if summed else None,
         A_idx=rows.source if gather else None, concat_layout=concat and (concat,),
-        config=_config(product, size, a, rows),
     )  # fmt: skip
 
 
 @functools.cache
-def _quack() -> Any:
-    from quack import gemm_interface
-
-    return gemm_interface
+def _quack(module: str) -> Any:
+    return importlib.import_module(f"quack.{module}")
 
 
-def _config(product: str, size: tuple[int, int, int], x: torch.Tensor, rows: Rows) -> Any:
+def _tile(product: str, size: tuple[int, int, int], x: torch.Tensor, rows: Rows) -> Tile:
     """The tile of a product, which a file may name."""
     known = tuned.choices(x.device)
     found = known.get(key(product, size, x.dtype)) if known else None
-    return _made((found and found.tile) or usual(product, size[2], rows.source.shape[0] // size[0]))
+    return (found and found.tile) or usual(product, size[2], rows.source.shape[0] // size[0])
 
 
-@functools.cache
-def _made(tile: Tile) -> Any:
-    from quack.gemm_config import GemmConfig
-
-    how = dict(pingpong=tile.warps == 4, cluster_m=tile.cluster, cluster_n=1, is_dynamic_persistent=False)
-    return GemmConfig(tile_m=tile.rows, tile_n=tile.cols, **how)
+def _shape(tile: Tile) -> tuple[int, int, int, int, bool]:
+    """A tile as products take it: its rows and columns, those of a cluster, and whether warps take turns."""
+    return tile.rows, tile.cols, tile.cluster, 1, tile.warps == 4
 
 
 def _pairs(h: torch.Tensor) -> torch.Tensor:

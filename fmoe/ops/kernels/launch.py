@@ -1,6 +1,7 @@
 """Starting a Triton kernel without searching for the compiled one each time, which costs the host more."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,16 +22,48 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: int) -> No
         kernel[grid](*args, **options)
         return
     fn, active = kernel.fn, driver.active
-    device = active.get_current_device()
-    num_values = fn.__code__.co_argcount - len(fn.__annotations__)  # only constants are annotated
-    key = (fn, device, *map(kind, args[:num_values]), *args[num_values:], *options.items())
+    device, number = active.get_current_device(), _num_values(fn)
+    kinds, passed = resolved(args[:number])
+    constants = args[number:]
+    key = (fn, device, *kinds, *constants, *options.items())
     found = _COMPILED.get(key)
     if found is None:
         _COMPILED[key] = kernel[grid](*args, **options)
         return
     x, y, z = (*grid, 1, 1)[:3]
-    stream = active.get_current_stream(device)
-    found.run(x, y, z, stream, found.function, found.packed_metadata, None, None, None, *args)
+    how = active.get_current_stream(device), found.function, found.packed_metadata, None, None, None
+    found.run(x, y, z, *how, *passed, *constants)
+
+
+@functools.cache
+def _num_values(fn: Any) -> int:
+    return fn.__code__.co_argcount - len(fn.__annotations__)  # only constants are annotated
+
+
+def resolved(values: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """What Triton compiles a kernel for, of each argument, and what its launcher takes.
+
+    That is the address of a tensor on a GPU: for a tensor, Triton asks the driver.
+
+    >>> resolved([32])[0] == resolved([48])[0], resolved([32])[0] == resolved([33])[0]  # by divisibility
+    (True, False)
+    """
+    kinds: list[Any] = []
+    passed: list[Any] = []
+    for value in values:  # one loop, since each launch goes through it
+        if type(value) is int:
+            divisor = 1 if value == 1 else 2 if value % 16 else 16
+            kinds.append(divisor if value.bit_length() < 32 else -divisor)
+        elif isinstance(value, torch.Tensor):
+            address = value.data_ptr()
+            kinds.append(value.dtype if address % 16 == 0 else (value.dtype, "not aligned"))
+            value = address if value.is_cuda else value
+        elif isinstance(value, TensorDescriptor):
+            kinds.append((value.base.dtype, *value.block_shape))
+        else:
+            kinds.append(type(value))
+        passed.append(value)
+    return kinds, passed
 
 
 def cdiv(number: int, by: int) -> int:
@@ -57,19 +90,3 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 3
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def kind(value: Any) -> Any:
-    """The part of an argument that Triton compiles a kernel for.
-
-    >>> kind(32) == kind(48), kind(32) == kind(33), kind(1) == kind(33)  # a size by its divisibility
-    (True, False, False)
-    """
-    if type(value) is int:
-        divisor = 1 if value == 1 else 2 if value % 16 else 16
-        return divisor if value.bit_length() < 32 else -divisor
-    if isinstance(value, torch.Tensor):
-        return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype, "not aligned")
-    if isinstance(value, TensorDescriptor):
-        return value.base.dtype, *value.block_shape
-    return type(value)

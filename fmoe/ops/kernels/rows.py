@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import cdiv, launch
+from .launch import cdiv, launch, power_of_2
 
 BLOCK, SLOTS = 1024, 128
 
@@ -25,19 +25,31 @@ def _gather(x, index, out, num_cols, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _take(x, index, out, num_rows, BLOCK: tl.constexpr):
+def _take(x, index, out, num_rows, num_cols, COLS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    source = tl.load(index + row, mask=row < num_rows, other=-1)
-    tl.store(out + row, tl.load(x + source, mask=source >= 0, other=0.0), mask=row < num_rows)
+    source, col = tl.load(index + row, mask=row < num_rows, other=-1), tl.arange(0, COLS)
+    mask = (source >= 0)[:, None] & (col < num_cols)[None, :]
+    value = tl.load(x + source[:, None] * num_cols + col[None, :], mask=mask, other=0.0)
+    tl.store(out + row, tl.sum(value, 1), mask=row < num_rows)
+
+
+def sums(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``x`` (R, N), ``index`` of any shape -> that shape: the sum of each row of few numbers, zero for -1."""
+    x, index, out = x.contiguous(), index.contiguous(), x.new_empty(index.shape)
+    if out.numel():
+        cols = power_of_2(x.shape[1])
+        block = max(1, BLOCK // cols)
+        launch(_take, (cdiv(out.numel(), block),), x, index, out, out.numel(), x.shape[1], cols, block)
+    return out
 
 
 def gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows of ``x`` by index; zeros for -1."""
+    if x.shape[1] == 1:  # a program takes many such rows
+        return sums(x, index)[:, None]
     x = x.contiguous()
     out = x.new_empty(index.shape[0], x.shape[1])
-    if out.numel() == out.shape[0] > 0:  # rows of one number, of which a program takes many
-        launch(_take, (cdiv(out.shape[0], BLOCK),), x, index, out, out.shape[0], BLOCK)
-    elif out.numel():
+    if out.numel():
         launch(_gather, (out.shape[0], cdiv(out.shape[1], BLOCK)), x, index, out, out.shape[1], BLOCK)
     return out
 
