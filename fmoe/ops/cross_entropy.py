@@ -173,10 +173,8 @@ def _sum_reference(
 def _sum_kernel(x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, block_bytes: int) -> Tensors:
     _check(index, weight)
     wide, rows = accumulator(x.dtype), block_rows(weight.shape[0], block_bytes)
-    losses = x.new_empty(x.shape[0], dtype=wide)
-    g_x, g_weight = (
-        torch.zeros_like(t, dtype=wide, memory_format=torch.contiguous_format) for t in (x, weight)
-    )
+    losses, g_x = x.new_empty(x.shape[0], dtype=wide), x.new_empty(x.shape, dtype=wide)
+    g_weight = None
     x, weight = (t if t.is_cuda else t.to(wide) for t in (x, weight))
     for start in range(0, x.shape[0], rows):
         block = slice(start, start + rows)
@@ -184,9 +182,12 @@ def _sum_kernel(x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, bloc
         losses[block], g_logits = losses_and_cotangents(logits, index[block], x.dtype)
         del logits
         g_x[block] = _wide_product(g_logits, weight)
-        _add_product(g_weight, g_logits.mT, x[block])
+        if g_weight is None:
+            g_weight = _wide_product(g_logits.mT, x[block])
+        else:
+            _add_product(g_weight, g_logits.mT, x[block])
         del g_logits  # before the next block's
-    return losses.sum(), g_x, g_weight
+    return losses.sum(), g_x, weight.new_zeros(weight.shape, dtype=wide) if g_weight is None else g_weight
 
 
 def losses_and_cotangents(logits: torch.Tensor, index: torch.Tensor, dtype: torch.dtype) -> Tensors:
@@ -204,7 +205,12 @@ def losses_and_cotangents(logits: torch.Tensor, index: torch.Tensor, dtype: torc
 
 
 def _scaled(g: Any, x: Any, weight: Any, index: Any, block_bytes: int, g_x: Any, g_weight: Any) -> Tensors:
-    return (g * g_x).to(x.dtype), (g * g_weight).to(weight.dtype)
+    return _times(g_x, g, x.dtype), _times(g_weight, g, weight.dtype)
+
+
+def _times(t: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``(t * factor).to(dtype)`` in one pass."""
+    return torch.mul(t, factor, out=t.new_empty(t.shape, dtype=dtype))
 
 
 cross_entropy_sum_backward: Operator = declare(
