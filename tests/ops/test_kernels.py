@@ -122,6 +122,19 @@ def test_rows_of_one_number(number):
 
 
 @ON_KERNELS
+@pytest.mark.parametrize("columns", [1, 3, 4, 11])
+def test_sums_of_rows_by_index(columns):
+    from fmoe.ops.kernels import rows
+
+    x = torch.randn(300, columns, device=DEVICE)
+    x[299] = torch.nan  # a row that no index names
+    index = torch.randint(-1, 299, (70, 6), device=DEVICE)
+    found = rows.sums(x, index)
+    assert error(found, torch.where(index < 0, 0, x.sum(1)[index])) < 1e-6
+    assert not found[index < 0].any()
+
+
+@ON_KERNELS
 @pytest.mark.parametrize("copies", [200, 30, 1])
 @pytest.mark.parametrize("tokens", [0, 1, 150])
 def test_ways(tokens, copies):
