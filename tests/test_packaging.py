@@ -38,8 +38,9 @@ def built(tmp_path_factory):
     shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE)
     called(sys.executable, "-c", BUILD, "sdist", folder, cwd=folder / "source")
     (sdist,) = folder.glob("*.tar.gz")
+    safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not in the first Pythons 3.11
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder, **safely)
     unpacked = folder / sdist.name.removesuffix(".tar.gz")
     called(sys.executable, "-c", BUILD, "wheel", folder, cwd=unpacked)
     (wheel,) = folder.glob("*.whl")

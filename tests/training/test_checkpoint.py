@@ -15,6 +15,7 @@ import numpy
 import optree
 import pytest
 import torch
+import torch.distributed.checkpoint.metadata as dcp_metadata
 
 from fmoe.models import deepseek_v3
 from fmoe.training import checkpoint
@@ -362,6 +363,25 @@ def test_an_index_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for module, name in [("torch", "load"), ("torch.serialization", "load"), ("pathlib", "os.system")]:
         with pytest.raises(pickle.UnpicklingError, match="has no place"):
             IndexUnpickler(io.BytesIO()).find_class(module, name)
+
+
+class Attribute:
+    """Pickled as what ``getattr`` gives, as members of enumerations were by the first Pythons 3.11."""
+
+    def __init__(self, *of: Any) -> None:
+        self.of = of
+
+    def __reduce__(self) -> Any:
+        return getattr, self.of
+
+
+def test_an_index_of_another_python_is_read_and_has_no_other_attribute() -> None:
+    kind = dcp_metadata._MEM_FORMAT_ENCODING
+    read = lambda *of: IndexUnpickler(io.BytesIO(pickle.dumps(Attribute(*of)))).load()  # noqa: E731
+    assert all(read(kind, member.name) is member for member in kind)
+    for of in ((kind, "mro"), (dcp_metadata.Metadata, "__init__"), (torch.float32, "to_complex")):
+        with pytest.raises(pickle.UnpicklingError, match=f"{of[1]}.* has no place in the index"):
+            read(*of)
 
 
 def test_killed_saves_leave_a_checkpoint_and_two_ranks_save_one_for_others(tmp_path: Path) -> None:

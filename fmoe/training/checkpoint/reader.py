@@ -1,5 +1,6 @@
 """Reading PyTorch's distributed checkpoints without running what a pickle may ask for."""
 
+import enum
 import pickle
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,17 @@ class IndexUnpickler(pickle.Unpickler):
     """An unpickler of such indices; raises ``UnpicklingError`` for anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         a_path = module.split(".")[0] == "pathlib" and name in PATHS
         a_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not (a_path or a_dtype or (module, name) in KNOWN):
             raise pickle.UnpicklingError(f"{module}.{name} has no place in the index of a checkpoint")
         return super().find_class(module, name)
+
+
+def _member(kind: Any, name: str) -> Any:
+    """The member of an enumeration, for which the first Pythons 3.11 wrote ``getattr``."""
+    if isinstance(kind, enum.EnumType) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"getattr({kind!r}, {name!r}) has no place in the index of a checkpoint")
