@@ -20,7 +20,7 @@ from .batches import Fold, each, front, one_more
 from .derive import Tensors, as_tuple, few
 from .engine import runs
 from .refuse import Unsupported, refusing_combinations
-from .tape import on_tape
+from .tape import reset_tape, set_tape
 
 
 def traced_function(op: Any) -> Any:
@@ -165,13 +165,13 @@ class _rule(refusing_combinations):
         if rule is None or isinstance(rule, Unsupported):
             remedy = rule.remedy if rule else "Call it outside the transform."
             raise TransformError(f"{op.name}: cannot run under torch.func.{transform}. {remedy}")
-        self.name, self.untaped = op.name, on_tape(None)
+        super().__init__(op.name)
 
     def __enter__(self) -> None:
-        self.untaped.__enter__()
+        self.token = set_tape(None)
 
     def __exit__(self, *error: Any) -> None:
-        self.untaped.__exit__()
+        reset_tape(self.token)
         super().__exit__(*error)
 
 

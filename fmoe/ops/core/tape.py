@@ -23,7 +23,7 @@ Made = tuple[Place, str]  # the place and the function's name
 
 _CHECKPOINTS: dict[str, bool] = {}
 _TAPE: "ContextVar[Tape | PlainTape | None]" = ContextVar("fmoe_tape", default=None)
-current_tape = _TAPE.get
+current_tape, set_tape, reset_tape = _TAPE.get, _TAPE.set, _TAPE.reset
 
 
 class Entry(NamedTuple):
@@ -266,17 +266,14 @@ class PlainTape:
         return op.plain(*args)
 
 
-class on_tape:  # around each rule, where a generator would take longer
+@contextmanager
+def on_tape(tape: Tape | PlainTape | None) -> Iterator[None]:
     """Operators called inside belong to this tape."""
-
-    def __init__(self, tape: Tape | PlainTape | None) -> None:
-        self.tape = tape
-
-    def __enter__(self) -> None:
-        self.token = _TAPE.set(self.tape)
-
-    def __exit__(self, *error: Any) -> None:
-        _TAPE.reset(self.token)
+    token = _TAPE.set(tape)
+    try:
+        yield
+    finally:
+        _TAPE.reset(token)
 
 
 def plain_operators() -> AbstractContextManager[None]:
