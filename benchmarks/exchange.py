@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fmoe.__main__ import markdown_table
 from fmoe.bench.timing import of_host, on_device, syncs, timed
 from fmoe.ops import kernels
-from fmoe.parallel.backends import all_to_all, ways
+from fmoe.parallel.backends import at_once, ways
 from fmoe.parallel.collectives import group_alone
 
 ROUNDS = 20
@@ -62,10 +62,8 @@ if __name__ == "__main__":
     held, statics = experts // args.size, (experts, 1, 0, False, False)
     found = {
         "ways": lambda: ways.ways(ids, args.size, held, tokens),
-        "exchange": lambda: all_to_all._exchange_kernel(*rows, *statics, group),
-        "exchange_bounded": lambda: all_to_all._bounded_kernel(
-            *rows, *statics, tokens, tokens * top_k, group
-        ),
+        "exchange": lambda: at_once._exchange_kernel(*rows, *statics, group),
+        "exchange_bounded": lambda: at_once._bounded_kernel(*rows, *statics, tokens, tokens * top_k, group),
     }
     table = [[name, *cost(call, on_cuda)] for name, call in found.items()]
     with mock.patch.object(kernels, "installed", return_value=False):

@@ -28,7 +28,7 @@ from fmoe.ops.core.axes import Binding, MeshOfSizes, bound, group_of
 from fmoe.ops.core.dtensors import local
 from fmoe.ops.dispatch import layout
 from fmoe.parallel import AllToAll, Backend, Bound, distribute
-from fmoe.parallel.backends import all_to_all, bounds, choose, ways
+from fmoe.parallel.backends import at_once, bounds, choose, ways
 from fmoe.testing import check_backend
 from fmoe.testing.samples import same_bits
 from fmoe.training import gradients, optim
@@ -168,7 +168,7 @@ def test_a_training_step_asks_the_host_for_nothing():
 @pytest.mark.parametrize("narrow", [False, True])
 def test_no_kernel_reads_what_is_on_the_device(monkeypatch, narrow):
     """Each runs on tensors without values; what was read only where it is on the host is left out."""
-    for module in (all_to_all, bounds, ways):
+    for module in (at_once, bounds, ways):
         monkeypatch.setattr(
             module, "layout_kernel", layout.raw
         )  # the CPU's, unlike the GPU's, sorts by values
@@ -178,16 +178,16 @@ def test_no_kernel_reads_what_is_on_the_device(monkeypatch, narrow):
     splits = torch.full((2, 2), 4)  # always on the host
     with FakeTensorMode(allow_non_fake_inputs=True):
         x, weights, ids = torch.randn(5, 4), torch.rand(5, 2), torch.zeros(5, 2, dtype=torch.int64)
-        outs = all_to_all._bounded_kernel(x, weights, ids, 8, 2, 0, False, narrow, 4, 9, "fake")
+        outs = at_once._bounded_kernel(x, weights, ids, 8, 2, 0, False, narrow, 4, 9, "fake")
         x_SD, weights_SK, slot_R, *_, slot_Q, copy_Tn, _, overflow = outs
         assert (len(x_SD), len(slot_R), len(slot_Q), overflow.shape) == (8, 9, 8, ())
         way = slot_Q, copy_Tn, splits
-        assert all_to_all._send_kernel(x, *way, 8, "fake").shape == x_SD.shape
-        assert all_to_all._send_back_kernel(x_SD, *way, "fake").shape == x.shape
-        both = all_to_all._send_both_back_kernel(x_SD, weights_SK, *way, "fake")
+        assert at_once._send_kernel(x, *way, 8, "fake").shape == x_SD.shape
+        assert at_once._send_back_kernel(x_SD, *way, "fake").shape == x.shape
+        both = at_once._send_both_back_kernel(x_SD, weights_SK, *way, "fake")
         assert [t.shape for t in both] == [x.shape, weights.shape]
         with pytest.raises(DataDependentOutputException):
-            all_to_all._exchange_kernel(x, weights, ids, 8, 2, 0, False, narrow, "fake")
+            at_once._exchange_kernel(x, weights, ids, 8, 2, 0, False, narrow, "fake")
 
 
 # ---- room that runs out --------------------------------------------------------------------------------

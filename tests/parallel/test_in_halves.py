@@ -21,7 +21,7 @@ from fmoe.errors import TransformError
 from fmoe.models import decoder
 from fmoe.ops.core.axes import group_of
 from fmoe.parallel import Backend, deepep
-from fmoe.parallel.backends import all_to_all, in_parts
+from fmoe.parallel.backends import at_once, in_parts
 from fmoe.parallel.backends.deepep import buffers as deep_ep_buffers
 from fmoe.parallel.collectives import group_alone
 from fmoe.parallel.placement import token_axes
@@ -418,7 +418,7 @@ def test_rows_whose_ticket_is_lost_are_not_kept():
 
 
 def test_other_transforms_are_refused():
-    x, sent, group = torch.randn(4, 3), all_to_all._sent_example(), group_alone()
+    x, sent, group = torch.randn(4, 3), at_once._sent_example(), group_alone()
     parts = {
         "begin_send": lambda t: in_parts.begin_send(t, *sent, group, False),
         "begin_send_back": lambda t: in_parts.begin_send_back(t, *sent, group, False),
