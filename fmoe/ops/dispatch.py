@@ -272,11 +272,16 @@ def rows_of_slots(slot_R: torch.Tensor, top_k: int) -> torch.Tensor:
 
 def check_ids(ids: torch.Tensor, num_experts: int) -> None:
     """On the host, where looking costs nothing."""
-    if ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= num_experts:
-        got = f"an expert id of {int(ids.max())}"
-        expected = f"ids below {num_experts}, the length of routing.counts_E"
+    if ids.device.type != "cpu" or not ids.numel():
+        return
+    least, most = (int(bound) for bound in ids.aminmax())
+    if most >= num_experts:
+        got, expected = f"an expert id of {most}", f"ids below {num_experts}, the length of routing.counts_E"
         remedy = "Give counts_E one entry per expert."
         raise argument_error("dispatch", "routing.expert_ids_TK", got=got, expected=expected, remedy=remedy)
+    if least < -1:
+        got, expected = f"an expert id of {least}", "ids from 0 on, or -1 for a pair that is dropped"
+        raise argument_error("dispatch", "routing.expert_ids_TK", got=got, expected=expected)
 
 
 def layout_kernel(ids_SK: torch.Tensor, num_experts: int, num_rows: int) -> Tensors:

@@ -579,6 +579,12 @@ ERRORS = {
         ),
         "dispatch: routing.expert_ids_TK: got an expert id of 2, expected ids below 2",
     ),
+    "expert ids below -1": (
+        lambda: fmoe.dispatch(
+            torch.randn(2, 8), replace(ROUTING, expert_ids_TK=torch.tensor([[0, -2], [1, -1]], device="cpu"))
+        ),
+        "dispatch: routing.expert_ids_TK: got an expert id of -2, expected ids from 0 on, or -1 for a pair",
+    ),
     "rows of another plan": (
         lambda: fmoe.expand(torch.randn(5, 8), fmoe.dispatch(torch.randn(3, 8), random_routing(3, 4, 2))[1]),
         "expand: x_SD: got shape (5, 8), expected (3, D), by its plan.",

@@ -528,7 +528,7 @@ def fp8_layer(w_in, w_out, x, cotangent, routing, precision):
 
 @ON_KERNELS
 @pytest.mark.filterwarnings("ignore:All-NaN")
-def test_kept_weights_are_rounded_once_each_way(monkeypatch, fp8_products):
+def test_kept_weights_are_rounded_once_each_way(monkeypatch, uninitialized_is_nan, fp8_products):
     """Backwards on CUDA have threads of their own; others' weights are rounded each time."""
     from fmoe.ops.kernels import scaled
 

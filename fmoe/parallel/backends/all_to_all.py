@@ -30,6 +30,7 @@ class AllToAll(NamedTuple):
     :func:`fmoe.dispatch` makes one where an axis has no other backend. With a ``bound`` no host waits. With a
     ``payload`` of ``"fp8"`` tokens are rounded, with a scale for each.
 
+    >>> from fmoe.parallel.collectives import group_alone
     >>> backend = AllToAll(Group(group_alone(), 1, 0))  # for fmoe.shard_map(..., backends={"ep": backend})
     >>> backend.group.size, backend.bound is None
     (1, True)
