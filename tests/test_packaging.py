@@ -38,7 +38,7 @@ def built(tmp_path_factory):
     shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE)
     called(sys.executable, "-c", BUILD, "sdist", folder, cwd=folder / "source")
     (sdist,) = folder.glob("*.tar.gz")
-    safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not in the first Pythons 3.11
+    safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from Python 3.11.4 on
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, **safely)
     unpacked = folder / sdist.name.removesuffix(".tar.gz")

@@ -366,7 +366,7 @@ def test_an_index_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 class Attribute:
-    """Pickled as what ``getattr`` gives, as members of enumerations were by the first Pythons 3.11."""
+    """Pickled as a ``getattr``, as the first releases of Python 3.11 pickled members of enumerations."""
 
     def __init__(self, *of: Any) -> None:
         self.of = of

@@ -49,7 +49,7 @@ class IndexUnpickler(pickle.Unpickler):
 
 
 def _member(kind: Any, name: str) -> Any:
-    """The member of an enumeration, for which the first Pythons 3.11 wrote ``getattr``."""
+    """The member of an enumeration. The first releases of Python 3.11 pickled it as a ``getattr``."""
     if isinstance(kind, enum.EnumType) and name in kind.__members__:
         return kind[name]
     raise pickle.UnpicklingError(f"getattr({kind!r}, {name!r}) has no place in the index of a checkpoint")
